@@ -1,0 +1,1 @@
+"""Build and run: engines from bundles, sessions over engines, text from sessions."""

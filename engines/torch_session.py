@@ -1,0 +1,68 @@
+"""TorchSession: the bundle's weights in the plain torch model. The reference, not a fast path."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from deepseek_trt.engines.session import Floats, Int32s, Int64s
+from deepseek_trt.engines.weights import weight_arrays
+from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.model import DeepseekV2
+
+
+class TorchSession:
+    """Eager torch on the CPU, in float32 unless told otherwise."""
+
+    backend = "torch"
+
+    def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32") -> None:
+        self.note = "" if dtype == bundle.manifest.dtype else f"{bundle.manifest.dtype} weights, computed in {dtype}"
+        self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
+        self.pages = pages
+        self.model = load_model(bundle, dtype)
+        shape = (pages, self.cache.page_size, self.cache.latent_dim)
+        self._pools = [torch.zeros(shape, dtype=getattr(torch, dtype)) for _ in range(self.cache.layers)]
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        given = [torch.from_numpy(np.ascontiguousarray(a)) for a in (input_ids, sequence_lengths, past_lengths)]
+        table = torch.from_numpy(np.ascontiguousarray(page_table))
+        logits, self._pools = self.model.prefill(*given, table, self._pools)
+        return _floats(logits)
+
+    @torch.inference_mode()
+    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        given = [torch.from_numpy(np.ascontiguousarray(a)) for a in (input_ids, past_lengths, page_table)]
+        logits, self._pools = self.model.decode(*given, self._pools)
+        return _floats(logits)
+
+    def pool(self, layer: int) -> npt.NDArray[Any]:
+        return _floats(self._pools[layer])
+
+
+def load_model(bundle: Bundle, dtype: str) -> DeepseekV2:
+    """The torch model with the bundle's weights, converted to `dtype`."""
+    with torch.device("meta"):
+        model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
+    rope = type(model.model.rope)(bundle.manifest.model)  # its frequencies are computed, not loaded
+    state = {name: _tensor(array).to(getattr(torch, dtype)) for name, array in weight_arrays(bundle).items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    model.model.rope = rope
+    return model.eval()
+
+
+def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """A copy of the array; ml_dtypes' bfloat16 goes through its bits, as torch does not know it."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _floats(tensor: torch.Tensor) -> Floats:
+    array: Floats = tensor.float().numpy()
+    return array

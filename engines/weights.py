@@ -1,0 +1,42 @@
+"""The bundle's weights as arrays: mapped from its weights file, or assembled from the checkpoint it refers to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.checkpoint import Checkpoint, read_header
+from deepseek_trt.export.errors import BundleError
+from deepseek_trt.export.weight_file import NUMPY_DTYPES, WEIGHTS_FILE, assemble
+
+
+def weight_arrays(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
+    """All graph tensors by name, in the bundle's dtype (bfloat16 is ml_dtypes'); read-only where mapped."""
+    if bundle.manifest.by_reference:
+        return reference_arrays(bundle)
+    file = bundle.path / WEIGHTS_FILE
+    mapped = np.memmap(file, dtype=np.uint8, mode="r")
+    arrays = {}
+    for tensor in read_header(file):
+        data = mapped[tensor.offset : tensor.offset + tensor.nbytes]
+        arrays[tensor.name] = data.view(NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return arrays
+
+
+def reference_arrays(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
+    """Assemble a by-reference bundle's tensors; BundleError when the checkpoint is not the one that was exported."""
+    manifest = bundle.manifest
+    root = Path(manifest.checkpoint)
+    for source in manifest.sources:
+        file = root / source.name
+        if not file.is_file():
+            raise BundleError(f"{file} is missing: put the checkpoint back, or export again without --by-reference")
+        stat = file.stat()
+        if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
+            raise BundleError(f"{file} has changed since export: export the checkpoint again")
+    tensors = Checkpoint.open(root).tensors
+    return {w.recipe.name: assemble(w.recipe, tensors, w.dtype) for w in manifest.weights}

@@ -1,0 +1,240 @@
+"""ModelConfig: what config.json says, translated once into one spelling.
+
+The meaning of each key, and its default when config.json lacks it, is the original DeepSeek-V2 model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deepseek_trt.export.errors import ConfigError
+
+MODEL_TYPES = ("deepseek_v2",)
+TOPK_METHODS = ("greedy", "group_limited_greedy")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+DTYPES = ("float32", "float16", "bfloat16")
+
+RopeKind = Literal["default", "linear", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: plain, linearly scaled, or YaRN (arXiv:2309.00071)."""
+
+    theta: float = 10000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> RopeConfig:
+        """Translate `rope_scaling: {type}`, `rope_scaling: {rope_type}` or `rope_parameters` of config.json."""
+        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or cls.theta)
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind == "default":
+            return cls(theta=theta)
+        if kind not in ("linear", "yarn"):
+            raise ConfigError(f"rope scaling {kind!r} is not supported; use one of: default, linear, yarn")
+        if "factor" not in scaling:
+            raise ConfigError(f"rope scaling {kind!r} needs a 'factor' in config.json")
+        if kind == "linear":
+            return cls(theta=theta, kind="linear", factor=float(scaling["factor"]))
+        given = {f.name for f in dataclasses.fields(cls)} & scaling.keys()
+        numbers = {name: float(scaling[name]) for name in given if scaling[name] is not None}
+        original = int(numbers.pop("original_max_position_embeddings", cls.original_max_position_embeddings))
+        return cls(theta=theta, kind="yarn", original_max_position_embeddings=original, **numbers)
+
+    @property
+    def rotation_amplitude(self) -> float:
+        """Factor on cos and sin: m(mscale) / m(mscale_all_dim), exactly 1 for the published models."""
+        if self.kind != "yarn":
+            return 1.0
+        return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+
+    @property
+    def softmax_amplitude(self) -> float:
+        """Factor on the softmax scale: m(mscale_all_dim) squared when mscale_all_dim is non-zero."""
+        if self.kind != "yarn" or not self.mscale_all_dim:
+            return 1.0
+        return yarn_mscale(self.factor, self.mscale_all_dim) ** 2
+
+    def inverse_frequencies(self, dim: int) -> list[float]:
+        """The dim/2 rotation speeds in radians a token, in double precision.
+
+        YaRN blends plain and plain/factor; the ramp runs from floor(dim at beta_fast) to ceil(dim at beta_slow).
+        """
+        plain = [self.theta ** (-2.0 * i / dim) for i in range(dim // 2)]
+        if self.kind == "default":
+            return plain
+        if self.kind == "linear":
+            return [f / self.factor for f in plain]
+        low = max(math.floor(self._dim_at_rotations(self.beta_fast, dim)), 0)
+        high = min(math.ceil(self._dim_at_rotations(self.beta_slow, dim)), dim - 1)
+        width = (high - low) or 0.001
+        ramp = [min(max((i - low) / width, 0.0), 1.0) for i in range(dim // 2)]
+        return [f * (1.0 - r) + f / self.factor * r for f, r in zip(plain, ramp, strict=True)]
+
+    def _dim_at_rotations(self, rotations: float, dim: int) -> float:
+        """The (fractional) dimension that turns `rotations` times over the original context."""
+        turns = self.original_max_position_embeddings / (rotations * 2.0 * math.pi)
+        return dim * math.log(turns) / (2.0 * math.log(self.theta))
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention amplitude m(x) = 0.1 x ln(factor) + 1, or 1 when nothing is stretched."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything about a DeepSeek-V2 model that shapes its graphs. Defaults are those of an absent key."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    # MLA
+    q_lora_rank: int | None = 1536
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope: RopeConfig = RopeConfig()
+    # MoE; n_routed_experts == 0 means that every layer is dense
+    n_routed_experts: int = 64
+    n_shared_experts: int = 2
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 1407
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    topk_method: str = "greedy"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    # text
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
+    dtype: str = "float32"
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or expanded key head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers cached per token and layer: the normalised latent, then the rotated rope part."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the attention scores, YaRN's amplitude included."""
+        return self.qk_head_dim**-0.5 * self.rope.softmax_amplitude
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether decoder layer `layer` routes to experts."""
+        sparse = self.n_routed_experts > 0 and self.num_experts_per_tok > 0
+        return sparse and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelConfig:
+        """Read config.json at `path`."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path} is missing: give a folder with config.json and *.safetensors") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not JSON ({error}); download it again") from None
+        return cls.from_hf(raw)
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Translate a config.json of transformers or of the original model code, whatever its spelling.
+
+        Raises ConfigError naming the key, its value and what is supported.
+        """
+        _refuse_other_models(raw)
+        names = {f.name for f in dataclasses.fields(cls)} & raw.keys()
+        # null means absent everywhere except where it means "none of this" (handled below)
+        values = {name: raw[name] for name in names if raw[name] is not None}
+        for key in ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group"):
+            if key in raw and raw[key] is None:
+                values[key] = 1 if "group" in key else 0
+        if raw.get("q_lora_rank", 1) is None:
+            values["q_lora_rank"] = None
+        values["rope"] = RopeConfig.from_hf(raw)
+        values["eos_token_ids"] = _as_tuple(raw.get("eos_token_id", 2))
+        values["dtype"] = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+        config = cls(**values)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        """Refuse, by name, what the graphs do not express."""
+        _one_of("topk_method", self.topk_method, TOPK_METHODS)
+        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
+        _one_of("torch_dtype", self.dtype, DTYPES)
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: pairs are rotated, so it must be even")
+        if not self.n_routed_experts:
+            return
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ConfigError(f"num_experts_per_tok {self.num_experts_per_tok} > n_routed_experts {self.n_routed_experts}")
+        if self.topk_method == "group_limited_greedy":
+            if self.n_routed_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+                raise ConfigError(
+                    f"n_group {self.n_group} must divide n_routed_experts {self.n_routed_experts}, "
+                    f"and topk_group {self.topk_group} must lie between 1 and n_group"
+                )
+            if self.topk_group * (self.n_routed_experts // self.n_group) < self.num_experts_per_tok:
+                raise ConfigError(
+                    f"topk_group {self.topk_group} groups hold fewer experts than num_experts_per_tok "
+                    f"{self.num_experts_per_tok}"
+                )
+
+
+def _refuse_other_models(raw: dict[str, Any]) -> None:
+    model_type = raw.get("model_type", "deepseek_v2")
+    if model_type not in MODEL_TYPES:
+        raise ConfigError(f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
+    if isinstance(raw.get("language_config"), dict) or isinstance(raw.get("vision_config"), dict):
+        raise ConfigError("this is a vision-language model (nested config); only text models are supported")
+    if raw.get("use_mla") is False:
+        raise ConfigError("use_mla is false: this model has no latent attention; use a plain attention exporter")
+    for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        if key in raw and not raw[key]:
+            raise ConfigError(f"{key} is {raw[key]!r}: this is not a DeepSeek-V2 with multi-head latent attention")
+    _one_of("scoring_func", raw.get("scoring_func") or "softmax", ("softmax",))
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(f"quantized checkpoints ({method}) are not supported; use the bfloat16 checkpoint")
+
+
+def _one_of(key: str, value: str, supported: tuple[str, ...]) -> None:
+    if value not in supported:
+        raise ConfigError(f"{key} {value!r} is not supported; supported: {', '.join(supported)}")
+
+
+def _as_tuple(ids: int | list[int] | None) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)

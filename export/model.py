@@ -1,0 +1,269 @@
+"""DeepSeek-V2 in plain torch, top to bottom: what every graph, kernel and engine is compared with.
+
+Sizes: B batch, S tokens, T = B * S tokens side by side, H heads, N/R/V widths of a head's nope, rope and value parts,
+L kv_lora_rank, D = L + R, E experts, K experts a token. Tokens travel as [T, hidden]; attention alone sees [B, S, ...].
+Parameters carry the published names; w_uk and w_uv are the two halves of kv_b_proj, and experts are stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.onnx.ops import rotary_embedding
+
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.ops.activations import activate
+from deepseek_trt.export.ops.torch_ops import mla_decode, mla_prefill, moe_experts, moe_router
+
+LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says
+
+
+class RmsNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """x W^T + b, uninitialised: weights come from a checkpoint."""
+
+    def __init__(self, width_in: int, width_out: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(width_out), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Rope(nn.Module):
+    """cos and sin of every position, in float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        frequencies = config.rope.inverse_frequencies(config.qk_rope_head_dim)
+        speeds = torch.tensor(frequencies, dtype=torch.float32)  # [R/2]
+        self.register_buffer("inv_freq", speeds, persistent=False)
+        self.amplitude = config.rope.rotation_amplitude
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions.unsqueeze(2).float() * self.inv_freq  # [B, S, R/2]
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.amplitude == 1.0 else (cos * self.amplitude, sin * self.amplitude)
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention (arXiv:2405.04434, section 2.1)."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.nope, self.rope_dim, self.rank = (
+            c.num_attention_heads,
+            c.qk_nope_head_dim,
+            c.qk_rope_head_dim,
+            c.kv_lora_rank,
+        )
+        self.scale = c.softmax_scale
+        width_q = self.heads * c.qk_head_dim
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, width_q)
+        else:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank, c.attention_bias)
+            self.q_a_layernorm = RmsNorm(c.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(c.q_lora_rank, width_q)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.latent_dim, c.attention_bias)
+        self.kv_a_layernorm = RmsNorm(self.rank, LATENT_NORM_EPS)
+        self.w_uk = nn.Parameter(torch.empty(self.heads, self.nope, self.rank), requires_grad=False)
+        self.w_uv = nn.Parameter(torch.empty(self.heads, c.v_head_dim, self.rank), requires_grad=False)
+        self.o_proj = Linear(self.heads * c.v_head_dim, c.hidden_size, c.attention_bias)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of x [T, hidden]: q_nope [B, S, H, N], rotated q_rope [B, S, H, R] and the row to cache [B, S, D]."""
+        batch, seq = cos.shape[:2]
+        q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.view(batch, seq, self.heads, self.nope + self.rope_dim)
+        q_nope, q_rope = q[..., : self.nope], q[..., self.nope :]
+        kv = self.kv_a_proj_with_mqa(x).view(batch, seq, self.rank + self.rope_dim)
+        c, k_rope = kv[..., : self.rank], kv[..., self.rank :]
+        q_rope = self.rotate(q_rope.flatten(2), cos, sin, self.heads).unflatten(2, (self.heads, self.rope_dim))
+        k_rope = self.rotate(k_rope, cos, sin, 1)
+        return q_nope, q_rope, torch.cat([self.kv_a_layernorm(c), k_rope], dim=-1)
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        """Rotate the adjacent pairs of each head of x [B, S, heads * R], in float32."""
+        return rotary_embedding(x.float(), cos, sin, interleaved=True, num_heads=heads).to(x.dtype)
+
+    def prefill(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: Tensor,
+        page_table: Tensor,
+        past_lengths: Tensor,
+        sequence_lengths: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Expanded: keys and values of all cached tokens are made from their latents."""
+        q_nope, q_rope, latent = self.project(x, cos, sin)
+        query = torch.cat([q_nope, q_rope], dim=-1)  # [B, S, H, N + R]
+        attended, present = mla_prefill(
+            query, latent, past, page_table, past_lengths, sequence_lengths, self.w_uk, self.w_uv, self.scale
+        )  # [B, S, H * V]
+        return self.o_proj(attended.flatten(0, 1)), present
+
+    def decode(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past: Tensor, page_table: Tensor, past_lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Absorbed: W_UK moves to the query and W_UV to the output, so that attention reads latents only."""
+        q_nope, q_rope, latent = self.project(x, cos, sin)
+        absorbed = torch.bmm(q_nope.squeeze(1).transpose(0, 1), self.w_uk)  # [H, B, L]
+        query = torch.cat([absorbed.transpose(0, 1), q_rope.squeeze(1)], dim=-1)  # [B, H, D]
+        attended, present = mla_decode(query, latent, past, page_table, past_lengths, self.scale, self.rank)
+        value = torch.bmm(attended.transpose(0, 1), self.w_uv.transpose(1, 2))  # [H, B, V]
+        return self.o_proj(value.transpose(0, 1).flatten(1)), present
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x))"""
+
+    def __init__(self, c: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.activation = c.hidden_act
+        self.gate_proj = Linear(c.hidden_size, width, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, width, c.mlp_bias)
+        self.down_proj = Linear(width, c.hidden_size, c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(activate(self.activation, self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        E, inner, hidden = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
+        self.gate_proj = nn.Parameter(torch.empty(E, inner, hidden), requires_grad=False)
+        self.up_proj = nn.Parameter(torch.empty(E, inner, hidden), requires_grad=False)
+        self.down_proj = nn.Parameter(torch.empty(E, hidden, inner), requires_grad=False)
+
+
+class Moe(nn.Module):
+    """Routed experts plus the shared ones (arXiv:2405.04434, section 2.2); the router works in float32."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        limited = c.topk_method == "group_limited_greedy"
+        self.top_k = c.num_experts_per_tok
+        self.groups = (c.n_group, c.topk_group) if limited else (1, 1)
+        self.norm_topk_prob, self.scaling = int(c.norm_topk_prob), float(c.routed_scaling_factor)
+        self.activation = c.hidden_act
+        self.gate = Linear(c.hidden_size, c.n_routed_experts)
+        self.experts = Experts(c)
+        width = c.n_shared_experts * c.moe_intermediate_size
+        self.shared_experts = Mlp(c, width) if width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = F.linear(x.float(), self.gate.weight.float())  # [T, E]
+        weights, ids = moe_router(logits, self.top_k, *self.groups, self.norm_topk_prob, self.scaling)  # [T, K]
+        e = self.experts
+        routed = moe_experts(x, weights, ids, e.gate_proj, e.up_proj, e.down_proj, self.activation)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp: nn.Module = Moe(c) if c.is_moe_layer(index) else Mlp(c, c.intermediate_size)
+
+
+class Backbone(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens.weight.requires_grad_(False)
+        self.rope = Rope(c)
+        self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_hidden_layers))
+        self.norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class DeepseekV2(nn.Module):
+    """The causal language model. Prefill and decode read and write the page pools `latents`, one [P, page, D] a layer.
+
+    Each gives float32 logits and the pools with the new tokens (new tensors; the given ones are not changed).
+    """
+
+    def __init__(self, config: ModelConfig, all_logits: bool = False) -> None:
+        super().__init__()
+        self.config, self.all_logits = config, all_logits
+        self.model = Backbone(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """input_ids int64 [B, S], right-padded. Logits [B, vocab] at each row's last real token, or [B, S, vocab]."""
+        batch, seq = input_ids.shape
+        positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=input_ids.device)  # [B, S]
+        cos, sin = self.model.rope(positions)
+        x = self.model.embed_tokens(input_ids).flatten(0, 1)  # [T, hidden]
+        present = []
+        for layer, past in zip(self.model.layers, latents, strict=True):
+            h, pool = layer.self_attn.prefill(
+                layer.input_layernorm(x), cos, sin, past, page_table, past_lengths, sequence_lengths
+            )
+            x = x + h
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            present.append(pool)
+        if self.all_logits:
+            return self.logits(x).view(batch, seq, -1), present
+        last = (sequence_lengths.long() - 1).clamp(min=0)  # [B]
+        x = x.view(batch, seq, -1).gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]  # [B, hidden]
+        return self.logits(x), present
+
+    def decode(
+        self, input_ids: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """input_ids int64 [B, 1], at position past_lengths of each row. Logits [B, vocab]."""
+        cos, sin = self.model.rope(past_lengths.unsqueeze(1))
+        x = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B, hidden]
+        present = []
+        for layer, past in zip(self.model.layers, latents, strict=True):
+            h, pool = layer.self_attn.decode(layer.input_layernorm(x), cos, sin, past, page_table, past_lengths)
+            x = x + h
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            present.append(pool)
+        return self.logits(x), present
+
+    def logits(self, x: Tensor) -> Tensor:
+        x = self.model.norm(x)
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(x, head.weight).float()
+
+
+class Prefill(DeepseekV2):
+    """The model as the prefill graph's root."""
+
+    forward = DeepseekV2.prefill
+
+
+class Decode(DeepseekV2):
+    """The model as the decode graph's root."""
+
+    forward = DeepseekV2.decode

@@ -1,0 +1,126 @@
+"""Trace the torch model into ONNX under fake tensors: no weight is in memory, and none is needed."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import values as onnxscript_values
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.functions import attach_functions
+from deepseek_trt.export.graph import BATCH, PAGES, SEQUENCE, TABLE, GraphSpec, TensorSpec
+from deepseek_trt.export.model import Decode, DeepseekV2, Prefill
+from deepseek_trt.export.ops import OPS, OpSpec
+from deepseek_trt.export.ops.spec import DOMAIN, OPSET
+from deepseek_trt.export.ops.torch_ops import TORCH_OPS
+
+ROOTS: dict[str, type[DeepseekV2]] = {"prefill": Prefill, "decode": Decode}
+INV_FREQ = "model.rope.inv_freq"
+# Never torch.onnx's or onnxscript's optimizer: it folds transposed weights, which here are fake.
+_CLEAN_UP = ir.passes.Sequential(
+    passes.IdentityEliminationPass(),
+    passes.CommonSubexpressionEliminationPass(),
+    passes.RemoveUnusedNodesPass(),
+    passes.ClearMetadataAndDocStringPass(),  # holds paths of this machine
+)
+# Example sizes: all different and none 0 or 1, so that tracing fixes none of them.
+_EXAMPLE = {BATCH: 2, SEQUENCE: 7, PAGES: 11, TABLE: 3}
+
+
+def trace(config: ModelConfig, spec: GraphSpec, dtype: str, all_logits: bool = False) -> ir.Model:
+    """The graph `spec` of the model, custom ops as single nodes with bodies, weights as initializers without data.
+
+    Initializers carry the parameters' names; their const_value is fake, except the rope frequencies'.
+    """
+    with FakeTensorMode(), torch.no_grad():
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, dtype))
+        try:
+            module = ROOTS[spec.name](config, all_logits).eval()
+        finally:
+            torch.set_default_dtype(previous)
+        model = _export(module, spec)
+    _CLEAN_UP(model)
+    attach_functions(model, OPS)
+    frequencies = torch.tensor(config.rope.inverse_frequencies(config.qk_rope_head_dim), dtype=torch.float32)
+    model.graph.initializers[INV_FREQ].const_value = ir.tensor(frequencies.numpy(), name=INV_FREQ)
+    model.graph.name = f"deepseek_v2_{spec.name}"
+    model.producer_name = "deepseek-trt"
+    return model
+
+
+def _export(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
+    dims = {BATCH: Dim(BATCH, min=1), SEQUENCE: Dim(SEQUENCE, min=1), PAGES: Dim(PAGES), TABLE: Dim(TABLE, min=1)}
+    plain = [i for i in spec.inputs if not i.name.startswith("past_key_values")]
+    pools = [i for i in spec.inputs if i.name.startswith("past_key_values")]
+    shapes = [_dynamic(i, dims) for i in plain] + [[_dynamic(i, dims) for i in pools]]
+    args = [_example(i) for i in plain] + [[_example(i) for i in pools]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's notes on its own internals
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            module,
+            tuple(args),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[i.name for i in spec.inputs],
+            output_names=[o.name for o in spec.outputs],
+            dynamic_shapes=tuple(shapes),
+            custom_translation_table={TORCH_OPS[op.name]._opoverload: _translation(op) for op in OPS},
+        )
+    assert program is not None
+    return program.model
+
+
+def _example(tensor: TensorSpec) -> torch.Tensor:
+    sizes = [_EXAMPLE[d] if isinstance(d, str) else d for d in tensor.dims]
+    return torch.zeros(sizes, dtype=getattr(torch, tensor.dtype))
+
+
+def _dynamic(tensor: TensorSpec, dims: dict[str, Any]) -> dict[int, Any]:
+    return {axis: dims[d] for axis, d in enumerate(tensor.dims) if isinstance(d, str)}
+
+
+def _translation(spec: OpSpec) -> Callable[..., Any]:
+    """Torch op to one opaque ONNX node of the same name."""
+    opset = onnxscript_values.Opset(DOMAIN, 1)
+    op = onnxscript_values.Op(opset, spec.name, _schema(spec))
+    arity = len(spec.inputs)
+    names = [a.name for a in spec.attributes]
+
+    def translate(*args: Any) -> Any:
+        return op(*args[:arity], **dict(zip(names, args[arity:], strict=True)))
+
+    return translate
+
+
+def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
+    kinds = onnx.defs.OpSchema.AttrType
+    types = {"int": kinds.INT, "float": kinds.FLOAT, "string": kinds.STRING}
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+
+    def formal(arg: Any) -> onnx.defs.OpSchema.FormalParameter:
+        name = {"T": "T", "float32": "tensor(float)", "int32": "tensor(int32)"}[arg.dtype]
+        return onnx.defs.OpSchema.FormalParameter(arg.name, name, arg.doc)
+
+    return onnx.defs.OpSchema(
+        spec.name,
+        DOMAIN,
+        1,
+        spec.doc,
+        inputs=[formal(i) for i in spec.inputs],
+        outputs=[formal(o) for o in spec.outputs],
+        type_constraints=[("T", floats, "the model's dtype")],
+        attributes=[onnx.defs.OpSchema.Attribute(a.name, types[a.type], a.doc, required=True) for a in spec.attributes],
+    )

@@ -1,0 +1,1 @@
+"""How fast: kernels for the custom ops, compiled ahead of time into one plugin library."""

@@ -1,0 +1,1 @@
+"""Measure: does an artifact compute what PyTorch computes?"""
