@@ -1,0 +1,118 @@
+"""One plugin library for all tests here, and a program that plays TensorRT to it, with a driver that only records."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.plugins.compiler import find_compiler
+from deepseek_trt.plugins.library import PluginLibrary, build_library
+from deepseek_trt.plugins.records import Binary, Variant
+from deepseek_trt.plugins.variants import variants_for
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "plugins" / "csrc"
+DTYPE = "bfloat16"
+
+Drive = Callable[..., list[str]]
+
+
+def binary_of(variant: Variant, sm: int, is_ptx: bool = False) -> Binary:
+    """A binary whose image is text that names it: nothing compiled, for everything but running it."""
+    image = f"{variant.op}/{variant.kernel}/{'ptx' if is_ptx else 'sm'}{sm}/{variant.max_tokens}".encode()
+    shared = 60000 if variant.kernel == "mla_decode_split" else 1000 + variant.max_tokens
+    digest = hashlib.sha256(image).hexdigest()
+    return Binary(variant, sm, is_ptx, variant.kernel, shared, 32 * variant.num_warps, image, digest)
+
+
+def binaries_of(config: ModelConfig, dtype: str = DTYPE, sms: Sequence[int] = (86, 90)) -> list[Binary]:
+    """All binaries for `sms` and the PTX fallback, uncompiled."""
+    compiled = [binary_of(v, sm) for sm in sms for v in variants_for(config, dtype, sm)]
+    return compiled + [binary_of(v, 80, is_ptx=True) for v in variants_for(config, dtype, 86)]
+
+
+@pytest.fixture(scope="session")
+def plugin_config() -> ModelConfig:
+    return ModelConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=24,
+        n_routed_experts=16,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=16.0,
+    )
+
+
+@pytest.fixture(scope="session")
+def uncompiled() -> Callable[..., list[Binary]]:
+    return binaries_of
+
+
+@pytest.fixture(scope="session")
+def plugin_library(plugin_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> PluginLibrary:
+    """A library for SM 86, SM 90 and PTX; its images are text."""
+    return build_library(binaries_of(plugin_config), plugin_config, DTYPE, tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the program `drive` and, in `driver`, the recording libcuda.so.1."""
+    folder = tmp_path_factory.mktemp("played")
+    (folder / "driver").mkdir()
+    wheel = importlib.util.find_spec("kernel_lens")
+    assert wheel is not None
+    assert wheel.origin is not None
+    headers = Path(wheel.origin).parent / "include" / "tensorrt"  # 10.14's: drive.cpp declares later ones' changes itself
+    compiler = find_compiler()
+    common = ["-Os", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(CSRC)]
+    drive = [*common, "-isystem", str(headers), str(HERE / "csrc" / "drive.cpp"), "-ldl", "-o", "drive"]
+    compiler.run(drive, folder)
+    shared = ["-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-o", "driver/libcuda.so.1"]
+    compiler.run([*common, str(HERE / "csrc" / "recording_driver.cpp"), *shared], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drive(played: Path, plugin_library: PluginLibrary, plugin_config: ModelConfig) -> Drive:
+    """drive(commands, sm=86, driver=True, library=..., FAKE_...=...): what the program prints."""
+    params = played / "params.txt"
+    variants = variants_for(plugin_config, DTYPE, 86)
+    lines = [" ".join([v.kernel, *("8" if a.type[0] == "*" else "4" for a in v.args), "8", "8"]) for v in variants]
+    params.write_text("\n".join(lines))
+
+    def run(
+        commands: Sequence[str],
+        *,
+        sm: int = 86,
+        driver: bool = True,
+        library: Path = plugin_library.path,
+        **fakes: str,
+    ) -> list[str]:
+        environment = {**os.environ, "FAKE_SM": str(sm), "FAKE_PARAMS": str(params), **fakes}
+        environment["LD_LIBRARY_PATH"] = str(played / "driver") if driver else ""
+        return _output(played / "drive", library, commands, environment)
+
+    return run
+
+
+def _output(program: Path, library: Path, commands: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    script = "\n".join(["finder new", *commands, ""])
+    done = subprocess.run(
+        [program, library], input=script, env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not done.stderr
+    return done.stdout.splitlines()

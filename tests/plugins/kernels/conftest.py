@@ -1,0 +1,111 @@
+"""Where the kernels' tables run: interpreted on the CPU, and compiled on a GPU under the marker gpu.
+
+A process does one or the other: on a machine with a GPU the interpreter's half is skipped, unless the GPU is hidden.
+"""
+
+import pytest
+import torch
+from deepseek_trt.plugins.kernels import interpreter
+
+if not torch.cuda.is_available():
+    interpreter.enable()
+
+
+def pytest_generate_tests(metafunc):
+    """Each test that takes `device` runs twice."""
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+@pytest.fixture
+def device(request):
+    """The torch device to put the operands on."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU on this machine")
+        return torch.device("cuda")
+    if not interpreter.is_enabled():
+        pytest.skip("this process compiles kernels; set CUDA_VISIBLE_DEVICES to nothing to interpret them")
+    return torch.device("cpu")
+
+
+def ulp(dtype):
+    """The distance from 1 to the next number."""
+    return torch.finfo(dtype).eps
+
+
+@pytest.fixture
+def assert_within():
+    """A check of a result against float64, in ulps of the result's dtype.
+
+    First no inf or NaN; then each element, against `magnitude`, what its sum would be were all terms positive (an
+    element that cancels to nearly nothing is not held to its own size); then the whole, as a root of mean squares.
+    """
+
+    def check(actual, expected, magnitude, ulps, rms_ulps):
+        actual, expected, magnitude = (t.detach().cpu() for t in (actual, expected, magnitude))
+        assert actual.isfinite().all(), "inf or NaN in the result"
+        error = (actual.double() - expected).abs()
+        worst = (error / magnitude.clamp(min=1e-30)).max().item() / ulp(actual.dtype)
+        assert worst <= ulps, f"an element is {worst:.2f} ulps off; {ulps} allowed"
+        rms = (error.norm() / expected.norm()).item() / ulp(actual.dtype)
+        assert rms <= rms_ulps, f"the result is {rms:.2f} ulps off as a whole; {rms_ulps} allowed"
+
+    return check
+
+
+class Pages:
+    """A page pool whose every unused slot is NaN and whose every unused table entry is far out of the pool."""
+
+    FAR = 1 << 28
+
+    def __init__(self, dtype, lengths, new, width, page, device, spare_entries=2):
+        """Cache of lengths[b] random tokens a row, with room for new[b] more, in pages in random order."""
+        entries = [-(-(past + more) // page) for past, more in zip(lengths, new, strict=True)]
+        pages = (torch.randperm(sum(entries) + 3) + 1)[: sum(entries)].split(entries)  # page 0 is scratch
+        self.page, self.lengths = page, lengths
+        self.pool = torch.full((sum(entries) + 4, page, width), torch.nan).to(dtype)
+        self.table = torch.full((len(lengths), max(entries) + spare_entries), self.FAR, dtype=torch.int32)
+        self.past = torch.tensor(lengths, dtype=torch.int32)
+        self.tokens = [torch.randn(past, width).to(dtype) for past in lengths]
+        for row, used in enumerate(pages):
+            self.table[row, : len(used)] = used.int()
+            for t, token in enumerate(self.tokens[row]):
+                self.pool[used[t // page], t % page] = token
+        self.pool, self.table, self.past = (t.to(device) for t in (self.pool, self.table, self.past))
+
+    def read(self, pool, row, length):
+        """Tokens 0..length-1 of a row, in float64, as `pool` holds them."""
+        table, pool = self.table.cpu().long(), pool.cpu()
+        where = [(table[row, t // self.page], t % self.page) for t in range(length)]
+        return torch.stack([pool[at] for at in where]).double()
+
+
+@pytest.fixture
+def make_pages():
+    """The class Pages."""
+    return Pages
+
+
+@pytest.fixture
+def use_tiles(monkeypatch):
+    """Have interpreted kernels take the tiles that ship for a chip; a GPU keeps its own."""
+
+    def use(sm, *modules):
+        for module in modules:
+            stock = module.chip_of
+            monkeypatch.setattr(module, "chip_of", lambda t, stock=stock: sm if t.device.type == "cpu" else stock(t))
+
+    return use
+
+
+@pytest.fixture
+def poison_new_memory(monkeypatch):
+    """Have what the wrappers allocate hold NaN and nonsense, as a workspace may."""
+    stock = torch.Tensor.new_empty
+
+    def poisoned(self, *sizes, **options):
+        out = stock(self, *sizes, **options)
+        return out.fill_(torch.nan if out.is_floating_point() else -77)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)

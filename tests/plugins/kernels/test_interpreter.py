@@ -1,0 +1,41 @@
+"""The mended interpreter: bfloat16 arithmetic, and its errors."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.ops import OPS
+from deepseek_trt.plugins.kernels import KERNEL_OPS, chips, interpreter
+
+
+def test_bf16_rounds_like_torch():
+    torch.manual_seed(0)
+    halves = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3.0e38, 3.4e38, 0.0, -0.0, 1e-40])
+    values = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,)), halves, torch.tensor([torch.inf])])
+    rounded = interpreter.floats_from_bf16(interpreter.bf16_from_floats(values.numpy()))
+    np.testing.assert_array_equal(rounded, values.bfloat16().float().numpy())
+
+
+def test_bf16_keeps_nan():
+    bits = interpreter.bf16_from_floats(np.array([np.nan, -np.nan], dtype=np.float32))
+    assert np.isnan(interpreter.floats_from_bf16(bits)).all()
+
+
+def test_too_late_is_said(monkeypatch):
+    monkeypatch.setattr(interpreter, "_enabled", False)
+    monkeypatch.setitem(sys.modules, "deepseek_trt.plugins.kernels.mla_decode", types.ModuleType("mla_decode"))
+    with pytest.raises(BackendError, match=r"too late .*mla_decode.* fresh process"):
+        interpreter.enable()
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr(interpreter, "_enabled", False)
+    with pytest.raises(BackendError, match=r"interpreter\.enable\(\)"):
+        chips.chip_of(torch.empty(1))
+
+
+def test_every_op_has_kernels():
+    assert set(KERNEL_OPS) == {op.name for op in OPS}

@@ -1,0 +1,65 @@
+"""The wrappers stand in for the ops' references: same arguments, same results."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from deepseek_trt.export.ops import OPS
+from deepseek_trt.plugins.kernels import KERNEL_OPS
+
+MODULES = {
+    "MlaPrefill": "mla_prefill",
+    "MlaDecode": "mla_decode",
+    "MoeRouter": "moe_router",
+    "MoeExperts": "moe_experts",
+}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_takes_what_the_reference_takes(op):
+    module = importlib.import_module(f"deepseek_trt.plugins.kernels.{MODULES[op.name]}")
+    assert [*inspect.signature(module.run).parameters] == [*inspect.signature(op.reference).parameters]
+
+
+def operands(name):
+    """Of the size of a very small model: dims below what tl.dot takes."""
+    torch.manual_seed(0)
+    table = torch.tensor([[3, 1, 0], [2, 4, 5]], dtype=torch.int32)
+    pool, past = torch.randn(6, 4, 12), torch.tensor([0, 6], dtype=torch.int32)
+    return {
+        "MlaDecode": (torch.randn(2, 3, 12), torch.randn(2, 1, 12), pool, table, past, 0.4, 8),
+        "MlaPrefill": (
+            torch.randn(2, 5, 3, 10),
+            torch.randn(2, 5, 12),
+            pool,
+            table,
+            past,
+            torch.tensor([5, 2], dtype=torch.int32),
+            torch.randn(3, 6, 8),
+            torch.randn(3, 5, 8),
+            0.4,
+        ),
+        "MoeRouter": (torch.randn(4, 6), 2, 3, 2, 0, 1.5),
+        "MoeExperts": (
+            torch.randn(4, 12),
+            torch.rand(4, 2),
+            torch.tensor([[0, 5], [5, 1], [2, 1], [0, 1]], dtype=torch.int32),
+            torch.randn(6, 7, 12),
+            torch.randn(6, 7, 12),
+            torch.randn(6, 12, 7),
+            "silu",
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_gives_what_the_reference_gives(op, device):
+    args = [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in operands(op.name)]
+    actual, expected = KERNEL_OPS[op.name](*args), op.reference(*args)
+    if op.name.startswith("Mla"):
+        real = torch.tensor([5, 2] if op.name == "MlaPrefill" else [1, 1], device=device)
+        rows = torch.arange(actual[0].shape[1], device=device) < real[:, None]
+        kept = rows if op.name == "MlaPrefill" else slice(None)
+        actual, expected = ((a[kept], pool[1:]) for a, pool in (actual, expected))  # padding and page 0 mean nothing
+    torch.testing.assert_close(actual, expected, check_stride=False)

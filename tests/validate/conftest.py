@@ -1,0 +1,57 @@
+"""Bundles to validate, and faults to plant in copies of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.checkpoint import read_header
+from deepseek_trt.export.weight_file import WEIGHTS_FILE
+
+PAGE = 8
+Edit = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(scope="session")
+def good(small_v2, bundle_of) -> Callable[[str], Bundle]:
+    """A right bundle of the dtype."""
+    return lambda dtype: bundle_of(small_v2.checkpoint, dtype=dtype, page_size=PAGE)
+
+
+@pytest.fixture
+def edited(good, tmp_path) -> Callable[..., Path]:
+    """A copy of the float32 bundle with one graph, or both, changed."""
+
+    def make(edit: Edit, graphs: tuple[str, ...] = ("prefill", "decode")) -> Path:
+        copy = tmp_path / "edited"
+        shutil.copytree(good("float32").path, copy)
+        for name in graphs:
+            model = onnx.load(copy / f"{name}.onnx", load_external_data=False)
+            edit(model)
+            onnx.save(model, copy / f"{name}.onnx")
+        return copy
+
+    return make
+
+
+@pytest.fixture
+def with_changed_weight(good, tmp_path) -> Callable[[str], Path]:
+    """A copy of the float32 bundle with the first number of one tensor changed."""
+
+    def make(tensor: str) -> Path:
+        copy = tmp_path / "changed"
+        shutil.copytree(good("float32").path, copy)
+        file = copy / WEIGHTS_FILE
+        place = next(t for t in read_header(file) if t.name == tensor)
+        numbers = np.memmap(file, dtype=np.float32, mode="r+", offset=place.offset, shape=(place.nbytes // 4,))
+        numbers[0] += 0.25
+        numbers.flush()
+        return copy
+
+    return make
