@@ -91,7 +91,8 @@ def _load(bundle: Bundle, graph: str, threads: int, widened: bool) -> ort.Infere
 def _widened_bytes(path: Path) -> bytes:
     model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
     WidenBfloat16()(model)
-    return ir.to_proto(model).SerializeToString()
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
 
 
 def _supply_references(options: ort.SessionOptions, bundle: Bundle) -> list[Any]:

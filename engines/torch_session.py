@@ -30,15 +30,14 @@ class TorchSession:
 
     @torch.inference_mode()
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        given = [torch.from_numpy(np.ascontiguousarray(a)) for a in (input_ids, sequence_lengths, past_lengths)]
-        table = torch.from_numpy(np.ascontiguousarray(page_table))
-        logits, self._pools = self.model.prefill(*given, table, self._pools)
+        ids, lengths, past, table = map(_given, (input_ids, sequence_lengths, past_lengths, page_table))
+        logits, self._pools = self.model.prefill(ids, lengths, past, table, self._pools)
         return _floats(logits)
 
     @torch.inference_mode()
     def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        given = [torch.from_numpy(np.ascontiguousarray(a)) for a in (input_ids, past_lengths, page_table)]
-        logits, self._pools = self.model.decode(*given, self._pools)
+        ids, past, table = map(_given, (input_ids, past_lengths, page_table))
+        logits, self._pools = self.model.decode(ids, past, table, self._pools)
         return _floats(logits)
 
     def pool(self, layer: int) -> npt.NDArray[Any]:
@@ -54,6 +53,10 @@ def load_model(bundle: Bundle, dtype: str) -> DeepseekV2:
     model.load_state_dict(state, strict=True, assign=True)
     model.model.rope = rope
     return model.eval()
+
+
+def _given(array: npt.NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,13 @@ def weight_arrays(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
-def reference_arrays(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
-    """Assemble a by-reference bundle's tensors; BundleError when the checkpoint is not the one that was exported."""
+def reference_arrays(bundle: Bundle, names: Iterable[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+    """Assemble a by-reference bundle's tensors (all, or those of `names`).
+
+    Raises BundleError when the checkpoint is not the one that was exported.
+    """
+    wanted = None if names is None else set(names)
+    weights = [w for w in bundle.manifest.weights if wanted is None or w.recipe.name in wanted]
     manifest = bundle.manifest
     root = Path(manifest.checkpoint)
     for source in manifest.sources:
@@ -39,4 +45,4 @@ def reference_arrays(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
         if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
             raise BundleError(f"{file} has changed since export: export the checkpoint again")
     tensors = Checkpoint.open(root).tensors
-    return {w.recipe.name: assemble(w.recipe, tensors, w.dtype) for w in manifest.weights}
+    return {w.recipe.name: assemble(w.recipe, tensors, w.dtype) for w in weights}

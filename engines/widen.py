@@ -5,6 +5,8 @@ Weights stay bfloat16 in their file and are cast when the graph is loaded; input
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 _NARROW, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
@@ -20,8 +22,8 @@ class WidenBfloat16(ir.passes.InPlacePass):
             if node.op_type == "Cast" and to is not None and to.as_int() == _NARROW and not _casts_weight(node):
                 node.attributes["to"] = ir.AttrInt64("to", int(_WIDE))
                 modified = True
-            modified |= any([_widen(value) for value in node.outputs])
-        modified |= any([_widen(value) for value in model.graph.inputs])
+            modified |= _widen(node.outputs)
+        modified |= _widen(model.graph.inputs)
         return ir.passes.PassResult(model, modified)
 
     @staticmethod
@@ -43,8 +45,8 @@ def _casts_weight(node: ir.Node) -> bool:
     return source is not None and source.is_initializer()
 
 
-def _widen(value: ir.Value) -> bool:
-    if value.dtype != _NARROW:
-        return False
-    value.dtype = _WIDE
-    return True
+def _widen(values: Sequence[ir.Value]) -> bool:
+    narrow = [value for value in values if value.dtype == _NARROW]
+    for value in narrow:
+        value.dtype = _WIDE
+    return bool(narrow)

@@ -198,7 +198,9 @@ class ModelConfig:
         if not self.n_routed_experts:
             return
         if self.num_experts_per_tok > self.n_routed_experts:
-            raise ConfigError(f"num_experts_per_tok {self.num_experts_per_tok} > n_routed_experts {self.n_routed_experts}")
+            raise ConfigError(
+                f"num_experts_per_tok {self.num_experts_per_tok} > n_routed_experts {self.n_routed_experts}"
+            )
         if self.topk_method == "group_limited_greedy":
             if self.n_routed_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
                 raise ConfigError(

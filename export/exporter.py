@@ -58,7 +58,7 @@ class ExportResult:
     fresh: bool
 
 
-def export_checkpoint(request: ExportRequest, report: Reporter = Reporter()) -> ExportResult:  # noqa: B008 (frozen)
+def export_checkpoint(request: ExportRequest, report: Reporter = Reporter()) -> ExportResult:
     """Write the bundle aside, then rename it to `request.out`; on failure nothing is left behind.
 
     Raises ConfigError, CheckpointError or OutputError, each before anything large is written where that is possible.

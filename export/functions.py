@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from deepseek_trt.export.ops import OpSpec
-from deepseek_trt.export.ops.spec import DOMAIN, OPSET
+from deepseek_trt.export.ops.spec import DOMAIN, OPSET, OpSpec
 
 _ONNX_TYPES = {"int": "int", "float": "float", "string": "string"}
 
@@ -29,14 +29,17 @@ def function_from_spec(spec: OpSpec, attributes: Mapping[str, Any]) -> ir.Functi
 
 
 def attach_functions(model: ir.Model, ops: tuple[OpSpec, ...]) -> dict[str, dict[str, Any]]:
-    """Give each custom op in `model` its body; returns the attribute values by op name.
+    """Give each custom op in `model` its body and a name; returns the attribute values by op name.
 
     All nodes of one op share their attribute values: they are facts of the model, not of the layer.
     """
     used: dict[str, dict[str, Any]] = {}
+    counts: collections.Counter[str] = collections.Counter()
     for node in model.graph:
         if node.domain != DOMAIN:
             continue
+        node.name = f"{node.op_type}_{counts[node.op_type]}"  # TensorRT names the plugin's layer after it
+        counts[node.op_type] += 1
         values = {name: attribute.value for name, attribute in node.attributes.items()}
         if used.setdefault(node.op_type, values) != values:
             raise AssertionError(f"{node.op_type}: nodes differ in attributes: {used[node.op_type]} and {values}")

@@ -8,6 +8,7 @@ Parameters carry the published names; w_uk and w_uv are the two halves of kv_b_p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,8 @@ class Linear(nn.Module):
 
 class Rope(nn.Module):
     """cos and sin of every position, in float32."""
+
+    inv_freq: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -197,6 +200,10 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_hidden_layers))
         self.norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
 
+    def blocks(self) -> list[Layer]:
+        """The layers, as what they are."""
+        return cast("list[Layer]", list(self.layers))
+
 
 class DeepseekV2(nn.Module):
     """The causal language model. Prefill and decode read and write the page pools `latents`, one [P, page, D] a layer.
@@ -224,7 +231,7 @@ class DeepseekV2(nn.Module):
         cos, sin = self.model.rope(positions)
         x = self.model.embed_tokens(input_ids).flatten(0, 1)  # [T, hidden]
         present = []
-        for layer, past in zip(self.model.layers, latents, strict=True):
+        for layer, past in zip(self.model.blocks(), latents, strict=True):
             h, pool = layer.self_attn.prefill(
                 layer.input_layernorm(x), cos, sin, past, page_table, past_lengths, sequence_lengths
             )
@@ -244,7 +251,7 @@ class DeepseekV2(nn.Module):
         cos, sin = self.model.rope(past_lengths.unsqueeze(1))
         x = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B, hidden]
         present = []
-        for layer, past in zip(self.model.layers, latents, strict=True):
+        for layer, past in zip(self.model.blocks(), latents, strict=True):
             h, pool = layer.self_attn.decode(layer.input_layernorm(x), cos, sin, past, page_table, past_lengths)
             x = x + h
             x = x + layer.mlp(layer.post_attention_layernorm(x))

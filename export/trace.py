@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from torch.export import Dim
 
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.functions import attach_functions
-from deepseek_trt.export.graph import BATCH, PAGES, SEQUENCE, TABLE, GraphSpec, TensorSpec
+from deepseek_trt.export.graph import BATCH, PAGES, SEQUENCE, TABLE, GraphSpec, TensorSpec, past_name, present_name
 from deepseek_trt.export.model import Decode, DeepseekV2, Prefill
-from deepseek_trt.export.ops import OPS, OpSpec
-from deepseek_trt.export.ops.spec import DOMAIN, OPSET
+from deepseek_trt.export.ops import OPS
+from deepseek_trt.export.ops.spec import DOMAIN, OPSET, OpSpec
 from deepseek_trt.export.ops.torch_ops import TORCH_OPS
+from deepseek_trt.export.unroll import unroll
 
 ROOTS: dict[str, type[DeepseekV2]] = {"prefill": Prefill, "decode": Decode}
 INV_FREQ = "model.rope.inv_freq"
@@ -41,21 +43,44 @@ def trace(config: ModelConfig, spec: GraphSpec, dtype: str, all_logits: bool = F
 
     Initializers carry the parameters' names; their const_value is fake, except the rope frequencies'.
     """
+    distinct, kinds = _distinct_layers(config)
     with FakeTensorMode(), torch.no_grad():
         previous = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
         try:
-            module = ROOTS[spec.name](config, all_logits).eval()
+            module = ROOTS[spec.name](distinct, all_logits).eval()
         finally:
             torch.set_default_dtype(previous)
-        model = _export(module, spec)
+        model = _export(module, _first_layers(spec, distinct.num_hidden_layers))
     _CLEAN_UP(model)
+    if distinct != config:
+        unroll(model, kinds)
     attach_functions(model, OPS)
     frequencies = torch.tensor(config.rope.inverse_frequencies(config.qk_rope_head_dim), dtype=torch.float32)
     model.graph.initializers[INV_FREQ].const_value = ir.tensor(frequencies.numpy(), name=INV_FREQ)
     model.graph.name = f"deepseek_v2_{spec.name}"
     model.producer_name = "deepseek-trt"
     return model
+
+
+def _distinct_layers(config: ModelConfig) -> tuple[ModelConfig, list[int]]:
+    """A config with one layer of each kind (dense, then MoE), and which of them each layer of `config` is."""
+    sparse = [config.is_moe_layer(i) for i in range(config.num_hidden_layers)]
+    if len(set(sparse)) == 1:
+        dense_layers = 0 if sparse[0] else 1
+        distinct = dataclasses.replace(
+            config, num_hidden_layers=1, first_k_dense_replace=dense_layers, moe_layer_freq=1
+        )
+        return distinct, [0] * len(sparse)
+    distinct = dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1, moe_layer_freq=1)
+    return distinct, [int(is_moe) for is_moe in sparse]
+
+
+def _first_layers(spec: GraphSpec, layers: int) -> GraphSpec:
+    """The graph of a model with fewer layers."""
+    pools = {past_name(i) for i in range(layers)} | {present_name(i) for i in range(layers)}
+    keep = lambda t: not t.name.startswith(("past_key_values.", "present.")) or t.name in pools  # noqa: E731
+    return GraphSpec(spec.name, tuple(filter(keep, spec.inputs)), tuple(filter(keep, spec.outputs)))
 
 
 def _export(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:

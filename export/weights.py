@@ -87,7 +87,8 @@ def plan_weights(config: ModelConfig, checkpoint: Checkpoint, checkpoint_layers:
             unexplained.append(name)
     if unexplained:
         raise CheckpointError(
-            f"{len(unexplained)} tensors are left over, e.g. {min(unexplained)}: config.json does not describe this model"
+            f"{len(unexplained)} tensors are left over, e.g. {min(unexplained)}: "
+            "config.json does not describe this model"
         )
     dtypes = {checkpoint.tensors[name].dtype for name in used}
     unsupported = dtypes - set(DTYPE_NAMES.values())
@@ -214,7 +215,9 @@ class _Planner:
         if tensor is None:
             raise CheckpointError(f"tensor {name} is missing; config.json asks for shape {list(shape)}")
         if tensor.shape != shape:
-            raise ConfigError(f"tensor {name}: config.json asks for {list(shape)}, the checkpoint has {list(tensor.shape)}")
+            raise ConfigError(
+                f"tensor {name}: config.json asks for {list(shape)}, the checkpoint has {list(tensor.shape)}"
+            )
         return name
 
 

@@ -67,7 +67,7 @@ def _body(attributes: Mapping[str, Any]) -> str:
     keys = Transpose <perm = [0, 2, 1]> (latents)
     products = MatMul (query, keys)
     products_f = Cast <to = 1> (products)
-    scale_f = Constant <value_float = {attributes["scale"]:.9g}> ()
+    scale_f = Constant <value_float = {float(attributes["scale"])!r}> ()
     scores = Mul (products_f, scale_f)
     is_cached_column = Unsqueeze (is_cached, axis_1)
     scores_past = Where (is_cached_column, scores, lowest)
@@ -91,7 +91,7 @@ MLA_DECODE = OpSpec(
     ),
     outputs=(
         TensorArg("attended", "T", ("B", "H", "L"), "attended latents, before W_UV"),
-        TensorArg("present_latent", "T", ("P", "page", "D"), "the pool with the new token; may be past_latent's memory"),
+        TensorArg("present_latent", "T", ("P", "page", "D"), "the pool with the new token; may be past_latent itself"),
     ),
     attributes=(
         Attribute("scale", "float", "factor on the scores, YaRN's amplitude included"),

@@ -93,7 +93,7 @@ def _body(attributes: Mapping[str, Any]) -> str:
     products_rope = MatMul (q_rope, k_rope_t)
     products = Add (products_nope, products_rope)
     products_f = Cast <to = 1> (products)
-    scale_f = Constant <value_float = {attributes["scale"]:.9g}> ()
+    scale_f = Constant <value_float = {float(attributes["scale"])!r}> ()
     scores = Mul (products_f, scale_f)
     positions_column = Unsqueeze (positions, last_axis)
     is_past = LessOrEqual (times, positions_column)
@@ -123,7 +123,7 @@ MLA_PREFILL = OpSpec(
     ),
     outputs=(
         TensorArg("attended", "T", ("B", "S", "H*V"), "attended values, heads side by side"),
-        TensorArg("present_latent", "T", ("P", "page", "D"), "the pool with the new tokens; may be past_latent's memory"),
+        TensorArg("present_latent", "T", ("P", "page", "D"), "the pool with the new tokens; may be past_latent itself"),
     ),
     attributes=(Attribute("scale", "float", "factor on the scores, YaRN's amplitude included"),),
     reference=mla_prefill,

@@ -83,7 +83,7 @@ def _body(attributes: Mapping[str, Any]) -> str:
     {_GROUPS_BODY.format(**attributes) if limited else "scores = Identity (scores_all)"}
     top_k = Constant <value_ints = [{attributes["top_k"]}]> ()
     chosen, ids_long = TopK (scores, top_k)
-    factor = Constant <value_float = {attributes["routed_scaling_factor"]:.9g}> ()
+    factor = Constant <value_float = {float(attributes["routed_scaling_factor"])!r}> ()
     {_NORMALISE_BODY if normalised else "weights = Mul (chosen, factor)"}
     ids = Cast <to = 6> (ids_long)
 """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
-from deepseek_trt.export.ops import OPS, OpSpec
+from deepseek_trt.export.ops import OPS
+from deepseek_trt.export.ops.spec import OpSpec
 
 
 def _register(spec: OpSpec) -> CustomOpDef:

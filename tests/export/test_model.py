@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from deepseek_trt.engines.torch_session import TorchSession, load_model
+from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.config import ModelConfig, RopeConfig
 from deepseek_trt.export.model import DeepseekV2
 from deepseek_trt.export.weights import plan_weights
-from deepseek_trt.export.checkpoint import Checkpoint
 
 # float32 keeps 2**-24 = 6e-8 a rounding; some hundred roundings in a row over three layers stay below 1e-5 of the
 # largest logit, which is what two right implementations may differ by.

@@ -1,0 +1,32 @@
+"""What the build command does, with TensorRT's own progress on stderr."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from deepseek_trt.cli.plugins import PLUGINS_FOLDER, make_library
+from deepseek_trt.engines.build import BuiltPlan, build_plans
+from deepseek_trt.engines.plan import BuildSpec
+from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.plugins.manifest import LIBRARY, read_manifest
+
+
+def build_with_progress(path: Path, spec: BuildSpec) -> tuple[BuiltPlan, ...]:
+    """Build the bundle's plans; a library for these chips is built first where there is none yet."""
+    bundle = Bundle.open(path)
+    library = path / PLUGINS_FOLDER / LIBRARY
+    if not library.is_file() or not set(spec.sms) <= set(read_manifest(library).sms):
+        library = make_library(path, spec.sms, fallback=True, cxx=None, jobs=2).path
+    with Progress(console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, int] = {}
+
+        def advance(phase: str, done: int, steps: int) -> None:
+            task = tasks.get(phase)
+            if task is None:
+                task = tasks[phase] = bars.add_task(phase)
+            bars.update(task, completed=done, total=steps, visible=done < steps)  # type: ignore[arg-type]
+
+        return build_plans(bundle, spec, library, advance)

@@ -1,0 +1,61 @@
+"""The deepseek-trt command: a group whose subcommands are imported when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from deepseek_trt.export.errors import DeepseekTrtError
+
+# Command: the file that holds it, and its line in --help.
+COMMANDS = {
+    "export": ("export_command", "Write a bundle: ONNX graphs for prefill and decode, weights, tokenizer."),
+    "validate": ("validate_command", "Compare the bundle with PyTorch."),
+    "plugins": ("plugins_command", "Build the plugin library of a bundle, with no GPU."),
+    "build": ("build_command", "Build prefill.plan and decode.plan with TensorRT-RTX or TensorRT."),
+    "generate": ("generate_command", "Stream text from a bundle."),
+    "demo": ("demo_command", "Run the whole line on the small model that ships with the package."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a subcommand's file only when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"deepseek_trt.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """A user's mistake is one sentence on stderr and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except DeepseekTrtError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="deepseek-trt")
+def main() -> None:
+    """Run DeepSeek-V2 on ONNX Runtime and TensorRT.
+
+    \b
+    deepseek-trt export CHECKPOINT OUT
+    deepseek-trt validate OUT --report REPORT
+    deepseek-trt generate OUT --prompt "The number of"
+
+    Exit codes: 0 good, 1 error, 2 usage, 3 accuracy below tolerance.
+    """  # noqa: D301 (click's \b)

@@ -1,0 +1,37 @@
+"""Backends by name: how each makes a Session of a bundle. Heavy libraries are imported by the one that is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deepseek_trt.engines.session import Session
+from deepseek_trt.export.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class SessionRequest:
+    """pages counts the scratch page; threads 0 lets the backend choose."""
+
+    bundle: Bundle
+    pages: int
+    threads: int = 0
+
+
+def _ort(request: SessionRequest) -> Session:
+    from deepseek_trt.engines.ort import OrtSession
+
+    return OrtSession(request.bundle, request.pages, request.threads)
+
+
+def _torch(request: SessionRequest) -> Session:
+    import torch
+
+    from deepseek_trt.engines.torch_session import TorchSession
+
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    return TorchSession(request.bundle, request.pages)
+
+
+BACKENDS: dict[str, Callable[[SessionRequest], Session]] = {"ort": _ort, "torch": _torch}

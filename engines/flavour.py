@@ -1,0 +1,93 @@
+"""Flavour: TensorRT and TensorRT-RTX behind one adapter. Differences are asked for by capability, never by version."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from deepseek_trt.export.errors import BuildError
+
+INSTALL = {
+    "rtx": "pip install tensorrt-rtx-cu13",
+    "tensorrt": "pip install 'deepseek-trt[tensorrt]' (NVIDIA's package index has the libraries), 10.15 or newer",
+}
+MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+# What the builder cannot do without; a TensorRT that lacks one is older than 10.15.
+_NEEDED = (("OnnxParserFlag", "ENABLE_PLUGIN_OVERRIDE"), ("PreviewFeature", "ALIASED_PLUGIN_IO_10_03"))
+
+Log = Callable[[str, str], None]  # severity ("ERROR", "WARNING", ...), message
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One installed TensorRT, and what can be asked of it."""
+
+    name: str
+    trt: ModuleType
+    logger: Any
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    @property
+    def targets_chips(self) -> bool:
+        """Whether it builds for named chips with no GPU; otherwise for the GPU of this machine."""
+        return hasattr(self.trt, "ComputeCapability")
+
+    def set_chips(self, config: Any, sms: Sequence[int]) -> None:
+        """Build for these chips. Left unset, TensorRT-RTX would silently take SM80."""
+        if not self.targets_chips:
+            if sms:
+                raise BuildError(f"{self.name} builds for the GPU of this machine only: leave out --sm {sms[0]}")
+            return
+        if not sms:
+            raise BuildError("say which chips to build for, e.g. --sm 86 --sm 120")
+        known = self.trt.ComputeCapability.__members__
+        for sm in sms:
+            if f"SM{sm}" not in known:
+                names = ", ".join(name[2:] for name in known if name.startswith("SM"))
+                raise BuildError(f"{self.name} {self.version} does not build for SM {sm}; it builds for {names}")
+        config.num_compute_capabilities = len(sms)
+        for index, sm in enumerate(sms):
+            config.set_compute_capability(known[f"SM{sm}"], index)
+
+    def network_flags(self) -> int:
+        """Strongly typed, where that is not the only kind."""
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
+
+
+def open_flavour(name: str, log: Log | None = None) -> Flavour:
+    """Import the flavour `name`; BuildError saying how to install it where it is absent or too old."""
+    try:
+        trt = importlib.import_module(MODULES[name])
+    except ImportError as error:
+        raise BuildError(f"{MODULES[name]} cannot be imported ({error}): {INSTALL[name]}") from None
+    for owner, member in _NEEDED:
+        if not hasattr(getattr(trt, owner, None), member):
+            raise BuildError(f"{MODULES[name]} {trt.__version__} lacks {owner}.{member}: {INSTALL[name]}")
+    return Flavour(name, trt, _logger(trt, log or (lambda severity, message: None)))
+
+
+_LOGGERS: dict[str, Any] = {}
+
+
+def _logger(trt: ModuleType, log: Log) -> Any:
+    """TensorRT keeps a process's first logger and ignores later ones: so there is one, whose target can change."""
+    if trt.__name__ not in _LOGGERS:
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.target = log
+
+            def log(self, severity: Any, message: str) -> None:
+                self.target(severity.name, message)
+
+        _LOGGERS[trt.__name__] = Logger()
+    _LOGGERS[trt.__name__].target = log
+    return _LOGGERS[trt.__name__]

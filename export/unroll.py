@@ -1,0 +1,153 @@
+"""Repeat traced layers: a graph traced with one layer of each kind becomes the graph of the whole model.
+
+torch takes seconds to trace a layer, and the layers of one kind differ in their weights and page pools only. What is
+copied is what torch traced, node by node; everything that depends on no layer (positions, cos, sin) stays single.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from deepseek_trt.export.graph import past_name, present_name
+
+_LAYER = re.compile(r"(?:model\.layers|past_key_values|present)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The nodes of one traced layer, in order, between two values of the residual stream."""
+
+    nodes: tuple[ir.Node, ...]
+    entry: ir.Value
+    exit: ir.Value
+    present: ir.Value
+    own: dict[str, ir.Value]  # the layer's parameters and page pool, by name
+
+
+def unroll(model: ir.Model, kinds: Sequence[int]) -> None:
+    """Change `model` so that its layer i is a copy of the traced layer kinds[i]."""
+    graph = model.graph
+    segments = [_segment(graph, layer) for layer in range(max(kinds) + 1)]
+    copies: list[ir.Node] = []
+    pools, presents = [], []
+    stream = segments[0].entry
+    for segment in segments:
+        for name in segment.own:
+            graph.initializers.pop(name, None)
+    for layer, kind in enumerate(kinds):
+        segment = segments[kind]
+        own = {value: _own_copy(value, kind, layer) for value in segment.own.values()}
+        nodes, values = _copy(segment, {**own, segment.entry: stream}, layer)
+        copies += nodes
+        stream = values[segment.exit]
+        pools.append(own[segment.own[past_name(kind)]])
+        presents.append(values[segment.present])
+        presents[-1].name = present_name(layer)
+        _add_initializers(graph, own.values(), pools[-1])
+    _replace(graph, segments, copies, stream, pools, presents)
+
+
+def _segment(graph: ir.Graph, layer: int) -> _Segment:
+    at = f"model.layers.{layer}"
+    own = {name: v for name, v in graph.initializers.items() if name.startswith(f"{at}.")}
+    own.update({v.name: v for v in graph.inputs if v.name == past_name(layer)})
+    present = next(v for v in graph.outputs if v.name == present_name(layer))
+    entry = _normed_by(own[f"{at}.input_layernorm.weight"])
+    middle = _normed_by(own[f"{at}.post_attention_layernorm.weight"])
+    (last,) = (node for node in middle.consumers() if node.op_type == "Add")
+    exit_ = last.outputs[0]
+    after = _descendants(graph, [entry, *own.values()])
+    before = _ancestors(graph, [exit_, present])
+    return _Segment(tuple(n for n in graph if n in after and n in before), entry, exit_, present, own)
+
+
+def _normed_by(weight: ir.Value) -> ir.Value:
+    """The value that the norm with this weight is applied to."""
+    (norm,) = weight.consumers()
+    value = norm.inputs[0]
+    assert norm.op_type == "RMSNormalization" and value is not None, norm
+    return value
+
+
+def _descendants(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:
+    reached, nodes = set(values), set()
+    for node in graph:
+        if any(value in reached for value in node.inputs):
+            nodes.add(node)
+            reached.update(node.outputs)
+    return nodes
+
+
+def _ancestors(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:
+    needed, nodes = set(values), set()
+    for node in reversed(graph):
+        if any(value in needed for value in node.outputs):
+            nodes.add(node)
+            needed.update(value for value in node.inputs if value is not None)
+    return nodes
+
+
+def _own_copy(value: ir.Value, kind: int, layer: int) -> ir.Value:
+    """The parameter or pool of `layer` that stands where `value` stands in the traced layer `kind`."""
+    assert value.name is not None and _LAYER.match(value.name), value
+    name = value.name.replace(f".{kind}.", f".{layer}.", 1)
+    return ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+
+
+def _copy(
+    segment: _Segment, values: dict[ir.Value, ir.Value], layer: int
+) -> tuple[list[ir.Node], dict[ir.Value, ir.Value]]:
+    """The segment's nodes over `values` (old to new, what is not in it stays), and all values old to new."""
+    nodes, values = [], dict(values)
+    for node in segment.nodes:
+        inputs = [None if v is None else values.get(v, v) for v in node.inputs]
+        outputs = [ir.Value(name=f"layers.{layer}.{v.name}", shape=v.shape, type=v.type) for v in node.outputs]
+        values.update(zip(node.outputs, outputs, strict=True))
+        nodes.append(
+            ir.Node(
+                node.domain,
+                node.op_type,
+                inputs,
+                node.attributes.values(),
+                outputs=outputs,
+                version=node.version,
+                name=f"layers.{layer}.{node.name}",
+            )
+        )
+    return nodes, values
+
+
+def _add_initializers(graph: ir.Graph, own: Iterable[ir.Value], pool: ir.Value) -> None:
+    for value in own:
+        if value is not pool:
+            assert value.name is not None
+            graph.initializers[value.name] = value
+
+
+def _replace(
+    graph: ir.Graph,
+    segments: Sequence[_Segment],
+    copies: Sequence[ir.Node],
+    stream: ir.Value,
+    pools: Sequence[ir.Value],
+    presents: Sequence[ir.Value],
+) -> None:
+    """Put the copies where the traced layers stood."""
+    traced_pools = {segment.own[past_name(kind)] for kind, segment in enumerate(segments)}
+    traced_presents = {segment.present for segment in segments}
+    plain_inputs = [v for v in graph.inputs if v not in traced_pools]
+    plain_outputs = [v for v in graph.outputs if v not in traced_presents]
+    graph.outputs[:] = [*plain_outputs, *presents]
+    originals = {node for segment in segments for node in segment.nodes}
+    last = segments[-1].exit
+    for node, index in last.uses():
+        if node not in originals:
+            node.replace_input_with(index, stream)
+    graph.insert_before(segments[0].nodes[0], copies)
+    graph.remove(originals, safe=True)
+    graph.inputs[:] = [*plain_inputs, *pools]
+    graph.sort()
