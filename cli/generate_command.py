@@ -13,7 +13,7 @@ import click
 @click.option("--prompt", multiple=True, help="Text to continue; several are run as one batch.")
 @click.option("--token-ids", multiple=True, help="A prompt as numbers with commas between.")
 @click.option("--chat", is_flag=True, help="Each prompt is a user's message, rendered with the chat template.")
-@click.option("--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True)
+@click.option("--backend", type=click.Choice(["ort", "torch", "tensorrt"]), default="ort", show_default=True)
 @click.option("--max-new-tokens", default=128, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="0 keeps all tokens.")

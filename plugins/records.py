@@ -17,8 +17,8 @@ class KernelArg:
 class Variant:
     """One kernel with its constants fixed: a row of the table of what gets compiled.
 
-    max_tokens is the bucket: the launcher takes the row with the smallest max_tokens that is not below its token count;
-    0 means any count. constexprs hold the model's dims and the tile sizes by name; the launcher reads tiles for its grid.
+    max_tokens is the bucket: the launcher takes the row with the smallest max_tokens not below its token count; 0 means
+    any count. constexprs hold the model's dims and the tile sizes by name; the launcher reads tiles for its grid.
     """
 
     kernel: str

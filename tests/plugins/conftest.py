@@ -76,7 +76,9 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheel = importlib.util.find_spec("kernel_lens")
     assert wheel is not None
     assert wheel.origin is not None
-    headers = Path(wheel.origin).parent / "include" / "tensorrt"  # 10.14's: drive.cpp declares later ones' changes itself
+    headers = (
+        Path(wheel.origin).parent / "include" / "tensorrt"
+    )  # 10.14's: drive.cpp declares later ones' changes itself
     compiler = find_compiler()
     common = ["-Os", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(CSRC)]
     drive = [*common, "-isystem", str(headers), str(HERE / "csrc" / "drive.cpp"), "-ldl", "-o", "drive"]

@@ -4,8 +4,10 @@ import dataclasses
 import importlib.metadata
 import io
 import types
+from pathlib import Path
 
 import pytest
+
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins import aot
@@ -57,6 +59,8 @@ def test_two_builds_give_the_same_bytes(tmp_path, monkeypatch):
         assert binary.entry == binary.variant.kernel
         assert binary.threads == 32 * binary.variant.num_warps
         assert len(binary.sha256) == 64
+        assert str(Path.home()).encode() not in binary.image, "paths of this machine would change the bytes elsewhere"
+        assert b"plugins/kernels" not in binary.image
     assert first[0].binary.image.startswith(b"\x7fELF")
     ptx = first[3].binary
     assert ptx.is_ptx
@@ -101,9 +105,29 @@ def test_refusals_name_kernel_chip_tile_and_figure(compiled, words):
         aot.checked(compiled)
 
 
-def test_what_just_fits_is_taken():
-    compiled = fabricated(shared=SHARED_LIMITS[90], sm=90)
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        fabricated(shared=SHARED_LIMITS[90], sm=90),
+        fabricated(shared=SHARED_LIMITS[86], sm=80, is_ptx=True),
+        fabricated(spill=8, sm=80, is_ptx=True),  # the driver allocates registers anew
+    ],
+)
+def test_what_just_fits_is_taken(compiled):
     assert aot.checked(compiled) is compiled.binary
+
+
+@pytest.mark.parametrize(("needed", "warps"), [(4, 4), (8, 8), (16, 8)])
+def test_what_spills_is_tried_with_twice_the_warps(needed, warps, monkeypatch):
+    def compile_one(request):
+        spilled = 8 if request.variant.num_warps < needed else 0
+        plain = fabricated(spill=spilled)
+        return dataclasses.replace(plain, binary=dataclasses.replace(plain.binary, variant=request.variant))
+
+    monkeypatch.setattr(aot, "compile_requests", lambda requests, *more: tuple(map(compile_one, requests)))
+    (compiled,) = aot._compile_without_spills([Request(variant("moe_down"), 86)], jobs=1)
+    assert compiled.binary.variant.num_warps == warps
+    assert bool(compiled.spill_bytes) == (needed > 8)
 
 
 def test_a_variant_that_does_not_match_its_kernel_is_said():

@@ -56,9 +56,7 @@ def tensors(op: OpSpec, config: ModelConfig, sizes: Sizes) -> list[str]:
     for tensor in table.tensors:
         side = "in" if tensor in op.inputs else "out"
         dims = [str(table.size_of(d)) for d in tensor.dims]
-        lines.append(
-            f"tensor {side} {TYPES[table.dtype_of(tensor)]} {address_of(op, tensor.name):x} {' '.join(dims)}"
-        )
+        lines.append(f"tensor {side} {TYPES[table.dtype_of(tensor)]} {address_of(op, tensor.name):x} {' '.join(dims)}")
     return lines
 
 
@@ -110,10 +108,10 @@ class Expected:
         v = self.variant(kernel, tokens)
         shared = 60000 if kernel == "mla_decode_split" else 1000 + v.max_tokens
         params = [self._param(a, arg.type) for a, arg in zip(args, v.args, strict=True)] + ["8:0", "8:0"]
-        self.lines.append(
-            f"launch {kernel} | {self.op.name}/{kernel}/{self.chip.label}/{v.max_tokens} | "
-            f"{' '.join(map(str, [*grid, 1, 1][:3]))} | {32 * v.num_warps} 1 1 | {shared} | {STREAM:#x} | {' '.join(params)}"
-        )
+        image = f"{self.op.name}/{kernel}/{self.chip.label}/{v.max_tokens}"
+        blocks = " ".join(map(str, [*grid, 1, 1][:3]))
+        how = f"{blocks} | {32 * v.num_warps} 1 1 | {shared} | {STREAM:#x}"
+        self.lines.append(f"launch {kernel} | {image} | {how} | {' '.join(params)}")
 
     def _param(self, value: int | float | str, kind: str) -> str:
         if isinstance(value, str):
@@ -262,6 +260,20 @@ def test_workspace_covers_all_smaller_sizes(drive: Drive, plugin_config: ModelCo
     assert size <= 1.3 * max(needs) + 1024
 
 
+def test_kernels_are_loaded_once_a_device(drive: Drive) -> None:
+    router, second = create("MoeRouter"), ["set FAKE_DEVICE 1", "set FAKE_SM 90"]
+    output = drive([router, "attach", "attach", *second, "attach", router, "attach", "set FAKE_DEVICE 0", "attach"])
+    assert [line for line in output if not line.startswith("ready ")] == [
+        "create ok",
+        "load MoeRouter/moe_router/sm86/0",
+        *["attach 0"] * 2,
+        "load MoeRouter/moe_router/sm90/0",
+        "attach 0",
+        "create ok",
+        *["attach 0"] * 2,
+    ]
+
+
 def test_missing_driver_is_said(drive: Drive, plugin_config: ModelConfig) -> None:
     shapes = tensors(SPECS["MoeRouter"], plugin_config, {"T": 8})
     output = drive([create("MoeRouter"), *shapes, "attach", "reshape", "enqueue"], driver=False)
@@ -273,7 +285,11 @@ def test_missing_driver_is_said(drive: Drive, plugin_config: ModelConfig) -> Non
 @pytest.mark.parametrize(
     ("fakes", "sm", "message"),
     [
-        ({}, 75, "has no moe_router for this GPU (sm_75, 232448 bytes of shared memory a block); run `deepseek-trt plugins"),
+        (
+            {},
+            75,
+            "has no moe_router for this GPU (sm_75, 232448 bytes of shared memory a block); run `deepseek-trt plugins",
+        ),
         ({"FAKE_SHARED": "900"}, 86, "has no moe_router for this GPU (sm_86, 900 bytes"),
         ({"FAKE_BAD_IMAGE": "moe_router"}, 86, "CUDA driver: cuLibraryLoadData failed: as the test asked (209)"),
         ({"FAKE_NO_CONTEXT": "1"}, 86, "CUDA driver: cuCtxGetDevice failed: as the test asked (201)"),

@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import BuildError
-from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins import variants
+from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 from deepseek_trt.plugins.variants import KERNELS, variants_for
 
@@ -49,7 +50,7 @@ SOURCES = Path(variants.__file__).parent / "kernels"
 @CHIPS
 def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
     rows = variants_for(config, dtype, sm)
-    assert {row.op for row in rows} == {op.name for op in OPS}
+    assert {row.op for row in rows} == set(KERNEL_OPS)
     assert {row.kernel for row in rows} == set(KERNELS)
     assert set(Counter((row.op, row.kernel, row.max_tokens) for row in rows).values()) == {1}
     for op, kernel in {(row.op, row.kernel) for row in rows}:
@@ -129,6 +130,7 @@ def test_a_dense_model_has_no_expert_kernels():
         (SMALL, "float64", 86, "float64"),
         (SMALL, "float32", 75, "SM 75 .*80"),
         (ModelConfig(num_experts_per_tok=2, hidden_act="gelu"), "float32", 86, "gelu.*silu"),
+        (ModelConfig(num_experts_per_tok=2, topk_method="noaux_tc"), "float32", 86, "noaux_tc.*ort"),
     ],
 )
 def test_refuses_by_name(config, dtype, sm, words):

@@ -1,5 +1,6 @@
 // Plays TensorRT to a plugin library: reads commands from stdin, calls the plugin, prints what comes back.
 //
+//   set NAME VALUE                    an environment variable that the recording driver reads
 //   finder old|new                    hand over a logger finder, in the layout of TensorRT 10 or of 11
 //   create OP build|runtime FIELD...  FIELD is name:i|f|s|d:length:value (d: a double)
 //   roundtrip                         make the plugin anew from its own serialised fields
@@ -10,6 +11,7 @@
 #include <dlfcn.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <iostream>
@@ -116,6 +118,7 @@ public:
         std::string command;
         words >> command;
         if (command == "finder") return set_finder(words);
+        if (command == "set") return set_variable(words);
         if (command == "create") return create(words);
         if (command == "roundtrip") return round_trip();
         if (command == "tensor") return add_tensor(words);
@@ -134,6 +137,12 @@ private:
         static NewFinder new_finder;
         set(layout == "old" ? static_cast<void*>(static_cast<ILoggerFinder*>(&old_finder))
                             : static_cast<void*>(static_cast<v_1_0::ILoggerFinder*>(&new_finder)));
+    }
+
+    static void set_variable(std::istringstream& words) {
+        std::string name, value;
+        words >> name >> value;
+        setenv(name.c_str(), value.c_str(), 1);
     }
 
     IPluginCreatorV3One* creator(std::string const& op) const {

@@ -1,6 +1,6 @@
 // A libcuda.so.1 that runs nothing and prints one line a call: what would be loaded and launched, with every argument.
 //
-// FAKE_SM and FAKE_SHARED say what chip it plays; FAKE_PARAMS names a file with one line a kernel: its name, then its
+// FAKE_DEVICE, FAKE_SM and FAKE_SHARED say what chip it plays; FAKE_PARAMS names a file with one line a kernel: its name, then its
 // parameters' sizes in bytes. Images are taken for text, and are named by it.
 #include "cuda_driver.h"
 

@@ -5,6 +5,7 @@ A process does one or the other: on a machine with a GPU the interpreter's half 
 
 import pytest
 import torch
+
 from deepseek_trt.plugins.kernels import interpreter
 
 if not torch.cuda.is_available():

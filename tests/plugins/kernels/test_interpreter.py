@@ -1,14 +1,16 @@
 """The mended interpreter: bfloat16 arithmetic, and its errors."""
 
+import os
+import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+
 from deepseek_trt.export.errors import BackendError
-from deepseek_trt.export.ops import OPS
-from deepseek_trt.plugins.kernels import KERNEL_OPS, chips, interpreter
+from deepseek_trt.plugins.kernels import chips, interpreter
 
 
 def test_bf16_rounds_like_torch():
@@ -31,11 +33,25 @@ def test_too_late_is_said(monkeypatch):
         interpreter.enable()
 
 
+AFTER_TRITON = """
+import triton.language  # as torch.compile and others do, with the interpreter off
+from deepseek_trt.plugins.kernels import KERNEL_OPS, interpreter
+interpreter.enable()
+import torch
+print(KERNEL_OPS["MoeRouter"](torch.tensor([[0.0, 2.0, 1.0]]), 2, 1, 1, 0, 1.0)[1].tolist())
+"""
+
+
+def test_triton_may_be_imported_before():
+    """Triton's own functions, decorated for compilation by then, are interpreted all the same."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", AFTER_TRITON]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[[1, 2]]\n"
+
+
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     monkeypatch.setattr(interpreter, "_enabled", False)
     with pytest.raises(BackendError, match=r"interpreter\.enable\(\)"):
         chips.chip_of(torch.empty(1))
-
-
-def test_every_op_has_kernels():
-    assert set(KERNEL_OPS) == {op.name for op in OPS}

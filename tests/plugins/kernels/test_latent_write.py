@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from deepseek_trt.export.ops.paging import write_latents
 from deepseek_trt.plugins.kernels import chips, latent_write
 

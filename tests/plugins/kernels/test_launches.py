@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from deepseek_trt.plugins.kernels import launches
 
 

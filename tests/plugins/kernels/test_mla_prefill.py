@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from deepseek_trt.plugins.kernels import chips, mla_prefill
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

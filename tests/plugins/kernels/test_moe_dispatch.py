@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from deepseek_trt.plugins.kernels import moe_dispatch
 from deepseek_trt.plugins.kernels.launches import dispatch_blocks
 

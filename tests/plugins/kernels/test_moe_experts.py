@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.plugins.kernels import chips, moe_experts
 

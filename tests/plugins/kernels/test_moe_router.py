@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from deepseek_trt.export.ops.moe_router import moe_router as reference
 from deepseek_trt.plugins.kernels import chips, moe_router
 

@@ -1,0 +1,73 @@
+"""The C++ compiler for the plugin library: zig from PyPI, or one of the machine's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from deepseek_trt.export.errors import BuildError
+
+_TARGET = "x86_64-linux-gnu.2.17"  # the glibc of the oldest distributions that CUDA 12 and later run on
+_ERROR_LINES = 30
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A command that takes g++'s options, what it is, and the folder where it may keep its cache."""
+
+    command: tuple[str, ...]
+    identity: str
+    cache: Path | None = None
+
+    @property
+    def first_run_note(self) -> str:
+        """What to add to a message where the first run has yet to compile the C++ standard library."""
+        is_cold = self.cache is not None and not self.cache.is_dir()
+        return " (a minute or two: the first time, its C++ library is compiled too)" if is_cold else ""
+
+    def run(self, arguments: Sequence[str], folder: Path) -> None:
+        """Run in `folder`. Raises BuildError with the compiler's own words."""
+        environment = dict(os.environ)
+        if self.cache is not None:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            environment |= {"ZIG_GLOBAL_CACHE_DIR": str(self.cache), "ZIG_LOCAL_CACHE_DIR": str(self.cache)}
+        done = subprocess.run(
+            [*self.command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            words = "\n".join(done.stderr.splitlines()[:_ERROR_LINES])
+            raise BuildError(f"{self.identity} failed with exit code {done.returncode}:\n{words}")
+
+
+def cache_folder() -> Path:
+    """Where this package keeps what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "deepseek-trt"
+
+
+def find_compiler(cxx: str | None = None, cache: Path | None = None) -> Compiler:
+    """`cxx` where one is named, else zig. Raises BuildError where it is not there."""
+    if cxx is not None:
+        return _system_compiler(cxx)
+    try:
+        found = version("ziglang")
+    except PackageNotFoundError:
+        raise BuildError("the compiler is missing: run `pip install ziglang`, or name one with --cxx") from None
+    command = (sys.executable, "-m", "ziglang", "c++", "-target", _TARGET)
+    return Compiler(command, f"zig {found} for {_TARGET}", cache or cache_folder() / f"zig-{found}")
+
+
+def _system_compiler(cxx: str) -> Compiler:
+    path = shutil.which(cxx)
+    if path is None:
+        raise BuildError(f"there is no compiler {cxx!r}: give --cxx a command on PATH, or leave it out to use zig")
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{path} --version failed: give --cxx a C++ compiler that takes g++'s options")
+    return Compiler((path,), done.stdout.splitlines()[0])

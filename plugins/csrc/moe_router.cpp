@@ -1,0 +1,43 @@
+// MoeRouter: see plugins/kernels/moe_router.py for the launch.
+#include "checks.h"
+#include "kernel_tables.h"
+#include "op_tables.h"
+#include "plugin.h"
+
+namespace deepseek_trt::moe_router {
+namespace {
+
+struct Op {
+    using Spec = spec::MoeRouter;
+    using Sizes = Spec::Sizes;
+    using Kernels = KernelSet<MoeRouter>;
+
+    static void check(Spec::Attributes const& attributes) {
+        bool const limited = attributes.topk_group < attributes.n_group;
+        bool const normalised = attributes.norm_topk_prob && attributes.top_k > 1;
+        for (auto const& row : MoeRouter::rows()) {
+            check_attribute("top_k", attributes.top_k, row.constants.TOPK);
+            check_attribute("n_group", limited ? attributes.n_group : 1, row.constants.GROUPS);
+            check_attribute("topk_group", limited ? attributes.topk_group : 1, row.constants.TOPK_GROUPS);
+            check_attribute("norm_topk_prob", normalised, row.constants.NORMALISE);
+        }
+    }
+
+    static size_t workspace(Sizes const&) { return 0; }
+
+    static void enqueue(Call<Op> const& call) {
+        int64_t const tokens = call.sizes.T;
+        auto const& router = call.kernels.get<MoeRouter>(tokens);
+        launch(router, {ceil_div(tokens, router.constants().BLOCK_T)}, call.stream, call.in.logits, call.out.weights,
+            call.out.ids, as_i32(tokens), call.attributes.routed_scaling_factor);
+    }
+};
+
+}  // namespace
+
+nvinfer1::IPluginCreatorInterface& creator() {
+    static Creator<Op> instance;
+    return instance;
+}
+
+}  // namespace deepseek_trt::moe_router

@@ -1,0 +1,64 @@
+"""The chips binaries are made for, and what sets them apart for a kernel. No Triton here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from deepseek_trt.export.errors import BackendError, BuildError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ChipClass = Literal["small", "ampere", "hopper", "blackwell"]
+
+# Dynamic shared memory one block may use, in bytes, by SM version (CUDA programming guide, "technical specifications").
+SHARED_LIMITS = {
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    103: 232448,
+    120: 101376,
+    121: 101376,
+}
+INTERPRETER = 0  # stands for an SM version where kernels are interpreted on the CPU
+
+
+def shared_limit(sm: int) -> int:
+    """Bytes of dynamic shared memory a block may use on `sm`. Raises BuildError for a chip that is not in the table."""
+    if sm not in SHARED_LIMITS:
+        known = ", ".join(map(str, SHARED_LIMITS))
+        raise BuildError(f"SM {sm} is not supported; give one of {known}: chips in between run the PTX made for SM 80")
+    return SHARED_LIMITS[sm]
+
+
+def chip_class(sm: int) -> ChipClass:
+    """What tiles `sm` takes: "small" by its shared memory (86, 89, 120, 121), the others by their matrix unit."""
+    limit = shared_limit(sm)
+    if limit == SHARED_LIMITS[86]:
+        return "small"
+    return "ampere" if sm < 90 else "hopper" if sm < 100 else "blackwell"
+
+
+def chip_of(tensor: Tensor) -> int:
+    """The SM version of a tensor's device; INTERPRETER on the CPU."""
+    if tensor.device.type == "cpu":
+        from deepseek_trt.plugins.kernels import interpreter
+
+        interpreter.require()
+        return INTERPRETER
+    if tensor.device.type != "cuda":
+        raise BackendError(f"the kernels run on NVIDIA GPUs and on the CPU, not on {tensor.device}: move the tensors")
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    sm = 10 * major + minor
+    if sm < 80:
+        raise BackendError(f"the kernels need SM 80 or newer; this GPU is SM {sm}: use another backend")
+    return sm if sm in SHARED_LIMITS else 86  # the smallest tiles run everywhere
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """A tensor's dtype as config.json spells it, e.g. bfloat16."""
+    return str(tensor.dtype).removeprefix("torch.")

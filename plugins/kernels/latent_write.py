@@ -1,0 +1,86 @@
+"""First step of both MLA ops: new latents into the page pool, in place.
+
+Launch, on memory that already holds past_latent (where the output is not past_latent's own memory, copy it first):
+
+    latent_write   grid (cdiv(S, BLOCK_S), B, 1)
+        pool *T [P, page, D], latent *T [B, S, D], page_table *i32 [B, M], past_lengths *i32 [B],
+        sequence_lengths *i32 [B] (not read when PADDED is 0: pass null), steps i32 = S, table_width i32 = M,
+        page_size i32 = page
+    MlaPrefill takes the variant with PADDED = 1, MlaDecode (S = 1, every row real) the one with PADDED = 0.
+    No workspace.
+"""
+
+# Triton gives kernels' arguments their types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from deepseek_trt.plugins.kernels.chips import chip_of
+from deepseek_trt.plugins.kernels.constants import write_constants
+from deepseek_trt.plugins.kernels.launches import cdiv
+from deepseek_trt.plugins.kernels.tiles import write_tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def latent_write(
+    pool,
+    latent,
+    page_table,
+    past_lengths,
+    sequence_lengths,
+    steps,
+    table_width,
+    page_size,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Copy BLOCK_S rows of one sequence. Padding rows share page 0: what they write there is never read."""
+    row = tl.program_id(1)
+    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_s = offs_s < steps
+    real_s = mask_s
+    if PADDED:
+        real_s = mask_s & (offs_s < tl.load(sequence_lengths + row))
+
+    position = tl.load(past_lengths + row) + offs_s
+    entry = tl.minimum(position // page_size, table_width - 1)
+    page = tl.load(page_table + row * table_width + entry, mask=real_s, other=0).to(tl.int64)
+    target = page * page_size + position % page_size
+    source = row.to(tl.int64) * steps + offs_s
+
+    mask = mask_s[:, None] & (offs_d < D)[None, :]
+    values = tl.load(latent + source[:, None] * D + offs_d[None, :], mask=mask)
+    tl.store(pool + target[:, None] * D + offs_d[None, :], values, mask=mask)
+
+
+def write(
+    pool: Tensor, latent: Tensor, page_table: Tensor, past_lengths: Tensor, sequence_lengths: Tensor | None
+) -> Tensor:
+    """A copy of `pool` [P, page, D] with `latent` [B, S, D] written; sequence_lengths None: every row is real."""
+    batch, steps, width = latent.shape
+    present = pool.clone().contiguous()
+    tile = write_tile(steps, chip_of(pool))
+    latent_write[(cdiv(steps, tile["BLOCK_S"]), batch)](
+        present,
+        latent.contiguous(),
+        page_table.contiguous(),
+        past_lengths,
+        past_lengths if sequence_lengths is None else sequence_lengths,
+        steps,
+        page_table.shape[1],
+        pool.shape[1],
+        **write_constants(width, sequence_lengths is not None),
+        **tile.launch_options(),
+    )
+    return present

@@ -1,0 +1,206 @@
+"""MlaDecode: split-KV attention of one token a sequence over the paged latents, absorbed, then a combine.
+
+All heads share one key row (kv_lora_rank latents and the rotated rope part), whose latent part is the value too: a tile
+of heads reads each cached row once (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Long sequences are cut into splits
+so that a small batch fills the chip; a split's result is normalised by its own sum and carries that sum's logarithm.
+
+Launches, after latent_write (PADDED = 0) on the present pool. BLOCK_H, BLOCK_N, BLOCK_D from the variants;
+head_tiles = cdiv(H, BLOCK_H); splits = launches.decode_splits(B, head_tiles, M * page, BLOCK_N)
+    = max(1, min(cdiv(256, B * head_tiles), cdiv(M * page, 4 * BLOCK_N), 128)):
+
+    mla_decode_split    grid (head_tiles, splits, B)
+        query *T [B, H, D], pool *T (present), page_table *i32, past_lengths *i32,
+        partial *fp32 (workspace 1), partial_lse *fp32 (workspace 2),
+        scale_log2 fp32 = scale * log2(e) (product in double, then rounded), num_splits i32 = splits,
+        table_width i32 = M, page_size i32 = page
+    mla_decode_combine  grid (B * H, cdiv(L, BLOCK_D), 1)
+        partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T [B, H, L], num_splits i32 = splits
+
+    workspace 1: B * H * splits * L * 4 bytes; workspace 2: B * H * splits * 4 bytes, each rounded up to 256.
+    At build time, B * splits is at most 256 / head_tiles rounded up, plus B, and at most 128 * B.
+Parts of the workspace of splits that a short sequence does not use are neither written nor read.
+"""
+
+# Triton gives kernels' arguments their types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
+from deepseek_trt.plugins.kernels.constants import decode_constants
+from deepseek_trt.plugins.kernels.latent_write import write
+from deepseek_trt.plugins.kernels.launches import cdiv, decode_splits
+from deepseek_trt.plugins.kernels.tiles import decode_combine_tile, decode_tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def tiles_a_split(length, num_splits, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr):
+    """How many tiles of BLOCK_N tokens each split of a sequence takes: the same number in both kernels."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_N), num_splits), MIN_TILES)
+
+
+@triton.jit
+def mla_decode_split(
+    query,
+    pool,
+    page_table,
+    past_lengths,
+    partial,
+    partial_lse,
+    scale_log2,
+    num_splits,
+    table_width,
+    page_size,
+    H: tl.constexpr,
+    LAT: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+):
+    """One split of one sequence for BLOCK_H heads: partial [B, H, splits, LAT], partial_lse [B, H, splits], base 2."""
+    D: tl.constexpr = LAT + ROPE
+    split = tl.program_id(1)
+    row = tl.program_id(2)
+    length = tl.load(past_lengths + row) + 1
+    tiles = tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES)
+    start = split * tiles * BLOCK_N
+    end = tl.minimum(start + tiles * BLOCK_N, length)
+    if start >= length:
+        return
+    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_l = tl.arange(0, BLOCK_L)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_h = offs_h < H
+    mask_l = offs_l < LAT
+    mask_r = offs_r < ROPE
+    head = row.to(tl.int64) * H + offs_h
+    q_ptrs = query + head[:, None] * D
+    q_latent = tl.load(q_ptrs + offs_l[None, :], mask=mask_h[:, None] & mask_l[None, :], other=0.0)
+    q_rope = tl.load(q_ptrs + LAT + offs_r[None, :], mask=mask_h[:, None] & mask_r[None, :], other=0.0)
+
+    top = tl.full((BLOCK_H,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    acc = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
+    for first in range(start, end, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < end
+        page = tl.load(page_table + row * table_width + offs_n // page_size, mask=mask_n, other=0).to(tl.int64)
+        k_ptrs = pool + (page * page_size + offs_n % page_size)[:, None] * D
+        latent = tl.load(k_ptrs + offs_l[None, :], mask=mask_n[:, None] & mask_l[None, :], other=0.0)
+        k_rope = tl.load(k_ptrs + LAT + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+        scores = tl.dot(q_latent, latent.T, input_precision="ieee")
+        scores = tl.dot(q_rope, k_rope.T, scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
+        scores = tl.where(mask_n[None, :], scores * scale_log2, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(latent.dtype), latent, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+
+    slot = head * num_splits + split
+    mask_out = mask_h[:, None] & mask_l[None, :]
+    tl.store(partial + slot[:, None] * LAT + offs_l[None, :], acc / total[:, None], mask=mask_out)
+    tl.store(partial_lse + slot, top + tl.log2(total), mask=mask_h)
+
+
+@triton.jit
+def mla_decode_combine(
+    partial,
+    partial_lse,
+    past_lengths,
+    attended,
+    num_splits,
+    H: tl.constexpr,
+    LAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_D numbers of one head's output: its splits' results, weighted by their softmax sums."""
+    head = tl.program_id(0).to(tl.int64)  # of all B * H
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < LAT
+    length = tl.load(past_lengths + head // H) + 1
+    used = tl.cdiv(tl.cdiv(length, BLOCK_N), tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES))
+    offs_all = tl.arange(0, MAX_SPLITS)
+    lse = tl.load(partial_lse + head * num_splits + offs_all, mask=offs_all < used, other=-float("inf"))
+    top = tl.max(lse, 0)
+    total = tl.sum(tl.exp2(lse - top), 0)
+
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, used, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        mask_s = offs_s < used
+        slot = head * num_splits + offs_s
+        share = tl.exp2(tl.load(partial_lse + slot, mask=mask_s, other=-float("inf")) - top)
+        part_ptrs = partial + slot[:, None] * LAT + offs_d[None, :]
+        part = tl.load(part_ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
+        acc += tl.sum(share[:, None] * part, 0)
+
+    tl.store(attended + head * LAT + offs_d, (acc / total).to(attended.dtype.element_ty), mask=mask_d)
+
+
+def run(
+    query: Tensor,
+    latent: Tensor,
+    past_latent: Tensor,
+    page_table: Tensor,
+    past_lengths: Tensor,
+    scale: float,
+    kv_lora_rank: int,
+) -> tuple[Tensor, Tensor]:
+    """What export.ops.mla_decode.mla_decode computes, by the kernels: attended [B, H, L] and the present pool."""
+    import torch
+
+    present = write(past_latent, latent, page_table, past_lengths, None)
+    batch, heads, width = query.shape
+    constants = decode_constants(heads, kv_lora_rank, width - kv_lora_rank)
+    capacity = page_table.shape[1] * past_latent.shape[1]
+    sm = chip_of(query)
+    tile = decode_tile(dtype_name(query), heads, sm, capacity)
+    head_tiles = cdiv(heads, tile["BLOCK_H"])
+    splits = decode_splits(batch, head_tiles, capacity, tile["BLOCK_N"])
+    partial = query.new_empty((batch, heads, splits, kv_lora_rank), dtype=torch.float32)
+    partial_lse = query.new_empty((batch, heads, splits), dtype=torch.float32)
+    mla_decode_split[(head_tiles, splits, batch)](
+        query.contiguous(),
+        present,
+        page_table.contiguous(),
+        past_lengths,
+        partial,
+        partial_lse,
+        scale * math.log2(math.e),
+        splits,
+        page_table.shape[1],
+        past_latent.shape[1],
+        **constants.split,
+        **tile.launch_options(),
+    )
+    attended = query.new_empty((batch, heads, kv_lora_rank))
+    combine = decode_combine_tile(kv_lora_rank, sm)
+    mla_decode_combine[(batch * heads, cdiv(kv_lora_rank, combine["BLOCK_D"]))](
+        partial,
+        partial_lse,
+        past_lengths,
+        attended,
+        splits,
+        **constants.combine,
+        BLOCK_N=tile["BLOCK_N"],
+        **combine.launch_options(),
+    )
+    return attended, present

@@ -1,0 +1,249 @@
+"""MlaPrefill: causal attention of many new tokens over the paged latents, expanded to keys and values first.
+
+Expanded scores cost 2 (N + R + V) flops a query, key and head, absorbed ones 2 (2 L + R): 3.4 times more for 128, 64,
+128 and 512. Expansion costs 2 L (N + V) flops a key and head, once; absorbed wins only where fewer than about
+170 new tokens meet a long cache, and the workspace is the price. Heads are expanded a chunk at a time to bound it.
+
+Launches, after latent_write (PADDED = 1) on the present pool. BLOCK_T, BLOCK_M from the variants; T = M * page;
+chunk = launches.prefill_chunk_heads = max(1, min(H, 2**30 / (B * T * (N + V) * sizeof(T)))); for each first = 0, chunk,
+2 * chunk, ... below H, with heads = min(chunk, H - first), both kernels after each other on one stream:
+
+    mla_prefill_expand  grid (cdiv(T, BLOCK_T), heads, B)
+        pool *T (present), page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T [H, N, L],
+        w_uv *T [H, V, L], k_nope *T (workspace 1), value *T (workspace 2), first_head i32 = first,
+        capacity i32 = T, table_width i32 = M, page_size i32 = page
+    mla_prefill_attend  grid (cdiv(S, BLOCK_M), heads, B)
+        query *T [B, S, H, N + R], pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32,
+        k_nope *T, value *T, attended *T [B, S, H * V], scale_log2 fp32 = scale * log2(e),
+        first_head i32 = first, steps i32 = S, capacity i32 = T, table_width i32 = M, page_size i32 = page
+
+    workspace 1: B * chunk * T * N * sizeof(T) bytes, [B, heads, T, N]; workspace 2: the same with V for N.
+    Both together are at most max(2**30, B * T * (N + V) * sizeof(T)) bytes.
+Rows beyond a sequence's length are neither expanded nor read. Query rows that are padding get finite numbers.
+"""
+
+# Triton gives kernels' arguments their types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
+from deepseek_trt.plugins.kernels.constants import prefill_constants
+from deepseek_trt.plugins.kernels.latent_write import write
+from deepseek_trt.plugins.kernels.launches import cdiv, head_chunks, prefill_chunk_heads
+from deepseek_trt.plugins.kernels.tiles import prefill_attend_tile, prefill_expand_tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@triton.jit
+def mla_prefill_expand(
+    pool,
+    page_table,
+    past_lengths,
+    sequence_lengths,
+    w_uk,
+    w_uv,
+    k_nope,
+    value,
+    first_head,
+    capacity,
+    table_width,
+    page_size,
+    LAT: tl.constexpr,
+    ROPE: tl.constexpr,
+    NOPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    BLOCK_NOPE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Keys and values of BLOCK_T cached tokens for one head: c W_UK^T and c W_UV^T."""
+    D: tl.constexpr = LAT + ROPE
+    row = tl.program_id(2)
+    length = tl.load(past_lengths + row) + tl.load(sequence_lengths + row)
+    first = tl.program_id(0) * BLOCK_T
+    if first >= length:
+        return
+    head = (first_head + tl.program_id(1)).to(tl.int64)
+    offs_t = first + tl.arange(0, BLOCK_T)
+    offs_n = tl.arange(0, BLOCK_NOPE)
+    offs_v = tl.arange(0, BLOCK_V)
+    mask_t = offs_t < length
+    mask_n = offs_n < NOPE
+    mask_v = offs_v < VALUE
+    page = tl.load(page_table + row * table_width + offs_t // page_size, mask=mask_t, other=0).to(tl.int64)
+    c_ptrs = pool + (page * page_size + offs_t % page_size)[:, None] * D
+    k_ptrs = w_uk + (head * NOPE + offs_n)[:, None] * LAT
+    v_ptrs = w_uv + (head * VALUE + offs_v)[:, None] * LAT
+
+    acc_k = tl.zeros((BLOCK_T, BLOCK_NOPE), tl.float32)
+    acc_v = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    for first_k in range(0, LAT, BLOCK_K):
+        offs_k = first_k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < LAT
+        c = tl.load(c_ptrs + offs_k[None, :], mask=mask_t[:, None] & mask_k[None, :], other=0.0)
+        uk = tl.load(k_ptrs + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        uv = tl.load(v_ptrs + offs_k[None, :], mask=mask_v[:, None] & mask_k[None, :], other=0.0)
+        acc_k = tl.dot(c, uk.T, acc_k, input_precision="ieee")
+        acc_v = tl.dot(c, uv.T, acc_v, input_precision="ieee")
+
+    out = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * capacity + offs_t
+    out_k = k_nope + out[:, None] * NOPE + offs_n[None, :]
+    out_v = value + out[:, None] * VALUE + offs_v[None, :]
+    tl.store(out_k, acc_k.to(k_nope.dtype.element_ty), mask=mask_t[:, None] & mask_n[None, :])
+    tl.store(out_v, acc_v.to(value.dtype.element_ty), mask=mask_t[:, None] & mask_v[None, :])
+
+
+@triton.jit
+def mla_prefill_attend(
+    query,
+    pool,
+    page_table,
+    past_lengths,
+    sequence_lengths,
+    k_nope,
+    value,
+    attended,
+    scale_log2,
+    first_head,
+    steps,
+    capacity,
+    table_width,
+    page_size,
+    H: tl.constexpr,
+    LAT: tl.constexpr,
+    ROPE: tl.constexpr,
+    NOPE: tl.constexpr,
+    VALUE: tl.constexpr,
+    BLOCK_NOPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """BLOCK_M queries of one head against all tokens they may see; rope keys come from the pages."""
+    D: tl.constexpr = LAT + ROPE
+    Q: tl.constexpr = NOPE + ROPE
+    row = tl.program_id(2)
+    past = tl.load(past_lengths + row)
+    new = tl.load(sequence_lengths + row)
+    head = first_head + tl.program_id(1)
+    first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows start first
+    offs_m = first_query + tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_NOPE)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_v = tl.arange(0, BLOCK_V)
+    mask_m = offs_m < steps
+    mask_c = offs_c < NOPE
+    mask_r = offs_r < ROPE
+    mask_v = offs_v < VALUE
+    q_row = (row.to(tl.int64) * steps + offs_m) * H + head
+    q_ptrs = query + q_row[:, None] * Q
+    q_nope = tl.load(q_ptrs + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+    q_rope = tl.load(q_ptrs + NOPE + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+    expanded = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * capacity
+
+    # Tokens that some real query of this tile sees. A tile of padding alone sees none and writes zeros.
+    end = past + tl.minimum(first_query + BLOCK_M, new)
+    end = tl.where(first_query < new, end, 0)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for first in range(0, end, BLOCK_N):
+        offs_n = first + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < end
+        page = tl.load(page_table + row * table_width + offs_n // page_size, mask=mask_n, other=0).to(tl.int64)
+        r_ptrs = pool + (page * page_size + offs_n % page_size)[:, None] * D + LAT
+        token = expanded + offs_n
+        k_ptrs = k_nope + token[:, None] * NOPE
+        v_ptrs = value + token[:, None] * VALUE
+        keys = tl.load(k_ptrs + offs_c[None, :], mask=mask_n[:, None] & mask_c[None, :], other=0.0)
+        k_rope = tl.load(r_ptrs + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+        scores = tl.dot(q_nope, keys.T, input_precision="ieee")
+        scores = tl.dot(q_rope, k_rope.T, scores, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        seen = mask_n[None, :] & (offs_n[None, :] <= past + offs_m[:, None])
+        scores = tl.where(seen, scores * scale_log2, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every query sees token 0, which is in the first tile
+        shrink = tl.exp2(top - new_top)
+        weights = tl.exp2(scores - new_top[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        values = tl.load(v_ptrs + offs_v[None, :], mask=mask_n[:, None] & mask_v[None, :], other=0.0)
+        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        top = new_top
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_ptrs = attended + q_row[:, None] * VALUE + offs_v[None, :]
+    tl.store(out_ptrs, acc.to(attended.dtype.element_ty), mask=mask_m[:, None] & mask_v[None, :])
+
+
+def run(
+    query: Tensor,
+    latent: Tensor,
+    past_latent: Tensor,
+    page_table: Tensor,
+    past_lengths: Tensor,
+    sequence_lengths: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """What export.ops.mla_prefill.mla_prefill computes, by the kernels: attended [B, S, H * V] and the present pool."""
+    present = write(past_latent, latent, page_table, past_lengths, sequence_lengths)
+    query, page_table, w_uk, w_uv = (t.contiguous() for t in (query, page_table, w_uk, w_uv))
+    batch, steps, heads, width = query.shape
+    nope, rank, value_dim = w_uk.shape[1], w_uk.shape[2], w_uv.shape[1]
+    constants = prefill_constants(heads, rank, width - nope, nope, value_dim)
+    table_width, page_size = page_table.shape[1], past_latent.shape[1]
+    capacity = table_width * page_size
+    sm, dtype = chip_of(query), dtype_name(query)
+    expand = prefill_expand_tile(dtype, rank, capacity, sm)
+    attend = prefill_attend_tile(dtype, steps, capacity, sm)
+    chunk = prefill_chunk_heads(batch, capacity, heads, (nope + value_dim) * query.element_size())
+    k_nope = query.new_empty((batch, chunk, capacity, nope))
+    value = query.new_empty((batch, chunk, capacity, value_dim))
+    attended = query.new_empty((batch, steps, heads * value_dim))
+    for part in head_chunks(heads, chunk):
+        mla_prefill_expand[(cdiv(capacity, expand["BLOCK_T"]), part.count, batch)](
+            present,
+            page_table,
+            past_lengths,
+            sequence_lengths,
+            w_uk,
+            w_uv,
+            k_nope,
+            value,
+            part.first,
+            capacity,
+            table_width,
+            page_size,
+            **constants.expand,
+            **expand.launch_options(),
+        )
+        mla_prefill_attend[(cdiv(steps, attend["BLOCK_M"]), part.count, batch)](
+            query,
+            present,
+            page_table,
+            past_lengths,
+            sequence_lengths,
+            k_nope,
+            value,
+            attended,
+            scale * math.log2(math.e),
+            part.first,
+            steps,
+            capacity,
+            table_width,
+            page_size,
+            **constants.attend,
+            **attend.launch_options(),
+        )
+    return attended, present
