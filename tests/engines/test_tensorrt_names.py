@@ -119,7 +119,8 @@ def test_every_member_that_we_call_is_there(ask):
 
 def test_the_adapter_takes_it(ask):
     call = "__import__('deepseek_trt.engines.flavour', fromlist=['x']).open_flavour('tensorrt')"
-    assert ask(f"[{call}.version, {call}.targets_chips, {call}.network_flags()]")[1:] == [False, 0]
+    assert ask(f"{call}.targets_chips") is False
+    assert isinstance(ask(f"{call}.network_flags()"), int)
 
 
 def test_dtypes_that_a_record_may_name(ask):
