@@ -11,6 +11,7 @@ from deepseek_trt.export.errors import DeepseekTrtError
 
 # Command: the file that holds it, and its line in --help.
 COMMANDS = {
+    "check": ("check_command", "Say what a checkpoint is, and what each step needs, from its headers alone."),
     "export": ("export_command", "Write a bundle: ONNX graphs for prefill and decode, weights, tokenizer."),
     "validate": ("validate_command", "Compare the bundle with PyTorch."),
     "plugins": ("plugins_command", "Build the plugin library of a bundle, with no GPU."),

@@ -11,11 +11,16 @@ from deepseek_trt.export.bundle import Bundle
 
 @dataclass(frozen=True)
 class SessionRequest:
-    """pages counts the scratch page; threads 0 lets the backend choose."""
+    """pages counts the scratch page; threads 0 lets the backend choose.
+
+    cuda_graphs and progress (bytes of weights on the GPU, bytes in all) are for the tensorrt backend.
+    """
 
     bundle: Bundle
     pages: int
     threads: int = 0
+    cuda_graphs: bool = True
+    progress: Callable[[int, int], None] | None = None
 
 
 def _ort(request: SessionRequest) -> Session:
@@ -34,4 +39,10 @@ def _torch(request: SessionRequest) -> Session:
     return TorchSession(request.bundle, request.pages)
 
 
-BACKENDS: dict[str, Callable[[SessionRequest], Session]] = {"ort": _ort, "torch": _torch}
+def _tensorrt(request: SessionRequest) -> Session:
+    from deepseek_trt.engines.trt import TrtSession
+
+    return TrtSession(request.bundle, request.pages, cuda_graphs=request.cuda_graphs, progress=request.progress)
+
+
+BACKENDS: dict[str, Callable[[SessionRequest], Session]] = {"ort": _ort, "torch": _torch, "tensorrt": _tensorrt}

@@ -124,11 +124,9 @@ def _build_one(
 
 
 def _source_sha256(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour, library_sha256: str) -> str:
-    """Of all that decides what the plan holds. Shared weights are not in it; embedded ones are, by their hashes."""
+    """Of all that decides what the plan holds; its small weights, or all of them, come from one export."""
     digest = hashlib.sha256(bundle.graph_path(graph.name).read_bytes())
-    facts: list[object] = [dataclasses.astuple(spec), flavour.name, flavour.version, library_sha256]
-    if spec.weights == "embedded":
-        facts += [w.sha256 for w in bundle.manifest.weights]
+    facts = [dataclasses.astuple(spec), flavour.name, flavour.version, library_sha256, bundle.manifest.fingerprint]
     digest.update(repr(facts).encode())
     return digest.hexdigest()
 
@@ -202,6 +200,7 @@ def _configure(
         raise BuildError(f"{flavour.name} refuses the profile {profile.shapes}")
     flavour.set_chips(config, spec.sms)
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
     if spec.embed_plugins:
         config.plugins_to_serialize = [str(library)]
     config.progress_monitor = _monitor(trt, progress)

@@ -30,13 +30,13 @@ class TorchSession:
 
     @torch.inference_mode()
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        ids, lengths, past, table = map(_given, (input_ids, sequence_lengths, past_lengths, page_table))
+        ids, lengths, past, table = _given(input_ids, sequence_lengths, past_lengths, page_table)
         logits, self._pools = self.model.prefill(ids, lengths, past, table, self._pools)
         return _floats(logits)
 
     @torch.inference_mode()
     def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        ids, past, table = map(_given, (input_ids, past_lengths, page_table))
+        ids, past, table = _given(input_ids, past_lengths, page_table)
         logits, self._pools = self.model.decode(ids, past, table, self._pools)
         return _floats(logits)
 
@@ -55,8 +55,8 @@ def load_model(bundle: Bundle, dtype: str) -> DeepseekV2:
     return model.eval()
 
 
-def _given(array: npt.NDArray[Any]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
+def _given(*arrays: npt.NDArray[Any]) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
 
 
 def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:

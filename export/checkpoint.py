@@ -56,6 +56,9 @@ class Checkpoint:
         single = root / SINGLE_FILE
         if single.is_file():
             return cls(root, {t.name: t for t in read_header(single)})
+        found = sorted(root.glob("*.safetensors"))
+        if len(found) == 1:  # of several without an index nobody knows which belong together
+            return cls(root, {t.name: t for t in read_header(found[0])})
         raise CheckpointError(f"{root} holds neither {INDEX_FILE} nor {SINGLE_FILE}: download the safetensors files")
 
 
@@ -64,14 +67,19 @@ def _tensors_of_index(root: Path, index: Path) -> dict[str, StoredTensor]:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index ({error!r}); download it again") from None
-    missing = sorted({file for file in weight_map.values() if not (root / file).is_file()})
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise CheckpointError(f"{index.name} names {file}, which leaves {root}; download it again")
+    missing = [file for file in files if not (root / file).is_file()]
     if missing:
         raise CheckpointError(f"{index.name} names {missing[0]}, which is missing in {root}; download it")
-    found = {t.name: t for file in sorted(set(weight_map.values())) for t in read_header(root / file)}
+    # a tensor may lie in several shards: the index says which one counts
+    found = {file: {t.name: t for t in read_header(root / file)} for file in files}
     for name, file in weight_map.items():
-        if name not in found:
+        if name not in found[file]:
             raise CheckpointError(f"{index.name} says that {file} holds {name}, but it does not; download both again")
-    return {name: found[name] for name in weight_map}
+    return {name: found[file][name] for name, file in weight_map.items()}
 
 
 def read_header(file: Path) -> Iterator[StoredTensor]:

@@ -14,17 +14,47 @@ from typing import Any, Literal
 
 from deepseek_trt.export.errors import ConfigError
 
-MODEL_TYPES = ("deepseek_v2",)
-TOPK_METHODS = ("greedy", "group_limited_greedy")
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+# How experts are chosen, and the only scoring function that each is defined with.
+TOPK_METHODS = {"greedy": "softmax", "group_limited_greedy": "softmax", "noaux_tc": "sigmoid"}
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+# Other names of the same functions.
+_ACTIVATION_NAMES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 DTYPES = ("float32", "float16", "bfloat16")
+FP8_BLOCK = 128  # rows and columns that share a scale in fp8 checkpoints
 
-RopeKind = Literal["default", "linear", "yarn"]
+RopeKind = Literal["default", "linear", "dynamic", "yarn"]
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn")
+
+# What a key that config.json lacks means in the V3 family, where it differs from V2.
+_V3_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: plain, linearly scaled, or YaRN (arXiv:2309.00071)."""
+    """Rotary position embedding: plain, linearly scaled, dynamic NTK, or YaRN (arXiv:2309.00071).
+
+    original_max_position_embeddings is YaRN's, and for dynamic the length above which frequencies change.
+    """
 
     theta: float = 10000.0
     kind: RopeKind = "default"
@@ -38,17 +68,19 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> RopeConfig:
         """Translate `rope_scaling: {type}`, `rope_scaling: {rope_type}` or `rope_parameters` of config.json."""
-        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        scaling = _rope_settings(raw)
         theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or cls.theta)
-        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        kind = _rope_kind(scaling)
         if kind == "default":
             return cls(theta=theta)
-        if kind not in ("linear", "yarn"):
-            raise ConfigError(f"rope scaling {kind!r} is not supported; use one of: default, linear, yarn")
-        if "factor" not in scaling:
+        if scaling.get("factor") is None:
             raise ConfigError(f"rope scaling {kind!r} needs a 'factor' in config.json")
         if kind == "linear":
             return cls(theta=theta, kind="linear", factor=float(scaling["factor"]))
+        if kind == "dynamic":
+            trained = int(raw.get("max_position_embeddings") or ModelConfig.max_position_embeddings)
+            factor = float(scaling["factor"])
+            return cls(theta=theta, kind="dynamic", factor=factor, original_max_position_embeddings=trained)
         given = {f.name for f in dataclasses.fields(cls)} & scaling.keys()
         numbers = {name: float(scaling[name]) for name in given if scaling[name] is not None}
         original = int(numbers.pop("original_max_position_embeddings", cls.original_max_position_embeddings))
@@ -69,12 +101,12 @@ class RopeConfig:
         return yarn_mscale(self.factor, self.mscale_all_dim) ** 2
 
     def inverse_frequencies(self, dim: int) -> list[float]:
-        """The dim/2 rotation speeds in radians a token, in double precision.
+        """The dim/2 rotation speeds in radians a token, in double precision; dynamic: of sequences that are not long.
 
         YaRN blends plain and plain/factor; the ramp runs from floor(dim at beta_fast) to ceil(dim at beta_slow).
         """
         plain = [self.theta ** (-2.0 * i / dim) for i in range(dim // 2)]
-        if self.kind == "default":
+        if self.kind in ("default", "dynamic"):
             return plain
         if self.kind == "linear":
             return [f / self.factor for f in plain]
@@ -124,7 +156,7 @@ class ModelConfig:
     moe_intermediate_size: int = 1407
     first_k_dense_replace: int = 0
     moe_layer_freq: int = 1
-    topk_method: str = "greedy"
+    topk_method: str = "greedy"  # its scoring function: TOPK_METHODS
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = False
@@ -148,7 +180,7 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """Factor on the attention scores, YaRN's amplitude included."""
-        return self.qk_head_dim**-0.5 * self.rope.softmax_amplitude
+        return self.rope.softmax_amplitude / math.sqrt(self.qk_head_dim)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` routes to experts."""
@@ -158,13 +190,12 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
         """Read config.json at `path`."""
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} is missing: give a folder with config.json and *.safetensors") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not JSON ({error}); download it again") from None
-        return cls.from_hf(raw)
+        return cls.from_hf(read_config(path))
+
+    @property
+    def biased_routing(self) -> bool:
+        """Whether a learned bias takes part in the choice of experts (V3 family)."""
+        return self.topk_method == "noaux_tc"
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -172,7 +203,11 @@ class ModelConfig:
 
         Raises ConfigError naming the key, its value and what is supported.
         """
-        _refuse_other_models(raw)
+        refusals = unsupported_features(raw)
+        if refusals:
+            raise ConfigError(refusals[0])
+        family = _V3_DEFAULTS if _is_v3_family(raw) else {}
+        raw = {**family, **raw}
         names = {f.name for f in dataclasses.fields(cls)} & raw.keys()
         # null means absent everywhere except where it means "none of this" (handled below)
         values = {name: raw[name] for name in names if raw[name] is not None}
@@ -181,59 +216,131 @@ class ModelConfig:
                 values[key] = 1 if "group" in key else 0
         if raw.get("q_lora_rank", 1) is None:
             values["q_lora_rank"] = None
+        values["hidden_act"] = _activation(raw)
         values["rope"] = RopeConfig.from_hf(raw)
         values["eos_token_ids"] = _as_tuple(raw.get("eos_token_id", 2))
-        values["dtype"] = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+        values["dtype"] = _dtype(raw)
         config = cls(**values)
         config._check()
         return config
 
     def _check(self) -> None:
-        """Refuse, by name, what the graphs do not express."""
-        _one_of("topk_method", self.topk_method, TOPK_METHODS)
-        _one_of("hidden_act", self.hidden_act, ACTIVATIONS)
-        _one_of("torch_dtype", self.dtype, DTYPES)
+        """Refuse values that contradict each other."""
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim is {self.qk_rope_head_dim}: pairs are rotated, so it must be even")
-        if not self.n_routed_experts:
+        if self.rope.kind == "dynamic" and self.qk_rope_head_dim == 2:
+            raise ConfigError("rope scaling 'dynamic' is not defined for qk_rope_head_dim 2")
+        if not self.n_routed_experts or not self.num_experts_per_tok:
             return
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ConfigError(
                 f"num_experts_per_tok {self.num_experts_per_tok} > n_routed_experts {self.n_routed_experts}"
             )
-        if self.topk_method == "group_limited_greedy":
-            if self.n_routed_experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
-                raise ConfigError(
-                    f"n_group {self.n_group} must divide n_routed_experts {self.n_routed_experts}, "
-                    f"and topk_group {self.topk_group} must lie between 1 and n_group"
-                )
-            if self.topk_group * (self.n_routed_experts // self.n_group) < self.num_experts_per_tok:
-                raise ConfigError(
-                    f"topk_group {self.topk_group} groups hold fewer experts than num_experts_per_tok "
-                    f"{self.num_experts_per_tok}"
-                )
+        if self.topk_method != "greedy":
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        experts = self.n_routed_experts
+        if experts % self.n_group or not 1 <= self.topk_group <= self.n_group:
+            raise ConfigError(
+                f"n_group {self.n_group} must divide n_routed_experts {experts}, "
+                f"and topk_group {self.topk_group} must lie between 1 and n_group"
+            )
+        size = experts // self.n_group
+        if self.topk_group * size < self.num_experts_per_tok:
+            raise ConfigError(
+                f"topk_group {self.topk_group} groups hold fewer experts than num_experts_per_tok "
+                f"{self.num_experts_per_tok}"
+            )
+        if self.topk_method == "noaux_tc" and self.topk_group < self.n_group and size < 2:
+            raise ConfigError(f"n_group {self.n_group}: noaux_tc scores a group by its two best experts, it has {size}")
 
 
-def _refuse_other_models(raw: dict[str, Any]) -> None:
-    model_type = raw.get("model_type", "deepseek_v2")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
-    if isinstance(raw.get("language_config"), dict) or isinstance(raw.get("vision_config"), dict):
-        raise ConfigError("this is a vision-language model (nested config); only text models are supported")
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as it is; ConfigError when there is none, or when it is not a JSON object."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: give a folder with config.json and *.safetensors") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} does not hold an object; download it again")
+    return raw
+
+
+def unsupported_features(raw: dict[str, Any]) -> tuple[str, ...]:
+    """One sentence for each thing in config.json that the graphs cannot express, naming key and value."""
+    found = [f"model_type {_model_type(raw)!r} is not supported; supported: {', '.join(MODEL_TYPES)}"]
+    if _model_type(raw) in MODEL_TYPES:
+        found = []
+    if any(isinstance(raw.get(key), dict) for key in ("language_config", "vision_config", "text_config")):
+        found.append("this is a vision-language model (nested config); only text models are supported")
     if raw.get("use_mla") is False:
-        raise ConfigError("use_mla is false: this model has no latent attention; use a plain attention exporter")
+        found.append("use_mla is false: this model has no latent attention; use a plain attention exporter")
     for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if key in raw and not raw[key]:
-            raise ConfigError(f"{key} is {raw[key]!r}: this is not a DeepSeek-V2 with multi-head latent attention")
-    _one_of("scoring_func", raw.get("scoring_func") or "softmax", ("softmax",))
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(f"quantized checkpoints ({method}) are not supported; use the bfloat16 checkpoint")
+            found.append(f"{key} is {raw[key]!r}: this is not a DeepSeek model with multi-head latent attention")
+    found += _one_of("rope scaling", _rope_kind(_rope_settings(raw)), ROPE_KINDS)
+    found += _one_of("hidden_act", _activation(raw), ACTIVATIONS)
+    found += _one_of("torch_dtype", _dtype(raw), DTYPES)
+    return (*found, *_unsupported_router(raw), *_unsupported_quantization(raw))
 
 
-def _one_of(key: str, value: str, supported: tuple[str, ...]) -> None:
-    if value not in supported:
-        raise ConfigError(f"{key} {value!r} is not supported; supported: {', '.join(supported)}")
+def _unsupported_router(raw: dict[str, Any]) -> list[str]:
+    method = raw.get("topk_method") or ("noaux_tc" if _is_v3_family(raw) else "greedy")
+    unknown = _one_of("topk_method", method, tuple(TOPK_METHODS))
+    if unknown:
+        return unknown
+    scoring = raw.get("scoring_func") or TOPK_METHODS[method]
+    if scoring == TOPK_METHODS[method]:
+        return []
+    return [f"scoring_func {scoring!r} with topk_method {method!r} is not supported; use {TOPK_METHODS[method]!r}"]
+
+
+def _unsupported_quantization(raw: dict[str, Any]) -> list[str]:
+    """Only fp8 with one scale for each block of 128 x 128 weights can be read."""
+    settings = raw.get("quantization_config")
+    if not settings:
+        return []
+    method, block = settings.get("quant_method", "unknown"), settings.get("weight_block_size")
+    if method != "fp8":
+        return [f"quantized checkpoints ({method}) are not supported; use the bfloat16 checkpoint"]
+    if settings.get("fmt", "e4m3") != "e4m3":
+        return [f"fp8 format {settings['fmt']!r} is not supported; use e4m3, or the bfloat16 checkpoint"]
+    if block != [FP8_BLOCK, FP8_BLOCK]:
+        return [f"fp8 weight_block_size {block} is not supported; use [{FP8_BLOCK}, {FP8_BLOCK}]"]
+    return []
+
+
+def _model_type(raw: dict[str, Any]) -> str:
+    return str(raw.get("model_type", "deepseek_v2"))
+
+
+def _is_v3_family(raw: dict[str, Any]) -> bool:
+    return _model_type(raw) in ("deepseek_v3", "kimi_k2")
+
+
+def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
+    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+
+
+def _rope_kind(scaling: dict[str, Any]) -> Any:
+    return scaling.get("rope_type") or scaling.get("type") or "default"
+
+
+def _activation(raw: dict[str, Any]) -> str:
+    name = raw.get("hidden_act") or "silu"
+    return _ACTIVATION_NAMES.get(name, name)
+
+
+def _dtype(raw: dict[str, Any]) -> str:
+    return str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+
+
+def _one_of(key: str, value: str, supported: tuple[str, ...]) -> list[str]:
+    """The sentence that refuses `value`, or nothing."""
+    return [] if value in supported else [f"{key} {value!r} is not supported; supported: {', '.join(supported)}"]
 
 
 def _as_tuple(ids: int | list[int] | None) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +15,14 @@ import onnx_ir as ir
 
 from deepseek_trt.export.bundle import MANIFEST_FILE, Bundle, Manifest, SourceFile, WeightRecord
 from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config import ModelConfig, read_config
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, text_generation_graphs
+from deepseek_trt.export.infer import config_of_tensors
+from deepseek_trt.export.partial import finish, forget_inputs, partial_folder
 from deepseek_trt.export.tokenizer_files import carry_files
-from deepseek_trt.export.weight_file import WEIGHTS_FILE, WrittenTensor, weight_bytes, write_weights
-from deepseek_trt.export.weights import WeightPlan, config_of_tensors, plan_weights
+from deepseek_trt.export.weight_file import WEIGHTS_FILE, WrittenTensor, forget_journal, weight_bytes, write_weights
+from deepseek_trt.export.weights import WeightPlan, plan_weights, too_large_for_tensorrt
 
 TASKS = ("text-generation",)
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
@@ -58,46 +59,60 @@ class ExportResult:
     fresh: bool
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What is to be exported, as the headers and config.json show it."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    plan: WeightPlan
+    dtype: str
+    notes: tuple[str, ...]
+    fingerprint: str
+
+
 def export_checkpoint(request: ExportRequest, report: Reporter = Reporter()) -> ExportResult:
     """Write the bundle aside, then rename it to `request.out`; on failure nothing is left behind.
 
-    Raises ConfigError, CheckpointError or OutputError, each before anything large is written where that is possible.
+    A run that was killed is continued by the next one with the same inputs. Raises ConfigError, CheckpointError or
+    OutputError, each before anything large is written where that is possible.
     """
     report.step("reading headers", None)
-    checkpoint = Checkpoint.open(request.checkpoint)
-    declared = ModelConfig.from_file(request.checkpoint / "config.json")
-    config, notes = config_of_tensors(declared, checkpoint)
-    config = _cut(config, request.num_layers)
-    plan = plan_weights(config, checkpoint, declared.num_hidden_layers)
-    dtype = _dtype(request, plan)
-    fingerprint = _fingerprint(request, checkpoint, dtype)
-    existing = _existing(request.out, fingerprint)
+    source = _read(request)
+    existing = _existing(request.out, source.fingerprint)
     if existing is not None:
         return ExportResult(existing, fresh=False)
-    needed = _GRAPH_BYTES + (0 if request.by_reference else weight_bytes(plan.recipes, dtype))
-    aside = _make_aside(request.out, needed)
-    try:
-        cache = CacheSpec.of(config, dtype, request.page_size)
-        graphs = text_generation_graphs(config, cache, request.all_logits)
-        notes += carry_files(request.checkpoint, aside)
-        shutil.copyfile(request.checkpoint / "config.json", aside / "config.json")
-        report.step(f"writing {WEIGHTS_FILE}", needed - _GRAPH_BYTES)
-        written = () if request.by_reference else _write(plan, checkpoint, dtype, aside, report)
+    weights = 0 if request.by_reference else weight_bytes(source.plan.recipes, source.dtype)
+    with partial_folder(request.out, source.fingerprint, weights + _GRAPH_BYTES) as folder:
+        notes = source.notes + carry_files(request.checkpoint, folder)
+        shutil.copyfile(request.checkpoint / "config.json", folder / "config.json")
+        if not request.by_reference:
+            report.step(f"writing {WEIGHTS_FILE}", weights)
+        written = () if request.by_reference else _write(source, folder, report)
+        cache = CacheSpec.of(source.config, source.dtype, request.page_size)
+        graphs = text_generation_graphs(source.config, cache, request.all_logits)
         for graph in graphs:
             report.step(f"tracing {graph.name}", None)
-            _trace_to_file(config, graph, dtype, request.all_logits, plan, written, aside)
-        manifest = _manifest(
-            request, config, dtype, cache, graphs, plan, written, checkpoint, notes, fingerprint, aside
-        )
-        (aside / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        if request.out.exists():
-            request.out.rmdir()
-        aside.rename(request.out)
-    except OSError as error:
-        raise OutputError(f"cannot write {request.out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            _trace_to_file(source, graph, request.all_logits, written, folder)
+        forget_journal(folder)
+        forget_inputs(folder)
+        manifest = _manifest(request, source, cache, graphs, written, notes, folder)
+        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        finish(folder, request.out)
     return ExportResult(Bundle.open(request.out), fresh=True)
+
+
+def _read(request: ExportRequest) -> _Source:
+    checkpoint = Checkpoint.open(request.checkpoint)
+    raw = read_config(request.checkpoint / "config.json")
+    declared, notes = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, raw.keys())
+    config = _cut(declared, request.num_layers)
+    plan = plan_weights(config, checkpoint, declared.num_hidden_layers)
+    dtype = _dtype(request, plan)
+    large = too_large_for_tensorrt(plan.recipes)
+    if large:
+        notes += (f"{len(large)} tensors hold 2^31 numbers or more, e.g. {large[0].name}: TensorRT cannot take them",)
+    return _Source(checkpoint, config, plan, dtype, notes, _fingerprint(request, checkpoint, dtype))
 
 
 def _cut(config: ModelConfig, num_layers: int | None) -> ModelConfig:
@@ -127,7 +142,7 @@ def _fingerprint(request: ExportRequest, checkpoint: Checkpoint, dtype: str) -> 
 
 
 def _sources(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:
-    stats = [(file.name, file.stat()) for file in checkpoint.files]
+    stats = [(file.relative_to(checkpoint.root).as_posix(), file.stat()) for file in checkpoint.files]
     return tuple(SourceFile(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
@@ -144,26 +159,9 @@ def _existing(out: Path, fingerprint: str) -> Bundle | None:
     return bundle
 
 
-def _make_aside(out: Path, needed: int) -> Path:
-    """A new folder beside `out`, after checking that the disk has room for `needed` bytes."""
-    out = out.absolute()
-    if not out.parent.is_dir():
-        raise OutputError(f"{out.parent} does not exist: make it first")
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise OutputError(f"{out.parent} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from None
-    return aside
-
-
-def _write(
-    plan: WeightPlan, checkpoint: Checkpoint, dtype: str, aside: Path, report: Reporter
-) -> tuple[WrittenTensor, ...]:
-    written = write_weights(plan.recipes, checkpoint.tensors, dtype, aside / WEIGHTS_FILE, report.advance)
+def _write(source: _Source, folder: Path, report: Reporter) -> tuple[WrittenTensor, ...]:
+    tensors = source.checkpoint.tensors
+    written = write_weights(source.plan.recipes, tensors, source.dtype, folder / WEIGHTS_FILE, report.advance)
     lost = [w for w in written if w.overflows]
     if lost:
         raise CheckpointError(
@@ -173,34 +171,28 @@ def _write(
 
 
 def _trace_to_file(
-    config: ModelConfig,
-    graph: GraphSpec,
-    dtype: str,
-    all_logits: bool,
-    plan: WeightPlan,
-    written: tuple[WrittenTensor, ...],
-    aside: Path,
+    source: _Source, graph: GraphSpec, all_logits: bool, written: tuple[WrittenTensor, ...], folder: Path
 ) -> None:
     from deepseek_trt.export.trace import INV_FREQ, trace  # torch, and seconds to import
 
-    model = trace(config, graph, dtype, all_logits)
+    model = trace(source.config, graph, source.dtype, all_logits)
     places = {w.name: w for w in written}
-    for recipe in plan.recipes:
+    for recipe in source.plan.recipes:
         place = places.get(recipe.name)
         value = model.graph.initializers[recipe.name]
         value.const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
             place.offset if place else None,
             place.nbytes if place else None,
-            ir.DataType[_ONNX_DTYPES[dtype]],
+            ir.DataType[_ONNX_DTYPES[recipe.dtype(source.dtype)]],
             shape=ir.Shape(recipe.shape),
             name=recipe.name,
-            base_dir=str(aside),
+            base_dir=str(folder),
         )
-    unlinked = set(model.graph.initializers) - {r.name for r in plan.recipes} - {INV_FREQ}
+    unlinked = set(model.graph.initializers) - {r.name for r in source.plan.recipes} - {INV_FREQ}
     if unlinked:
         raise AssertionError(f"initializers without a recipe: {sorted(unlinked)}")
-    onnx.save(ir.to_proto(model), aside / graph.file)
+    onnx.save(ir.to_proto(model), folder / graph.file)
 
 
 _ONNX_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
@@ -208,32 +200,29 @@ _ONNX_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"
 
 def _manifest(
     request: ExportRequest,
-    config: ModelConfig,
-    dtype: str,
+    source: _Source,
     cache: CacheSpec,
     graphs: tuple[GraphSpec, ...],
-    plan: WeightPlan,
     written: tuple[WrittenTensor, ...],
-    checkpoint: Checkpoint,
     notes: tuple[str, ...],
-    fingerprint: str,
-    aside: Path,
+    folder: Path,
 ) -> Manifest:
     digests = {w.name: w.sha256 for w in written}
-    files = sorted(p for p in aside.iterdir() if p.name != WEIGHTS_FILE)
+    files = sorted(p for p in folder.iterdir() if p.name != WEIGHTS_FILE)
+    recipes = source.plan.recipes
     return Manifest(
         task=request.task,
-        dtype=dtype,
+        dtype=source.dtype,
         all_logits=request.all_logits,
         by_reference=request.by_reference,
         checkpoint=str(request.checkpoint.resolve()),
-        fingerprint=fingerprint,
-        model=config,
+        fingerprint=source.fingerprint,
+        model=source.config,
         cache=cache,
         graphs=graphs,
-        weights=tuple(WeightRecord(r, dtype, digests.get(r.name)) for r in plan.recipes),
-        sources=_sources(checkpoint),
-        dropped=plan.dropped,
+        weights=tuple(WeightRecord(r, r.dtype(source.dtype), digests.get(r.name)) for r in recipes),
+        sources=_sources(source.checkpoint),
+        dropped=source.plan.dropped,
         notes=notes,
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
         files={p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files},

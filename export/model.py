@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx.ops import rotary_embedding
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config import ModelConfig, RopeConfig
 from deepseek_trt.export.ops.activations import activate
-from deepseek_trt.export.ops.torch_ops import mla_decode, mla_prefill, moe_experts, moe_router
+from deepseek_trt.export.ops.torch_ops import mla_decode, mla_prefill, moe_biased_router, moe_experts, moe_router
 
 LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says
 
@@ -55,11 +55,24 @@ class Rope(nn.Module):
         speeds = torch.tensor(frequencies, dtype=torch.float32)  # [R/2]
         self.register_buffer("inv_freq", speeds, persistent=False)
         self.amplitude = config.rope.rotation_amplitude
+        self.dynamic = config.rope if config.rope.kind == "dynamic" else None
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions.unsqueeze(2).float() * self.inv_freq  # [B, S, R/2]
+    def forward(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Give cos and sin [B, S, R/2] at positions [B, S] of rows that hold lengths [B] tokens with the new ones."""
+        frequencies = self.inv_freq if self.dynamic is None else self.stretched(lengths, self.dynamic)
+        angles = positions.unsqueeze(2).float() * frequencies  # [B, S, R/2]
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self.amplitude == 1.0 else (cos * self.amplitude, sin * self.amplitude)
+
+    def stretched(self, lengths: Tensor, rope: RopeConfig) -> Tensor:
+        """Dynamic NTK's frequencies [B, 1, R/2] of each row by its own length; what is cached keeps its rotation.
+
+        theta becomes theta * ratio^(R/(R-2)) for ratio = factor * length / trained - (factor - 1), at least 1.
+        """
+        trained, half = rope.original_max_position_embeddings, self.inv_freq.shape[0]
+        ratio = lengths.float().clamp(min=trained) * (rope.factor / trained) - (rope.factor - 1.0)  # [B]
+        exponents = torch.arange(half, device=lengths.device).float() * (-2.0 / (2 * half - 2))  # [R/2]
+        return self.inv_freq * ratio[:, None, None] ** exponents
 
 
 class Attention(nn.Module):
@@ -159,24 +172,37 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, hidden, inner), requires_grad=False)
 
 
+class Gate(nn.Module):
+    """The router's weights; the V3 family's correction bias stays float32 whatever the model's dtype."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size), requires_grad=False)
+        bias = torch.empty(c.n_routed_experts, dtype=torch.float32) if c.biased_routing else None
+        self.e_score_correction_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+
 class Moe(nn.Module):
     """Routed experts plus the shared ones (arXiv:2405.04434, section 2.2); the router works in float32."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        limited = c.topk_method == "group_limited_greedy"
+        limited = c.topk_method != "greedy"
         self.top_k = c.num_experts_per_tok
         self.groups = (c.n_group, c.topk_group) if limited else (1, 1)
         self.norm_topk_prob, self.scaling = int(c.norm_topk_prob), float(c.routed_scaling_factor)
         self.activation = c.hidden_act
-        self.gate = Linear(c.hidden_size, c.n_routed_experts)
+        self.gate = Gate(c)
         self.experts = Experts(c)
         width = c.n_shared_experts * c.moe_intermediate_size
         self.shared_experts = Mlp(c, width) if width else None
 
     def forward(self, x: Tensor) -> Tensor:
         logits = F.linear(x.float(), self.gate.weight.float())  # [T, E]
-        weights, ids = moe_router(logits, self.top_k, *self.groups, self.norm_topk_prob, self.scaling)  # [T, K]
+        choice = (self.top_k, *self.groups, self.norm_topk_prob, self.scaling)
+        bias = self.gate.e_score_correction_bias
+        routed_to = moe_router(logits, *choice) if bias is None else moe_biased_router(logits, bias, *choice)
+        weights, ids = routed_to  # [T, K]
         e = self.experts
         routed = moe_experts(x, weights, ids, e.gate_proj, e.up_proj, e.down_proj, self.activation)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
@@ -228,7 +254,7 @@ class DeepseekV2(nn.Module):
         """input_ids int64 [B, S], right-padded. Logits [B, vocab] at each row's last real token, or [B, S, vocab]."""
         batch, seq = input_ids.shape
         positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=input_ids.device)  # [B, S]
-        cos, sin = self.model.rope(positions)
+        cos, sin = self.model.rope(positions, past_lengths + sequence_lengths)
         x = self.model.embed_tokens(input_ids).flatten(0, 1)  # [T, hidden]
         present = []
         for layer, past in zip(self.model.blocks(), latents, strict=True):
@@ -248,7 +274,7 @@ class DeepseekV2(nn.Module):
         self, input_ids: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """input_ids int64 [B, 1], at position past_lengths of each row. Logits [B, vocab]."""
-        cos, sin = self.model.rope(past_lengths.unsqueeze(1))
+        cos, sin = self.model.rope(past_lengths.unsqueeze(1), past_lengths + 1)
         x = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B, hidden]
         present = []
         for layer, past in zip(self.model.blocks(), latents, strict=True):

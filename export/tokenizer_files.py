@@ -16,10 +16,19 @@ CARRIED = (
     "generation_config.json",
 )
 _PROBE = "hello world"
+# What byte-level tokenizers give back unchanged; others are reported.
+_PROBES = {
+    "ASCII": "".join(map(chr, range(32, 127))),
+    "Chinese, Japanese and Korean": "深度求索 こんにちは 안녕하세요",
+    "emoji": "🙂 👩\u200d👩\u200d👧 🇩🇪",
+    "a leading space": " hello",
+    "double spaces": "a  b   c",
+    "newlines": "a\n\nb\r\n\tc\n",
+}
 
 
 def carry_files(source: Path, target: Path) -> tuple[str, ...]:
-    """Copy what is there of CARRIED; returns notes for the manifest.
+    """Copy what is there of CARRIED; returns notes for the manifest, one for each kind of text that does not survive.
 
     Raises CheckpointError when tokenizer.json cannot say "hello world" and back.
     """
@@ -34,7 +43,13 @@ def carry_files(source: Path, target: Path) -> tuple[str, ...]:
         tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{source / 'tokenizer.json'} cannot be loaded ({error}); download it again") from None
-    back = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids)
+
+    def back_and_forth(text: str) -> str:
+        result: str = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
+        return result
+
+    back = back_and_forth(_PROBE)
     if back != _PROBE:
         raise CheckpointError(f"{source / 'tokenizer.json'} turns {_PROBE!r} into {back!r}; download it again")
-    return ()
+    lost = [kind for kind, text in _PROBES.items() if back_and_forth(text) != text]
+    return tuple(f"the tokenizer does not give {kind} back unchanged" for kind in lost)

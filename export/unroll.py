@@ -69,7 +69,8 @@ def _normed_by(weight: ir.Value) -> ir.Value:
     """The value that the norm with this weight is applied to."""
     (norm,) = weight.consumers()
     value = norm.inputs[0]
-    assert norm.op_type == "RMSNormalization" and value is not None, norm
+    assert norm.op_type == "RMSNormalization", norm
+    assert value is not None, norm
     return value
 
 
@@ -93,7 +94,8 @@ def _ancestors(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:
 
 def _own_copy(value: ir.Value, kind: int, layer: int) -> ir.Value:
     """The parameter or pool of `layer` that stands where `value` stands in the traced layer `kind`."""
-    assert value.name is not None and _LAYER.match(value.name), value
+    assert value.name is not None
+    assert _LAYER.match(value.name), value
     name = value.name.replace(f".{kind}.", f".{layer}.", 1)
     return ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
 

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from deepseek_trt.export.checkpoint import DTYPE_NAMES, Checkpoint, StoredTensor
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config import FP8_BLOCK, ModelConfig
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+
+CORRECTION_BIAS = "e_score_correction_bias"
+SCALE_SUFFIX = "_scale_inv"  # weight_scale_inv [ceil(rows/128), ceil(columns/128)] beside an fp8 weight
+FP8 = "F8_E4M3"
+TENSORRT_MAX_ELEMENTS = 2**31 - 1  # TensorRT counts a tensor's elements in 31 bits
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Strips of rows of one checkpoint tensor, its leading dims flattened: `times` strips of `rows`, `step` apart."""
+    """Strips of rows of one checkpoint tensor, its leading dims flattened: `times` strips of `rows`, `step` apart.
+
+    `scale` names the tensor that holds an fp8 source's block scales.
+    """
 
     source: str
     start: int
     rows: int
     step: int
     times: int
+    scale: str | None = None
 
     def strips(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each strip; strips that touch are one."""
@@ -39,6 +47,10 @@ class Recipe:
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+
+    def dtype(self, model: str) -> str:
+        """What the graphs hold it as, where the model's dtype is `model`."""
+        return "float32" if self.name.endswith(CORRECTION_BIAS) else model
 
     @property
     def size(self) -> int:
@@ -62,14 +74,6 @@ class WeightPlan:
     dtype: str
 
 
-def config_of_tensors(config: ModelConfig, checkpoint: Checkpoint) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The config as the tensors show it (q_proj or q_a/q_b decides about q_lora_rank), and what was changed."""
-    if "model.layers.0.self_attn.q_proj.weight" in checkpoint.tensors and config.q_lora_rank is not None:
-        note = f"q_lora_rank {config.q_lora_rank} is ignored: the checkpoint holds q_proj, not q_a_proj and q_b_proj"
-        return dataclasses.replace(config, q_lora_rank=None), (note,)
-    return config, ()
-
-
 def plan_weights(config: ModelConfig, checkpoint: Checkpoint, checkpoint_layers: int) -> WeightPlan:
     """Recipes for `config`; `checkpoint_layers` is config.json's num_hidden_layers where fewer are exported.
 
@@ -77,9 +81,10 @@ def plan_weights(config: ModelConfig, checkpoint: Checkpoint, checkpoint_layers:
     than the config says.
     """
     recipes = tuple(_Planner(config, checkpoint).plan())
-    used = {piece.source for recipe in recipes for piece in recipe.pieces}
+    pieces = [piece for recipe in recipes for piece in recipe.pieces]
+    used = {piece.source for piece in pieces} | {piece.scale for piece in pieces if piece.scale}
     dropped, unexplained = [], []
-    for name in checkpoint.tensors.keys() - used:
+    for name in sorted(checkpoint.tensors.keys() - used):
         reason = _why_dropped(name, config, checkpoint_layers)
         if reason:
             dropped.append(Dropped(name, reason))
@@ -87,15 +92,26 @@ def plan_weights(config: ModelConfig, checkpoint: Checkpoint, checkpoint_layers:
             unexplained.append(name)
     if unexplained:
         raise CheckpointError(
-            f"{len(unexplained)} tensors are left over, e.g. {min(unexplained)}: "
-            "config.json does not describe this model"
+            f"{len(unexplained)} tensors are left over, e.g. {unexplained[0]}: config.json does not describe this model"
         )
-    dtypes = {checkpoint.tensors[name].dtype for name in used}
-    unsupported = dtypes - set(DTYPE_NAMES.values())
-    if unsupported:
-        raise CheckpointError(f"tensors of dtype {', '.join(sorted(unsupported))} are not supported; use bfloat16")
+    for piece in pieces:
+        _check_dtype(checkpoint.tensors[piece.source], piece)
     main = checkpoint.tensors["model.embed_tokens.weight"].dtype
-    return WeightPlan(recipes, tuple(sorted(dropped, key=lambda d: d.name)), main)
+    return WeightPlan(recipes, tuple(dropped), main)
+
+
+def too_large_for_tensorrt(recipes: Iterable[Recipe]) -> tuple[Recipe, ...]:
+    """The graph tensors that TensorRT cannot hold; V2 has none, V3's stacked experts are."""
+    return tuple(recipe for recipe in recipes if recipe.size > TENSORRT_MAX_ELEMENTS)
+
+
+def _check_dtype(source: StoredTensor, piece: Piece) -> None:
+    if source.dtype == FP8 and piece.scale is None:
+        raise CheckpointError(
+            f"tensor {source.name} is fp8 without {source.name}{SCALE_SUFFIX}; only block-scaled fp8 is supported"
+        )
+    if source.dtype not in (*DTYPE_NAMES.values(), FP8):
+        raise CheckpointError(f"tensor {source.name} is {source.dtype}, which is not supported; use bfloat16")
 
 
 def _why_dropped(name: str, config: ModelConfig, checkpoint_layers: int) -> str | None:
@@ -155,12 +171,14 @@ class _Planner:
         head = c.qk_nope_head_dim + c.v_head_dim
         source = self.source(f"{at}.kv_b_proj.weight", c.num_attention_heads * head, c.kv_lora_rank)
         for name, start, rows in (("w_uk", 0, c.qk_nope_head_dim), ("w_uv", c.qk_nope_head_dim, c.v_head_dim)):
-            piece = Piece(source, start, rows, head, c.num_attention_heads)
+            piece = Piece(source, start, rows, head, c.num_attention_heads, self.scale(source))
             yield Recipe(f"{at}.{name}", (c.num_attention_heads, rows, c.kv_lora_rank), (piece,))
 
     def moe(self, at: str) -> Iterator[Recipe]:
         c = self.c
         yield self.whole(f"{at}.gate.weight", c.n_routed_experts, c.hidden_size)
+        if c.biased_routing:
+            yield self.whole(f"{at}.gate.{CORRECTION_BIAS}", c.n_routed_experts)
         if f"{at}.experts.gate_up_proj" in self.tensors:
             yield from self.stacked_experts(f"{at}.experts")
         else:
@@ -173,7 +191,7 @@ class _Planner:
         c = self.c
         for name, rows, columns in self.expert_shapes():
             sources = [self.source(f"{at}.{e}.{name}.weight", rows, columns) for e in range(c.n_routed_experts)]
-            pieces = tuple(Piece(source, 0, rows, rows, 1) for source in sources)
+            pieces = tuple(Piece(source, 0, rows, rows, 1, self.scale(source)) for source in sources)
             yield Recipe(f"{at}.{name}", (c.n_routed_experts, rows, columns), pieces)
 
     def stacked_experts(self, at: str) -> Iterator[Recipe]:
@@ -207,7 +225,15 @@ class _Planner:
 
     def whole(self, name: str, *shape: int) -> Recipe:
         rows = math.prod(shape[:-1]) if len(shape) > 1 else 1
-        return Recipe(name, shape, (Piece(self.source(name, *shape), 0, rows, rows, 1),))
+        return Recipe(name, shape, (Piece(self.source(name, *shape), 0, rows, rows, 1, self.scale(name)),))
+
+    def scale(self, name: str) -> str | None:
+        """The tensor of `name`'s block scales where it is fp8 and has them."""
+        scale = f"{name}{SCALE_SUFFIX}"
+        if self.tensors[name].dtype != FP8 or scale not in self.tensors:
+            return None
+        blocks = tuple(-(-size // FP8_BLOCK) for size in self.tensors[name].shape)
+        return self.source(scale, *blocks)
 
     def source(self, name: str, *shape: int) -> str:
         """`name`, after checking that the checkpoint holds it with this shape."""
@@ -216,15 +242,7 @@ class _Planner:
             raise CheckpointError(f"tensor {name} is missing; config.json asks for shape {list(shape)}")
         if tensor.shape != shape:
             raise ConfigError(
-                f"tensor {name}: config.json asks for {list(shape)}, the checkpoint has {list(tensor.shape)}"
+                f"tensor {name}: config.json asks for {list(shape)}, the checkpoint has {list(tensor.shape)}; "
+                "download both again from the same place"
             )
         return name
-
-
-def byte_ranges(recipe: Recipe, tensors: dict[str, StoredTensor]) -> Iterator[tuple[StoredTensor, int, int]]:
-    """(source, offset in its file, bytes) of each run that makes the tensor, in order."""
-    for piece in recipe.pieces:
-        source = tensors[piece.source]
-        row = source.nbytes // (math.prod(source.shape[:-1]) if len(source.shape) > 1 else 1)
-        for start, rows in piece.strips():
-            yield source, source.offset + start * row, rows * row

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepseek_trt.export.errors import BuildError
-from deepseek_trt.plugins.codegen import KernelTable
 from deepseek_trt.plugins.records import Binary
+
+if TYPE_CHECKING:
+    from deepseek_trt.plugins.codegen import KernelTable  # imports torch
 
 LIBRARY = "libdeepseek_trt_plugins.so"
 MANIFEST = "libdeepseek_trt_plugins.json"

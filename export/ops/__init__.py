@@ -2,8 +2,9 @@
 
 from deepseek_trt.export.ops.mla_decode import MLA_DECODE
 from deepseek_trt.export.ops.mla_prefill import MLA_PREFILL
+from deepseek_trt.export.ops.moe_biased_router import MOE_BIASED_ROUTER
 from deepseek_trt.export.ops.moe_experts import MOE_EXPERTS
 from deepseek_trt.export.ops.moe_router import MOE_ROUTER
 from deepseek_trt.export.ops.spec import OpSpec
 
-OPS: tuple[OpSpec, ...] = (MLA_PREFILL, MLA_DECODE, MOE_ROUTER, MOE_EXPERTS)
+OPS: tuple[OpSpec, ...] = (MLA_PREFILL, MLA_DECODE, MOE_ROUTER, MOE_BIASED_ROUTER, MOE_EXPERTS)

@@ -19,5 +19,6 @@ TORCH_OPS: dict[str, CustomOpDef] = {spec.name: _register(spec) for spec in OPS}
 
 mla_prefill = TORCH_OPS["MlaPrefill"]
 mla_decode = TORCH_OPS["MlaDecode"]
+moe_biased_router = TORCH_OPS["MoeBiasedRouter"]
 moe_router = TORCH_OPS["MoeRouter"]
 moe_experts = TORCH_OPS["MoeExperts"]

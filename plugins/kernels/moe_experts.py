@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def place_in_grid(N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """This program's block of rows and of columns: GROUP_M row blocks side by side share the weights in L2."""
+    """The block of rows and of columns of this program: GROUP_M row blocks side by side share the weights in L2."""
     COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     rows = tl.num_programs(0) // COLUMNS

@@ -14,7 +14,7 @@ import pytest
 from deepseek_trt.plugins.compiler import find_compiler
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = ("engines/flavour.py", "engines/build.py", "engines/trt.py", "plugins/loading.py")
+SOURCES = ("engines/flavour.py", "engines/build.py", "engines/trt.py", "engines/trt_engine.py", "plugins/loading.py")
 
 # What the bindings need to load: functions that are never called here.
 STAND_INS = {
@@ -44,6 +44,7 @@ MEMBERS = {
     "IBuilderConfig": (
         "add_optimization_profile",
         "set_preview_feature",
+        "clear_flag",
         "plugins_to_serialize",
         "progress_monitor",
     ),
@@ -56,9 +57,19 @@ MEMBERS = {
     "IPluginRegistry": ("load_library", "deregister_library"),
     "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
     "IStreamWriter": ("write",),
+    "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
+    "ICudaEngine": ("device_memory_size_v2", "create_runtime_config", "create_execution_context"),
+    "IRuntimeConfig": ("set_execution_context_allocation_strategy",),
+    "IExecutionContext": ("set_device_memory", "set_tensor_address", "set_input_shape", "execute_async_v3"),
 }
 # Asked for with hasattr before use: only one of the flavours has them.
-GUARDED = ("ComputeCapability", "NetworkDefinitionCreationFlag.STRONGLY_TYPED")
+GUARDED = (
+    "ComputeCapability",
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+    "DynamicShapesKernelSpecializationStrategy",
+    "EngineValidity",
+    "EngineInvalidityDiagnostics",
+)
 
 
 def names_used(source: str) -> set[str]:

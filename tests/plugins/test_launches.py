@@ -36,7 +36,7 @@ FIELDS = {
     ],
     "MoeExperts": ["activation:s:4:silu"],
 }
-SPECS = {op.name: op for op in OPS}
+SPECS = {op.name: op for op in OPS if op.name in FIELDS}
 TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "i32"}
 
 Drive = Callable[..., list[str]]

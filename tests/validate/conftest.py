@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.checkpoint import read_header
@@ -16,6 +17,14 @@ from deepseek_trt.export.weight_file import WEIGHTS_FILE
 
 PAGE = 8
 Edit = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +37,7 @@ def good(small_v2, bundle_of) -> Callable[[str], Bundle]:
 def edited(good, tmp_path) -> Callable[..., Path]:
     """A copy of the float32 bundle with one graph, or both, changed."""
 
-    def make(edit: Edit, graphs: tuple[str, ...] = ("prefill", "decode")) -> Path:
+    def make(edit: Edit, *graphs: str) -> Path:
         copy = tmp_path / "edited"
         shutil.copytree(good("float32").path, copy)
         for name in graphs:

@@ -1,0 +1,97 @@
+"""deepseek-trt check"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from deepseek_trt.export.config import DTYPES, ModelConfig
+from deepseek_trt.export.survey import GIB, Facts, survey
+
+
+@click.command("check", short_help="Say what a checkpoint is and needs.")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the export.  [default: the checkpoint's]")
+@click.option("--gpu-memory", type=float, default=80.0, show_default=True, help="GiB of the GPU it is to run on.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(checkpoint: Path, dtype: str | None, gpu_memory: float, as_json: bool) -> None:
+    """Read config.json and the shards' headers of CHECKPOINT: what the model is, what each step needs, what is refused.
+
+    Exit code 1 where it cannot be exported.
+
+    Example: deepseek-trt check ./DeepSeek-V2-Lite --gpu-memory 24
+    """
+    result = survey(checkpoint, dtype, int(gpu_memory * GIB))
+    if as_json:
+        click.echo(json.dumps(result.to_dict()))
+    elif result.facts is not None:
+        _print_tables(result.facts, gpu_memory)
+    for sentence in (*result.unsupported, *([result.problem] if result.problem else [])):
+        click.echo(f"error: {sentence}", err=True)
+    if result.facts is None:
+        sys.exit(1)
+
+
+def _print_tables(facts: Facts, gpu_memory: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    model = Table(show_header=False, box=None)
+    for name, value in _model_rows(facts):
+        model.add_row(name, value)
+    console.print(model)
+    needs = Table("step", "disk", "memory", box=None)
+    for need in facts.needs:
+        needs.add_row(need.step, _size(need.disk), _size(need.memory))
+    console.print(needs)
+    capacity = Table("context", f"sequences at once on {gpu_memory:g} GiB", box=None)
+    for row in facts.capacities:
+        capacity.add_row(f"{row.context:,}", str(row.batch) if row.batch else "does not fit")
+    console.print(capacity)
+    for reason, count in Counter(d.reason for d in facts.dropped).items():
+        console.print(f"dropped: {count} tensors: {reason}")
+    for note in facts.notes:
+        console.print(f"note: {note}")
+
+
+def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
+    c = facts.config
+    yield "parameters", f"{facts.parameters:,} ({facts.active_parameters / 1e9:.1f}e9 active a token)"
+    yield "checkpoint", f"{_size(facts.stored_bytes)}, {facts.tensors:,} tensors, {facts.shards} shards"
+    yield "dtype of the export", facts.dtype
+    yield "layers, hidden, vocabulary", f"{c.num_hidden_layers}, {c.hidden_size}, {c.vocab_size}"
+    yield "attention", _attention(c)
+    yield "router", _router(c)
+    yield "rope", _rope(c)
+    yield "cache a token", f"{facts.cache_bytes_per_token:,} bytes; expanded {facts.expanded_bytes_per_token:,}"
+    yield "saved by latents", f"{100 * facts.cache_saving:.1f} %"
+
+
+def _attention(c: ModelConfig) -> str:
+    query = f"query rank {c.q_lora_rank}" if c.q_lora_rank else "full-rank queries"
+    widths = f"{c.qk_nope_head_dim}+{c.qk_rope_head_dim}/{c.v_head_dim}"
+    return f"{c.num_attention_heads} heads of {widths}, latent rank {c.kv_lora_rank}, {query}"
+
+
+def _router(c: ModelConfig) -> str:
+    moe = sum(c.is_moe_layer(i) for i in range(c.num_hidden_layers))
+    if not moe:
+        return "none, every layer is dense"
+    groups = f", best {c.topk_group} of {c.n_group} groups" if c.topk_method != "greedy" and c.n_group > 1 else ""
+    experts = f"{c.num_experts_per_tok} of {c.n_routed_experts} experts + {c.n_shared_experts} shared"
+    return f"{c.topk_method}, {experts}{groups}, in {moe} layers"
+
+
+def _rope(c: ModelConfig) -> str:
+    scaled = "" if c.rope.kind == "default" else f", {c.rope.kind} x {c.rope.factor:g}"
+    return f"theta {c.rope.theta:g}{scaled}, {c.max_position_embeddings:,} positions"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

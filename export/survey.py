@@ -1,0 +1,159 @@
+"""Survey: what a checkpoint is and what each step will need, from config.json and the shards' headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek_trt.export.checkpoint import Checkpoint
+from deepseek_trt.export.config import ModelConfig, read_config, unsupported_features
+from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.graph import CacheSpec, dtype_bytes
+from deepseek_trt.export.infer import config_of_tensors
+from deepseek_trt.export.weights import Dropped, WeightPlan, plan_weights, too_large_for_tensorrt
+
+GIB = 2**30
+CONTEXTS = (4096, 32768, 131072)
+# Measured peaks (docs/scale.md): torch, the traced graph and a few chunks, whatever the model's size.
+_EXPORT_MEMORY = 700 * 2**20
+_GRAPH_DISK = 16 * 2**20
+_GPU_SHARE = 0.9  # of a GPU's memory for weights and cache; the rest is for activations and the driver
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that one step takes: new on disk, and in the process's (or the GPU's) memory."""
+
+    step: str
+    disk: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many sequences of `context` tokens fit on the GPU at once."""
+
+    context: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A supported model in numbers. Bytes a token are of all layers together, in the dtype of the export."""
+
+    config: ModelConfig
+    dtype: str
+    stored_bytes: int
+    shards: int
+    tensors: int
+    parameters: int
+    active_parameters: int
+    cache_bytes_per_token: int
+    expanded_bytes_per_token: int
+    needs: tuple[Need, ...]
+    capacities: tuple[Capacity, ...]
+    dropped: tuple[Dropped, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def cache_saving(self) -> float:
+        """The share of an expanded key-value cache that latents save."""
+        return 1.0 - self.cache_bytes_per_token / self.expanded_bytes_per_token
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`facts`, or None where `unsupported` or `problem` says why the checkpoint cannot be exported."""
+
+    checkpoint: str
+    unsupported: tuple[str, ...]
+    problem: str | None
+    facts: Facts | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        raw = dataclasses.asdict(self)
+        if self.facts is not None:
+            raw["facts"]["cache_saving"] = self.facts.cache_saving
+        return raw
+
+
+def survey(checkpoint: Path, dtype: str | None = None, gpu_bytes: int = 80 * GIB) -> Survey:
+    """Look at a checkpoint folder. `dtype` is the export's, None for the checkpoint's own.
+
+    Raises CheckpointError or ConfigError only where there is no config.json or no checkpoint to look at.
+    """
+    raw = read_config(checkpoint / "config.json")
+    unsupported = unsupported_features(raw)
+    if unsupported:
+        return Survey(str(checkpoint), unsupported, None, None)
+    files = Checkpoint.open(checkpoint)
+    try:
+        config, notes = config_of_tensors(ModelConfig.from_hf(raw), files, raw.keys())
+        plan = plan_weights(config, files, config.num_hidden_layers)
+    except (ConfigError, CheckpointError) as error:
+        return Survey(str(checkpoint), (), str(error), None)
+    return Survey(str(checkpoint), (), None, _facts(config, files, plan, notes, dtype or plan.dtype, gpu_bytes))
+
+
+def _facts(
+    config: ModelConfig, files: Checkpoint, plan: WeightPlan, notes: tuple[str, ...], dtype: str, gpu_bytes: int
+) -> Facts:
+    cache = CacheSpec.of(config, dtype)
+    weights = sum(recipe.size * dtype_bytes(recipe.dtype(dtype)) for recipe in plan.recipes)
+    parameters = sum(recipe.size for recipe in plan.recipes)
+    return Facts(
+        config=config,
+        dtype=dtype,
+        stored_bytes=sum(t.nbytes for t in files.tensors.values()),
+        shards=len(files.files),
+        tensors=len(files.tensors),
+        parameters=parameters,
+        active_parameters=_active(config, plan, parameters),
+        cache_bytes_per_token=cache.bytes_per_token,
+        expanded_bytes_per_token=_expanded(config, dtype),
+        needs=_needs(weights, parameters, dtype),
+        capacities=_capacities(cache, config, weights, gpu_bytes),
+        dropped=plan.dropped,
+        notes=notes + _large(plan),
+    )
+
+
+def _active(config: ModelConfig, plan: WeightPlan, parameters: int) -> int:
+    """Parameters that one token meets: without the experts that it is not routed to, and without the embedding."""
+    experts = sum(r.size for r in plan.recipes if ".mlp.experts." in r.name)
+    idle = experts - experts * config.num_experts_per_tok // config.n_routed_experts if experts else 0
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return parameters - idle - embedding
+
+
+def _expanded(config: ModelConfig, dtype: str) -> int:
+    """Bytes a token of a cache that holds every head's key and value."""
+    per_layer = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    return config.num_hidden_layers * per_layer * dtype_bytes(dtype)
+
+
+def _needs(weights: int, parameters: int, dtype: str) -> tuple[Need, ...]:
+    on_cpu = parameters * 4 if dtype == "bfloat16" else weights  # ONNX Runtime's CPU provider widens bfloat16
+    return (
+        Need("export", weights + _GRAPH_DISK, _EXPORT_MEMORY),
+        Need("export --by-reference", _GRAPH_DISK, _EXPORT_MEMORY),
+        Need("generate --backend ort (CPU)", 0, on_cpu),
+        Need("engines on a GPU, without cache", 0, weights),
+    )
+
+
+def _capacities(cache: CacheSpec, config: ModelConfig, weights: int, gpu_bytes: int) -> tuple[Capacity, ...]:
+    left = max(int(gpu_bytes * _GPU_SHARE) - weights, 0)
+    pages = left // (cache.page_size * cache.bytes_per_token)
+    contexts = [c for c in CONTEXTS if c <= config.max_position_embeddings] or [config.max_position_embeddings]
+    return tuple(Capacity(context, pages // cache.pages_for(context)) for context in contexts)
+
+
+def _large(plan: WeightPlan) -> tuple[str, ...]:
+    large = too_large_for_tensorrt(plan.recipes)
+    if not large:
+        return ()
+    return (f"{len(large)} tensors hold 2^31 numbers or more, e.g. {large[0].name}: TensorRT cannot take them",)

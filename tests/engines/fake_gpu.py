@@ -1,0 +1,287 @@
+"""A GPU and a TensorRT that are not there: memory is numpy's, and an engine computes its graph in torch.
+
+The engine sees nothing but the addresses that were bound to its context, so weights that never arrived, a pool bound
+twice, or a graph replayed on other memory show in the logits.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+
+import numpy as np
+import torch
+
+from deepseek_trt.engines.device import Pinned
+from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.graph import past_name, present_name
+from deepseek_trt.export.model import DeepseekV2
+
+DTYPES = {"float32": np.float32, "int32": np.int32, "int64": np.int64}
+
+
+class FakeDevice:
+    """Copies, marks and graphs run in order on a stream that is drained only by synchronize, read, write and wait."""
+
+    name, stream = "a stand-in", 77
+
+    def __init__(self, sm=86, room=2**31):
+        self.sm, self.room = sm, room
+        self.memory: dict[int, np.ndarray] = {}
+        self.pinned: dict[int, np.ndarray] = {}
+        self.queue, self.capturing = [], None
+        self.calls: list[str] = []
+        self.active = self.closed = False
+        self._next = 1 << 20
+
+    def _place(self, nbytes, shelf):
+        address = self._next
+        self._next += (nbytes + 511) // 256 * 256
+        shelf[address] = np.full(nbytes, 0xAB, dtype=np.uint8)  # what lay there before
+        return address
+
+    def _bytes(self, address, nbytes, shelf):
+        assert not self.closed
+        for start, block in shelf.items():
+            if start <= address and address + nbytes <= start + block.size:
+                return block[address - start : address - start + nbytes]
+        raise AssertionError(f"{nbytes} bytes at {address} were never allocated")
+
+    def _enqueue(self, name, work):
+        assert self.active, "the context was never made current"
+        self.calls.append(name)
+        (self.queue if self.capturing is None else self.capturing).append(work)
+
+    def run(self, work):
+        self._enqueue("run", work)
+
+    def bytes_at(self, address, nbytes):
+        return self._bytes(address, nbytes, self.memory)
+
+    def activate(self):
+        self.active = True
+
+    def free_bytes(self):
+        return self.room
+
+    def allocate(self, nbytes, what):
+        if nbytes > self.room:
+            raise BackendError(f"{self.name} has no room for {what}")
+        self.room -= nbytes
+        return self._place(nbytes, self.memory)
+
+    def pin(self, nbytes):
+        address = self._place(nbytes, self.pinned)
+        return Pinned(address, self.pinned[address])
+
+    def unpin(self, memory):
+        self.pinned.pop(memory.address).fill(0xCD)
+
+    def zero(self, address, nbytes):
+        self._enqueue("zero", lambda: self.bytes_at(address, nbytes).fill(0))
+
+    def upload(self, target, source, nbytes):
+        to, of = self.bytes_at(target, nbytes), self._bytes(source, nbytes, self.pinned)
+        self._enqueue("upload", lambda: to.__setitem__(slice(None), of))
+
+    def download(self, target, source, nbytes):
+        to, of = self._bytes(target, nbytes, self.pinned), self.bytes_at(source, nbytes)
+        self._enqueue("download", lambda: to.__setitem__(slice(None), of))
+
+    def read(self, source, array):
+        self.synchronize()
+        array.reshape(-1).view(np.uint8)[:] = self.bytes_at(source, array.nbytes)
+
+    def write(self, target, array):
+        self.synchronize()
+        self.bytes_at(target, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
+
+    def mark(self):
+        return len(self.queue)
+
+    def wait(self, mark):
+        self.synchronize()
+
+    def synchronize(self):
+        assert self.capturing is None, "a stream that is captured must not be waited for"
+        while self.queue:
+            self.queue.pop(0)()
+
+    def capture(self, work):
+        self.calls.append("capture")
+        self.capturing = []
+        try:
+            work()
+            return tuple(self.capturing)
+        finally:
+            self.capturing = None
+
+    def launch(self, graph):
+        self.calls.append("launch")
+        self.queue += graph
+
+    def close(self):
+        self.closed = True
+
+
+class EngineValidity(enum.Enum):
+    VALID, SUBOPTIMAL, INVALID = range(3)
+
+
+class EngineInvalidityDiagnostics(enum.IntFlag):
+    VERSION_MISMATCH, UNSUPPORTED_CC, OLD_CUDA_DRIVER = 1, 2, 4
+
+
+class Strategy(enum.Enum):
+    STATIC, USER_MANAGED = range(2)
+
+
+class Specialisation(enum.Enum):
+    LAZY, EAGER = range(2)
+
+
+class Cache:
+    def __init__(self):
+        self.blob = b"compiled"
+
+    def deserialize(self, blob):
+        self.blob = blob + b"+"
+        return True
+
+    def serialize(self):
+        return self.blob
+
+
+class RuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy = Specialisation.LAZY
+
+    def __init__(self):
+        self.strategy, self.cache = None, None
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.strategy = strategy
+
+
+class RtxRuntimeConfig(RuntimeConfig):
+    def create_runtime_cache(self):
+        return Cache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
+
+class Context:
+    """Reads and writes device memory through what was bound; runs the torch model."""
+
+    def __init__(self, trt, record, config):
+        self.trt, self.record, self.config = trt, record, config
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.memory = self.model = None
+
+    def set_device_memory(self, address, nbytes):
+        assert address % 256 == 0
+        self.memory = (address, nbytes)
+
+    def set_tensor_address(self, name, address):
+        assert address % 256 == 0
+        self.addresses[name] = address
+        return name in {t.name for t in (*self.record.inputs, *self.record.outputs)}
+
+    def set_input_shape(self, name, shape):
+        smallest, _, largest = self.record.profile.shapes[name]
+        self.shapes[name] = shape
+        return all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
+
+    def execute_async_v3(self, stream):
+        if self.trt.refuse_runs:
+            self.trt.say("ERROR", "the first cause")
+            self.trt.say("ERROR", "a consequence")
+            return False
+        assert stream == FakeDevice.stream
+        assert self.memory is not None
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        self.trt.device.run(lambda: self.compute(shapes, addresses))
+        return True
+
+    def compute(self, shapes, addresses):
+        given = {}
+        for tensor in self.record.inputs:
+            shape = shapes.get(tensor.name, tensor.dims)
+            dtype = np.dtype(DTYPES[tensor.dtype])
+            raw = self.trt.device.bytes_at(addresses[tensor.name], int(np.prod(shape)) * dtype.itemsize)
+            given[tensor.name] = torch.from_numpy(raw.view(dtype).reshape(shape))
+        layers = range(self.trt.config.num_hidden_layers)
+        for layer in layers:
+            assert addresses[past_name(layer)] == addresses[present_name(layer)], "the cache must be aliased"
+        where = tuple(addresses[name] for name in self.record.weights)
+        if self.model is None or self.model[0] != where:  # its parameters are the device's memory itself
+            state = {**self.trt.constants, **{name: given[name] for name in self.record.weights}}
+            self.model = (where, self.trt.model_of(state))
+        model = self.model[1]
+        pools = [given[past_name(layer)] for layer in layers]
+        asked = ["input_ids", "sequence_lengths", "past_lengths", "page_table"]
+        with torch.inference_mode():
+            inputs = [given[name] for name in asked if name in given]
+            logits, present = getattr(model, self.record.graph)(*inputs, pools)
+        for pool, new in zip(pools, present, strict=True):
+            pool.copy_(new)
+        out = self.trt.device.bytes_at(addresses["logits"], logits.numel() * 4)
+        out[:] = logits.numpy().reshape(-1).view(np.uint8)
+
+
+class Engine:
+    device_memory_size_v2 = 4096
+
+    def __init__(self, trt, record):
+        self.trt, self.record = trt, record
+
+    def create_runtime_config(self):
+        return (RtxRuntimeConfig if self.trt.rtx else RuntimeConfig)()
+
+    def create_execution_context(self, config):
+        context = Context(self.trt, self.record, config)
+        self.trt.contexts[self.record.graph] = context
+        return context
+
+
+def fake_trt(name, bundle, records, device, weights):
+    """A module like tensorrt or tensorrt_rtx ("rtx" in its name), for plans whose bytes are their graph's name.
+
+    `weights` are all of the bundle's, by name: what is not an input of a plan counts as being in it.
+    """
+    trt = types.ModuleType(name)
+    trt.rtx, trt.device, trt.config = "rtx" in name, device, bundle.manifest.model
+    trt.contexts, trt.refuse_runs, trt.validity = {}, False, (EngineValidity.VALID, 0)
+    trt.deserialised = []
+    trt.constants = weights
+    trt.ExecutionContextAllocationStrategy = Strategy
+    trt.DynamicShapesKernelSpecializationStrategy = Specialisation
+    trt.EngineValidity, trt.EngineInvalidityDiagnostics = EngineValidity, EngineInvalidityDiagnostics
+
+    class Runtime:
+        def __init__(self, logger):
+            trt.say = lambda severity, message: logger(severity, message)
+
+        def deserialize_cuda_engine(self, data):
+            trt.deserialised.append(bytes(data))
+            record = records.get(bytes(data).decode())
+            if record is None:
+                trt.say("ERROR", "magicTag differs")
+                return None
+            return Engine(trt, record)
+
+    class RtxRuntime(Runtime):
+        def get_engine_validity(self, data):
+            return trt.validity
+
+    def model_of(state):
+        with torch.device("meta"):
+            model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
+        rope = type(model.model.rope)(bundle.manifest.model)
+        model.load_state_dict(state, strict=True, assign=True)
+        model.model.rope = rope
+        return model.eval()
+
+    trt.Runtime, trt.model_of = (RtxRuntime if trt.rtx else Runtime), model_of
+    return trt

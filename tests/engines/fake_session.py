@@ -1,0 +1,86 @@
+"""FakeSession: a model in exact integers whose every cached value depends on all tokens before it.
+
+A wrong page, a page that another row wrote, a stale length or a token twice changes every later logit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deepseek_trt.export.graph import CacheSpec
+
+VOCAB, PAGE = 13, 4
+PRIME = 1_000_003
+STALE = 777_777  # what unwritten slots hold
+
+
+class Config:
+    """As much of a ModelConfig as a scheduler reads."""
+
+    vocab_size = VOCAB
+    max_position_embeddings = 40
+    eos_token_ids = (1,)
+
+
+def value_after(before, token, position):
+    return (before * 31 + token * 1009 + position + 7) % PRIME
+
+
+def logits_of(values):
+    """Integers below 64 as float32, from all cached values: few enough for ties to come up."""
+    mixed = sum((i + 3) * value for i, value in enumerate(values)) % PRIME
+    return np.array([(mixed * (token + 1) // 101 + token * 7) % 64 for token in range(VOCAB)], dtype=np.float32)
+
+
+def logits_after(tokens):
+    """What the session must give for these tokens, computed without a cache."""
+    values = [0]
+    for position, token in enumerate(tokens):
+        values.append(value_after(values[-1], token, position))
+    return logits_of(values[1:])
+
+
+class FakeSession:
+    backend, note = "fake", ""
+    cache = CacheSpec(1, PAGE, 1, "float32")
+
+    def __init__(self, pages):
+        self.pages = pages
+        self.slots = np.full((pages, PAGE), STALE, dtype=np.int64)
+        self.calls = []
+        self.failures = 0
+
+    def prefill(self, input_ids, sequence_lengths, past_lengths, page_table):
+        self.calls.append(("prefill", input_ids.shape))
+        assert input_ids.dtype == np.int64
+        assert sequence_lengths.dtype == past_lengths.dtype == page_table.dtype == np.int32
+        assert (sequence_lengths > 0).all()
+        if self.failures:
+            self.failures -= 1
+            raise OSError("the device is gone")
+        self._assert_rows_apart(sequence_lengths, past_lengths, page_table)
+        rows = zip(input_ids, sequence_lengths, past_lengths, page_table, strict=True)
+        return np.stack([self._row(ids[:count], int(past), table) for ids, count, past, table in rows])
+
+    def decode(self, input_ids, past_lengths, page_table):
+        logits = self.prefill(input_ids, np.ones(len(input_ids), dtype=np.int32), past_lengths, page_table)
+        self.calls[-1] = ("decode", input_ids.shape)
+        return logits
+
+    def _row(self, ids, past, table):
+        for position, token in enumerate(ids.tolist(), past):
+            before = self._values(position, table)[-1] if position else 0
+            page = table[position // PAGE]
+            assert page != 0, "a token is written to the scratch page"
+            self.slots[page, position % PAGE] = value_after(before, token, position)
+        return logits_of(self._values(past + len(ids), table))
+
+    def _values(self, length, table):
+        return self.slots[table].reshape(-1)[:length].tolist()
+
+    def _assert_rows_apart(self, lengths, past, table):
+        """No row writes a page that another one reads or writes."""
+        for row, (count, start) in enumerate(zip(lengths, past, strict=True)):
+            written = set(table[row, start // PAGE : -(-(start + count) // PAGE)].tolist())
+            others = {p for other in range(len(table)) if other != row for p in table[other].tolist()} - {0}
+            assert not written & others, f"pages {written & others} are written by row {row} and used by another"

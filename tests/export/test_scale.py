@@ -1,0 +1,54 @@
+"""V2's and V2-Lite's sizes in a few layers: memory and bytes written do not follow the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_EXPORT = """
+import json, resource, sys
+from pathlib import Path
+from deepseek_trt.export.exporter import ExportRequest, Reporter, export_checkpoint
+
+too_early = []
+def step(text, total):
+    if not text.startswith("tracing decode"):  # torch is there since prefill was traced
+        too_early.extend(name for name in ("torch", "onnxscript") if name in sys.modules)
+
+checkpoint, out, by_reference = sys.argv[1:]
+request = ExportRequest(Path(checkpoint), Path(out), by_reference=by_reference == "yes")
+result = export_checkpoint(request, Reporter(step))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"peak": peak, "too_early": too_early, "weights": len(result.bundle.manifest.weights)}))
+"""
+
+
+def export(checkpoint: Path, out: Path, by_reference: bool) -> dict[str, object]:
+    command = [sys.executable, "-c", _EXPORT, str(checkpoint), str(out), "yes" if by_reference else "no"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def test_by_reference(tmp_path, make_checkpoint):
+    """Four layers of V2: 26 GB, of which nothing is read but headers."""
+    published = make_checkpoint.reduced(make_checkpoint.PUBLISHED["v2"], layers=4)
+    total = make_checkpoint.write_sparse(published, tmp_path / "v2")
+    found = export(tmp_path / "v2", tmp_path / "out", by_reference=True)
+    assert total > 12e9
+    assert found["peak"] < 1e9
+    assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) < 50e6
+    assert found["too_early"] == []
+
+
+@pytest.mark.slow
+def test_with_weights(tmp_path, make_checkpoint):
+    """Two layers of V2-Lite, 2.1 GB with both embeddings: twice what may be in memory."""
+    published = make_checkpoint.reduced(make_checkpoint.PUBLISHED["v2-lite"], layers=2)
+    total = make_checkpoint.write_sparse(published, tmp_path / "lite")
+    found = export(tmp_path / "lite", tmp_path / "out", by_reference=False)
+    written = (tmp_path / "out" / "weights.safetensors").stat().st_size
+    assert total <= written < total + 1e6
+    assert found["peak"] < 1e9

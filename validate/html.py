@@ -1,0 +1,91 @@
+"""report.html: the report for people, one file that needs no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from deepseek_trt.validate.plots import Series, bar_plot, dot_plot, heat_map, line_plot
+from deepseek_trt.validate.report import AccuracyReport, BackendReport
+
+HTML_FILE = "report.html"
+_TEMPLATE = Path(__file__).parent / "report.html.jinja"
+_CANDIDATE, _REFERENCE, _LIMIT, _BAD = "k0", "k1", "kl", "kb"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot; `key` names its colours."""
+
+    title: str
+    svg: Markup
+    caption: str
+    key: tuple[tuple[str, str], ...] = ()
+
+
+def render_html(report: AccuracyReport) -> str:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["short"] = _short
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(report=report, plots={b.backend: _plots(b) for b in report.backends})
+
+
+def _plots(b: BackendReport) -> list[Plot]:
+    drawn = [_drift(b)] if b.drift else []
+    drawn.append(_errors(b))
+    drawn += [_routers(b)] if b.routers else []
+    drawn += [_coverage(b)] if b.coverage else []
+    return drawn + [_latency(b, graph) for graph in b.milliseconds]
+
+
+def _drift(b: BackendReport) -> Plot:
+    series = (
+        Series("largest error", "series-0", tuple(d.max_relative for d in b.drift)),
+        Series("mean error", "series-1", tuple(d.mean_relative for d in b.drift)),
+        Series("tolerance", "limit", tuple(d.tolerance for d in b.drift)),
+    )
+    key = ((_CANDIDATE, "largest error"), (_REFERENCE, "mean error"), (_LIMIT, "tolerance"))
+    caption = "Hidden state as it enters each layer (last: as it leaves), relative to its largest element."
+    return Plot("Drift by layer", line_plot(series, "layer", "relative error"), caption, key)
+
+
+def _errors(b: BackendReport) -> Plot:
+    h = b.histogram
+    names = [f"1e{edge:g}" for edge in h.edges[:-1]]
+    svg = bar_plot(h.counts, names, "relative error", "logits", [0] * len(names))
+    caption = f"All logits, in half decades; {h.exact} are equal, {h.nonfinite} not finite."
+    return Plot("Errors of the logits", svg, caption)
+
+
+def _routers(b: BackendReport) -> Plot:
+    flips = [float(r.flips) for r in b.routers]
+    wrong = [float(r.flips - r.near_ties) for r in b.routers]
+    svg = bar_plot(flips, [str(r.layer) for r in b.routers], "layer", "tokens with other experts", wrong)
+    total, tokens = sum(flips), sum(r.tokens for r in b.routers)
+    caption = f"The same experts for {1 - total / tokens:.3%} of {tokens} choices; near ties are followed, not errors."
+    return Plot("Router agreement", svg, caption, ((_CANDIDATE, "near ties"), (_BAD, "errors")))
+
+
+def _coverage(b: BackendReport) -> Plot:
+    svg = heat_map([c.tokens for c in b.coverage], [str(c.layer) for c in b.coverage], "expert")
+    missed = sum(len(c.missed) for c in b.coverage)
+    found = "Every expert was reached" if not missed else f"{missed} experts were not reached by any input"
+    return Plot("Expert coverage", svg, f"{found}; the stronger the colour, the more tokens.", ((_BAD, "not reached"),))
+
+
+def _latency(b: BackendReport, graph: str) -> Plot:
+    ours, theirs = b.milliseconds[graph], b.reference_milliseconds[graph]
+    series = (Series(b.backend, "series-0", ours), Series("torch float32", "series-1", theirs))
+    half, most = np.quantile(ours, [0.5, 0.9])
+    times = f"median {_short(float(half))} ms, nine in ten below {_short(float(most))} ms"
+    caption = f"{b.backend}: {times}; a check, not a benchmark."
+    key = ((_CANDIDATE, b.backend), (_REFERENCE, "torch float32"))
+    return Plot(f"Time of each {graph} step", dot_plot(series, f"{graph} step", "ms"), caption, key)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2e}" if value and (abs(value) < 1e-2 or abs(value) >= 1e4) else f"{value:.4g}"

@@ -1,0 +1,59 @@
+"""Where a report comes from: files by their sha256, versions, seed, command and time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from deepseek_trt.export.bundle import Bundle, SourceFile
+from deepseek_trt.validate.integrity import Integrity
+
+_VERSIONED = ("deepseek-trt", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "polygraphy", "numpy", "transformers")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """`started` and `seconds` are the only fields that differ between two runs of one command."""
+
+    bundle: str
+    fingerprint: str
+    sha256: dict[str, str]
+    checkpoint_files: tuple[SourceFile, ...]
+    exported_with: dict[str, str]
+    versions: dict[str, str]
+    python: str
+    machine: str
+    seed: int
+    command: str
+    started: str
+    seconds: float
+
+
+def collect_provenance(bundle: Bundle, integrity: Integrity, seed: int, command: str, started: float) -> Provenance:
+    return Provenance(
+        bundle=bundle.path.name,
+        fingerprint=bundle.manifest.fingerprint,
+        sha256=integrity.sha256,
+        checkpoint_files=bundle.manifest.sources,
+        exported_with=bundle.manifest.versions,
+        versions=_versions(),
+        python=platform.python_version(),
+        machine=platform.machine(),
+        seed=seed,
+        command=command,
+        started=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        seconds=round(time.time() - started, 3),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
