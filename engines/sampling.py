@@ -16,7 +16,9 @@ import numpy.typing as npt
 from deepseek_trt.engines.session import Floats, Int64s
 from deepseek_trt.export.errors import RequestError
 
-_NUCLEUS = 256  # candidates that top-p looks at first; eight times as many while they hold too little
+_BLOCK = 64  # weights that are summed before a draw chooses among the sums
+_PART = 16384  # logits that are drawn from at once
+_COLDEST = 1e-30  # lower temperatures are taken as this one, which float32 can divide by
 
 Doubles = npt.NDArray[np.float64]
 
@@ -138,8 +140,11 @@ def sample_rows(samplers: Sequence[Sampler], logits: Floats) -> list[Choice]:
     used = _adjusted_rows(samplers, logits)
     tokens = np.empty(len(samplers), dtype=np.int64)
     for kind, rows in _grouped(samplers, logits.shape[1]).items():
-        given = used if len(rows) == len(samplers) else used[rows]
-        tokens[rows] = given.argmax(axis=1) if kind is None else _draw(given, [samplers[r] for r in rows], *kind)
+        if kind is None:
+            tokens[rows] = (used if len(rows) == len(samplers) else used[rows]).argmax(axis=1)
+            continue
+        for part in _parts(rows, logits.shape[1]):
+            tokens[part] = _draw(used[part], [samplers[row] for row in part], kind)
     choices = [Choice(int(token)) for token in tokens]
     for row, sampler in enumerate(samplers):
         if sampler.params.logprobs is not None:
@@ -170,74 +175,111 @@ def _adjusted_rows(samplers: Sequence[Sampler], logits: Floats) -> Floats:
     return used
 
 
-def _grouped(samplers: Sequence[Sampler], vocab: int) -> dict[tuple[int, bool] | None, list[int]]:
-    """Rows by how they are picked: None for greedy, else (width, nucleus).
-
-    width is how many of the likeliest tokens are sorted, 0 when none need be; nucleus: top-p may need more than those.
-    """
-    groups: dict[tuple[int, bool] | None, list[int]] = {}
+def _grouped(samplers: Sequence[Sampler], vocab: int) -> dict[int | None, list[int]]:
+    """Rows by how they are picked: None for greedy, else how many of the likeliest tokens top-k keeps, 0 for all."""
+    groups: dict[int | None, list[int]] = {}
     for row, sampler in enumerate(samplers):
         params = sampler.params
         top_k = params.top_k if params.top_k < vocab else 0
-        kind = (top_k, False) if top_k or params.top_p == 1.0 else (_NUCLEUS, True)
-        groups.setdefault(None if params.greedy else kind, []).append(row)
+        groups.setdefault(None if params.greedy else top_k, []).append(row)
     return groups
 
 
-def _draw(logits: Floats, samplers: Sequence[Sampler], width: int, nucleus: bool) -> Int64s:
-    """Random tokens for logits [R, vocab] of rows in one group."""
-    draws = np.array([sampler.draw() for sampler in samplers])
+def _parts(rows: list[int], vocab: int) -> list[list[int]]:
+    """Rows a few at a time: arrays that fit into a core's cache cost far less to make than those of all rows."""
+    size = max(_PART // vocab, 1)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _draw(logits: Floats, samplers: Sequence[Sampler], top_k: int) -> Int64s:
+    """Random tokens for logits [R, vocab] of rows with the same top_k."""
     column = _columns(samplers)
-    scaled = logits / column("temperature").astype(np.float64)
-    scaled -= scaled.max(axis=1, keepdims=True)
-    if not width:
-        return _invert(_above(np.exp(scaled), column("min_p")), draws)
-    if nucleus:
-        return _draw_nucleus(scaled, column("top_p"), column("min_p"), draws, width)
-    ids, weights = _likeliest(scaled, width)
-    kept = _above(_nucleus(weights, weights.cumsum(axis=1)[:, -1:], column("top_p")), column("min_p"))
-    return _choose(ids, _invert(kept, draws))
+    top_p, min_p = column("top_p"), column("min_p")
+    scaled = logits - logits.max(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest token alone
+        scaled /= np.maximum(column("temperature"), _COLDEST).astype(np.float32)
+    if not top_k:
+        return _draw_by_rejection(_padded(np.exp(scaled)), samplers, top_p, min_p)
+    ids = _likeliest(scaled, top_k)
+    weights = np.exp(np.take_along_axis(scaled, ids, axis=1)).astype(np.float64)
+    kept = _above(_nucleus(weights, top_p), min_p)
+    columns = _invert(kept, _draws(samplers))
+    return np.take_along_axis(ids, columns[:, None], axis=1)[:, 0]
 
 
-def _draw_nucleus(scaled: Doubles, top_p: Doubles, min_p: Doubles, draws: Doubles, width: int) -> Int64s:
-    """top-p of all tokens: of the `width` likeliest, and of more for the rows where those hold less than top_p."""
-    tokens = np.empty(len(scaled), dtype=np.int64)
-    totals = np.exp(scaled).sum(axis=1, keepdims=True)
-    left = np.arange(len(scaled))
-    while len(left):
-        width = min(width, scaled.shape[1])
-        ids, weights = _likeliest(scaled[left], width)
-        enough = (weights.cumsum(axis=1)[:, -1:] >= top_p[left] * totals[left])[:, 0] | (width == scaled.shape[1])
-        rows = left[enough]
-        kept = _above(_nucleus(weights[enough], totals[rows], top_p[rows]), min_p[rows])
-        tokens[rows] = _choose(ids[enough], _invert(kept, draws[rows]))
-        left, width = left[~enough], width * 8
+def _draw_by_rejection(weights: Doubles, samplers: Sequence[Sampler], top_p: Doubles, min_p: Doubles) -> Int64s:
+    """Tokens drawn by weights [R, N], whose largest is 1, within top-p and min-p, and without sorting.
+
+    A drawn token counts when the likelier ones hold less than top_p. If not, no token from it on can count, and the
+    next draw is among the likelier ones alone: that leaves the chances within top-p as they are.
+    """
+    kept = _above(weights, min_p)
+    tokens = _draw_in_blocks(kept, _draws(samplers))
+    wanted = top_p[:, 0] * _blocks(weights).sum(axis=2).sum(axis=1)
+    for row in np.flatnonzero(top_p[:, 0] < 1.0):
+        likelier = _likelier(kept[row], tokens[row])
+        while likelier.sum() >= wanted[row]:
+            tokens[row] = _draw_in_blocks(likelier[None], _draws(samplers[row : row + 1]))[0]
+            likelier = _likelier(likelier, tokens[row])
     return tokens
 
 
-def _likeliest(scaled: Doubles, width: int) -> tuple[Int64s, Doubles]:
-    """The `width` likeliest tokens of each row, best first, of equals the lowest id; and weights, the best's 1."""
-    ids = np.argpartition(-scaled, width - 1, axis=1)[:, :width]
-    ids.sort(axis=1)
-    values = np.take_along_axis(scaled, ids, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1), np.exp(np.take_along_axis(values, order, axis=1))
+def _likelier(weights: Doubles, picked: int) -> Doubles:
+    """Weights [N], zero but for tokens before the picked one; of equals the lowest id comes first."""
+    keep = weights > weights[picked]
+    keep[:picked] |= weights[:picked] == weights[picked]
+    result: Doubles = weights * keep
+    return result
 
 
-def _nucleus(weights: Doubles, totals: Doubles, top_p: Doubles) -> Doubles:
+def _padded(weights: Floats) -> Doubles:
+    """Weights [R, vocab] with zeros up to a whole number of blocks."""
+    rows, vocab = weights.shape
+    padded = np.zeros((rows, -(-vocab // _BLOCK) * _BLOCK))
+    padded[:, :vocab] = weights
+    return padded
+
+
+def _blocks(weights: Doubles) -> Doubles:
+    return weights.reshape(len(weights), -1, _BLOCK)
+
+
+def _draw_in_blocks(weights: Doubles, draws: Doubles) -> Int64s:
+    """`_invert` of weights [R, N] without a running sum over all: first a block, then a column of it."""
+    blocks = _blocks(weights)
+    totals = blocks.sum(axis=2)
+    block = _invert(totals, draws)
+    rows = np.arange(len(weights))
+    before = totals.cumsum(axis=1)[rows, block] - totals[rows, block]
+    within = (draws * totals.cumsum(axis=1)[:, -1] - before) / totals[rows, block]
+    return block * _BLOCK + _invert(blocks[rows, block], np.clip(within, 0.0, 1.0))
+
+
+def _likeliest(scaled: Floats, count: int) -> Int64s:
+    """The ids [R, count] of the likeliest tokens of each row, best first, of equals the lowest id."""
+    lowest = np.partition(scaled, scaled.shape[1] - count, axis=1)[:, -count]
+    ids = np.empty((len(scaled), count), dtype=np.int64)
+    for row, (values, edge) in enumerate(zip(scaled, lowest, strict=True)):
+        candidates = np.flatnonzero(values >= edge)  # more than count where several are on the edge
+        ids[row] = candidates[np.argsort(-values[candidates], kind="stable")[:count]]
+    return ids
+
+
+def _nucleus(weights: Doubles, top_p: Doubles) -> Doubles:
     """Sorted weights, zero from where those before hold top_p of the total."""
+    running = weights.cumsum(axis=1)
     before = np.zeros_like(weights)
-    before[:, 1:] = weights.cumsum(axis=1)[:, :-1]
-    return np.where((before < top_p * totals) | (top_p == 1.0), weights, 0.0)
+    before[:, 1:] = running[:, :-1]
+    return np.where((before < top_p * running[:, -1:]) | (top_p == 1.0), weights, 0.0)
 
 
 def _above(weights: Doubles, min_p: Doubles) -> Doubles:
-    """Weights, zero where below min_p; the best's weight is 1."""
+    """Weights, zero where below min_p; the likeliest token's weight is 1."""
     return np.where(weights >= min_p, weights, 0.0) if min_p.any() else weights
 
 
 def _invert(weights: Doubles, draws: Doubles) -> Int64s:
-    """The first column whose running sum exceeds the draw's share of the row's total."""
+    """The first column whose running sum in weights [R, N] exceeds the draw's share of the row's total."""
     running = weights.cumsum(axis=1)
     totals = running[:, -1]
     wanted = np.minimum(draws * totals, np.nextafter(totals, 0))
@@ -245,8 +287,8 @@ def _invert(weights: Doubles, draws: Doubles) -> Int64s:
     return columns
 
 
-def _choose(ids: Int64s, columns: Int64s) -> Int64s:
-    return np.take_along_axis(ids, columns[:, None], axis=1)[:, 0]
+def _draws(samplers: Sequence[Sampler]) -> Doubles:
+    return np.array([sampler.draw() for sampler in samplers])
 
 
 def _columns(samplers: Sequence[Sampler]) -> Any:

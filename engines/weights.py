@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,29 @@ def reference_arrays(bundle: Bundle, names: Iterable[str] | None = None) -> dict
 
     Raises BundleError when the checkpoint is not the one that was exported.
     """
+    tensors = Checkpoint.open(unchanged_checkpoint(bundle)).tensors
     wanted = None if names is None else set(names)
     weights = [w for w in bundle.manifest.weights if wanted is None or w.recipe.name in wanted]
-    manifest = bundle.manifest
-    root = Path(manifest.checkpoint)
-    for source in manifest.sources:
+    return {w.recipe.name: assemble(w.recipe, tensors, w.dtype) for w in weights}
+
+
+def weight_source(bundle: Bundle) -> Callable[[str], npt.NDArray[Any]]:
+    """A function from tensor name to array, which holds nothing in memory itself."""
+    if not bundle.manifest.by_reference:
+        return weight_arrays(bundle).__getitem__
+    tensors = Checkpoint.open(unchanged_checkpoint(bundle)).tensors
+    recipes = {w.recipe.name: w for w in bundle.manifest.weights}
+    return lambda name: assemble(recipes[name].recipe, tensors, recipes[name].dtype)
+
+
+def unchanged_checkpoint(bundle: Bundle) -> Path:
+    """The folder that the bundle was exported from; BundleError where it is gone or its files have changed."""
+    root = Path(bundle.manifest.checkpoint)
+    for source in bundle.manifest.sources:
         file = root / source.name
         if not file.is_file():
             raise BundleError(f"{file} is missing: put the checkpoint back, or export again without --by-reference")
         stat = file.stat()
         if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
             raise BundleError(f"{file} has changed since export: export the checkpoint again")
-    tensors = Checkpoint.open(root).tensors
-    return {w.recipe.name: assemble(w.recipe, tensors, w.dtype) for w in weights}
+    return root

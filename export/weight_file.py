@@ -91,20 +91,20 @@ def weight_bytes(recipes: tuple[Recipe, ...], dtype: str) -> int:
 
 @contextmanager
 def _flushing(descriptor: int) -> Iterator[None]:
-    """Keep the disk busy: what is written goes there at once, not when the page cache is full; at the end, all of it."""
+    """Keep the disk busy: send it what is written at once, not when the page cache is full; at the end, all of it."""
     done = threading.Event()
 
     def flush() -> None:
         while not done.wait(_FLUSH_SECONDS):
             os.fsync(descriptor)
 
-    thread = threading.Thread(target=flush)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as flusher:
+        flushing = flusher.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+        flushing.result()
     os.fsync(descriptor)
 
 

@@ -25,8 +25,8 @@ from deepseek_trt.validate.integrity import check_integrity
 from deepseek_trt.validate.pair import Pair, rounding_floors, run_pair
 from deepseek_trt.validate.probes import PLACES, ROUTING
 from deepseek_trt.validate.provenance import collect_provenance
-from deepseek_trt.validate.undecided import set_aside
 from deepseek_trt.validate.report import AccuracyReport, backend_report
+from deepseek_trt.validate.undecided import set_aside
 
 DEFAULT_TEXT = Path(__file__).parent / "default_text.txt"
 

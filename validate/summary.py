@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from deepseek_trt.validate.baseline import Change
 from deepseek_trt.validate.bisect import Fault
 from deepseek_trt.validate.report import AccuracyReport, BackendReport, OutputReport
-
 
 MOST_LATENTS = 8
 

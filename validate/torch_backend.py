@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_trt.engines.torch_session import TorchSession
+from deepseek_trt.engines.weights import weight_source
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.graph import dtype_bytes
 from deepseek_trt.export.model import DeepseekV2, Rope
-from deepseek_trt.validate.sources import weight_source
 
 
 class FillableTorchSession(TorchSession):

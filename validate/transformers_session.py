@@ -15,9 +15,9 @@ import torch
 
 from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
+from deepseek_trt.engines.weights import unchanged_checkpoint
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BackendError
-from deepseek_trt.validate.sources import unchanged_checkpoint
 
 MINIMUM = (5, 15)  # earlier versions leave out YaRN's factor on the softmax scale
 

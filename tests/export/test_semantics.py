@@ -215,3 +215,17 @@ WIDE = {"hidden_size": 160, "intermediate_size": 136, "moe_intermediate_size": 1
 def test_fp8_checkpoint(check, weights_of, name):
     raw = {**MODELS[name], **WIDE}
     check(raw, quantised(weights_of(raw)))
+
+
+def test_bfloat16_model_keeps_its_correction_bias_in_float32(
+    tmp_path, reference, weights_of, save, float64_of, bundle_of
+):
+    """As V3 is published; ONNX Runtime computes the bfloat16 weights in float32, so that float32's tolerance holds."""
+    raw = {**V3, "torch_dtype": "bfloat16"}
+    tensors = {n: t if "correction_bias" in n else t.bfloat16() for n, t in weights_of(raw).items()}
+    checkpoint = save(tmp_path / "checkpoint", raw, {"model.safetensors": tensors}, index=False)
+    bundle = bundle_of(checkpoint, page_size=4)
+    kinds = {w.recipe.name.rpartition(".")[2]: w.dtype for w in bundle.manifest.weights}
+    assert (kinds["e_score_correction_bias"], kinds["gate_proj"]) == ("float32", "bfloat16")
+    session = OrtSession(bundle, pages=12, threads=1)
+    assert_equals_reference(session, reference, raw, float64_of(tensors))

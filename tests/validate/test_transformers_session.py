@@ -32,5 +32,5 @@ def test_another_checkpoint_is_refused(small_v2, tmp_path):
     shutil.copytree(small_v2.checkpoint, moved)
     bundle = export_checkpoint(ExportRequest(moved, tmp_path / "out", dtype="float32", page_size=8)).bundle
     (moved / bundle.manifest.sources[0].name).touch()
-    with pytest.raises(BundleError, match="is not what it was at export"):
+    with pytest.raises(BundleError, match="has changed since export"):
         validate_bundle(ValidateRequest(Bundle.open(tmp_path / "out").path, ("transformers",), threads=1))
