@@ -1,7 +1,7 @@
 """Make a checkpoint with the published names, shapes and shards, as sparse files: it takes no disk and reads as zeros.
 
-    python benchmarks/make_checkpoint.py v2-lite /tmp/v2-lite
-    python benchmarks/make_checkpoint.py v3 /tmp/v3 --layers 5
+    python benchmarks/make_checkpoint.py v2-lite ./v2-lite
+    python benchmarks/make_checkpoint.py v3 ./v3 --layers 5
 
 `v3` and `kimi-k2` are made as published, in fp8 with block scales and, for v3, one layer of multi-token prediction.
 """

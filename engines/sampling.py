@@ -17,7 +17,7 @@ from deepseek_trt.engines.session import Floats, Int64s
 from deepseek_trt.export.errors import RequestError
 
 _BLOCK = 64  # weights that are summed before a draw chooses among the sums
-_PART = 16384  # logits that are drawn from at once
+_PART = 65536  # logits that are drawn from at once
 _COLDEST = 1e-30  # lower temperatures are taken as this one, which float32 can divide by
 
 Doubles = npt.NDArray[np.float64]
@@ -216,7 +216,7 @@ def _draw_by_rejection(weights: Doubles, samplers: Sequence[Sampler], top_p: Dou
     kept = _above(weights, min_p)
     tokens = _draw_in_blocks(kept, _draws(samplers))
     wanted = top_p[:, 0] * _blocks(weights).sum(axis=2).sum(axis=1)
-    for row in np.flatnonzero(top_p[:, 0] < 1.0):
+    for row in np.flatnonzero(top_p[:, 0] < 1.0).tolist():
         likelier = _likelier(kept[row], tokens[row])
         while likelier.sum() >= wanted[row]:
             tokens[row] = _draw_in_blocks(likelier[None], _draws(samplers[row : row + 1]))[0]

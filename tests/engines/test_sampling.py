@@ -155,7 +155,7 @@ def test_no_stop_before_min_tokens():
 @pytest.mark.parametrize("count", [0, 1, 3, 99])
 def test_logprobs(count):
     logits = np.array([1.0, 3.0, 2.0, 3.0], dtype=np.float32)
-    want = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+    want = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
     choice = with_logprobs(logits, 2, count)
     assert choice.logprob == pytest.approx(want[2], abs=1e-12)
     assert [i for i, _ in choice.top] == [1, 3, 2, 0][:count]
