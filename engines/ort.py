@@ -20,8 +20,6 @@ from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.graph import past_name, present_name
 from deepseek_trt.export.weight_file import NUMPY_DTYPES
 
-_ONNX_ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16}
-
 
 class OrtSession:
     """Both graphs over one set of page pools; each pool is bound as past and present at once."""
@@ -98,11 +96,13 @@ def _widened_bytes(path: Path) -> bytes:
 def _supply_references(options: ort.SessionOptions, bundle: Bundle) -> list[Any]:
     """Hand the checkpoint's tensors to ONNX Runtime; returns what must live until the session is made."""
     arrays = reference_arrays(bundle)
-    element = _ONNX_ELEMENT[bundle.manifest.dtype]
-    if bundle.manifest.dtype == "bfloat16":
-        raw = {name: array.view(np.uint16) for name, array in arrays.items()}
-        values = [ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element) for array in raw.values()]
-    else:
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+    values = [_ort_value(array) for array in arrays.values()]
     options.add_external_initializers(list(arrays), values)
     return [arrays, values]
+
+
+def _ort_value(array: npt.NDArray[Any]) -> ort.OrtValue:
+    """A view of the array; ONNX Runtime takes ml_dtypes' bfloat16 as bits and a type."""
+    if array.dtype.name == "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx.TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)

@@ -49,7 +49,9 @@ def load_model(bundle: Bundle, dtype: str) -> DeepseekV2:
     with torch.device("meta"):
         model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
     rope = type(model.model.rope)(bundle.manifest.model)  # its frequencies are computed, not loaded
-    state = {name: _tensor(array).to(getattr(torch, dtype)) for name, array in weight_arrays(bundle).items()}
+    own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}  # float32 in any model
+    tensors = {name: _tensor(array) for name, array in weight_arrays(bundle).items()}
+    state = {name: t if name in own else t.to(getattr(torch, dtype)) for name, t in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     model.model.rope = rope
     return model.eval()

@@ -37,6 +37,7 @@ class StreamedTorchSession(FillableTorchSession):
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
         self.pages = pages
         self._weights, self._dtype = weight_source(bundle), getattr(torch, dtype)
+        self._own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}
         with torch.device("meta"):
             self.model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
         self.model.model.rope = Rope(bundle.manifest.model)
@@ -59,7 +60,8 @@ class StreamedTorchSession(FillableTorchSession):
         layer.mlp.register_forward_hook(lambda *_: _drop(layer))
 
     def _load(self, name: str) -> Tensor:
-        return _tensor(self._weights(name)).to(self._dtype)
+        tensor = _tensor(self._weights(name))
+        return tensor if name in self._own else tensor.to(self._dtype)
 
 
 def torch_session(bundle: Bundle, pages: int, dtype: str) -> FillableTorchSession:

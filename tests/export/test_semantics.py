@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepseek_trt.engines.ort import OrtSession
+from deepseek_trt.engines.torch_session import TorchSession
 
 # float32 rounds by 2**-24 = 6e-8. A logit is the end of a chain of some 20 sums of 16 to 160 products a layer, whose
 # rounding errors add up like sqrt(terms): 6e-8 * 20 * sqrt(160) = 1.5e-5 of the largest logit, for the worst of them.
@@ -217,15 +218,18 @@ def test_fp8_checkpoint(check, weights_of, name):
     check(raw, quantised(weights_of(raw)))
 
 
+@pytest.mark.parametrize("by_reference", [False, True])
 def test_bfloat16_model_keeps_its_correction_bias_in_float32(
-    tmp_path, reference, weights_of, save, float64_of, bundle_of
+    tmp_path, reference, weights_of, save, float64_of, bundle_of, by_reference
 ):
     """As V3 is published; ONNX Runtime computes the bfloat16 weights in float32, so that float32's tolerance holds."""
     raw = {**V3, "torch_dtype": "bfloat16"}
     tensors = {n: t if "correction_bias" in n else t.bfloat16() for n, t in weights_of(raw).items()}
     checkpoint = save(tmp_path / "checkpoint", raw, {"model.safetensors": tensors}, index=False)
-    bundle = bundle_of(checkpoint, page_size=4)
+    bundle = bundle_of(checkpoint, page_size=4, by_reference=by_reference)
     kinds = {w.recipe.name.rpartition(".")[2]: w.dtype for w in bundle.manifest.weights}
     assert (kinds["e_score_correction_bias"], kinds["gate_proj"]) == ("float32", "bfloat16")
-    session = OrtSession(bundle, pages=12, threads=1)
-    assert_equals_reference(session, reference, raw, float64_of(tensors))
+    for session in (OrtSession(bundle, pages=12, threads=1), TorchSession(bundle, pages=12)):
+        assert_equals_reference(session, reference, raw, float64_of(tensors))
+    narrow = TorchSession(bundle, pages=12, dtype="bfloat16").model.state_dict()
+    assert narrow["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
