@@ -12,9 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.plugins.aot import compile_all
 from deepseek_trt.plugins.library import PluginLibrary, build_library
+from deepseek_trt.plugins.manifest import PLUGINS_FOLDER
 from deepseek_trt.plugins.records import Binary
-
-PLUGINS_FOLDER = "plugins"  # in the bundle
 
 
 def make_library(path: Path, sms: Sequence[int], fallback: bool, cxx: str | None, jobs: int) -> PluginLibrary:

@@ -21,8 +21,7 @@ from deepseek_trt.engines.share_weights import ShareWeights
 from deepseek_trt.engines.weights import reference_arrays
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BuildError, BundleError
-from deepseek_trt.export.graph import GraphSpec, TensorSpec
-from deepseek_trt.export.ops.spec import DOMAIN
+from deepseek_trt.export.graph import DOMAIN, GraphSpec, TensorSpec
 from deepseek_trt.plugins.loading import load_library
 
 BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
@@ -64,7 +63,7 @@ def build_plans(
     if spec.weights == "embedded" and bundle.manifest.by_reference:
         raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
     messages: list[str] = []
-    flavour = open_flavour(spec.flavour, lambda severity, text: messages.append(f"{severity}: {text}"))
+    flavour = open_flavour(spec.flavour, lambda severity, text: _keep(messages, severity, text))
     manifest = load_library(library, flavour.trt)
     if manifest.dtype != bundle.manifest.dtype:
         raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
@@ -288,12 +287,17 @@ _DTYPES = {
 }
 
 
+def _keep(messages: list[str], severity: str, text: str) -> None:
+    """What can explain a failure; a verbose log of a large model takes hundreds of megabytes."""
+    if severity in ("INTERNAL_ERROR", "ERROR"):
+        messages.append(f"{severity}: {text}")
+
+
 def _first(errors: Sequence[Any], messages: list[str]) -> str:
     """What a person should read of a failure: the parser's first error, else the log's last error."""
     if errors:
         return f"{errors[0].node_name()} ({errors[0].node_operator()}): {errors[0].desc()}"
-    logged = [m for m in messages if m.startswith(("ERROR", "INTERNAL_ERROR"))]
-    return logged[-1] if logged else "no reason was logged"
+    return messages[-1] if messages else "no reason was logged"
 
 
 def _sha256(path: Path) -> str:

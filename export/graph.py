@@ -10,6 +10,7 @@ from deepseek_trt.export.config import ModelConfig
 GraphName = Literal["prefill", "decode"]
 Dim = int | str
 DEFAULT_PAGE_SIZE = 64
+DOMAIN = "deepseek_trt"  # of the custom ops, in torch and ONNX alike
 
 # Symbolic dims, and their names in ONNX.
 BATCH, SEQUENCE, PAGES, TABLE = "batch_size", "sequence_length", "pages", "pages_per_sequence"

@@ -17,6 +17,7 @@ from deepseek_trt.plugins.records import Binary
 if TYPE_CHECKING:
     from deepseek_trt.plugins.codegen import KernelTable  # imports torch
 
+PLUGINS_FOLDER = "plugins"  # in the bundle
 LIBRARY = "libdeepseek_trt_plugins.so"
 MANIFEST = "libdeepseek_trt_plugins.json"
 SCHEMA = 1

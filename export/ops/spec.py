@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-DOMAIN = "deepseek_trt"
+from deepseek_trt.export.graph import DOMAIN
+
 OPSET = 23  # of the standard operators in graphs and bodies
 FLOATS = ("float32", "float16", "bfloat16")
 
