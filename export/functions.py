@@ -10,7 +10,8 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from deepseek_trt.export.ops.spec import DOMAIN, OPSET, OpSpec
+from deepseek_trt.export.graph import DOMAIN
+from deepseek_trt.export.ops.spec import OPSET, OpSpec
 
 _ONNX_TYPES = {"int": "int", "float": "float", "string": "string"}
 

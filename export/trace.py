@@ -18,10 +18,20 @@ from torch.export import Dim
 
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.functions import attach_functions
-from deepseek_trt.export.graph import BATCH, PAGES, SEQUENCE, TABLE, GraphSpec, TensorSpec, past_name, present_name
+from deepseek_trt.export.graph import (
+    BATCH,
+    DOMAIN,
+    PAGES,
+    SEQUENCE,
+    TABLE,
+    GraphSpec,
+    TensorSpec,
+    past_name,
+    present_name,
+)
 from deepseek_trt.export.model import Decode, DeepseekV2, Prefill
 from deepseek_trt.export.ops import OPS
-from deepseek_trt.export.ops.spec import DOMAIN, OPSET, OpSpec
+from deepseek_trt.export.ops.spec import OPSET, OpSpec
 from deepseek_trt.export.ops.torch_ops import TORCH_OPS
 from deepseek_trt.export.unroll import unroll
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from deepseek_trt.export.graph import DOMAIN
 from deepseek_trt.export.ops import OPS
-from deepseek_trt.export.ops.spec import DOMAIN, OpSpec, TensorArg
+from deepseek_trt.export.ops.spec import OpSpec, TensorArg
 
 _INTRODUCTION = f"""# The custom ops and their plugins
 

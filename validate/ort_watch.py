@@ -15,8 +15,7 @@ from deepseek_trt.engines.ort import _supply_references
 from deepseek_trt.engines.session import Session
 from deepseek_trt.engines.widen import WidenBfloat16
 from deepseek_trt.export.bundle import Bundle
-from deepseek_trt.export.graph import past_name
-from deepseek_trt.export.ops.spec import DOMAIN
+from deepseek_trt.export.graph import DOMAIN, past_name
 from deepseek_trt.export.weight_file import NUMPY_DTYPES
 from deepseek_trt.validate.cases import Step
 from deepseek_trt.validate.probes import Arrays, Probes

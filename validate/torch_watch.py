@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_trt.engines.session import Session
-from deepseek_trt.export.ops.spec import DOMAIN
+from deepseek_trt.export.graph import DOMAIN
 from deepseek_trt.validate.cases import Step
 from deepseek_trt.validate.probes import Probes
 from deepseek_trt.validate.routing import Flip, differing_tokens, margin, weights_of

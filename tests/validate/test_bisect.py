@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.cli.validate_command import EXIT_ACCURACY
-from deepseek_trt.export.ops.spec import DOMAIN
+from deepseek_trt.export.graph import DOMAIN
 from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
 
 LAYER = 1  # where the faults are planted; the model's first MoE layer
