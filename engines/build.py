@@ -288,7 +288,7 @@ _DTYPES = {
 
 
 def _keep(messages: list[str], severity: str, text: str) -> None:
-    """What can explain a failure; a verbose log of a large model takes hundreds of megabytes."""
+    """What can explain a failure; TensorRT logs every verbose line, too, and those would pile up with the layers."""
     if severity in ("INTERNAL_ERROR", "ERROR"):
         messages.append(f"{severity}: {text}")
 
