@@ -1,4 +1,5 @@
-"""Export V2-Lite (31.4 GB) and V2 (471 GB) on this machine, and write time, memory and bytes to docs/scale.md.
+"""Export V2-Lite (31.4 GB) and V2 (471 GB) on this machine, build their plugins and engines, and write time, memory and
+bytes to docs/scale.md.
 
     python benchmarks/export.py                        # needs 35 GB of disk for the export with weights
     python benchmarks/export.py --without-weights
@@ -11,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,9 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from make_checkpoint import PUBLISHED, reduced, write_sparse
+from process import run_measured
 
 ROOT = Path(__file__).parents[1]
-_VERSIONS = ("deepseek-trt", "torch", "onnx", "onnx-ir", "onnxscript")
+SMS = (86, 120)
+_VERSIONS = ("deepseek-trt", "torch", "onnx", "onnx-ir", "onnxscript", "triton", "tensorrt-rtx-cu13")
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,34 @@ class Row:
 
 
 def child(checkpoint: Path, out: Path, by_reference: bool) -> None:
-    """Export in this process, and print what it took as JSON."""
-    begin = time.perf_counter()
+    """Export in this process, and print the seconds of the step that writes weights."""
     from deepseek_trt.export.exporter import ExportRequest, Reporter, export_checkpoint
 
     steps: list[tuple[str, float]] = []
     report = Reporter(step=lambda text, total: steps.append((text, time.perf_counter())))
     export_checkpoint(ExportRequest(checkpoint, out, by_reference=by_reference), report)
-    end = time.perf_counter()
-    ends = [at for _, at in steps[1:]] + [end]
+    ends = [at for _, at in steps[1:]] + [time.perf_counter()]
     spent = {text: stop - start for (text, start), stop in zip(steps, ends, strict=True)}
-    writing = next((seconds for text, seconds in spent.items() if text.startswith("writing")), 0.0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print(json.dumps({"seconds": end - begin, "writing": writing, "peak_mb": peak}))
+    print(next((seconds for text, seconds in spent.items() if text.startswith("writing")), 0.0))
 
 
 def export(what: str, checkpoint: Path, out: Path, by_reference: bool) -> Row:
     command = [sys.executable, __file__, "--child", str(checkpoint), str(out)]
-    command += ["--by-reference"] if by_reference else []
-    begin = time.perf_counter()
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    seconds = time.perf_counter() - begin  # with the start of Python
-    found = json.loads(done.stdout)
-    written = sum(file.stat().st_size for file in out.iterdir()) / 1e6
+    took = run_measured(command + (["--by-reference"] if by_reference else []))
     nodes = sum(count_nodes(out / f"{graph}.onnx") for graph in ("prefill", "decode"))
-    return Row(what, seconds, found["writing"], found["peak_mb"], written, nodes)
+    return Row(f"export {what}", took.seconds, float(took.output), took.peak_mb, size_mb(out), nodes)
+
+
+def command(what: str, bundle: Path, *words: str) -> Row:
+    """A deepseek-trt command that adds files to the bundle."""
+    before = size_mb(bundle)
+    script = "from deepseek_trt.cli.main import main; main()"
+    took = run_measured([sys.executable, "-c", script, *words, *(f"--sm={sm}" for sm in SMS)])
+    return Row(f"{words[0]} {what}", took.seconds, 0, took.peak_mb, size_mb(bundle) - before, 0)
+
+
+def size_mb(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
 def count_nodes(path: Path) -> int:
@@ -103,9 +107,11 @@ def measure(folder: Path, layers: int | None, with_weights: bool) -> tuple[list[
     rows, notes, sizes = [], [], {}
     for name in ("v2-lite", "v2"):
         sizes[name] = write_sparse(reduced(PUBLISHED[name], layers), folder / name)
-        what = f"{name}, {sizes[name] / 1e9:.1f} GB, by reference"
-        rows.append(export(what, folder / name, folder / f"{name}-out", by_reference=True))
-        print(rows[-1], file=sys.stderr)
+        what, out = f"{name}, {sizes[name] / 1e9:.1f} GB, by reference", folder / f"{name}-out"
+        rows.append(export(what, folder / name, out, by_reference=True))
+        rows.append(command(what, out, "plugins", "--bundle", str(out)))
+        rows.append(command(what, out, "build", str(out), "--weights", "shared"))
+        print(*rows[-3:], sep="\n", file=sys.stderr)
     if with_weights:
         total = sizes["v2-lite"]
         copied = copy_speed(folder / "v2-lite", folder / "copied", total)
@@ -122,8 +128,9 @@ def measure(folder: Path, layers: int | None, with_weights: bool) -> tuple[list[
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| export | seconds | peak memory, MB | written, MB | nodes in both graphs |", "|---|---|---|---|---|"]
-    lines += [f"| {r.what} | {r.seconds:.1f} | {r.peak_mb:.0f} | {r.written_mb:,.1f} | {r.nodes} |" for r in rows]
+    lines = ["| step | seconds | peak memory, MB | written, MB | nodes in both graphs |", "|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(f"| {r.what} | {r.seconds:.1f} | {r.peak_mb:.0f} | {r.written_mb:,.1f} | {r.nodes or ''} |")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from deepseek_trt.engines.weights import reference_arrays
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.export.graph import DOMAIN, GraphSpec, TensorSpec
+from deepseek_trt.export.weights import too_large_for_tensorrt
 from deepseek_trt.plugins.loading import load_library
 
 BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
@@ -62,6 +63,12 @@ def build_plans(
     """
     if spec.weights == "embedded" and bundle.manifest.by_reference:
         raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
+    large = too_large_for_tensorrt(record.recipe for record in bundle.manifest.weights)
+    if large:
+        raise BuildError(
+            f"{large[0].name} {list(large[0].shape)} holds 2^31 numbers or more, which TensorRT cannot take: "
+            "run this bundle with ONNX Runtime, deepseek-trt generate --backend ort"
+        )
     messages: list[str] = []
     flavour = open_flavour(spec.flavour, lambda severity, text: _keep(messages, severity, text))
     manifest = load_library(library, flavour.trt)

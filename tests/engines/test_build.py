@@ -90,6 +90,15 @@ def test_library_of_another_dtype_is_refused(bundle, library, demo_checkpoint, b
 
 
 @pytest.mark.tensorrt
+def test_a_tensor_of_2_to_the_31_numbers_never_reaches_tensorrt(bundle, library):
+    """V3's stacked experts: 256 x 2048 x 7168."""
+    record = bundle.manifest.weights[0]
+    large = dataclasses.replace(record, recipe=dataclasses.replace(record.recipe, shape=(256, 2048, 7168)))
+    manifest = dataclasses.replace(bundle.manifest, weights=(large, *bundle.manifest.weights[1:]))
+    with pytest.raises(BuildError, match=r"\[256, 2048, 7168\] holds 2\^31 numbers or more"):
+        build_plans(dataclasses.replace(bundle, manifest=manifest), SPEC, library.path)
+
+
 def test_damaged_library_is_refused(bundle, library, tmp_path):
     copy = Path(shutil.copytree(library.path.parent, tmp_path / "plugins")) / library.path.name
     copy.write_bytes(copy.read_bytes()[:-1] + b"x")

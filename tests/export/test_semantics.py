@@ -193,7 +193,7 @@ def quantised(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Linear weights in fp8 with a scale for each block of 128 x 128, as DeepSeek-V3 is published."""
     out = dict(tensors)
     for name, tensor in tensors.items():
-        if not name.endswith("_proj.weight") and "kv_a_proj_with_mqa" not in name:
+        if not name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")):
             continue
         rows, columns = tensor.shape
         scales = torch.zeros(math.ceil(rows / 128), math.ceil(columns / 128))
@@ -212,7 +212,9 @@ FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_blo
 WIDE = {"hidden_size": 160, "intermediate_size": 136, "moe_intermediate_size": 132, "num_attention_heads": 8, **FP8}
 
 
-@pytest.mark.parametrize("name", ["v3", "moonlight"])
+@pytest.mark.parametrize(
+    "name", [name if name in ("v2", "v3", "moonlight") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_fp8_checkpoint(check, weights_of, name):
     raw = {**MODELS[name], **WIDE}
     check(raw, quantised(weights_of(raw)))
