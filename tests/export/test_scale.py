@@ -22,7 +22,8 @@ def step(text, total):
 checkpoint, out, by_reference = sys.argv[1:]
 request = ExportRequest(Path(checkpoint), Path(out), by_reference=by_reference == "yes")
 result = export_checkpoint(request, Reporter(step))
-peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024  # ru_maxrss would begin at the parent's
+# Not ru_maxrss, which begins at the parent's.
+peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(json.dumps({"peak": peak, "too_early": too_early, "weights": len(result.bundle.manifest.weights)}))
 """
 
@@ -30,6 +31,23 @@ print(json.dumps({"peak": peak, "too_early": too_early, "weights": len(result.bu
 def export(checkpoint: Path, out: Path, by_reference: bool) -> dict[str, object]:
     command = [sys.executable, "-c", _EXPORT, str(checkpoint), str(out), "yes" if by_reference else "no"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+_CLI = r"""
+import json, re, sys
+from pathlib import Path
+from deepseek_trt.cli.main import main
+
+main(sys.argv[1:], standalone_mode=False)
+peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+print(json.dumps({"peak": peak}))
+"""
+
+
+def cli(*words: str) -> dict[str, int]:
+    command = [sys.executable, "-c", _CLI, *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_by_reference(tmp_path, make_checkpoint):
@@ -41,6 +59,19 @@ def test_by_reference(tmp_path, make_checkpoint):
     assert found["peak"] < 1e9
     assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) < 50e6
     assert found["too_early"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt
+def test_plugins_and_engines_by_reference(tmp_path, make_checkpoint):
+    """Four layers of V2, from headers to plans that hold no weights."""
+    published = make_checkpoint.reduced(make_checkpoint.PUBLISHED["v2"], layers=4)
+    make_checkpoint.write_sparse(published, tmp_path / "v2")
+    export(tmp_path / "v2", tmp_path / "out", by_reference=True)
+    assert cli("plugins", "--bundle", str(tmp_path / "out"), "--sm", "86")["peak"] < 1e9
+    assert cli("build", str(tmp_path / "out"), "--sm", "86")["peak"] < 1e9
+    plans = [(tmp_path / "out" / f"{graph}.plan").stat().st_size for graph in ("prefill", "decode")]
+    assert sum(plans) < 30e6
 
 
 @pytest.mark.slow
