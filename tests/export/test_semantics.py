@@ -212,8 +212,11 @@ FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_blo
 WIDE = {"hidden_size": 160, "intermediate_size": 136, "moe_intermediate_size": 132, "num_attention_heads": 8, **FP8}
 
 
+FP8_BY_DEFAULT = ("v2", "v3", "moonlight")
+
+
 @pytest.mark.parametrize(
-    "name", [name if name in ("v2", "v3", "moonlight") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+    "name", [name if name in FP8_BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
 def test_fp8_checkpoint(check, weights_of, name):
     raw = {**MODELS[name], **WIDE}
