@@ -63,10 +63,10 @@ def _fake(
 _GROUPS_BODY = """
     by_group = Constant <value_ints = [0, {n_group}, -1]> ()
     grouped = Reshape (biased_all, by_group)
-    two = Constant <value_ints = [2]> ()
+    two = Constant <value = int64[1] {{2}}> ()
     best_two, best_two_ids = TopK (grouped, two)
     group_scores = ReduceSum <keepdims = 0> (best_two, two)
-    topk_group = Constant <value_ints = [{topk_group}]> ()
+    topk_group = Constant <value = int64[1] {{{topk_group}}}> ()
     best_scores, best_groups = TopK (group_scores, topk_group)
     zero = Constant <value_float = 0.0> ()
     nothing = Mul (group_scores, zero)
@@ -96,7 +96,7 @@ def _body(attributes: Mapping[str, Any]) -> str:
     scores = Sigmoid (logits_f)
     biased_all = Add (scores, correction_bias)
     {_GROUPS_BODY.format(**attributes) if limited else "biased = Identity (biased_all)"}
-    top_k = Constant <value_ints = [{attributes["top_k"]}]> ()
+    top_k = Constant <value = int64[1] {{{attributes["top_k"]}}}> ()
     best, ids_long = TopK (biased, top_k)
     chosen = GatherElements <axis = 1> (scores, ids_long)
     {_NORMALISE_BODY if normalised else "shares = Identity (chosen)"}

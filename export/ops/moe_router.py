@@ -52,7 +52,7 @@ _GROUPS_BODY = """
     grouped = Reshape (scores_all, by_group)
     axis_2 = Constant <value_ints = [2]> ()
     group_scores = ReduceMax <keepdims = 0> (grouped, axis_2)
-    topk_group = Constant <value_ints = [{topk_group}]> ()
+    topk_group = Constant <value = int64[1] {{{topk_group}}}> ()
     best_scores, best_groups = TopK (group_scores, topk_group)
     nothing = Mul (group_scores, zero)
     best_zero = Mul (best_scores, zero)
@@ -81,7 +81,7 @@ def _body(attributes: Mapping[str, Any]) -> str:
     logits_f = Cast <to = 1> (logits)
     scores_all = Softmax <axis = -1> (logits_f)
     {_GROUPS_BODY.format(**attributes) if limited else "scores = Identity (scores_all)"}
-    top_k = Constant <value_ints = [{attributes["top_k"]}]> ()
+    top_k = Constant <value = int64[1] {{{attributes["top_k"]}}}> ()
     chosen, ids_long = TopK (scores, top_k)
     factor = Constant <value_float = {float(attributes["routed_scaling_factor"])!r}> ()
     {_NORMALISE_BODY if normalised else "weights = Mul (chosen, factor)"}
