@@ -1,0 +1,1 @@
+"""A tritonserver model repository written from a bundle."""

@@ -1,0 +1,1 @@
+"""What runs inside tritonserver: requests in, streamed answers out, over the scheduler."""
