@@ -136,6 +136,22 @@ class LLM:
             async for piece in pieces:
                 yield piece
 
+    def submit(self, prompt: Prompt, params: SamplingParams, put: Callable[[Piece | Exception], None]) -> Ticket:
+        """Hand the answer's pieces to `put` as they are made, or what went wrong, in the thread that `start` starts.
+
+        Raises RequestError for a prompt or parameter that the model cannot take. The ticket is for `cancel`.
+        """
+        ((ids, own),) = self._requests([prompt], [params])
+        return self._submit(ids, own, put)
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Free what the request holds before the next step; one that has ended is left as it is."""
+        self._loop.cancel([ticket])
+
+    def start(self, on_failure: Callable[[Exception], None] | None = None) -> None:
+        """Step in the background thread; what a step raises goes to `on_failure` after it went to every request."""
+        self._loop.start(on_failure)
+
     def close(self) -> None:
         """End the background thread; requests that have not ended get a BackendError. A second time does nothing."""
         self._closing()

@@ -71,12 +71,17 @@ class EngineLoop:
             for event in self._scheduler.step():
                 self._hand_over(event)
 
-    def start(self) -> None:
-        """Step in a background thread from now on, whenever there is something to do."""
+    def start(self, on_failure: Callable[[Exception], None] | None = None) -> None:
+        """Step in a background thread from now on, whenever there is something to do.
+
+        `on_failure` gets what a step raises, after every request got it.
+        """
         with self._changed:
             self._refuse_closed()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="deepseek-trt-engine", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run, args=(on_failure,), name="deepseek-trt-engine", daemon=True
+                )
                 self._thread.start()
 
     def close(self) -> None:
@@ -91,7 +96,7 @@ class EngineLoop:
             self._settle()
             self._fail(BackendError("the LLM was closed before the request ended: close it after the last answer"))
 
-    def _run(self) -> None:
+    def _run(self, on_failure: Callable[[Exception], None] | None) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._pending())
@@ -102,6 +107,8 @@ class EngineLoop:
             except Exception as error:  # handed to every caller: nobody waits for this thread
                 with self._stepping:
                     self._fail(error)
+                if on_failure:
+                    on_failure(error)
 
     def _pending(self) -> bool:
         return bool(self._submitted or self._cancelled or self._scheduler.busy)
