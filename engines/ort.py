@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.engines.weights import reference_arrays
-from deepseek_trt.engines.widen import WidenBfloat16
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.graph import past_name, present_name
 from deepseek_trt.export.weight_file import NUMPY_DTYPES
+
+_ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; a served runtime has no onnx package
 
 
 class OrtSession:
@@ -75,7 +74,9 @@ def _load(bundle: Bundle, graph: str, threads: int, widened: bool) -> ort.Infere
     path = bundle.graph_path(graph)
     kept = _supply_references(options, bundle) if bundle.manifest.by_reference else None
     source: str | bytes = str(path)
-    if widened:
+    if widened and widened_path(bundle, graph).is_file():
+        source = str(widened_path(bundle, graph))
+    elif widened:
         source = _widened_bytes(path)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     try:
@@ -86,11 +87,15 @@ def _load(bundle: Bundle, graph: str, threads: int, widened: bool) -> ort.Infere
     return session
 
 
+def widened_path(bundle: Bundle, graph: str) -> Path:
+    """Where a bundle that is to be loaded without the onnx package keeps the graph that computes in float32."""
+    return bundle.path / f"{graph}.float32.onnx"
+
+
 def _widened_bytes(path: Path) -> bytes:
-    model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
-    WidenBfloat16()(model)
-    data: bytes = ir.to_proto(model).SerializeToString()
-    return data
+    from deepseek_trt.engines.widen import widened_bytes  # needs onnx
+
+    return widened_bytes(path)
 
 
 def _supply_references(options: ort.SessionOptions, bundle: Bundle) -> list[Any]:
@@ -104,5 +109,5 @@ def _supply_references(options: ort.SessionOptions, bundle: Bundle) -> list[Any]
 def _ort_value(array: npt.NDArray[Any]) -> ort.OrtValue:
     """A view of the array; ONNX Runtime takes ml_dtypes' bfloat16 as bits and a type."""
     if array.dtype.name == "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx.TensorProto.BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(array)
