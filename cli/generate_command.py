@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from deepseek_trt.cli.model_options import backend_option, sampling_options, threads_option
+
+if TYPE_CHECKING:
+    from deepseek_trt.engines.sampling import SamplingParams
 
 
 @click.command("generate", short_help="Stream text from a bundle.")
@@ -13,13 +19,9 @@ import click
 @click.option("--prompt", multiple=True, help="Text to continue; several are run as one batch.")
 @click.option("--token-ids", multiple=True, help="A prompt as numbers with commas between.")
 @click.option("--chat", is_flag=True, help="Each prompt is a user's message, rendered with the chat template.")
-@click.option("--backend", type=click.Choice(["ort", "torch", "tensorrt"]), default="ort", show_default=True)
-@click.option("--max-new-tokens", default=128, show_default=True)
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", default=0, show_default=True, help="0 keeps all tokens.")
-@click.option("--top-p", default=1.0, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=0, show_default=True, help="0 lets the backend choose.")
+@backend_option
+@sampling_options
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt instead of streaming.")
 def command(
     bundle: Path,
@@ -27,11 +29,7 @@ def command(
     token_ids: tuple[str, ...],
     chat: bool,
     backend: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
+    params: SamplingParams,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -40,10 +38,10 @@ def command(
     Example: deepseek-trt generate ./v2-lite --prompt "The number of" --max-new-tokens 64
     """
     from deepseek_trt.cli.streaming import Prompts, stream_answers
-    from deepseek_trt.engines.sampling import SamplingParams
 
     if bool(prompt) == bool(token_ids):
         raise click.UsageError("give either --prompt or --token-ids")
-    params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed)
+    if params.logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs are printed with --json only")
     for line in stream_answers(bundle, Prompts(prompt, token_ids, chat), params, backend, threads, live=not as_json):
         click.echo(json.dumps(line, ensure_ascii=False) if as_json else line, nl=as_json)

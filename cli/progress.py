@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -37,3 +37,21 @@ def export_reporter(quiet: bool = False) -> Iterator[Reporter]:
             bars.advance(current[0], done)
 
         yield Reporter(step, advance)
+
+
+@contextmanager
+def weight_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr of the weights' way to the GPU; nothing is drawn before the first call (bytes done, in all)."""
+    columns = (TextColumn("weights to the GPU"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bars.add_task("")
+
+    def advance(done: int, total: int) -> None:
+        bars.start()
+        bars.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        if bars.live.is_started:
+            bars.stop()

@@ -9,9 +9,13 @@ from typing import Any
 
 import click
 
-from deepseek_trt.engines.backends import BACKENDS, SessionRequest
-from deepseek_trt.engines.generate import Step, generate, pages_needed
+from deepseek_trt.cli.progress import weight_progress
+from deepseek_trt.engines.backends import SessionRequest
+from deepseek_trt.engines.choose_backend import open_session
+from deepseek_trt.engines.generate import PREFILL_CHUNK, check_generates, pages_needed
+from deepseek_trt.engines.llm import LLM, Result
 from deepseek_trt.engines.sampling import SamplingParams
+from deepseek_trt.engines.scheduler import SchedulerLimits
 from deepseek_trt.engines.text import Text
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import RequestError
@@ -29,20 +33,32 @@ class Prompts:
 def stream_answers(
     path: Path, prompts: Prompts, params: SamplingParams, backend: str, threads: int, live: bool
 ) -> Iterator[Any]:
-    """Pieces of text where `live`, else one dict a prompt: prompt_ids, token_ids, text and finish_reason."""
+    """Pieces of text where `live`, else one dict a prompt: prompt_ids, token_ids, text, finish_reason, logprobs."""
     bundle = Bundle.open(path)
+    check_generates(bundle)
     text = Text(bundle) if bundle.tokenizer_path or prompts.texts else None
     ids = _encode(prompts, text)
-    config = bundle.manifest.model
+    with _open(bundle, ids, params, backend, threads, text) as llm:
+        if live and len(ids) == 1:
+            for piece in llm.stream(ids[0], params):
+                yield piece.text if text else f"{piece.token_id} "
+            yield "\n"
+            return
+        for result in llm.generate(ids, params):
+            yield _paragraph(result) if live else _facts(result)
+
+
+def _open(
+    bundle: Bundle, ids: list[list[int]], params: SamplingParams, backend: str, threads: int, text: Text | None
+) -> LLM:
+    """An LLM with room for all prompts at once; says on stderr what runs it, and why."""
+    config, rows = bundle.manifest.model, len(ids)
     pages = pages_needed(config, bundle.manifest.cache.page_size, ids, params.max_new_tokens)
-    session = BACKENDS[backend](SessionRequest(bundle, pages, threads))
-    click.echo(f"backend: {session.backend}" + (f" ({session.note})" if session.note else ""), err=True)
-    steps = generate(session, config, ids, params)
-    if live and len(ids) == 1:
-        yield from _pieces(steps, text)
-        return
-    for answer in _answers(steps, ids, text, config.eos_token_ids):
-        yield _paragraph(answer) if live else answer
+    with weight_progress() as progress:
+        started = open_session(SessionRequest(bundle, pages, threads, progress=progress), backend)
+    click.echo(started.line, err=True)
+    limits = SchedulerLimits(rows, rows * PREFILL_CHUNK, PREFILL_CHUNK, prefix_reuse=False)
+    return LLM.over(started.session, config, text, limits)
 
 
 def _encode(prompts: Prompts, text: Text | None) -> list[list[int]]:
@@ -58,25 +74,18 @@ def _encode(prompts: Prompts, text: Text | None) -> list[list[int]]:
         raise RequestError(f"--token-ids {given!r}: give numbers with commas between, e.g. 0,17,4") from None
 
 
-def _pieces(steps: Iterator[Step], text: Text | None) -> Iterator[str]:
-    stream = text.stream() if text else None
-    for step in steps:
-        yield stream.push(step.token) if stream else f"{step.token} "
-    yield "\n"
+def _facts(result: Result) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "prompt_ids": result.prompt_ids,
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "text": result.text,
+    }
+    if result.logprobs is not None:
+        facts |= {"logprobs": result.logprobs, "top_logprobs": result.top_logprobs}
+    return facts
 
 
-def _answers(
-    steps: Iterator[Step], prompts: list[list[int]], text: Text | None, stops: tuple[int, ...]
-) -> list[dict[str, Any]]:
-    answers: list[dict[str, Any]] = [{"prompt_ids": ids, "token_ids": [], "finish_reason": None} for ids in prompts]
-    for step in steps:
-        answers[step.row]["token_ids"].append(step.token)
-        answers[step.row]["finish_reason"] = step.finished
-    for answer in answers:
-        answer["text"] = text.decode(answer["token_ids"]) if text else None
-    return answers
-
-
-def _paragraph(answer: dict[str, Any]) -> str:
-    body = answer["text"] if answer["text"] is not None else " ".join(map(str, answer["token_ids"]))
-    return f"--- {answer['finish_reason']}, {len(answer['token_ids'])} tokens\n{body}\n"
+def _paragraph(result: Result) -> str:
+    body = result.text if result.text is not None else " ".join(map(str, result.token_ids))
+    return f"--- {result.finish_reason}, {len(result.token_ids)} tokens\n{body}\n"

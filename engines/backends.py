@@ -13,17 +13,23 @@ from deepseek_trt.export.bundle import Bundle
 class SessionRequest:
     """pages counts the scratch page; threads 0 lets the backend choose.
 
-    cuda_graphs and progress (bytes of weights on the GPU, bytes in all) are for the tensorrt backend.
+    device ("cpu" or "cuda") is for the ort backend; cuda_graphs and progress (bytes of weights on the GPU, bytes in
+    all) are for the tensorrt backend.
     """
 
     bundle: Bundle
     pages: int
     threads: int = 0
+    device: str = "cpu"
     cuda_graphs: bool = True
     progress: Callable[[int, int], None] | None = None
 
 
 def _ort(request: SessionRequest) -> Session:
+    if request.device == "cuda":
+        from deepseek_trt.engines.ort_cuda import OrtCudaSession
+
+        return OrtCudaSession(request.bundle, request.pages, request.threads)
     from deepseek_trt.engines.ort import OrtSession
 
     return OrtSession(request.bundle, request.pages, request.threads)

@@ -94,6 +94,17 @@ def open_device(ordinal: int = 0) -> CudaDevice:
     return CudaDevice(driver, ordinal)
 
 
+def visible_gpu() -> str | None:
+    """The first GPU's name, or None where there is no driver, no cuda-python or no GPU; takes no memory on it."""
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+        if driver.cuInit(0)[0] != driver.CUresult.CUDA_SUCCESS or not driver.cuDeviceGetCount()[1]:
+            return None
+        return _text(driver.cuDeviceGetName(256, driver.cuDeviceGet(0)[1])[1])
+    except (ImportError, RuntimeError):  # the bindings look for libcuda at the first call
+        return None
+
+
 class CudaDevice:
     """A Device over cuda.bindings.driver (given, so that tests can give another). It shares CUDA's primary context,
     which TensorRT and torch use too.

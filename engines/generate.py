@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from deepseek_trt.engines.sampling import SamplingParams
 from deepseek_trt.engines.scheduler import FinishReason, Scheduler, SchedulerLimits
 from deepseek_trt.engines.session import Session
+from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.errors import BundleError, RequestError
 
 PREFILL_CHUNK = 512  # tokens of one prompt that prefill takes at once
 
@@ -22,6 +23,13 @@ class Step:
     row: int
     token: int
     finished: FinishReason | None
+
+
+def check_generates(bundle: Bundle) -> None:
+    """BundleError where the bundle's graphs do not give the next token's logits from token ids."""
+    task = bundle.manifest.task
+    if task != "text-generation":
+        raise BundleError(f"{bundle.path} was exported for {task}: export with --task text-generation to generate text")
 
 
 def pages_needed(config: ModelConfig, page_size: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:

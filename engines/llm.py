@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from deepseek_trt.engines.backends import BACKENDS, SessionRequest
+from deepseek_trt.engines.backends import SessionRequest
+from deepseek_trt.engines.choose_backend import AUTO, CHOICES, Choice, open_session
+from deepseek_trt.engines.generate import check_generates
 from deepseek_trt.engines.loop import EngineLoop, Ticket
 from deepseek_trt.engines.sampling import SamplingParams
 from deepseek_trt.engines.scheduler import Event, FinishReason, Scheduler, SchedulerLimits
@@ -69,23 +71,26 @@ class LLM:
         self,
         bundle: str | Path,
         *,
-        backend: str = "ort",
+        backend: str = AUTO,
         threads: int = 0,
         limits: SchedulerLimits | None = None,
         cache_mib: int = 1024,
         pages: int | None = None,
     ) -> None:
         """`pages` sets the cache's size, else `cache_mib` bounds it (in the bundle's dtype) where limits.max_running
-        sequences of full length would take more.
+        sequences of full length would take more. `choice` says which backend runs, and why.
         """
-        if backend not in BACKENDS:
-            raise RequestError(f"backend {backend!r}: must be one of {', '.join(BACKENDS)}")
+        if backend not in CHOICES:
+            raise RequestError(f"backend {backend!r}: must be one of {', '.join(CHOICES)}")
         opened = Bundle.open(Path(bundle))
+        check_generates(opened)
         limits = limits or SchedulerLimits()
         if pages is None:
             pages = _pages(opened.manifest, limits.max_running, cache_mib)
-        session = BACKENDS[backend](SessionRequest(opened, pages, threads))
-        self._set_up(session, opened.manifest.model, Text(opened) if opened.tokenizer_path else None, limits)
+        started = open_session(SessionRequest(opened, pages, threads), backend)
+        text = Text(opened) if opened.tokenizer_path else None
+        self._set_up(started.session, opened.manifest.model, text, limits)
+        self.choice = started.choice
 
     @classmethod
     def over(
@@ -98,6 +103,7 @@ class LLM:
 
     def _set_up(self, session: Session, config: ModelConfig, text: Text | None, limits: SchedulerLimits) -> None:
         self.session, self.text = session, text
+        self.choice = Choice(session.backend, "", "it was given")
         self.scheduler = Scheduler(session, config, limits)
         self._loop = EngineLoop(self.scheduler)
         self._closing = weakref.finalize(self, self._loop.close)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -41,6 +43,7 @@ def test_generate_streams_text(run, demo):
     assert result.exit_code == 0, result.output
     assert result.stdout.strip()
     assert result.stderr.startswith("backend: ort (bfloat16 weights, computed in float32")
+    assert result.stderr.count("\n") == 1
 
 
 def test_generate_as_json(run, demo):
@@ -49,6 +52,40 @@ def test_generate_as_json(run, demo):
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [len(line["token_ids"]) <= 4 for line in lines] == [True, True]
     assert set(lines[0]) == {"prompt_ids", "token_ids", "finish_reason", "text"}
+
+
+def test_every_sampling_option_reaches_the_sampler():
+    from deepseek_trt.cli.model_options import sampling_options
+    from deepseek_trt.engines.sampling import SamplingParams
+
+    params = SamplingParams(9, 0.5, 4, 0.9, 3, 0.1, 1.2, 0.3, 0.4, ("x", "y"), (5, 6), True, 2, 3)
+    seen = []
+    command = click.command()(sampling_options(lambda params: seen.append(params)))
+    arguments = []
+    for field in dataclasses.fields(params):
+        option = "--stop-token-id" if field.name == "stop_token_ids" else "--" + field.name.replace("_", "-")
+        value = getattr(params, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            arguments += [option] if one is True else [option, str(one)]
+    CliRunner().invoke(command, arguments, catch_exceptions=False)
+    CliRunner().invoke(command, [], catch_exceptions=False)
+    assert seen == [params, SamplingParams()]
+
+
+def test_generate_holds_back_what_may_be_a_stop(run, demo):
+    whole = run("generate", demo, "--prompt", "The number of", "--max-new-tokens", 12).stdout
+    stop = whole[4:9]
+    cut = run("generate", demo, "--prompt", "The number of", "--max-new-tokens", 12, "--stop", "none", "--stop", stop)
+    assert cut.stdout == whole[: whole.index(stop)] + "\n"
+
+
+def test_generate_gives_logprobs_as_json(run, demo):
+    arguments = ("generate", demo, "--prompt", "The number of", "--max-new-tokens", 3, "--logprobs", 2)
+    facts = json.loads(run(*arguments, "--json").stdout)
+    assert [len(top) for top in facts["top_logprobs"]] == [2, 2, 2]
+    assert facts["logprobs"] == [top[0][1] for top in facts["top_logprobs"]]
+    refused = run(*arguments)
+    assert (refused.exit_code, "with --json only" in refused.stderr) == (2, True)
 
 
 def test_generate_from_token_ids(run, small_v2, bundle_of):
