@@ -17,6 +17,8 @@ COMMANDS = {
     "plugins": ("plugins_command", "Build the plugin library of a bundle, with no GPU."),
     "build": ("build_command", "Build prefill.plan and decode.plan with TensorRT-RTX or TensorRT."),
     "generate": ("generate_command", "Stream text from a bundle."),
+    "bench": ("bench_command", "Measure speed, and how near it is to the memory's."),
+    "model-repository": ("model_repository_command", "Write a tritonserver model repository that serves a bundle."),
     "demo": ("demo_command", "Run the whole line on the small model that ships with the package."),
 }
 

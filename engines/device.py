@@ -57,6 +57,9 @@ class Device(Protocol):
     def download(self, target: int, source: int, nbytes: int) -> None:
         """From the GPU to pinned memory at `target`."""
 
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Within the GPU's memory."""
+
     def read(self, source: int, array: npt.NDArray[Any]) -> None:
         """Fill a contiguous array from the GPU."""
 
@@ -166,6 +169,9 @@ class CudaDevice:
 
     def download(self, target: int, source: int, nbytes: int) -> None:
         self._call("cuMemcpyDtoHAsync", target, source, nbytes, self._stream)
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
 
     def read(self, source: int, array: npt.NDArray[Any]) -> None:
         self.synchronize()

@@ -88,6 +88,10 @@ class FakeDevice:
         to, of = self._bytes(target, nbytes, self.pinned), self.bytes_at(source, nbytes)
         self._enqueue("download", lambda: to.__setitem__(slice(None), of))
 
+    def copy(self, target, source, nbytes):
+        to, of = self.bytes_at(target, nbytes), self.bytes_at(source, nbytes)
+        self._enqueue("copy", lambda: to.__setitem__(slice(None), of))
+
     def read(self, source, array):
         self.synchronize()
         array.reshape(-1).view(np.uint8)[:] = self.bytes_at(source, array.nbytes)

@@ -108,7 +108,7 @@ def test_a_bundle_of_another_task_is_refused_by_name():
 @pytest.mark.parametrize(
     "modules",
     [
-        ("llm", "ort", "ort_cuda", "choose_backend", "generate"),
+        ("llm", "ort", "ort_cuda", "choose_backend", "generate", "bench"),
         ("trt", "trt_engine", "weight_upload", "choose_backend"),
     ],
     ids=["ort", "tensorrt"],

@@ -65,6 +65,7 @@ def test_speaks_the_bindings_language():
     memory, pinned = device.allocate(64, "a test"), device.pin(32)
     pinned.array[:] = 7
     device.zero(memory, 64)
+    device.copy(memory, device.allocate(64, "a test"), 32)
     device.upload(memory, pinned.address, 32)
     device.download(pinned.address, memory, 32)
     device.wait(device.mark())
@@ -76,7 +77,7 @@ def test_speaks_the_bindings_language():
     device.unpin(pinned)
     device.close()
     device.close()
-    ends = ["cuGraphExecDestroy", "cuMemFree", "cuStreamDestroy", "cuDevicePrimaryCtxRelease"]
+    ends = ["cuGraphExecDestroy", "cuMemFree", "cuMemFree", "cuStreamDestroy", "cuDevicePrimaryCtxRelease"]
     assert [name for name in driver.calls if name in ends] == ends
 
 
