@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Serve the models of this folder with tritonserver, on loopback unless told otherwise.
+#   ./serve.sh [--tritonserver=PATH] [any flag of tritonserver]
+# e.g. ./serve.sh --http-address=0.0.0.0 --http-port=8080 --exit-timeout-secs=60
+# The server is --tritonserver, or $TRITONSERVER, or the tritonserver on PATH.
+exec python3 "$(dirname "$(readlink -f "$0")")/supervise.py" "$@"

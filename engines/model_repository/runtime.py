@@ -1,0 +1,70 @@
+"""The runtime that goes into a repository: the modules that serving imports, found by reading their imports."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = "deepseek_trt"
+# What the server's Python must have beside the server; tensorrt's are for a GPU machine.
+_ALWAYS = ("numpy>=1.26,<2", "tokenizers>=0.21,<1", "jinja2>=3.1,<4", "ml_dtypes>=0.5,<1")
+REQUIREMENTS = {
+    "ort": (*_ALWAYS, "onnxruntime>=1.23,<2"),
+    "tensorrt": (*_ALWAYS, "cuda-bindings>=12.9,<14"),  # and the TensorRT that built the plans
+}
+_START = f"{PACKAGE}.engines.serving.triton_model"
+# Imported by functions that the backend does not call.
+_LEFT_OUT = {
+    "ort": (f"{PACKAGE}.engines.torch_session", f"{PACKAGE}.engines.trt", f"{PACKAGE}.engines.widen"),
+    "tensorrt": (f"{PACKAGE}.engines.torch_session", f"{PACKAGE}.engines.ort"),
+}
+
+
+def runtime_files(backend: str) -> dict[str, Path]:
+    """Sources by their path under runtime/, of the modules that the server imports with this backend."""
+    modules: dict[str, Path] = {}
+    _gather(_START, modules, _LEFT_OUT[backend])
+    return {_relative(name, path): path for name, path in sorted(modules.items())}
+
+
+def _gather(name: str, modules: dict[str, Path], left_out: tuple[str, ...]) -> None:
+    """`name`, its packages, and what each of them imports."""
+    if name in modules or name in left_out or name == PACKAGE:
+        return
+    path = _source(name)
+    if path is None:  # a name in a module, not a module
+        return
+    modules[name] = path
+    _gather(name.rpartition(".")[0], modules, left_out)
+    for imported in _imports(path):
+        _gather(imported, modules, left_out)
+
+
+def _source(name: str) -> Path | None:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Names under the package that the file imports, at its top or in a function, but not for type checkers alone."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith(PACKAGE))
+        nodes.extend(ast.iter_child_nodes(node))
+
+
+def _relative(name: str, path: Path) -> str:
+    folders = name.replace(".", "/")
+    return f"{folders}/__init__.py" if path.name == "__init__.py" else f"{folders}.py"

@@ -1,0 +1,86 @@
+"""How much of everything a served model gets: what was asked for, within what the bundle and its plans allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepseek_trt.engines.plan_check import Limits, limits_of, read_plans
+from deepseek_trt.engines.scheduler import SchedulerLimits
+from deepseek_trt.engines.serving.settings import ServingSettings
+from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.errors import RequestError
+
+DEFAULT_CACHE_MIB = 1024
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class SizeRequest:
+    """What the user asked for; None where the bundle decides. `pages` and `cache_mib` are not given together."""
+
+    backend: str = "auto"
+    max_inflight: int = 64
+    max_running: int = 32
+    max_model_len: int | None = None
+    pages: int | None = None
+    cache_mib: int | None = None
+    threads: int = 0
+    prefix_reuse: bool = True
+
+
+def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
+    """RequestError for what cannot be had: e.g. a cache that does not hold one sequence of max_model_len."""
+    backend = _backend(bundle, request.backend)
+    plans = limits_of(read_plans(bundle)) if backend == "tensorrt" else None
+    running = min(request.max_running, request.max_inflight, plans.batch if plans else request.max_running)
+    length = _model_len(bundle, request, plans)
+    limits = SchedulerLimits()
+    chunk = min(limits.prefill_chunk, plans.input_len if plans else limits.prefill_chunk)
+    return ServingSettings(
+        backend=backend,
+        max_inflight=request.max_inflight,
+        max_running=running,
+        max_model_len=length,
+        pages=_pages(bundle, request, running, length, plans),
+        prefill_chunk=chunk,
+        token_budget=max(limits.token_budget, running),
+        threads=request.threads,
+        prefix_reuse=request.prefix_reuse,
+    )
+
+
+def _backend(bundle: Bundle, wanted: str) -> str:
+    """For auto the plans where there are both, else ONNX Runtime; this machine's GPU does not matter."""
+    if wanted != "auto":
+        return wanted
+    planned = all((bundle.path / f"{graph.name}.plan").is_file() for graph in bundle.manifest.graphs)
+    return "tensorrt" if planned else "ort"
+
+
+def _model_len(bundle: Bundle, request: SizeRequest, plans: Limits | None) -> int:
+    longest, reason = bundle.manifest.model.max_position_embeddings, "the model's"
+    if plans and plans.table * bundle.manifest.cache.page_size < longest:
+        longest, reason = plans.table * bundle.manifest.cache.page_size, "the plans'"
+    if request.max_model_len is not None and not 2 <= request.max_model_len <= longest:
+        raise RequestError(f"max_model_len {request.max_model_len}: must lie between 2 and {reason} {longest}")
+    return request.max_model_len or longest
+
+
+def _pages(bundle: Bundle, request: SizeRequest, running: int, length: int, plans: Limits | None) -> int:
+    """Pages of the pool: as asked, else for `running` sequences of full length as far as cache_mib holds them."""
+    cache = bundle.manifest.cache
+    each = cache.pages_for(length - 1)  # the last token of an answer is never cached
+    pages = request.pages
+    if pages is None:
+        mib = request.cache_mib or DEFAULT_CACHE_MIB
+        pages = min(1 + running * each, mib * _MIB // (cache.bytes_per_token * cache.page_size))
+        pages = min(pages, plans.pages) if plans else pages
+    if pages < 1 + each:
+        mib = -(-(1 + each) * cache.page_size * cache.bytes_per_token // _MIB)
+        raise RequestError(
+            f"a cache of {pages} pages does not hold one sequence of {length} tokens, which takes {each} and the "
+            f"scratch page: give --cache-mib {mib}, --pages {1 + each}, or a smaller --max-model-len"
+        )
+    if plans and pages > plans.pages:
+        raise RequestError(f"pages {pages}: the plans take at most {plans.pages}; build with larger sizes")
+    return pages

@@ -1,0 +1,146 @@
+"""Metrics: what is counted of requests, and handed to a board (tritonserver's /metrics) a few times a second."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+_log = logging.getLogger(__name__)
+
+_EVERY = 0.25  # seconds: each change of a metric costs a message to the server
+
+RESULTS = ("ok", "invalid", "refused", "cancelled", "timeout", "failed")
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One metric; label names what tells its lines apart beside the model, with the values it can have."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    description: str
+    buckets: tuple[float, ...] = ()
+    label: str = ""
+    values: tuple[str, ...] = ("",)
+
+
+_FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_EACH = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0)
+
+REQUESTS = MetricSpec("deepseek_trt_requests_total", "counter", "Requests by result", label="result", values=RESULTS)
+INPUT_TOKENS = MetricSpec("deepseek_trt_input_tokens_total", "counter", "Tokens of the prompts")
+OUTPUT_TOKENS = MetricSpec("deepseek_trt_output_tokens_total", "counter", "Tokens of the answers")
+FIRST_TOKEN = MetricSpec(
+    "deepseek_trt_time_to_first_token_seconds", "histogram", "From arrival to the first token", _FIRST
+)
+EACH_TOKEN = MetricSpec(
+    "deepseek_trt_time_per_output_token_seconds", "histogram", "Of each answer, from its first token to its last", _EACH
+)
+BATCH_SIZE = MetricSpec("deepseek_trt_batch_size", "gauge", "Requests that own cache pages")
+INFLIGHT = MetricSpec("deepseek_trt_inflight_requests", "gauge", "Requests taken and not ended, waiting ones counted")
+PAGES_USED = MetricSpec("deepseek_trt_cache_pages_used", "gauge", "Cache pages owned by requests")
+PAGES_FREE = MetricSpec("deepseek_trt_cache_pages_free", "gauge", "Cache pages that a request can get")
+PREEMPTIONS = MetricSpec("deepseek_trt_preemptions_total", "counter", "Requests put back for want of pages")
+CANCELLATIONS = MetricSpec("deepseek_trt_cancellations_total", "counter", "Requests whose client went away")
+
+METRICS = (
+    REQUESTS,
+    INPUT_TOKENS,
+    OUTPUT_TOKENS,
+    FIRST_TOKEN,
+    EACH_TOKEN,
+    BATCH_SIZE,
+    INFLIGHT,
+    PAGES_USED,
+    PAGES_FREE,
+    PREEMPTIONS,
+    CANCELLATIONS,
+)
+
+
+class Board(Protocol):
+    """Where metrics are shown. One thread at a time."""
+
+    def add(self, metric: MetricSpec, value: float, label: str = "") -> None: ...
+
+    def set(self, metric: MetricSpec, value: float) -> None: ...
+
+    def observe(self, metric: MetricSpec, value: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A request that is over; the times are None where there were not so many tokens."""
+
+    result: str
+    input_tokens: int = 0
+    output_tokens: int = 0
+    seconds_to_first_token: float | None = None
+    seconds_per_output_token: float | None = None
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """The scheduler at one moment; preemptions since its start."""
+
+    batch_size: int
+    inflight_requests: int
+    pages_used: int
+    pages_free: int
+    preemptions: int
+
+
+class Metrics:
+    """Gathers what has ended, and hands it on when flushed. One thread at a time."""
+
+    def __init__(self, board: Board | None = None) -> None:
+        self._board = board
+        self._ended: list[Ended] = []
+        self._shown: dict[MetricSpec, float] = {}
+        self._preemptions = 0
+        self._flushed = 0.0
+
+    def ended(self, ended: Ended) -> None:
+        self._ended.append(ended)
+
+    def flush(self, now: float | None, gauges: Callable[[], Gauges]) -> None:
+        """Hand on what is new; at `now` seconds only where the last time is long enough ago. Never raises."""
+        if now is not None and now - self._flushed < _EVERY:
+            return
+        self._flushed = now or self._flushed
+        ended, self._ended = self._ended, []
+        if self._board is None:
+            return
+        try:
+            self._show_ended(self._board, ended)
+            self._show_gauges(self._board, gauges())
+        except Exception:  # answers matter more
+            _log.exception("metrics could not be handed on")
+
+    def _show_ended(self, board: Board, ended: list[Ended]) -> None:
+        for result in RESULTS:
+            _add(board, REQUESTS, sum(each.result == result for each in ended), result)
+        _add(board, CANCELLATIONS, sum(each.result == "cancelled" for each in ended))
+        _add(board, INPUT_TOKENS, sum(each.input_tokens for each in ended))
+        _add(board, OUTPUT_TOKENS, sum(each.output_tokens for each in ended))
+        for each in ended:
+            if each.seconds_to_first_token is not None:
+                board.observe(FIRST_TOKEN, each.seconds_to_first_token)
+            if each.seconds_per_output_token is not None:
+                board.observe(EACH_TOKEN, each.seconds_per_output_token)
+
+    def _show_gauges(self, board: Board, gauges: Gauges) -> None:
+        _add(board, PREEMPTIONS, gauges.preemptions - self._preemptions)
+        self._preemptions = gauges.preemptions
+        values = (gauges.batch_size, gauges.inflight_requests, gauges.pages_used, gauges.pages_free)
+        for metric, value in zip((BATCH_SIZE, INFLIGHT, PAGES_USED, PAGES_FREE), values, strict=True):
+            if self._shown.get(metric) != value:
+                board.set(metric, value)
+                self._shown[metric] = value
+
+
+def _add(board: Board, metric: MetricSpec, value: float, label: str = "") -> None:
+    if value:
+        board.add(metric, value, label)

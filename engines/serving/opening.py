@@ -1,0 +1,26 @@
+"""From a served model's folder and settings to an LLM that has computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from deepseek_trt.engines.backends import SessionRequest
+from deepseek_trt.engines.choose_backend import open_session
+from deepseek_trt.engines.llm import LLM
+from deepseek_trt.engines.sampling import SamplingParams
+from deepseek_trt.engines.serving.settings import ServingSettings
+from deepseek_trt.engines.text import Text
+from deepseek_trt.export.bundle import Bundle
+
+
+def open_llm(path: Path, settings: ServingSettings) -> LLM:
+    """The bundle at `path`, within the settings' limits; prefill and decode have run once."""
+    bundle = Bundle.open(path)
+    started = open_session(SessionRequest(bundle, settings.pages, settings.threads), settings.backend)
+    config = dataclasses.replace(bundle.manifest.model, max_position_embeddings=settings.max_model_len)
+    llm = LLM.over(started.session, config, Text(bundle), settings.limits)
+    llm.choice = started.choice
+    if settings.max_model_len > 2:
+        llm.generate([[0]], SamplingParams(max_new_tokens=2, ignore_eos=True))
+    return llm

@@ -1,0 +1,144 @@
+"""From a request's tensors to a prompt and sampling parameters; whatever is wrong with them is a RequestError."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deepseek_trt.engines.sampling import SamplingParams
+from deepseek_trt.engines.serving.tensors import INPUTS
+from deepseek_trt.engines.text import Message, Text
+from deepseek_trt.export.errors import RequestError
+
+Tensors = Mapping[str, npt.NDArray[Any]]
+
+DEFAULT_MAX_TOKENS = 128
+# What tritonserver and its clients add to a request's parameters by themselves.
+_OWN_PARAMETERS = ("triton_", "binary_data_output", "sequence_")
+_SAMPLING = ("top_k", "top_p", "min_p", "temperature")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A request that can be run. echo: text that comes before the answer; timeout_ms: None for no deadline."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    stream: bool
+    echo: str
+    timeout_ms: int | None
+
+
+def parse_request(tensors: Tensors, parameters: Mapping[str, Any], text: Text, timeout_us: int = 0) -> GenerateRequest:
+    """`timeout_us` is tritonserver's own time-out of the request, 0 for none."""
+    unknown = sorted(name for name in parameters if not name.startswith(_OWN_PARAMETERS))
+    if unknown:
+        raise RequestError(f"parameter {', '.join(unknown)}: not known; the inputs are {_known()}")
+    ids, echo = _prompt(tensors, text)
+    return GenerateRequest(
+        prompt_ids=ids,
+        params=_sampling(tensors),
+        stream=bool(_scalar(tensors, "stream", False)),
+        echo="" if _scalar(tensors, "exclude_input_in_output", True) else echo,
+        timeout_ms=_timeout(tensors, timeout_us),
+    )
+
+
+def _prompt(tensors: Tensors, text: Text) -> tuple[list[int], str]:
+    """Token ids, and the text that they stand for."""
+    if ("text_input" in tensors) == ("messages" in tensors):
+        raise RequestError("give either text_input or messages")
+    if "messages" in tensors:
+        ids = text.encode_chat(_messages(_string(tensors, "messages")))
+        return ids, text.decode(ids)
+    prompt = _string(tensors, "text_input")
+    if not prompt:
+        raise RequestError("text_input is empty: give at least one character")
+    return text.encode(prompt), prompt
+
+
+def _messages(given: str) -> list[Message]:
+    try:
+        messages = json.loads(given)
+    except json.JSONDecodeError as error:
+        raise RequestError(f"messages is not JSON ({error}): give a list of {{role, content}} as a string") from None
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages {given[:80]!r}: give a list of at least one {{role, content}}")
+    for message in messages:
+        texts = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        if not texts:
+            raise RequestError(f"messages: {json.dumps(message)[:80]} has no role and content that are strings")
+    return messages
+
+
+def _sampling(tensors: Tensors) -> SamplingParams:
+    words = _strings(tensors, "bad_words")
+    if words:
+        raise RequestError(f"bad_words {words}: not supported; leave it out")
+    max_tokens = _scalar(tensors, "max_tokens", DEFAULT_MAX_TOKENS)
+    if max_tokens < 1:
+        raise RequestError(f"max_tokens {max_tokens}: must be at least 1 (an int32: 2147483648 and more wrap)")
+    defaults = SamplingParams()
+    numbers = {name: _scalar(tensors, name, getattr(defaults, name)) for name in (*_SAMPLING, *_PENALTIES)}
+    return SamplingParams(
+        max_new_tokens=max_tokens,
+        min_tokens=_scalar(tensors, "min_tokens", 0),
+        seed=_scalar(tensors, "seed", None) if "seed" in tensors else secrets.randbits(63),
+        stop=tuple(_strings(tensors, "stop_words")),
+        logprobs=0 if _scalar(tensors, "return_log_probs", False) else None,
+        **numbers,
+    )
+
+
+def _timeout(tensors: Tensors, timeout_us: int) -> int | None:
+    """The shorter of both; tritonserver's rounded up."""
+    given = _scalar(tensors, "timeout_ms", None)
+    if given is not None and given < 1:
+        raise RequestError(f"timeout_ms {given}: must be at least 1")
+    limits = [limit for limit in (given, -(-timeout_us // 1000) or None) if limit is not None]
+    return min(limits, default=None)
+
+
+def _scalar(tensors: Tensors, name: str, default: Any) -> Any:
+    """The one value as Python's, float32 as the shortest number that means it: 0.7 stays 0.7."""
+    if name not in tensors:
+        return default
+    value = _one(tensors, name)
+    return float(str(value)) if isinstance(value, np.floating) else value.item()
+
+
+def _string(tensors: Tensors, name: str) -> str:
+    return _decoded(_one(tensors, name), name)
+
+
+def _one(tensors: Tensors, name: str) -> Any:
+    array = tensors[name]
+    if array.size != 1:
+        raise RequestError(f"{name} has shape {list(array.shape)}: give one value")
+    return array.reshape(-1)[0]
+
+
+def _strings(tensors: Tensors, name: str) -> list[str]:
+    """All but empty ones, which TensorRT-LLM's clients send for none."""
+    if name not in tensors:
+        return []
+    return [word for value in tensors[name].reshape(-1) if (word := _decoded(value, name))]
+
+
+def _decoded(value: Any, name: str) -> str:
+    data = value if isinstance(value, bytes) else str(value).encode()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _known() -> str:
+    return ", ".join(field.name for field in INPUTS)

@@ -1,0 +1,233 @@
+"""Service: requests in, answers out, over one LLM: an engine thread computes, one other thread sends.
+
+Only the sending thread sends, polls and counts: tritonserver's metrics cannot be used from two threads at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from deepseek_trt.engines.llm import LLM, Piece
+from deepseek_trt.engines.serving.metrics import Ended, Gauges, Metrics
+from deepseek_trt.engines.serving.request import Tensors, parse_request
+from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream
+from deepseek_trt.export.errors import BackendError, DeepseekTrtError
+
+_log = logging.getLogger(__name__)
+
+_TICK = 0.02  # seconds between looks at who has gone or run out of time
+_POLL_AFTER = 0.08  # seconds from one question to a channel to the next: below 100 ms with the tick
+
+
+class Service:
+    """Takes up to `max_inflight` requests at once. Every request gets exactly one final response, whatever happens.
+
+    `accept` belongs to tritonserver's thread. After the engine has failed, every request is refused and `on_failure`
+    was called with the reason, in the engine's thread.
+    """
+
+    def __init__(
+        self, llm: LLM, max_inflight: int, metrics: Metrics, on_failure: Callable[[str], None] = lambda reason: None
+    ) -> None:
+        if llm.text is None:
+            raise BackendError("the bundle has no tokenizer.json: export a checkpoint that has one")
+        self._llm, self._text = llm, llm.text
+        self._max_inflight, self._metrics, self._on_failure = max_inflight, metrics, on_failure
+        self._admission = threading.Lock()  # guards the two below
+        self._live: set[Stream] = set()
+        self._closed = ""  # why nothing is taken any more
+        self._ready: deque[Stream] = deque()  # with something to send
+        self._refused: deque[tuple[Channel, Failure]] = deque()
+        self._wake = threading.Event()
+        self._abort = False  # end what is live, with an error
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="deepseek-trt-sender", daemon=True)
+        self._thread.start()
+        llm.start(self._engine_failed)
+
+    def accept(
+        self, channel: Channel, tensors: Tensors, parameters: Mapping[str, Any] | None = None, timeout_us: int = 0
+    ) -> None:
+        """Start answering, or have an error sent; returns at once."""
+        arrived = time.perf_counter()
+        try:
+            request = parse_request(tensors, parameters or {}, self._text, timeout_us)
+            self._submit(Stream(channel, request, arrived))
+        except DeepseekTrtError as error:
+            self._refuse(channel, Failure("invalid", str(error)))
+        except _RefusedError as error:
+            self._refuse(channel, Failure("refused", str(error)))
+        except Exception as error:  # a bug: the one who asked must not wait for ever
+            _log.exception("a request could not be taken")
+            self._refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
+
+    def close(self, drain_seconds: float) -> None:
+        """Take nothing more; give what runs so much time, then end it with an error; and join the threads."""
+        with self._admission:
+            self._closed = self._closed or "the model is being unloaded: ask again when it is loaded"
+        deadline = time.perf_counter() + drain_seconds
+        while self._live and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        self._abort = True
+        self._wake.set()
+        while self._live and self._thread.is_alive():
+            time.sleep(0.005)
+        self._stop = True
+        self._wake.set()
+        self._thread.join()
+        self._llm.close()
+
+    @property
+    def live(self) -> int:
+        """Requests that have not had their final response."""
+        return len(self._live)
+
+    def _submit(self, stream: Stream) -> None:
+        with self._admission:
+            if self._closed:
+                raise _RefusedError(self._closed)
+            if len(self._live) >= self._max_inflight:
+                raise _RefusedError(f"{self._max_inflight} requests are in flight, the most allowed: try again later")
+            self._live.add(stream)
+
+        def put(piece: Piece | Exception) -> None:
+            stream.put(piece)
+            if not stream.queued:
+                stream.queued = True
+                self._ready.append(stream)
+                if not self._wake.is_set():
+                    self._wake.set()
+
+        try:
+            stream.ticket = self._llm.submit(stream.request.prompt_ids, stream.request.params, put)
+        except BaseException:
+            with self._admission:
+                self._live.discard(stream)
+            raise
+
+    def _refuse(self, channel: Channel, failure: Failure) -> None:
+        self._refused.append((channel, failure))
+        self._wake.set()
+
+    def _engine_failed(self, error: Exception) -> None:
+        """In the engine's thread, after every request got the error."""
+        reason = f"the engine has failed ({type(error).__name__}: {error}): load the model again"
+        with self._admission:
+            first, self._closed = not self._closed, self._closed or reason
+        _log.error(reason, exc_info=error)
+        if first:
+            self._on_failure(reason)
+
+    def _run(self) -> None:
+        polled = 0.0
+        while not self._stop or self._refused:
+            self._wake.wait(_TICK if self._live else 10 * _TICK)
+            self._wake.clear()
+            for _ in range(len(self._refused)):
+                self._send_refusal(*self._refused.popleft())
+            for _ in range(len(self._ready)):
+                self._guard(self._ready.popleft(), self._advance)
+            if self._ready:
+                self._wake.set()
+            now = time.perf_counter()
+            if now - polled >= _TICK or self._abort:
+                polled = now
+                for stream in tuple(self._live):
+                    self._guard(stream, self._poll)
+                self._metrics.flush(now, self._gauges)
+        self._metrics.flush(None, self._gauges)
+
+    def _guard(self, stream: Stream, work: Callable[[Stream], None]) -> None:
+        """What goes wrong with one request ends that one."""
+        try:
+            work(stream)
+        except Exception as error:
+            _log.exception("a request has failed")
+            self._finish(stream, "failed", Failure("failed", f"{type(error).__name__}: {error}"))
+
+    def _advance(self, stream: Stream) -> None:
+        stream.queued = False  # before taking, so that what comes meanwhile is told of
+        if stream not in self._live:
+            return
+        response = stream.take()
+        if isinstance(response, Failure):
+            self._finish(stream, response.kind, response)
+        elif response and response.finish_reason:
+            self._finish(stream, "ok", response)
+        elif response:
+            self._send(stream.channel, response, final=False)
+
+    def _poll(self, stream: Stream) -> None:
+        failure = self._reason_to_end(stream, time.perf_counter()) if stream.ticket else None
+        if failure:
+            self._finish(stream, failure.kind, failure)
+
+    def _reason_to_end(self, stream: Stream, now: float) -> Failure | None:
+        if self._abort:
+            return Failure("failed", f"the model was unloaded after {stream.made} tokens of the answer")
+        if stream.deadline is not None and now >= stream.deadline:
+            return Failure("timeout", f"timeout_ms {stream.request.timeout_ms}: passed after {stream.made} tokens")
+        if now - stream.polled < _POLL_AFTER:
+            return None
+        stream.polled = now
+        if stream.channel.is_cancelled():
+            return Failure("cancelled", f"the request was cancelled after {stream.made} tokens")
+        return None
+
+    def _finish(self, stream: Stream, result: str, response: Response | Failure) -> None:
+        """The final response, and whatever happens with it: the request is over."""
+        try:
+            if isinstance(response, Failure) and stream.ticket:
+                self._llm.cancel(stream.ticket)
+            self._send(stream.channel, response, final=True)
+        finally:
+            with self._admission:
+                self._live.discard(stream)
+            self._metrics.ended(_ended(stream, result))
+
+    def _send_refusal(self, channel: Channel, failure: Failure) -> None:
+        self._send(channel, failure, final=True)
+        self._metrics.ended(Ended(failure.kind))
+
+    def _send(self, channel: Channel, response: Response | Failure, final: bool) -> None:
+        """A response that cannot be sent ends in an empty final one: the client must not wait for ever."""
+        try:
+            channel.send(response, final)
+        except Exception:
+            if not final:
+                raise
+            _log.exception("a final response could not be sent")
+            with contextlib.suppress(Exception):
+                channel.send(None, final=True)
+
+    def _gauges(self) -> Gauges:
+        scheduler = self._llm.scheduler
+        free = scheduler.pool.free
+        return Gauges(
+            batch_size=scheduler.running,
+            inflight_requests=len(self._live),
+            pages_used=scheduler.pool.pages - 1 - free,
+            pages_free=free,
+            preemptions=scheduler.counters.preemptions,
+        )
+
+
+class _RefusedError(Exception):
+    """Not the request's fault."""
+
+
+def _ended(stream: Stream, result: str) -> Ended:
+    first, more = stream.first_token, stream.made - 1
+    return Ended(
+        result,
+        input_tokens=len(stream.request.prompt_ids),
+        output_tokens=stream.made,
+        seconds_to_first_token=first - stream.arrived if first is not None else None,
+        seconds_per_output_token=(stream.last_token - first) / more if first is not None and more > 0 else None,
+    )

@@ -1,0 +1,71 @@
+"""ServingSettings: how one repository's model is served, kept as parameters in its config.pbtxt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deepseek_trt.engines.scheduler import SchedulerLimits
+from deepseek_trt.export.errors import RequestError
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """max_inflight: requests that are taken at once, waiting ones counted; more are refused as UNAVAILABLE.
+
+    max_running: those of them that own cache pages. max_model_len: tokens of a prompt and its answer together.
+    pages: of the cache, the scratch page counted. threads: of ONNX Runtime, 0 for its own choice.
+    drain_ms: how long running answers may go on after an unload or SIGTERM before they are ended with an error.
+    """
+
+    backend: str
+    max_inflight: int
+    max_running: int
+    max_model_len: int
+    pages: int
+    prefill_chunk: int
+    token_budget: int
+    threads: int = 0
+    prefix_reuse: bool = True
+    drain_ms: int = 5000
+
+    def __post_init__(self) -> None:
+        for name in ("max_inflight", "max_running", "max_model_len", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("threads", "drain_ms"):
+            if getattr(self, name) < 0:
+                raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
+        if self.pages < 2:
+            raise RequestError(f"pages {self.pages}: must be at least 2, one of them is scratch")
+
+    @property
+    def limits(self) -> SchedulerLimits:
+        return SchedulerLimits(self.max_running, self.token_budget, self.prefill_chunk, self.prefix_reuse)
+
+    def to_parameters(self) -> dict[str, str]:
+        """As config.pbtxt holds them: JSON's spelling of each value."""
+        return {name: str(value).lower() for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> ServingSettings:
+        """RequestError where one is missing or is not of its type; others than the settings are left alone."""
+        values = {field.name: _parsed(field.name, parameters) for field in dataclasses.fields(cls)}
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _parsed(name: str, parameters: Mapping[str, str]) -> str | int | bool:
+    value = parameters.get(name)
+    if value is None:
+        raise RequestError(f"parameter {name} is missing in config.pbtxt: write the repository again")
+    if name == "backend":
+        return value
+    if name == "prefix_reuse":
+        if value not in ("true", "false"):
+            raise RequestError(f"parameter {name} {value!r} in config.pbtxt: must be true or false")
+        return value == "true"
+    try:
+        return int(value)
+    except ValueError:
+        raise RequestError(f"parameter {name} {value!r} in config.pbtxt: must be a whole number") from None

@@ -1,0 +1,116 @@
+"""Stream: one request that is being answered, between the thread that computes and the thread that sends."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from deepseek_trt.engines.llm import Piece
+from deepseek_trt.engines.loop import Ticket
+from deepseek_trt.engines.serving.request import GenerateRequest
+
+FailureKind = Literal["invalid", "refused", "cancelled", "timeout", "failed"]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What one response says; num_output_tokens and logprobs are of the tokens since the response before.
+
+    finish_reason is "stop" or "length" on the last response, else empty.
+    """
+
+    text: str
+    finish_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    logprobs: tuple[float, ...] | None
+    cum_logprob: float | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An answer that does not come, or does not go on."""
+
+    kind: FailureKind
+    message: str
+
+
+class Channel(Protocol):
+    """The way back to whoever asked."""
+
+    def send(self, response: Response | Failure | None, final: bool) -> None:
+        """After the final one nothing can be sent."""
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+
+
+class Stream:
+    """`put` belongs to the thread that computes, all else to the thread that sends."""
+
+    def __init__(self, channel: Channel, request: GenerateRequest, arrived: float) -> None:
+        self.channel, self.request = channel, request
+        self.ticket: Ticket | None = None  # once the request is submitted
+        self.queued = False  # whether the sending thread has been told of what is in _pieces
+        self.polled = self.arrived = arrived
+        self.deadline = arrived + request.timeout_ms / 1000 if request.timeout_ms else None
+        self.first_token: float | None = None
+        self.last_token = arrived
+        self.made = 0  # tokens that were taken
+        self._pieces: deque[Piece | Exception] = deque()
+        self._text = [request.echo] if request.echo else []
+        self._logprobs: list[float] = []
+        self._cum_logprob = 0.0
+        self._unsent = 0  # tokens taken since the response before
+
+    def put(self, piece: Piece | Exception) -> None:
+        self._pieces.append(piece)
+
+    def take(self) -> Response | Failure | None:
+        """Everything that was put since, as the response to send now; None where there is none to send yet."""
+        pieces, error = self._popped()
+        self._note(pieces)
+        if error is not None:
+            return Failure("failed", f"after {self.made} tokens: {error}")
+        finish_reason = pieces[-1].finish_reason if pieces else None
+        if not finish_reason and not (self.request.stream and self._text):
+            return None
+        return self._response(finish_reason or "")
+
+    def _popped(self) -> tuple[list[Piece], Exception | None]:
+        pieces: list[Piece] = []
+        while self._pieces:
+            piece = self._pieces.popleft()
+            if isinstance(piece, Exception):
+                return pieces, piece
+            pieces.append(piece)
+        return pieces, None
+
+    def _note(self, pieces: Sequence[Piece]) -> None:
+        if not pieces:
+            return
+        self.last_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = self.last_token
+        self.made += len(pieces)
+        self._unsent += len(pieces)
+        self._text += [piece.text for piece in pieces if piece.text]
+        if self.request.params.logprobs is not None:
+            self._logprobs += [piece.logprob for piece in pieces if piece.logprob is not None]
+
+    def _response(self, finish_reason: str) -> Response:
+        wanted = self.request.params.logprobs is not None
+        self._cum_logprob += sum(self._logprobs)
+        response = Response(
+            text="".join(self._text),
+            finish_reason=finish_reason,
+            num_input_tokens=len(self.request.prompt_ids),
+            num_output_tokens=self._unsent,
+            logprobs=tuple(self._logprobs) if wanted else None,
+            cum_logprob=self._cum_logprob if wanted else None,
+        )
+        self._text, self._logprobs, self._unsent = [], [], 0
+        return response

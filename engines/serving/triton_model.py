@@ -1,0 +1,140 @@
+"""TritonPythonModel: the service inside tritonserver's Python backend, which gives triton_python_backend_utils."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+from deepseek_trt.engines.serving.metrics import METRICS, Metrics, MetricSpec
+from deepseek_trt.engines.serving.opening import open_llm
+from deepseek_trt.engines.serving.service import Service
+from deepseek_trt.engines.serving.settings import ServingSettings
+from deepseek_trt.engines.serving.stream import Failure, Response
+
+BUNDLE_FOLDER = "bundle"
+# By name: pb_utils has its classes only when this file has been imported.
+_CODES = {
+    "invalid": "INVALID_ARG",
+    "refused": "UNAVAILABLE",
+    "cancelled": "CANCELLED",
+    "timeout": "CANCELLED",
+    "failed": "INTERNAL",
+}
+
+
+class TritonPythonModel:
+    """What the Python backend calls: initialize once, execute for each batch of requests, finalize once."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        _log_to_server()
+        config = json.loads(args["model_config"])
+        name, version = args["model_name"], args["model_version"]
+        settings = ServingSettings.from_parameters(
+            {key: value["string_value"] for key, value in config["parameters"].items()}
+        )
+        self._drain_seconds = settings.drain_ms / 1000
+        llm = open_llm(Path(args["model_repository"]) / version / BUNDLE_FOLDER, settings)
+        board = MetricBoard({"model": name, "version": version})
+        self._service = Service(llm, settings.max_inflight, Metrics(board), lambda reason: _unload(name))
+        note = f" ({llm.session.note})" if llm.session.note else ""
+        pb_utils.Logger.log_info(f"{name}: {llm.session.backend}{note}, as {llm.choice.why}; {settings}")
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            parameters = json.loads(request.parameters() or "{}")
+            self._service.accept(ResponseChannel(request), tensors, parameters, request.timeout())
+
+    def finalize(self) -> None:
+        self._service.close(self._drain_seconds)
+
+
+class ResponseChannel:
+    """A Channel over the request's response sender."""
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+        self._wanted = frozenset(request.requested_output_names())
+
+    def send(self, response: Response | Failure | None, final: bool) -> None:
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0
+        if response is None:
+            self._sender.send(flags=flags)
+        elif isinstance(response, Failure):
+            error = pb_utils.TritonError(response.message, getattr(pb_utils.TritonError, _CODES[response.kind]))
+            self._sender.send(pb_utils.InferenceResponse(error=error), flags=flags)
+        else:
+            tensors = [pb_utils.Tensor(*pair) for pair in _arrays(response).items() if pair[0] in self._wanted]
+            self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+
+class MetricBoard:
+    """A Board over the server's /metrics."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        kinds = pb_utils.MetricFamily
+        self._families = {
+            spec: kinds(name=spec.name, description=spec.description, kind=getattr(kinds, spec.kind.upper()))
+            for spec in METRICS
+        }
+        self._metrics = {
+            (spec, value): _metric(family, spec, labels, value)
+            for spec, family in self._families.items()
+            for value in spec.values
+        }
+
+    def add(self, metric: MetricSpec, value: float, label: str = "") -> None:
+        self._metrics[metric, label].increment(value)
+
+    def set(self, metric: MetricSpec, value: float) -> None:
+        self._metrics[metric, ""].set(value)
+
+    def observe(self, metric: MetricSpec, value: float) -> None:
+        self._metrics[metric, ""].observe(value)
+
+
+def _metric(family: Any, spec: MetricSpec, labels: dict[str, str], value: str) -> Any:
+    own = {**labels, spec.label: value} if spec.label else labels
+    return family.Metric(labels=own, buckets=list(spec.buckets)) if spec.buckets else family.Metric(labels=own)
+
+
+def _arrays(response: Response) -> dict[str, Any]:
+    """Outputs by name, each with the batch in front."""
+    arrays = {
+        "text_output": np.array([[response.text.encode()]], dtype=np.object_),
+        "finish_reason": np.array([[response.finish_reason.encode()]], dtype=np.object_),
+        "num_input_tokens": np.array([[response.num_input_tokens]], dtype=np.int32),
+        "num_output_tokens": np.array([[response.num_output_tokens]], dtype=np.int32),
+    }
+    if response.logprobs is not None:
+        arrays["output_log_probs"] = np.array([response.logprobs], dtype=np.float32)
+        arrays["cum_log_probs"] = np.array([[response.cum_logprob]], dtype=np.float32)
+    return arrays
+
+
+def _unload(name: str) -> None:
+    """The server says that the model is not ready, and lets it go; a thread of its own, as the model waits for it."""
+    threading.Thread(target=pb_utils.unload_model, args=(name,), daemon=True).start()
+
+
+def _log_to_server() -> None:
+    """Python's log, from INFO on, goes into the server's."""
+    logger = logging.getLogger("deepseek_trt")
+    if not logger.handlers:
+        logger.addHandler(_ServerLog())
+        logger.setLevel(logging.INFO)
+
+
+class _ServerLog(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "error" if record.levelno >= logging.ERROR else "warn" if record.levelno >= logging.WARNING else "info"
+        getattr(pb_utils.Logger, f"log_{level}")(self.format(record))
