@@ -49,13 +49,15 @@ def write_checkpoint(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(SEED)
     tensors = list(tensors_of(CONFIG))
-    weight_map, size = {}, -(-len(tensors) // SHARDS)
+    weight_map, size, total = {}, -(-len(tensors) // SHARDS), 0
     for number in range(SHARDS):
         file = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
         shard = {name: random_tensor(rng, name, shape) for name, _, shape in tensors[number * size :][:size]}
         save_file(shard, out / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+        total += sum(values.nbytes for values in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     # the last file: it says that the others are whole
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2), encoding="utf-8")
 

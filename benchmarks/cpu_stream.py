@@ -1,0 +1,32 @@
+"""How fast this machine reads memory, as a runner of cpu.py: the floor of every decode."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from cpu_point import Files, Job, Point, measure, serve
+
+_BYTES = 2**30
+
+
+def run(files: Files, job: Job, point: Point) -> dict[str, Any]:
+    parts = np.split(np.ones(_BYTES // 8), point.threads)
+
+    def step() -> None:
+        threads = [threading.Thread(target=np.max, args=(part,)) for part in parts]  # numpy lets go of the GIL
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    return {"error": 0.0, "ms": measure(step)}
+
+
+def gigabytes_a_second(milliseconds: float) -> float:
+    return _BYTES / 1e6 / milliseconds
+
+
+if __name__ == "__main__":
+    serve(lambda files, job: None, run)
