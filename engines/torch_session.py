@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,10 @@ import torch
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.engines.weights import weight_arrays
 from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.heads import Features, Scores
 from deepseek_trt.export.model import DeepseekV2
+
+Model = TypeVar("Model", bound=DeepseekV2 | Features | Scores)
 
 
 class TorchSession:
@@ -48,13 +51,19 @@ def load_model(bundle: Bundle, dtype: str) -> DeepseekV2:
     """The torch model with the bundle's weights, converted to `dtype`."""
     with torch.device("meta"):
         model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
+    return with_weights(model, bundle, dtype)
+
+
+def with_weights(model: Model, bundle: Bundle, dtype: str) -> Model:
+    """A model that was made on the meta device, with the bundle's weights, converted to `dtype`."""
     rope = type(model.model.rope)(bundle.manifest.model)  # its frequencies are computed, not loaded
     own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}  # float32 in any model
     tensors = {name: _tensor(array) for name, array in weight_arrays(bundle).items()}
     state = {name: t if name in own else t.to(getattr(torch, dtype)) for name, t in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     model.model.rope = rope
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _given(*arrays: npt.NDArray[Any]) -> list[torch.Tensor]:

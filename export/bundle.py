@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deepseek_trt.export.classifier import Classifier
 from deepseek_trt.export.config import ModelConfig, RopeConfig
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.graph import CacheSpec, GraphSpec, TensorSpec
+from deepseek_trt.export.interface import Interface
 from deepseek_trt.export.weights import Dropped, Piece, Recipe
 
 MANIFEST_FILE = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,8 @@ class SourceFile:
 class Manifest:
     """What a bundle is. `checkpoint` is the absolute folder that a by-reference bundle reads its weights from."""
 
-    task: str
+    interface: Interface
     dtype: str
-    all_logits: bool
     by_reference: bool
     checkpoint: str
     fingerprint: str
@@ -53,8 +54,23 @@ class Manifest:
     dropped: tuple[Dropped, ...]
     notes: tuple[str, ...]
     versions: dict[str, str]
+    classifier: Classifier | None = None  # of the task text-classification
     files: dict[str, str] = field(default_factory=dict)  # sha256 by name, of all files but the weights
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def task(self) -> str:
+        return self.interface.task
+
+    @property
+    def all_logits(self) -> bool:
+        """Whether prefill gives the logits of every token."""
+        return self.interface.all_logits
+
+    @property
+    def generates(self) -> str:
+        """Nothing where the bundle can generate text, else why it cannot and what to do."""
+        return self.interface.why_no_generation
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
@@ -69,9 +85,14 @@ class Manifest:
         model = dict(raw["model"])
         model["rope"] = RopeConfig(**model["rope"])
         model["eos_token_ids"] = tuple(model["eos_token_ids"])
+        classifier = raw["classifier"]
+        if classifier is not None:
+            classifier = Classifier(tuple(classifier["labels"]), classifier["problem_type"])
         return cls(
             **{
                 **raw,
+                "interface": Interface(**raw["interface"]),
+                "classifier": classifier,
                 "model": ModelConfig(**model),
                 "cache": CacheSpec(**raw["cache"]),
                 "graphs": tuple(_graph(g) for g in raw["graphs"]),

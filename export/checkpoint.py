@@ -50,16 +50,28 @@ class Checkpoint:
         """
         if not root.is_dir():
             raise CheckpointError(f"{root} is not a folder: give the folder that holds config.json and *.safetensors")
-        index = root / INDEX_FILE
-        if index.is_file():
-            return cls(root, _tensors_of_index(root, index))
-        single = root / SINGLE_FILE
-        if single.is_file():
-            return cls(root, {t.name: t for t in read_header(single)})
-        found = sorted(root.glob("*.safetensors"))
-        if len(found) == 1:  # of several without an index nobody knows which belong together
-            return cls(root, {t.name: t for t in read_header(found[0])})
-        raise CheckpointError(f"{root} holds neither {INDEX_FILE} nor {SINGLE_FILE}: download the safetensors files")
+        return cls(root, _full_names(_stored(root)))
+
+
+def _stored(root: Path) -> dict[str, StoredTensor]:
+    index = root / INDEX_FILE
+    if index.is_file():
+        return _tensors_of_index(root, index)
+    single = root / SINGLE_FILE
+    if single.is_file():
+        return {t.name: t for t in read_header(single)}
+    found = sorted(root.glob("*.safetensors"))
+    if len(found) == 1:  # of several without an index nobody knows which belong together
+        return {t.name: t for t in read_header(found[0])}
+    raise CheckpointError(f"{root} holds neither {INDEX_FILE} nor {SINGLE_FILE}: download the safetensors files")
+
+
+def _full_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The published names: a model saved without its head (DeepseekV2Model) lacks their "model."."""
+    if not any(name.startswith("layers.") for name in tensors):
+        return tensors
+    bare = ("layers.", "embed_tokens.", "norm.")
+    return {f"model.{name}" if name.startswith(bare) else name: tensor for name, tensor in tensors.items()}
 
 
 def _tensors_of_index(root: Path, index: Path) -> dict[str, StoredTensor]:

@@ -9,38 +9,67 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from deepseek_trt.export.bundle import MANIFEST_FILE, Bundle, Manifest, SourceFile, WeightRecord
 from deepseek_trt.export.checkpoint import Checkpoint
+from deepseek_trt.export.classifier import SCORE, Classifier
 from deepseek_trt.export.config import ModelConfig, read_config
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
-from deepseek_trt.export.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, text_generation_graphs
+from deepseek_trt.export.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.infer import config_of_tensors
+from deepseek_trt.export.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
 from deepseek_trt.export.partial import finish, forget_inputs, partial_folder
 from deepseek_trt.export.tokenizer_files import carry_files
+from deepseek_trt.export.transformers_files import write_export_json
 from deepseek_trt.export.weight_file import WEIGHTS_FILE, WrittenTensor, forget_journal, weight_bytes, write_weights
-from deepseek_trt.export.weights import WeightPlan, plan_weights, too_large_for_tensorrt
+from deepseek_trt.export.weights import LM_HEAD, WeightPlan, plan_weights, too_large_for_tensorrt
 
-TASKS = ("text-generation",)
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export. dtype None keeps the checkpoint's; num_layers None keeps all."""
+    """What to export. dtype None keeps the checkpoint's; num_layers None keeps all.
+
+    The options that Interface has too are explained there; all_logits is logits_to_keep 0.
+    """
 
     checkpoint: Path
     out: Path
-    task: str = "text-generation"
+    task: str = GENERATION
     dtype: str | None = None
     all_logits: bool = False
     by_reference: bool = False
     num_layers: int | None = None
     page_size: int = DEFAULT_PAGE_SIZE
+    io: str = Interface.io
+    no_cache: bool = False
+    inputs_embeds: bool = False
+    hidden_states: bool = False
+    logits_to_keep: int | None = None
+
+    @property
+    def interface(self) -> Interface:
+        """What the graphs take and give. Raises ConfigError where options contradict each other."""
+        if self.all_logits and self.logits_to_keep:
+            raise ConfigError(f"--all-logits and --logits-to-keep {self.logits_to_keep}: leave out one of them")
+        if self.by_reference and self.io == TRANSFORMERS:
+            raise ConfigError(f"--io {TRANSFORMERS} is for runtimes that read the weights: leave out --by-reference")
+        interface = Interface(
+            task=self.task,
+            io=self.io,
+            cache=not self.no_cache and self.task != CLASSIFICATION,
+            inputs_embeds=self.inputs_embeds,
+            hidden_states=self.hidden_states,
+            logits_to_keep=0 if self.all_logits else self.logits_to_keep,
+        )
+        interface.check()
+        return interface
 
 
 @dataclass(frozen=True)
@@ -64,11 +93,17 @@ class _Source:
     """What is to be exported, as the headers and config.json show it."""
 
     checkpoint: Checkpoint
+    interface: Interface
     config: ModelConfig
+    classifier: Classifier | None
     plan: WeightPlan
     dtype: str
     notes: tuple[str, ...]
     fingerprint: str
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.classifier.labels) if self.classifier else 0
 
 
 def export_checkpoint(request: ExportRequest, report: Reporter = Reporter()) -> ExportResult:
@@ -90,10 +125,12 @@ def export_checkpoint(request: ExportRequest, report: Reporter = Reporter()) -> 
             report.step(f"writing {WEIGHTS_FILE}", weights)
         written = () if request.by_reference else _write(source, folder, report)
         cache = CacheSpec.of(source.config, source.dtype, request.page_size)
-        graphs = text_generation_graphs(source.config, cache, request.all_logits)
+        graphs = graphs_of(source.config, cache, source.interface, source.num_labels)
         for graph in graphs:
             report.step(f"tracing {graph.name}", None)
-            _trace_to_file(source, graph, request.all_logits, written, folder)
+            _trace_to_file(source, graph, written, folder)
+            if source.interface.io == TRANSFORMERS:
+                write_export_json(folder, graph, source.dtype)
         forget_journal(folder)
         forget_inputs(folder)
         manifest = _manifest(request, source, cache, graphs, written, notes, folder)
@@ -103,16 +140,39 @@ def export_checkpoint(request: ExportRequest, report: Reporter = Reporter()) -> 
 
 
 def _read(request: ExportRequest) -> _Source:
+    interface = request.interface
     checkpoint = Checkpoint.open(request.checkpoint)
     raw = read_config(request.checkpoint / "config.json")
-    declared, notes = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, raw.keys())
+    declared, notes = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, _written(raw, interface))
+    classifier = Classifier.from_hf(raw, checkpoint) if interface.task == CLASSIFICATION else None
+    _check_lm_head(interface, declared, raw, checkpoint)
     config = _cut(declared, request.num_layers)
-    plan = plan_weights(config, checkpoint, declared.num_hidden_layers)
+    labels = classifier.labels if classifier else ()
+    plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, len(labels))
     dtype = _dtype(request, plan)
     large = too_large_for_tensorrt(plan.recipes)
     if large:
         notes += (f"{len(large)} tensors hold 2^31 numbers or more, e.g. {large[0].name}: TensorRT cannot take them",)
-    return _Source(checkpoint, config, plan, dtype, notes, _fingerprint(request, checkpoint, dtype))
+    fingerprint = _fingerprint(request, checkpoint, dtype)
+    return _Source(checkpoint, interface, config, classifier, plan, dtype, notes, fingerprint)
+
+
+def _written(raw: dict[str, Any], interface: Interface) -> set[str]:
+    """config.json's keys, and those that the tensors of this task cannot tell."""
+    return set(raw) if interface.task == GENERATION else {*raw, "tie_word_embeddings"}
+
+
+def _check_lm_head(interface: Interface, config: ModelConfig, raw: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """A checkpoint of another class has no lm_head.weight either, but its embeddings are no head."""
+    if interface.task != GENERATION or LM_HEAD in checkpoint.tensors or raw.get("tie_word_embeddings"):
+        return
+    classes = [name for name in raw.get("architectures") or () if not name.endswith("ForCausalLM")]
+    if classes or SCORE in checkpoint.tensors:
+        name = classes[0] if classes else "a classifier"
+        raise CheckpointError(
+            f"tensor {LM_HEAD} is missing: this is {name}; export it with --task feature-extraction or "
+            "text-classification"
+        )
 
 
 def _cut(config: ModelConfig, num_layers: int | None) -> ModelConfig:
@@ -134,7 +194,7 @@ def _dtype(request: ExportRequest, plan: WeightPlan) -> str:
 
 def _fingerprint(request: ExportRequest, checkpoint: Checkpoint, dtype: str) -> str:
     """Of everything that decides what the bundle holds."""
-    options = (request.task, dtype, request.all_logits, request.by_reference, request.num_layers, request.page_size)
+    options = (request.interface, dtype, request.by_reference, request.num_layers, request.page_size)
     facts = [repr(options), importlib.metadata.version("deepseek-trt"), str(request.checkpoint.resolve())]
     facts += [repr(source) for source in _sources(checkpoint)]
     facts.append((request.checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -170,12 +230,10 @@ def _write(source: _Source, folder: Path, report: Reporter) -> tuple[WrittenTens
     return written
 
 
-def _trace_to_file(
-    source: _Source, graph: GraphSpec, all_logits: bool, written: tuple[WrittenTensor, ...], folder: Path
-) -> None:
+def _trace_to_file(source: _Source, graph: GraphSpec, written: tuple[WrittenTensor, ...], folder: Path) -> None:
     from deepseek_trt.export.trace import INV_FREQ, trace  # torch, and seconds to import
 
-    model = trace(source.config, graph, source.dtype, all_logits)
+    model = trace(source.config, graph, source.dtype, source.interface, source.num_labels)
     places = {w.name: w for w in written}
     for recipe in source.plan.recipes:
         place = places.get(recipe.name)
@@ -208,12 +266,11 @@ def _manifest(
     folder: Path,
 ) -> Manifest:
     digests = {w.name: w.sha256 for w in written}
-    files = sorted(p for p in folder.iterdir() if p.name != WEIGHTS_FILE)
+    files = sorted(p for p in folder.iterdir() if p.name != WEIGHTS_FILE and not p.is_symlink())
     recipes = source.plan.recipes
     return Manifest(
-        task=request.task,
+        interface=source.interface,
         dtype=source.dtype,
-        all_logits=request.all_logits,
         by_reference=request.by_reference,
         checkpoint=str(request.checkpoint.resolve()),
         fingerprint=source.fingerprint,
@@ -224,6 +281,7 @@ def _manifest(
         sources=_sources(source.checkpoint),
         dropped=source.plan.dropped,
         notes=notes,
+        classifier=source.classifier,
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
         files={p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
     )

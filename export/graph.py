@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.interface import CLASSIFICATION, DEFAULT, FEATURES, TRANSFORMERS, Interface
 
-GraphName = Literal["prefill", "decode"]
+GraphName = Literal["prefill", "decode", "model"]
 Dim = int | str
 DEFAULT_PAGE_SIZE = 64
 DOMAIN = "deepseek_trt"  # of the custom ops, in torch and ONNX alike
 
 # Symbolic dims, and their names in ONNX.
 BATCH, SEQUENCE, PAGES, TABLE = "batch_size", "sequence_length", "pages", "pages_per_sequence"
+PAST, TOTAL, KEPT = "past_sequence_length", "total_sequence_length", "logits_kept"  # of contiguous caches
 
 
 @dataclass(frozen=True)
@@ -69,33 +71,91 @@ def present_name(layer: int) -> str:
     return f"present.{layer}.latent"
 
 
-def text_generation_graphs(
-    config: ModelConfig, cache: CacheSpec, all_logits: bool = False
-) -> tuple[GraphSpec, GraphSpec]:
-    """Prefill and decode of the causal language model."""
+def contiguous_names(prefix: str, layer: int) -> tuple[str, str]:
+    """A layer's two cache tensors with --io transformers: the latents, then the rotated rope parts."""
+    return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
+
+
+def hidden_name(index: int) -> str:
+    """0 is the embeddings, i the output of layer i - 1; the last one is after the final norm, as in transformers."""
+    return f"hidden_states.{index}"
+
+
+def graphs_of(
+    config: ModelConfig, cache: CacheSpec, interface: Interface = DEFAULT, num_labels: int = 0
+) -> tuple[GraphSpec, ...]:
+    """Prefill and decode over the paged cache; or one graph "model", where there is no cache or a contiguous one."""
+    if interface.io == TRANSFORMERS:
+        return (_masked(config, cache, interface, num_labels),)
+    lengths = TensorSpec("sequence_lengths", "int32", (BATCH,))
+    outputs = _outputs(config, interface, num_labels, SEQUENCE)
+    if not interface.cache:
+        return (GraphSpec("model", (_tokens(config, cache, interface, SEQUENCE), lengths), outputs),)
     pool = (PAGES, cache.page_size, cache.latent_dim)
     past = tuple(TensorSpec(past_name(i), cache.dtype, pool) for i in range(cache.layers))
     present = tuple(TensorSpec(present_name(i), cache.dtype, pool) for i in range(cache.layers))
-    lengths = TensorSpec("past_lengths", "int32", (BATCH,))
-    table = TensorSpec("page_table", "int32", (BATCH, TABLE))
-    prefill_logits = (BATCH, SEQUENCE, config.vocab_size) if all_logits else (BATCH, config.vocab_size)
-    prefill = GraphSpec(
-        "prefill",
-        (
-            TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
-            TensorSpec("sequence_lengths", "int32", (BATCH,)),
-            lengths,
-            table,
-            *past,
+    cached = (TensorSpec("past_lengths", "int32", (BATCH,)), TensorSpec("page_table", "int32", (BATCH, TABLE)))
+    return (
+        GraphSpec(
+            "prefill",
+            (_tokens(config, cache, interface, SEQUENCE), lengths, *cached, *past),
+            (*outputs, *present),
         ),
-        (TensorSpec("logits", "float32", prefill_logits), *present),
+        GraphSpec(
+            "decode",
+            (_tokens(config, cache, interface, 1), *cached, *past),
+            (*_outputs(config, interface, num_labels, 1), *present),
+        ),
     )
-    decode = GraphSpec(
-        "decode",
-        (TensorSpec("input_ids", "int64", (BATCH, 1)), lengths, table, *past),
-        (TensorSpec("logits", "float32", (BATCH, config.vocab_size)), *present),
-    )
-    return prefill, decode
+
+
+def _masked(config: ModelConfig, cache: CacheSpec, interface: Interface, num_labels: int) -> GraphSpec:
+    """The one graph of --io transformers, for prompts and single tokens alike."""
+    tokens = _tokens(config, cache, interface, SEQUENCE)
+    outputs = _outputs(config, interface, num_labels, SEQUENCE)
+    if not interface.cache:
+        return GraphSpec("model", (tokens, TensorSpec("attention_mask", "int64", (BATCH, SEQUENCE))), outputs)
+    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+
+    def pools(prefix: str, length: str) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(name, cache.dtype, (BATCH, 1, length, width))
+            for layer in range(cache.layers)
+            for name, width in zip(contiguous_names(prefix, layer), widths, strict=True)
+        )
+
+    mask = TensorSpec("attention_mask", "int64", (BATCH, TOTAL))
+    positions = TensorSpec("position_ids", "int64", (BATCH, SEQUENCE))
+    past = pools("past_key_values", PAST)
+    return GraphSpec("model", (tokens, mask, positions, *past), (*outputs, *pools("present", TOTAL)))
+
+
+def _tokens(config: ModelConfig, cache: CacheSpec, interface: Interface, steps: Dim) -> TensorSpec:
+    if interface.inputs_embeds:
+        return TensorSpec("inputs_embeds", cache.dtype, (BATCH, steps, config.hidden_size))
+    return TensorSpec("input_ids", "int64", (BATCH, steps))
+
+
+def _outputs(config: ModelConfig, interface: Interface, num_labels: int, steps: Dim) -> tuple[TensorSpec, ...]:
+    """What the head gives of `steps` tokens a row, in float32 whatever the model's dtype: numpy has no bfloat16."""
+    if interface.task == CLASSIFICATION:
+        return (TensorSpec("logits", "float32", (BATCH, num_labels)),)
+    if interface.task == FEATURES:
+        dims = (BATCH, steps, config.hidden_size)
+        count = config.num_hidden_layers + 1 if interface.hidden_states else 0
+        hidden = tuple(TensorSpec(hidden_name(i), "float32", dims) for i in range(count))
+        return (TensorSpec("last_hidden_state", "float32", dims), *hidden)
+    return (TensorSpec("logits", "float32", (BATCH, *_kept(interface, steps), config.vocab_size)),)
+
+
+def _kept(interface: Interface, steps: Dim) -> tuple[Dim, ...]:
+    """The tokens of a row that get logits, as dims."""
+    keep = interface.logits_to_keep
+    if interface.io == TRANSFORMERS:
+        return (KEPT,) if keep else (steps,)
+    if steps == 1 or keep is None:
+        return ()
+    return (keep or steps,)
 
 
 def dtype_bytes(dtype: str) -> int:

@@ -218,10 +218,13 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    """The layers between tokens and head. Without embeddings it takes the tokens' embeddings instead of their ids."""
+
+    def __init__(self, c: ModelConfig, embeddings: bool = True) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.embed_tokens.weight.requires_grad_(False)
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size) if embeddings else None
+        if self.embed_tokens is not None:
+            self.embed_tokens.weight.requires_grad_(False)
         self.rope = Rope(c)
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_hidden_layers))
         self.norm = RmsNorm(c.hidden_size, c.rms_norm_eps)
@@ -230,6 +233,48 @@ class Backbone(nn.Module):
         """The layers, as what they are."""
         return cast("list[Layer]", list(self.layers))
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens side by side [T, hidden], of ids [B, S] or of embeddings [B, S, hidden]."""
+        x: Tensor = tokens if tokens.is_floating_point() else cast(nn.Embedding, self.embed_tokens)(tokens)
+        return x.flatten(0, 1)
+
+    def prefill(
+        self,
+        tokens: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last layer's output [B, S, hidden], before the norm, and the pools with the new tokens."""
+        batch, seq = tokens.shape[:2]
+        positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=tokens.device)  # [B, S]
+        cos, sin = self.rope(positions, past_lengths + sequence_lengths)
+        x = self.embed(tokens)  # [T, hidden]
+        present = []
+        for layer, past in zip(self.blocks(), latents, strict=True):
+            h, pool = layer.self_attn.prefill(
+                layer.input_layernorm(x), cos, sin, past, page_table, past_lengths, sequence_lengths
+            )
+            x = x + h
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            present.append(pool)
+        return x.view(batch, seq, -1), present
+
+    def decode(
+        self, tokens: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last layer's output [B, hidden] for one token a row, before the norm, and the pools with it."""
+        cos, sin = self.rope(past_lengths.unsqueeze(1), past_lengths + 1)
+        x = self.embed(tokens)  # [B, hidden]
+        present = []
+        for layer, past in zip(self.blocks(), latents, strict=True):
+            h, pool = layer.self_attn.decode(layer.input_layernorm(x), cos, sin, past, page_table, past_lengths)
+            x = x + h
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            present.append(pool)
+        return x, present
+
 
 class DeepseekV2(nn.Module):
     """The causal language model. Prefill and decode read and write the page pools `latents`, one [P, page, D] a layer.
@@ -237,10 +282,10 @@ class DeepseekV2(nn.Module):
     Each gives float32 logits and the pools with the new tokens (new tensors; the given ones are not changed).
     """
 
-    def __init__(self, config: ModelConfig, all_logits: bool = False) -> None:
+    def __init__(self, config: ModelConfig, all_logits: bool = False, embeddings: bool = True) -> None:
         super().__init__()
         self.config, self.all_logits = config, all_logits
-        self.model = Backbone(config)
+        self.model = Backbone(config, embeddings)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
 
     def prefill(
@@ -252,51 +297,23 @@ class DeepseekV2(nn.Module):
         latents: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """input_ids int64 [B, S], right-padded. Logits [B, vocab] at each row's last real token, or [B, S, vocab]."""
-        batch, seq = input_ids.shape
-        positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=input_ids.device)  # [B, S]
-        cos, sin = self.model.rope(positions, past_lengths + sequence_lengths)
-        x = self.model.embed_tokens(input_ids).flatten(0, 1)  # [T, hidden]
-        present = []
-        for layer, past in zip(self.model.blocks(), latents, strict=True):
-            h, pool = layer.self_attn.prefill(
-                layer.input_layernorm(x), cos, sin, past, page_table, past_lengths, sequence_lengths
-            )
-            x = x + h
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            present.append(pool)
-        if self.all_logits:
-            return self.logits(x).view(batch, seq, -1), present
-        last = (sequence_lengths.long() - 1).clamp(min=0)  # [B]
-        x = x.view(batch, seq, -1).gather(1, last[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]  # [B, hidden]
-        return self.logits(x), present
+        x, present = self.model.prefill(input_ids, sequence_lengths, past_lengths, page_table, latents)
+        return self.logits(x if self.all_logits else last_tokens(x, sequence_lengths)[:, 0]), present
 
     def decode(
         self, input_ids: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """input_ids int64 [B, 1], at position past_lengths of each row. Logits [B, vocab]."""
-        cos, sin = self.model.rope(past_lengths.unsqueeze(1), past_lengths + 1)
-        x = self.model.embed_tokens(input_ids).flatten(0, 1)  # [B, hidden]
-        present = []
-        for layer, past in zip(self.model.blocks(), latents, strict=True):
-            h, pool = layer.self_attn.decode(layer.input_layernorm(x), cos, sin, past, page_table, past_lengths)
-            x = x + h
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            present.append(pool)
+        x, present = self.model.decode(input_ids, past_lengths, page_table, latents)
         return self.logits(x), present
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.model.norm(x)
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        head = cast(nn.Embedding, self.model.embed_tokens) if self.lm_head is None else self.lm_head
         return F.linear(x, head.weight).float()
 
 
-class Prefill(DeepseekV2):
-    """The model as the prefill graph's root."""
-
-    forward = DeepseekV2.prefill
-
-
-class Decode(DeepseekV2):
-    """The model as the decode graph's root."""
-
-    forward = DeepseekV2.decode
+def last_tokens(x: Tensor, lengths: Tensor, count: int = 1) -> Tensor:
+    """The last `count` [B, count, hidden] of each row's `lengths` [B] tokens; what lies before the first repeats it."""
+    at = lengths.long()[:, None] - torch.arange(count, 0, -1, device=x.device)  # [B, count]
+    return x.gather(1, at.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[-1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,20 +23,21 @@ from deepseek_trt.export.graph import (
     BATCH,
     DOMAIN,
     PAGES,
+    PAST,
     SEQUENCE,
     TABLE,
+    TOTAL,
     GraphSpec,
     TensorSpec,
-    past_name,
-    present_name,
 )
-from deepseek_trt.export.model import Decode, DeepseekV2, Prefill
+from deepseek_trt.export.heads import MODELS, method_of
+from deepseek_trt.export.hidden_states import HIDDEN, AddHiddenStates
+from deepseek_trt.export.interface import DEFAULT, Interface
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.spec import OPSET, OpSpec
 from deepseek_trt.export.ops.torch_ops import TORCH_OPS
 from deepseek_trt.export.unroll import unroll
 
-ROOTS: dict[str, type[DeepseekV2]] = {"prefill": Prefill, "decode": Decode}
 INV_FREQ = "model.rope.inv_freq"
 # Never torch.onnx's or onnxscript's optimizer: it folds transposed weights, which here are fake.
 _CLEAN_UP = ir.passes.Sequential(
@@ -45,10 +47,13 @@ _CLEAN_UP = ir.passes.Sequential(
     passes.ClearMetadataAndDocStringPass(),  # holds paths of this machine
 )
 # Example sizes: all different and none 0 or 1, so that tracing fixes none of them.
-_EXAMPLE = {BATCH: 2, SEQUENCE: 7, PAGES: 11, TABLE: 3}
+_EXAMPLE = {BATCH: 2, SEQUENCE: 7, PAGES: 11, TABLE: 3, PAST: 5, TOTAL: 12}
+_CACHE = re.compile(r"(?:past_key_values|present)\.(\d+)\.")
 
 
-def trace(config: ModelConfig, spec: GraphSpec, dtype: str, all_logits: bool = False) -> ir.Model:
+def trace(
+    config: ModelConfig, spec: GraphSpec, dtype: str, interface: Interface = DEFAULT, num_labels: int = 0
+) -> ir.Model:
     """The graph `spec` of the model, custom ops as single nodes with bodies, weights as initializers without data.
 
     Initializers carry the parameters' names; their const_value is fake, except the rope frequencies'.
@@ -58,19 +63,28 @@ def trace(config: ModelConfig, spec: GraphSpec, dtype: str, all_logits: bool = F
         previous = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
         try:
-            module = ROOTS[spec.name](distinct, all_logits).eval()
+            module = _root(interface, spec)(distinct, interface, num_labels).eval()
         finally:
             torch.set_default_dtype(previous)
         model = _export(module, _first_layers(spec, distinct.num_hidden_layers))
     _CLEAN_UP(model)
     if distinct != config:
         unroll(model, kinds)
+    if interface.hidden_states:
+        AddHiddenStates(spec)(model)
+    _fix_dims(model.graph, spec)
     attach_functions(model, OPS)
     frequencies = torch.tensor(config.rope.inverse_frequencies(config.qk_rope_head_dim), dtype=torch.float32)
     model.graph.initializers[INV_FREQ].const_value = ir.tensor(frequencies.numpy(), name=INV_FREQ)
     model.graph.name = f"deepseek_v2_{spec.name}"
     model.producer_name = "deepseek-trt"
     return model
+
+
+def _root(interface: Interface, spec: GraphSpec) -> Any:
+    """The task's class with the graph's method as its forward."""
+    kind = MODELS[interface.task]
+    return type(kind.__name__, (kind,), {"forward": getattr(kind, method_of(interface, spec.name))})
 
 
 def _distinct_layers(config: ModelConfig) -> tuple[ModelConfig, list[int]]:
@@ -87,18 +101,33 @@ def _distinct_layers(config: ModelConfig) -> tuple[ModelConfig, list[int]]:
 
 
 def _first_layers(spec: GraphSpec, layers: int) -> GraphSpec:
-    """The graph of a model with fewer layers."""
-    pools = {past_name(i) for i in range(layers)} | {present_name(i) for i in range(layers)}
-    keep = lambda t: not t.name.startswith(("past_key_values.", "present.")) or t.name in pools  # noqa: E731
+    """The graph of a model with fewer layers, and without the hidden states, which a pass adds."""
+
+    def keep(tensor: TensorSpec) -> bool:
+        layer = _CACHE.match(tensor.name)
+        return int(layer[1]) < layers if layer else not tensor.name.startswith(HIDDEN)
+
     return GraphSpec(spec.name, tuple(filter(keep, spec.inputs)), tuple(filter(keep, spec.outputs)))
 
 
+def _fix_dims(graph: ir.Graph, spec: GraphSpec) -> None:
+    """Say the spec's dims on inputs and outputs: torch derives other names for some."""
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            assert value.name == tensor.name, (value.name, tensor.name)
+            value.shape = ir.Shape(tensor.dims)
+
+
 def _export(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
-    dims = {BATCH: Dim(BATCH, min=1), SEQUENCE: Dim(SEQUENCE, min=1), PAGES: Dim(PAGES), TABLE: Dim(TABLE, min=1)}
-    plain = [i for i in spec.inputs if not i.name.startswith("past_key_values")]
-    pools = [i for i in spec.inputs if i.name.startswith("past_key_values")]
-    shapes = [_dynamic(i, dims) for i in plain] + [[_dynamic(i, dims) for i in pools]]
-    args = [_example(i) for i in plain] + [[_example(i) for i in pools]]
+    names = (BATCH, SEQUENCE, PAGES, TABLE, PAST, TOTAL)
+    dims = {name: Dim(name, min=0 if name in (PAGES, PAST) else 1) for name in names}
+    plain = [i for i in spec.inputs if not _CACHE.match(i.name)]
+    pools = [i for i in spec.inputs if _CACHE.match(i.name)]
+    shapes: list[Any] = [_dynamic(i, dims) for i in plain]
+    args: list[Any] = [_example(i) for i in plain]
+    if pools:
+        shapes.append([_dynamic(i, dims) for i in pools])
+        args.append([_example(i) for i in pools])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's notes on its own internals
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from deepseek_trt.export.graph import past_name, present_name
-
 _LAYER = re.compile(r"(?:model\.layers|past_key_values|present)\.(\d+)\.")
 
 
@@ -24,8 +22,8 @@ class _Segment:
     nodes: tuple[ir.Node, ...]
     entry: ir.Value
     exit: ir.Value
-    present: ir.Value
-    own: dict[str, ir.Value]  # the layer's parameters and page pool, by name
+    presents: tuple[ir.Value, ...]  # the layer's cache with the new tokens; a graph without a cache has none
+    own: dict[str, ir.Value]  # the layer's parameters and cache, by name
 
 
 def unroll(model: ir.Model, kinds: Sequence[int]) -> None:
@@ -33,7 +31,8 @@ def unroll(model: ir.Model, kinds: Sequence[int]) -> None:
     graph = model.graph
     segments = [_segment(graph, layer) for layer in range(max(kinds) + 1)]
     copies: list[ir.Node] = []
-    pools, presents = [], []
+    pools: list[ir.Value] = []
+    presents: list[ir.Value] = []
     stream = segments[0].entry
     for segment in segments:
         for name in segment.own:
@@ -44,25 +43,26 @@ def unroll(model: ir.Model, kinds: Sequence[int]) -> None:
         nodes, values = _copy(segment, {**own, segment.entry: stream}, layer)
         copies += nodes
         stream = values[segment.exit]
-        pools.append(own[segment.own[past_name(kind)]])
-        presents.append(values[segment.present])
-        presents[-1].name = present_name(layer)
-        _add_initializers(graph, own.values(), pools[-1])
+        pools += [value for value in own.values() if _is_past(value)]
+        for present in segment.presents:
+            presents.append(values[present])
+            presents[-1].name = _of_layer(present, kind, layer)
+        graph.initializers.update({_name(value): value for value in own.values() if not _is_past(value)})
     _replace(graph, segments, copies, stream, pools, presents)
 
 
 def _segment(graph: ir.Graph, layer: int) -> _Segment:
     at = f"model.layers.{layer}"
     own = {name: v for name, v in graph.initializers.items() if name.startswith(f"{at}.")}
-    own.update({v.name: v for v in graph.inputs if v.name == past_name(layer)})
-    present = next(v for v in graph.outputs if v.name == present_name(layer))
+    own.update({_name(v): v for v in graph.inputs if _name(v).startswith(f"past_key_values.{layer}.")})
+    presents = tuple(v for v in graph.outputs if _name(v).startswith(f"present.{layer}."))
     entry = _normed_by(own[f"{at}.input_layernorm.weight"])
     middle = _normed_by(own[f"{at}.post_attention_layernorm.weight"])
     (last,) = (node for node in middle.consumers() if node.op_type == "Add")
     exit_ = last.outputs[0]
     after = _descendants(graph, [entry, *own.values()])
-    before = _ancestors(graph, [exit_, present])
-    return _Segment(tuple(n for n in graph if n in after and n in before), entry, exit_, present, own)
+    before = _ancestors(graph, [exit_, *presents])
+    return _Segment(tuple(n for n in graph if n in after and n in before), entry, exit_, presents, own)
 
 
 def _normed_by(weight: ir.Value) -> ir.Value:
@@ -77,10 +77,16 @@ def _normed_by(weight: ir.Value) -> ir.Value:
 def _descendants(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:
     reached, nodes = set(values), set()
     for node in graph:
-        if any(value in reached for value in node.inputs):
+        if any(value in reached for value in node.inputs) and not _asks_cache_length(node):
             nodes.add(node)
             reached.update(node.outputs)
     return nodes
+
+
+def _asks_cache_length(node: ir.Node) -> bool:
+    """Whether the node depends on no layer, though it reads a layer's cache: all of them are of one length."""
+    cache = node.inputs[0] if node.op_type == "Shape" else None
+    return cache is not None and cache.is_graph_input() and _is_past(cache)
 
 
 def _ancestors(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:
@@ -93,11 +99,24 @@ def _ancestors(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:
 
 
 def _own_copy(value: ir.Value, kind: int, layer: int) -> ir.Value:
-    """The parameter or pool of `layer` that stands where `value` stands in the traced layer `kind`."""
-    assert value.name is not None
-    assert _LAYER.match(value.name), value
-    name = value.name.replace(f".{kind}.", f".{layer}.", 1)
+    """The parameter or cache of `layer` that stands where `value` stands in the traced layer `kind`."""
+    name = _of_layer(value, kind, layer)
     return ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
+
+
+def _of_layer(value: ir.Value, kind: int, layer: int) -> str:
+    """The name of the traced layer `kind`'s value in `layer`."""
+    assert _LAYER.match(_name(value)), value
+    return _name(value).replace(f".{kind}.", f".{layer}.", 1)
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name
+
+
+def _is_past(value: ir.Value) -> bool:
+    return _name(value).startswith("past_key_values.")
 
 
 def _copy(
@@ -123,13 +142,6 @@ def _copy(
     return nodes, values
 
 
-def _add_initializers(graph: ir.Graph, own: Iterable[ir.Value], pool: ir.Value) -> None:
-    for value in own:
-        if value is not pool:
-            assert value.name is not None
-            graph.initializers[value.name] = value
-
-
 def _replace(
     graph: ir.Graph,
     segments: Sequence[_Segment],
@@ -139,12 +151,17 @@ def _replace(
     presents: Sequence[ir.Value],
 ) -> None:
     """Put the copies where the traced layers stood."""
-    traced_pools = {segment.own[past_name(kind)] for kind, segment in enumerate(segments)}
-    traced_presents = {segment.present for segment in segments}
+    traced_pools = {value for segment in segments for value in segment.own.values() if _is_past(value)}
+    traced_presents = {value for segment in segments for value in segment.presents}
     plain_inputs = [v for v in graph.inputs if v not in traced_pools]
     plain_outputs = [v for v in graph.outputs if v not in traced_presents]
     graph.outputs[:] = [*plain_outputs, *presents]
     originals = {node for segment in segments for node in segment.nodes}
+    by_name = {_name(pool): pool for pool in pools}
+    for pool in traced_pools:
+        for node, index in tuple(pool.uses()):
+            if node not in originals:
+                node.replace_input_with(index, by_name[_name(pool)])
     last = segments[-1].exit
     for node, index in last.uses():
         if node not in originals:

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from deepseek_trt.export.checkpoint import DTYPE_NAMES, Checkpoint, StoredTensor
+from deepseek_trt.export.classifier import SCORE
 from deepseek_trt.export.config import FP8_BLOCK, ModelConfig
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.interface import CLASSIFICATION, DEFAULT, GENERATION, Interface
 
+EMBEDDINGS, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 CORRECTION_BIAS = "e_score_correction_bias"
 SCALE_SUFFIX = "_scale_inv"  # weight_scale_inv [ceil(rows/128), ceil(columns/128)] beside an fp8 weight
 FP8 = "F8_E4M3"
@@ -74,18 +77,24 @@ class WeightPlan:
     dtype: str
 
 
-def plan_weights(config: ModelConfig, checkpoint: Checkpoint, checkpoint_layers: int) -> WeightPlan:
+def plan_weights(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    checkpoint_layers: int,
+    interface: Interface = DEFAULT,
+    num_labels: int = 0,
+) -> WeightPlan:
     """Recipes for `config`; `checkpoint_layers` is config.json's num_hidden_layers where fewer are exported.
 
     Raises CheckpointError naming the tensor that is missing, left over, of an unsupported dtype, or of another shape
     than the config says.
     """
-    recipes = tuple(_Planner(config, checkpoint).plan())
+    recipes = tuple(_Planner(config, checkpoint).plan(interface, num_labels))
     pieces = [piece for recipe in recipes for piece in recipe.pieces]
     used = {piece.source for piece in pieces} | {piece.scale for piece in pieces if piece.scale}
     dropped, unexplained = [], []
     for name in sorted(checkpoint.tensors.keys() - used):
-        reason = _why_dropped(name, config, checkpoint_layers)
+        reason = _why_dropped(name, config, checkpoint_layers) or _why_no_head(name, interface)
         if reason:
             dropped.append(Dropped(name, reason))
         else:
@@ -96,7 +105,7 @@ def plan_weights(config: ModelConfig, checkpoint: Checkpoint, checkpoint_layers:
         )
     for piece in pieces:
         _check_dtype(checkpoint.tensors[piece.source], piece)
-    main = checkpoint.tensors["model.embed_tokens.weight"].dtype
+    main = checkpoint.tensors.get(EMBEDDINGS, checkpoint.tensors[FINAL_NORM]).dtype
     return WeightPlan(recipes, tuple(dropped), main)
 
 
@@ -122,8 +131,17 @@ def _why_dropped(name: str, config: ModelConfig, checkpoint_layers: int) -> str 
         return f"only the first {config.num_hidden_layers} layers are exported"
     if name.endswith("rotary_emb.inv_freq"):
         return "rope frequencies are computed from config.json"
-    if name == "lm_head.weight" and config.tie_word_embeddings:
+    if name == LM_HEAD and config.tie_word_embeddings:
         return "tied to model.embed_tokens.weight"
+    return None
+
+
+def _why_no_head(name: str, interface: Interface) -> str | None:
+    """Why the graphs of this interface do without a tensor outside the layers."""
+    if name in (LM_HEAD, SCORE):
+        return f"the task {interface.task} does not need it"
+    if name == EMBEDDINGS and interface.inputs_embeds:
+        return "the graphs take inputs_embeds"
     return None
 
 
@@ -134,9 +152,11 @@ class _Planner:
         self.c = config
         self.tensors = checkpoint.tensors
 
-    def plan(self) -> Iterator[Recipe]:
+    def plan(self, interface: Interface, num_labels: int) -> Iterator[Recipe]:
         c = self.c
-        yield self.whole("model.embed_tokens.weight", c.vocab_size, c.hidden_size)
+        generates = interface.task == GENERATION
+        if not interface.inputs_embeds or (generates and c.tie_word_embeddings):
+            yield self.whole(EMBEDDINGS, c.vocab_size, c.hidden_size)
         for index in range(c.num_hidden_layers):
             layer = f"model.layers.{index}"
             yield self.whole(f"{layer}.input_layernorm.weight", c.hidden_size)
@@ -146,9 +166,11 @@ class _Planner:
                 yield from self.moe(f"{layer}.mlp")
             else:
                 yield from self.mlp(f"{layer}.mlp", c.intermediate_size)
-        yield self.whole("model.norm.weight", c.hidden_size)
-        if not c.tie_word_embeddings:
-            yield self.whole("lm_head.weight", c.vocab_size, c.hidden_size)
+        yield self.whole(FINAL_NORM, c.hidden_size)
+        if generates and not c.tie_word_embeddings:
+            yield self.whole(LM_HEAD, c.vocab_size, c.hidden_size)
+        if interface.task == CLASSIFICATION:
+            yield self.whole(SCORE, num_labels, c.hidden_size)
 
     def attention(self, at: str) -> Iterator[Recipe]:
         c = self.c

@@ -14,7 +14,7 @@ from deepseek_trt.engines.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.profiles import profile_of
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BuildError, BundleError
-from deepseek_trt.export.graph import text_generation_graphs
+from deepseek_trt.export.graph import graphs_of
 from deepseek_trt.plugins.aot import compile_all
 from deepseek_trt.plugins.library import PluginLibrary, build_library
 
@@ -149,7 +149,7 @@ def test_profiles_that_cannot_be(bundle, changes, words):
 
 def test_profiles_come_from_the_three_sizes(bundle):
     cache = bundle.manifest.cache
-    prefill, decode = text_generation_graphs(bundle.manifest.model, cache)
+    prefill, decode = graphs_of(bundle.manifest.model, cache)
     shapes = profile_of(prefill, cache, SPEC).shapes
     assert shapes["input_ids"] == ((1, 1), (1, 128), (4, 128))
     assert shapes["page_table"] == ((1, 1), (1, 8), (4, 8))

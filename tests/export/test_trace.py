@@ -12,7 +12,7 @@ import torch
 from deepseek_trt.engines.ort import OrtSession
 from deepseek_trt.engines.torch_session import TorchSession
 from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.export.graph import CacheSpec, text_generation_graphs
+from deepseek_trt.export.graph import CacheSpec, graphs_of
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.trace import trace
 from deepseek_trt.export.weight_file import WEIGHTS_FILE
@@ -87,7 +87,7 @@ def test_node_count_does_not_depend_on_the_number_of_experts(small):
     counts = []
     for experts in (16, 64):
         config = ModelConfig.from_hf({**small.raw, "n_routed_experts": experts, "num_hidden_layers": 2})
-        graph = text_generation_graphs(config, CacheSpec.of(config, "float32"))[1]
+        graph = graphs_of(config, CacheSpec.of(config, "float32"))[1]
         counts.append(len(trace(config, graph, "float32").graph))
     assert counts[0] == counts[1]
 
@@ -96,7 +96,7 @@ def test_tracing_needs_no_weights_in_memory():
     """V2-Lite's layers are 0.6 billion parameters each: that two of them trace at all shows that none is real."""
     raw = {"model_type": "deepseek_v2", "hidden_size": 5120, "n_routed_experts": 160, "num_experts_per_tok": 6}
     config = ModelConfig.from_hf({**raw, "moe_intermediate_size": 1536, "num_hidden_layers": 2, "v_head_dim": 128})
-    graph = text_generation_graphs(config, CacheSpec.of(config, "bfloat16"))[1]
+    graph = graphs_of(config, CacheSpec.of(config, "bfloat16"))[1]
     model = trace(config, graph, "bfloat16")
     data = model.graph.initializers["model.layers.1.mlp.experts.gate_proj"].const_value
     assert isinstance(data.raw, torch._subclasses.FakeTensor)

@@ -12,7 +12,7 @@ import pytest
 
 from deepseek_trt.export import trace as trace_module
 from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.export.graph import CacheSpec, text_generation_graphs
+from deepseek_trt.export.graph import CacheSpec, graphs_of
 
 RAW = {
     "model_type": "deepseek_v2",
@@ -43,7 +43,7 @@ def run(model: ir.Model, weights: dict[str, np.ndarray], feeds: dict[str, np.nda
 @pytest.mark.parametrize(("graph", "layers"), [(0, {"first_k_dense_replace": 1}), (1, {"moe_layer_freq": 2})])
 def test_repeated_layers_equal_traced_ones(monkeypatch, graph, layers):
     config = ModelConfig.from_hf({**RAW, **layers, "num_hidden_layers": 4})
-    spec = text_generation_graphs(config, CacheSpec.of(config, "float32", 4))[graph]
+    spec = graphs_of(config, CacheSpec.of(config, "float32", 4))[graph]
     repeated = trace_module.trace(config, spec, "float32")
     monkeypatch.setattr(trace_module, "_distinct_layers", lambda config: (config, []))
     traced = trace_module.trace(config, spec, "float32")
@@ -73,6 +73,6 @@ def test_nodes_grow_by_the_layer():
     counts = []
     for layers in (3, 4, 8):
         config = ModelConfig.from_hf({**RAW, "first_k_dense_replace": 1, "num_hidden_layers": layers})
-        spec = text_generation_graphs(config, CacheSpec.of(config, "float32"))[1]
+        spec = graphs_of(config, CacheSpec.of(config, "float32"))[1]
         counts.append(len(trace_module.trace(config, spec, "float32").graph))
     assert counts[2] - counts[1] == 4 * (counts[1] - counts[0])

@@ -1,0 +1,181 @@
+"""The model's other classes and interfaces in plain torch, each over the layers of model.py.
+
+transformers' DeepseekV2Model is Features, its DeepseekV2ForSequenceClassification is Scores. A graph's root is one of
+these methods: prefill and decode over the paged cache, `whole` without a cache, `masked` with transformers' inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.contiguous import positions_of, run_masked
+from deepseek_trt.export.graph import DEFAULT_PAGE_SIZE, GraphName, GraphSpec
+from deepseek_trt.export.interface import CLASSIFICATION, FEATURES, GENERATION, TRANSFORMERS, Interface
+from deepseek_trt.export.model import Backbone, DeepseekV2, Linear, last_tokens
+
+
+class Logits(DeepseekV2):
+    """The causal language model, with logits at the last `keep` tokens of a row; 0 is all, None the last as one row."""
+
+    def __init__(self, config: ModelConfig, interface: Interface, num_labels: int = 0) -> None:
+        embeddings = not interface.inputs_embeds or config.tie_word_embeddings
+        super().__init__(config, interface.all_logits, embeddings)
+        self.keep = interface.logits_to_keep
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits [B, vocab], [B, S, vocab] or [B, keep, vocab]; rows shorter than `keep` begin with repeated ones."""
+        if not self.keep:
+            return super().prefill(input_ids, sequence_lengths, past_lengths, page_table, latents)
+        x, present = self.model.prefill(input_ids, sequence_lengths, past_lengths, page_table, latents)
+        return self.logits(last_tokens(x, sequence_lengths, self.keep)), present
+
+    def masked(
+        self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits [B, S, vocab], or of the last `keep` slots where there are so many, as transformers slices them."""
+        x, present = run_masked(self.model, tokens, attention_mask, position_ids, past)
+        return self.logits(x[:, -self.keep :] if self.keep else x), present
+
+
+class Features(nn.Module):
+    """The model without a head: float32 hidden states after the last norm, [B, S, hidden]."""
+
+    def __init__(self, config: ModelConfig, interface: Interface, num_labels: int = 0) -> None:
+        super().__init__()
+        self.config, self.model = config, Backbone(config, not interface.inputs_embeds)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """last_hidden_state [B, S, hidden]; padding's rows mean nothing."""
+        x, present = self.model.prefill(input_ids, sequence_lengths, past_lengths, page_table, latents)
+        return self.features(x), present
+
+    def decode(
+        self, input_ids: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """last_hidden_state [B, 1, hidden]"""
+        x, present = self.model.decode(input_ids, past_lengths, page_table, latents)
+        return self.features(x).unsqueeze(1), present
+
+    def whole(self, tokens: Tensor, sequence_lengths: Tensor) -> Tensor:
+        """Without a cache: last_hidden_state of right-padded rows."""
+        x, _ = self.model.prefill(tokens, sequence_lengths, *scratch(self.config, self.model, tokens))
+        return self.features(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What leaves the graphs, of the last layer's output."""
+        normed: Tensor = self.model.norm(x)
+        return normed.float()
+
+    def masked(
+        self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """last_hidden_state of every slot, and the contiguous cache."""
+        x, present = run_masked(self.model, tokens, attention_mask, position_ids, past)
+        return self.features(x), present
+
+    def masked_whole(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Without a cache: positions count the real tokens."""
+        x, _ = run_masked(self.model, tokens, attention_mask, positions_of(attention_mask), ())
+        return self.features(x)
+
+
+class Scores(nn.Module):
+    """Sequence classification: float32 logits [B, num_labels] at each row's last real token.
+
+    A row without any counts as one padding token, so that its logits are defined.
+    """
+
+    def __init__(self, config: ModelConfig, interface: Interface, num_labels: int) -> None:
+        super().__init__()
+        self.config, self.model = config, Backbone(config, not interface.inputs_embeds)
+        self.score = Linear(config.hidden_size, num_labels)
+
+    def whole(self, tokens: Tensor, sequence_lengths: Tensor) -> Tensor:
+        """Of right-padded rows."""
+        lengths = sequence_lengths.clamp(min=1)
+        past_lengths, table, pools = scratch(self.config, self.model, tokens)
+        x, _ = self.model.prefill(tokens, lengths, past_lengths, table, pools)
+        return self.pooled(last_tokens(x, lengths)[:, 0])
+
+    def masked_whole(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Of rows padded on either side; as in transformers, padding tokens at the end of a row are not pooled."""
+        x, _ = run_masked(self.model, tokens, attention_mask, positions_of(attention_mask), ())
+        real = attention_mask != 0
+        if self.config.pad_token_id is not None and not tokens.is_floating_point():
+            real = real & (tokens != self.config.pad_token_id)
+        slots = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        return self.pooled(last_tokens(x, (slots * real).amax(1))[:, 0])
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Logits of hidden states [B, hidden]."""
+        return F.linear(self.model.norm(x), self.score.weight).float()
+
+
+def scratch(config: ModelConfig, backbone: Backbone, tokens: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """past_lengths, page_table and page pools for one pass that keeps no cache: each row gets pages of its own.
+
+    All layers may write to one pool: each has read what it wrote when the next one writes.
+    """
+    batch, seq = tokens.shape[:2]
+    pages = (seq + DEFAULT_PAGE_SIZE - 1) // DEFAULT_PAGE_SIZE
+    past_lengths = torch.zeros(batch, dtype=torch.int32, device=tokens.device)
+    table = torch.arange(batch * pages, dtype=torch.int32, device=tokens.device).view(batch, pages) + 1
+    shape = (batch * pages + 1, DEFAULT_PAGE_SIZE, config.latent_dim)
+    pool = torch.zeros(shape, dtype=backbone.norm.weight.dtype, device=tokens.device)
+    return past_lengths, table, [pool] * config.num_hidden_layers
+
+
+MODELS: dict[str, type[Logits | Features | Scores]] = {
+    GENERATION: Logits,
+    FEATURES: Features,
+    CLASSIFICATION: Scores,
+}
+
+
+def method_of(interface: Interface, graph: GraphName) -> str:
+    """The method that is the graph's root."""
+    if graph != "model":
+        return graph
+    if interface.io == TRANSFORMERS:
+        return "masked" if interface.cache else "masked_whole"
+    return "whole"
+
+
+def run_graph(model: Any, interface: Interface, spec: GraphSpec, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One of a model's graphs in eager torch, by the graph's names; hidden states are watched, as no method gives them.
+
+    `feeds` are in the spec's order.
+    """
+    plain = [tensor for name, tensor in feeds.items() if not name.startswith("past_key_values.")]
+    past = [tensor for name, tensor in feeds.items() if name.startswith("past_key_values.")]
+    streams: list[Tensor] = []
+    norms = [layer.input_layernorm for layer in model.model.blocks()] if interface.hidden_states else []
+    hooks = [norm.register_forward_pre_hook(lambda _, given: streams.append(given[0])) for norm in norms]
+    try:
+        made = getattr(model, method_of(interface, spec.name))(*plain, *([past] if past else []))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first, present = made if isinstance(made, tuple) else (made, [])
+    hidden = [stream.view(first.shape).float() for stream in streams] + ([first] if streams else [])
+    return dict(zip((tensor.name for tensor in spec.outputs), [first, *hidden, *present], strict=True))
