@@ -147,8 +147,9 @@ class LLM:
 
         Raises RequestError for a prompt or parameter that the model cannot take. The ticket is for `cancel`.
         """
-        ((ids, own),) = self._requests([prompt], [params])
-        return self._submit(ids, own, put)
+        ids = self._encode(prompt)
+        self._check_stop(params)
+        return self._submit(ids, params, put)
 
     def cancel(self, ticket: Ticket) -> None:
         """Free what the request holds before the next step; one that has ended is left as it is."""
@@ -176,9 +177,12 @@ class LLM:
         requests = list(zip(map(self._encode, prompts), _params_each(params, len(prompts)), strict=True))
         for index, (ids, own) in enumerate(requests):
             self.scheduler.check(ids, own, f"prompt {index}")
-            if own.stop and self.text is None:
-                raise RequestError(f"stop {own.stop!r}: the bundle has no tokenizer.json; use stop_token_ids")
+            self._check_stop(own)
         return requests
+
+    def _check_stop(self, params: SamplingParams) -> None:
+        if params.stop and self.text is None:
+            raise RequestError(f"stop {params.stop!r}: the bundle has no tokenizer.json; use stop_token_ids")
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
