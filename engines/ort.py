@@ -1,8 +1,10 @@
-"""OrtSession: the bundle through ONNX Runtime, custom ops through their function bodies."""
+"""OrtSession: the bundle through ONNX Runtime; decode through the compiled CPU operators where there are any."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from deepseek_trt.engines.cpu_library import CpuLibrary, cpu_library
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.engines.weights import reference_arrays
 from deepseek_trt.export.bundle import Bundle
@@ -25,14 +28,23 @@ class OrtSession:
 
     backend = "ort"
 
-    def __init__(self, bundle: Bundle, pages: int, threads: int = 0) -> None:
-        """`threads` 0 lets ONNX Runtime choose. bfloat16 bundles are computed in float32."""
+    def __init__(self, bundle: Bundle, pages: int, threads: int = 0, compiled: bool = True) -> None:
+        """`threads` 0 takes all processors. bfloat16 bundles are computed in float32.
+
+        Without `compiled`, or where the compiled operators cannot be had, the exported bodies are run.
+        """
         widened = bundle.manifest.dtype == "bfloat16"
-        self.note = "bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)" if widened else ""
+        library = cpu_library(bundle.path) if compiled else CpuLibrary(None)
+        notes = ["bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)"] if widened else []
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype="float32") if widened else bundle.manifest.cache
         self.pages = pages
         self.vocab_size = bundle.manifest.model.vocab_size
-        self._sessions = {name: _load(bundle, name, threads, widened) for name in ("prefill", "decode")}
+        self._sessions = {"prefill": load_graph(bundle, "prefill", threads=threads)}
+        left: list[str] = []
+        self._sessions["decode"] = load_graph(bundle, "decode", library.path, threads, left)
+        if left:
+            notes.append(f"as exported, not compiled: {', '.join(left)}")
+        self.note = "; ".join([*notes, library.reason] if library.reason else notes)
         shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self._arrays = [np.zeros(shape, dtype=NUMPY_DTYPES[self.cache.dtype]) for _ in range(self.cache.layers)]
         self._pools = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
@@ -66,25 +78,67 @@ class OrtSession:
         return logits
 
 
-def _load(bundle: Bundle, graph: str, threads: int, widened: bool) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    path = bundle.graph_path(graph)
+def load_graph(
+    bundle: Bundle, graph: str, library: Path | None = None, threads: int = 0, left: list[str] | None = None
+) -> ort.InferenceSession:
+    """A graph of the bundle in ONNX Runtime's CPU provider, or with the compiled operators of `library` (decode only).
+
+    `left` receives the names of the custom operators that the compiled ones do not replace. BackendError where ONNX
+    Runtime refuses.
+    """
+    options = _options(threads)
     kept = _supply_references(options, bundle) if bundle.manifest.by_reference else None
-    source: str | bytes = str(path)
-    if widened and widened_path(bundle, graph).is_file():
-        source = str(widened_path(bundle, graph))
-    elif widened:
-        source = _widened_bytes(path)
+    source: str | bytes = str(bundle.graph_path(graph))
+    if library is not None and graph == "decode":
+        source = _with_library(options, bundle, library, threads, left)
+    elif bundle.manifest.dtype == "bfloat16":
+        source = _prepared(widened_path(bundle, graph)) or _widened_bytes(bundle.graph_path(graph))
+    if isinstance(source, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     try:
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
+        path = bundle.graph_path(graph)
         raise BackendError(f"ONNX Runtime cannot load {path} ({error}): export the checkpoint again") from None
     del kept
     return session
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
+
+
+def _with_library(
+    options: ort.SessionOptions, bundle: Bundle, library: Path, threads: int, left: list[str] | None
+) -> str | bytes:
+    """The decode graph for the compiled operators, which bring their own threads."""
+    options.register_custom_ops_library(str(library))
+    ctypes.CDLL(str(library)).deepseek_trt_cpu_threads(threads or len(os.sched_getaffinity(0)))
+    prepared = _prepared(fused_path(bundle))
+    if prepared is not None:
+        options.intra_op_num_threads = 1
+        return prepared
+    from deepseek_trt.engines.cpu_graph import fused_bytes  # needs onnx
+
+    source, names = fused_bytes(bundle.graph_path("decode"))
+    if left is not None:
+        left += names
+    if not names:
+        options.intra_op_num_threads = 1  # nothing is left for ONNX Runtime's threads
+    return source
+
+
+def _prepared(path: Path) -> str | None:
+    return str(path) if path.is_file() else None
+
+
+def fused_path(bundle: Bundle) -> Path:
+    """Where a bundle that is to be loaded without the onnx package keeps decode for the compiled operators."""
+    return bundle.path / "decode.cpu.onnx"
 
 
 def widened_path(bundle: Bundle, graph: str) -> Path:

@@ -1,0 +1,66 @@
+// What the operators hand to the kernels: plain pointers and sizes, and where each instruction set's kernels are.
+#pragma once
+
+#include <cstdint>
+
+#include "team.h"
+
+enum class Type : int { FLOAT32 = 1, FLOAT16 = 10, BFLOAT16 = 16 };  // ONNX's numbers
+enum class Activation : int { SILU = 0, RELU = 1, GELU = 2, GELU_TANH = 3 };
+
+// Rows of weights, side by side in memory; data null where the model has none.
+struct Matrix {
+    const char* data = nullptr;
+    Type type = Type::FLOAT32;
+    int64_t rows = 0, columns = 0;
+};
+
+// B tokens; H heads; N, R, V widths of a head's nope, rope and value part; L rank; D = L + R.
+struct AttentionArgs {
+    const float *x, *cos, *sin;  // [B, hidden], [B, R/2], [B, R/2]
+    char* pool;                  // [P, page, D], written in place
+    Type pool_type;
+    const int32_t *page_table, *past_lengths;  // [B, M], [B]
+    float* y;                                  // [B, hidden]
+    int64_t batch, hidden, pages, page, table_width, heads, nope, rope, value, rank;
+    float eps, latent_eps, scale;
+    Matrix norm, q_a, q_norm, q, kv_a, kv_norm, w_uk, w_uv, o;  // q_a and q_norm only with query compression
+    Matrix q_a_bias, kv_a_bias, o_bias;
+};
+
+struct Mlp {
+    Matrix gate, up, down, gate_bias, up_bias, down_bias;
+};
+
+struct FeedForwardArgs {
+    const float* x;  // [T, hidden]
+    float* y;        // [T, hidden]
+    int64_t tokens, hidden, experts, expert_width;
+    float eps;
+    Activation activation;
+    Matrix norm;
+    Mlp shared;  // of all tokens; may be missing where there are experts
+    // Routing; experts is 0 for a dense layer.
+    Matrix router, gate, up, down;  // gate, up: [experts * expert_width, hidden]; down: [experts * hidden, expert_width]
+    const float* bias;              // of biased routing, else null
+    int64_t top_k, groups, top_groups;
+    bool normalised;
+    float factor;
+};
+
+struct HeadArgs {
+    const float* x;  // [B, hidden]
+    float* y;        // [B, vocab]
+    int64_t batch, hidden;
+    float eps;
+    Matrix norm, head;
+};
+
+struct Kernels {
+    void (*attention)(const AttentionArgs&, Pool&);
+    void (*feed_forward)(const FeedForwardArgs&, Pool&);
+    void (*head)(const HeadArgs&, Pool&);
+};
+
+extern const Kernels kernels_v3;  // AVX2 and FMA
+extern const Kernels kernels_v4;  // AVX-512

@@ -1,0 +1,40 @@
+// The kernels of one instruction set: compiled once with -DISA=v3 and once with -DISA=v4.
+#include "attention.h"
+#include "feed_forward.h"
+
+#define NAME_OF(isa) kernels_##isa
+#define NAME(isa) NAME_OF(isa)
+
+namespace ISA {
+namespace {
+
+void attention(const AttentionArgs& args, Pool& pool) {
+    const Attention half(args, shared_scratch());
+    pool.run([&](Team& team) { half.run(team); });
+}
+
+void feed_forward(const FeedForwardArgs& args, Pool& pool) {
+    const FeedForward half(args, shared_scratch());
+    pool.run([&](Team& team) { half.run(team); });
+}
+
+void head(const HeadArgs& a, Pool& pool) {
+    constexpr int64_t block = 64;
+    pool.run([&](Team& team) {
+        Scratch& own = own_scratch();
+        float** x = own.take_rows(a.batch, a.hidden);
+        float** to = own.take<float*>(a.batch);
+        for (int64_t b = 0; b < a.batch; ++b) rms_norm(a.x + b * a.hidden, a.norm, a.eps, a.hidden, x[b]);
+        team.share(0, (a.head.rows + block - 1) / block, [&](int64_t item) {
+            const int64_t from = item * block, last = std::min(from + block, a.head.rows);
+            for (int64_t b = 0; b < a.batch; ++b) to[b] = a.y + b * a.head.rows + from;
+            rows_times(a.head, from, last, x, a.batch, to);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace ISA
+
+extern const Kernels NAME(ISA);
+const Kernels NAME(ISA) = {ISA::attention, ISA::feed_forward, ISA::head};

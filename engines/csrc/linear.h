@@ -1,0 +1,125 @@
+// Products of weight rows with a few tokens, streamed at the speed of memory.
+//
+// Every number is summed over columns in lanes of 16, then across lanes in a fixed order: it does not depend on how many
+// rows or tokens are computed together.
+#pragma once
+
+#include "vec.h"
+
+namespace ISA {
+
+#ifdef __AVX512F__
+constexpr int ROWS = 4, TOKENS = 4;  // 16 sums, 4 rows and 1 token in 32 registers
+#else
+constexpr int ROWS = 4, TOKENS = 1;
+#endif
+constexpr int64_t AHEAD = 1024;  // bytes between a read and its prefetch
+
+template <class T>
+INLINE void prefetch(const T* p) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD, 0, 3);
+}
+
+// y[t][r] = w[r] . x[t] for R rows and N tokens.
+template <int R, int N, class W>
+INLINE void dots(const W* w, int64_t stride, const float* const* x, int64_t columns, float* const* y, int64_t at) {
+    v16 sums[N][R] = {};
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) {
+        v16 rows[R];
+        for (int r = 0; r < R; ++r) {
+            prefetch(w + r * stride + c);
+            rows[r] = load(w + r * stride + c);
+        }
+        for (int t = 0; t < N; ++t) {
+            const v16 token = load(x[t] + c);
+            for (int r = 0; r < R; ++r) sums[t][r] = fma(rows[r], token, sums[t][r]);
+        }
+    }
+    if (c < columns) {
+        for (int t = 0; t < N; ++t) {
+            const v16 token = load_some(x[t] + c, columns - c);
+            for (int r = 0; r < R; ++r)
+                sums[t][r] = fma(load_some(w + r * stride + c, columns - c), token, sums[t][r]);
+        }
+    }
+    for (int t = 0; t < N; ++t)
+        for (int r = 0; r < R; ++r) y[t][at + r] = sum(sums[t][r]);
+}
+
+template <int R, class W>
+INLINE void dots_of(const W* w, int64_t stride, const float* const* x, int64_t tokens, int64_t columns,
+                    float* const* y, int64_t at) {
+    int64_t t = 0;
+    for (; t + TOKENS <= tokens; t += TOKENS) dots<R, TOKENS>(w, stride, x + t, columns, y + t, at);
+    for (; t < tokens; ++t) dots<R, 1>(w, stride, x + t, columns, y + t, at);
+}
+
+// y[t][r - first] = w[r] . x[t] for rows first..last and all tokens.
+INLINE void rows_times(const Matrix& m, int64_t first, int64_t last, const float* const* x, int64_t tokens,
+                       float* const* y) {
+    with_type(m.data, m.type, [&](auto* data) {
+        int64_t r = first;
+        for (; r + ROWS <= last; r += ROWS)
+            dots_of<ROWS>(data + r * m.columns, m.columns, x, tokens, m.columns, y, r - first);
+        for (; r < last; ++r) dots_of<1>(data + r * m.columns, m.columns, x, tokens, m.columns, y, r - first);
+    });
+}
+
+INLINE void add_bias(const Matrix& bias, int64_t first, int64_t last, int64_t tokens, float* const* y) {
+    if (bias.data == nullptr) return;
+    with_type(bias.data, bias.type, [&](auto* data) {
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t r = first; r < last; ++r) y[t][r - first] += one(data + r);
+    });
+}
+
+// y[t][first..last] = sum over rows n of x[t][n] w[n][first..last], rows in order; w has `stride` columns.
+template <class W>
+INLINE void columns_times(const W* w, int64_t rows, int64_t stride, int64_t first, int64_t last,
+                          const float* const* x, int64_t tokens, float* const* y) {
+    constexpr int TOGETHER = 4;
+    for (int64_t t = 0; t < tokens; ++t) std::memset(y[t] + first, 0, (last - first) * sizeof(float));
+    int64_t n = 0;
+    for (; n + TOGETHER <= rows; n += TOGETHER) {
+        const W* at = w + n * stride;
+        int64_t c = first;
+        for (; c + LANES <= last; c += LANES) {
+            v16 row[TOGETHER];
+            for (int i = 0; i < TOGETHER; ++i) {
+                prefetch(at + i * stride + c);
+                row[i] = load(at + i * stride + c);
+            }
+            for (int64_t t = 0; t < tokens; ++t) {
+                v16 total = load(y[t] + c);
+                for (int i = 0; i < TOGETHER; ++i) total = fma(row[i], all(x[t][n + i]), total);
+                store(y[t] + c, total);
+            }
+        }
+        for (; c < last; ++c)
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int i = 0; i < TOGETHER; ++i) y[t][c] = std::fma(one(at + i * stride + c), x[t][n + i], y[t][c]);
+    }
+    for (; n < rows; ++n)
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t c = first; c < last; ++c) y[t][c] = std::fma(one(w + n * stride + c), x[t][n], y[t][c]);
+}
+
+// y = x / rms(x) * weight over `width` numbers.
+INLINE void rms_norm(const float* x, const Matrix& weight, float eps, int64_t width, float* y) {
+    v16 squares{};
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES) squares = fma(load(x + c), load(x + c), squares);
+    if (c < width) {
+        const v16 rest = load_some(x + c, width - c);
+        squares = fma(rest, rest, squares);
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + eps);
+    with_type(weight.data, weight.type, [&](auto* w) {
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) store(y + i, load(x + i) * scale * load(w + i));
+        for (; i < width; ++i) y[i] = x[i] * scale * one(w + i);
+    });
+}
+
+}  // namespace ISA

@@ -1,0 +1,72 @@
+// Memory that a call needs and the next one can use again.
+#pragma once
+
+#include <cstdlib>
+#include <cstdint>
+#include <vector>
+
+namespace ISA {
+
+class Scratch {
+  public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    ~Scratch() {
+        for (Block& block : blocks_) std::free(block.data);
+    }
+
+    // Start over; what was taken before is no longer valid.
+    void reset() {
+        current_ = 0;
+        used_ = 0;
+    }
+
+    // n numbers, aligned to 64 bytes.
+    template <class T = float>
+    T* take(int64_t n) {
+        const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 64 + 63) / 64 * 64;
+        while (current_ < blocks_.size() && used_ + bytes > blocks_[current_].bytes) {
+            ++current_;
+            used_ = 0;
+        }
+        if (current_ == blocks_.size()) {
+            const size_t size = bytes > SMALLEST ? bytes : SMALLEST;
+            blocks_.push_back({static_cast<char*>(std::aligned_alloc(64, size)), size});
+            used_ = 0;
+        }
+        char* at = blocks_[current_].data + used_;
+        used_ += bytes;
+        return reinterpret_cast<T*>(at);
+    }
+
+    // A table of pointers to rows of `width` numbers.
+    float** take_rows(int64_t rows, int64_t width) {
+        float** table = take<float*>(rows);
+        float* data = take(rows * width);
+        for (int64_t i = 0; i < rows; ++i) table[i] = data + i * width;
+        return table;
+    }
+
+  private:
+    static constexpr size_t SMALLEST = 1 << 20;
+    struct Block {
+        char* data;
+        size_t bytes;
+    };
+    std::vector<Block> blocks_;
+    size_t current_ = 0, used_ = 0;
+};
+
+// Of the calling thread: one for what a whole team shares, made by its first thread, one for a thread's own.
+inline Scratch& shared_scratch() {
+    static thread_local Scratch scratch;
+    scratch.reset();
+    return scratch;
+}
+inline Scratch& own_scratch() {
+    static thread_local Scratch scratch;
+    scratch.reset();
+    return scratch;
+}
+
+}  // namespace ISA
