@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ("generate_command", "Stream text from a bundle."),
     "bench": ("bench_command", "Measure speed, and how near it is to the memory's."),
     "model-repository": ("model_repository_command", "Write a tritonserver model repository that serves a bundle."),
+    "classify": ("classify_command", "Label texts with a text-classification bundle."),
     "demo": ("demo_command", "Run the whole line on the small model that ships with the package."),
 }
 

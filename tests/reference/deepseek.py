@@ -36,17 +36,25 @@ V2_DEFAULTS: dict[str, Any] = {
 
 def logits(raw: dict[str, Any], weights: Weights, ids: Array, lengths: Array | None = None) -> Array:
     """Logits [S, vocab] of one sequence. lengths[s]: tokens in the sequence after the call that brought token s."""
+    tied = {**V2_DEFAULTS, **raw}["tie_word_embeddings"]
+    head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    return hidden_states(raw, weights, ids, lengths)[-1] @ head.T
+
+
+def hidden_states(raw: dict[str, Any], weights: Weights, ids: Array, lengths: Array | None = None) -> list[Array]:
+    """Embeddings, then the output of every layer, the last one normed: [S, hidden] each."""
     c = {**V2_DEFAULTS, **raw}
     lengths = np.full(len(ids), len(ids)) if lengths is None else lengths
     x = weights["model.embed_tokens.weight"][ids]
+    found = [x]
     for layer in range(c["num_hidden_layers"]):
         at = f"model.layers.{layer}"
         normed = rms_norm(x, weights[f"{at}.input_layernorm.weight"], c["rms_norm_eps"])
         x = x + attention(c, weights, f"{at}.self_attn", normed, lengths)
         normed = rms_norm(x, weights[f"{at}.post_attention_layernorm.weight"], c["rms_norm_eps"])
         x = x + feed_forward(c, weights, f"{at}.mlp", normed, layer)
-    x = rms_norm(x, weights["model.norm.weight"], c["rms_norm_eps"])
-    return x @ weights["model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"].T
+        found.append(x)
+    return [*found[:-1], rms_norm(x, weights["model.norm.weight"], c["rms_norm_eps"])]
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
