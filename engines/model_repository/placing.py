@@ -33,8 +33,8 @@ def place_bundle(bundle: Bundle, backend: str, target: Path) -> None:
         place(file, target / file.name)
     if backend == "tensorrt":
         _place_plans(bundle, target)
-    elif bundle.manifest.dtype == "bfloat16":
-        _place_widened(bundle, target)
+    else:
+        _place_prepared(bundle, target)
 
 
 def place(source: Path, target: Path) -> None:
@@ -66,11 +66,22 @@ def _library(bundle: Bundle, record: PlanRecord) -> Path | None:
     return None if record.spec.embed_plugins else (bundle.path / record.plugin_library).resolve()
 
 
-def _place_widened(bundle: Bundle, target: Path) -> None:
-    """ONNX Runtime's CPU provider computes in float32, and the server's Python has no onnx to change the graphs."""
-    from deepseek_trt.engines.ort import widened_path
+def _place_prepared(bundle: Bundle, target: Path) -> None:
+    """What OrtSession makes of graphs at load, made now: the server's Python has no onnx, and no compiler.
+
+    Decode goes through the compiled operators where they take over all of it; bfloat16 is computed in float32.
+    """
+    from deepseek_trt.engines.cpu_graph import fused_bytes
+    from deepseek_trt.engines.cpu_library import CPU_LIBRARY_FILE, cpu_library_path
+    from deepseek_trt.engines.ort import fused_path, widened_path
     from deepseek_trt.engines.widen import widened_bytes
 
     placed = dataclasses.replace(bundle, path=target)
-    for graph in bundle.manifest.graphs:
-        widened_path(placed, graph.name).write_bytes(widened_bytes(bundle.graph_path(graph.name)))
+    library = cpu_library_path(bundle.path)
+    fused, left = fused_bytes(bundle.graph_path("decode"))
+    if library is not None and not left:
+        place(library, target / CPU_LIBRARY_FILE)
+        fused_path(placed).write_bytes(fused)
+    if bundle.manifest.dtype == "bfloat16":
+        for graph in bundle.manifest.graphs:
+            widened_path(placed, graph.name).write_bytes(widened_bytes(bundle.graph_path(graph.name)))

@@ -17,8 +17,8 @@ REQUIREMENTS = {
 _START = f"{PACKAGE}.engines.serving.triton_model"
 # Imported by functions that the backend does not call.
 _LEFT_OUT = {
-    "ort": (f"{PACKAGE}.engines.torch_session", f"{PACKAGE}.engines.trt", f"{PACKAGE}.engines.widen"),
-    "tensorrt": (f"{PACKAGE}.engines.torch_session", f"{PACKAGE}.engines.ort"),
+    "ort": tuple(f"{PACKAGE}.engines.{name}" for name in ("torch_session", "trt", "widen", "cpu_graph")),
+    "tensorrt": tuple(f"{PACKAGE}.engines.{name}" for name in ("torch_session", "ort", "ort_cuda")),
 }
 
 

@@ -183,7 +183,7 @@ def _readme(template: str, repository: Path, names: Iterable[str]) -> str:
 
 
 def _script(name: str) -> bytes:
-    return files("deepseek_trt.engines.model_repository").joinpath("files", name).read_bytes()
+    return files("deepseek_trt.engines.model_repository").joinpath("files").joinpath(name).read_bytes()
 
 
 def _sha256(file: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 _log = logging.getLogger(__name__)
 
-_EVERY = 0.25  # seconds: each change of a metric costs a message to the server
+_EVERY = 0.1  # seconds: each change of a metric costs a message to the server
 
 RESULTS = ("ok", "invalid", "refused", "cancelled", "timeout", "failed")
 

@@ -20,7 +20,8 @@ Tensors = Mapping[str, npt.NDArray[Any]]
 
 DEFAULT_MAX_TOKENS = 128
 # What tritonserver and its clients add to a request's parameters by themselves.
-_OWN_PARAMETERS = ("triton_", "binary_data_output", "sequence_")
+_OWN_PARAMETERS = ("id", "binary_data_output", "sequence_id", "sequence_start", "sequence_end")
+_OWN_PREFIX = "triton_"
 _SAMPLING = ("top_k", "top_p", "min_p", "temperature")
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -38,7 +39,8 @@ class GenerateRequest:
 
 def parse_request(tensors: Tensors, parameters: Mapping[str, Any], text: Text, timeout_us: int = 0) -> GenerateRequest:
     """`timeout_us` is tritonserver's own time-out of the request, 0 for none."""
-    unknown = sorted(name for name in parameters if not name.startswith(_OWN_PARAMETERS))
+    unknown = sorted(set(parameters) - set(_OWN_PARAMETERS))
+    unknown = [name for name in unknown if not name.startswith(_OWN_PREFIX)]
     if unknown:
         raise RequestError(f"parameter {', '.join(unknown)}: not known; the inputs are {_known()}")
     ids, echo = _prompt(tensors, text)

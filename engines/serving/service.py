@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from deepseek_trt.engines.llm import LLM, Piece
 from deepseek_trt.engines.serving.metrics import Ended, Gauges, Metrics
@@ -21,31 +22,43 @@ from deepseek_trt.export.errors import BackendError, DeepseekTrtError
 
 _log = logging.getLogger(__name__)
 
+_UNLOADING = "the model is being unloaded: ask again when it is loaded"
 _TICK = 0.02  # seconds between looks at who has gone or run out of time
-_POLL_AFTER = 0.08  # seconds from one question to a channel to the next: below 100 ms with the tick
+_POLL_AFTER = 0.06  # seconds from one question to a channel to the next: below 100 ms with the tick
+_ASK_AFTER = 0.5  # seconds from one question to the host to the next
+
+
+class Host(Protocol):
+    """The server around the service. Only the sending thread calls it."""
+
+    def wants_model(self) -> bool:
+        """False once the model is being unloaded."""
+
+    def engine_failed(self, reason: str) -> None:
+        """Every request has been told, and none will be taken any more."""
 
 
 class Service:
     """Takes up to `max_inflight` requests at once. Every request gets exactly one final response, whatever happens.
 
-    `accept` belongs to tritonserver's thread. After the engine has failed, every request is refused and `on_failure`
-    was called with the reason, in the engine's thread.
+    `accept` and `close` belong to tritonserver's thread. Once the host does not want the model any more, or at close,
+    nothing is taken, and what still runs after `drain_seconds` is ended with an error.
     """
 
-    def __init__(
-        self, llm: LLM, max_inflight: int, metrics: Metrics, on_failure: Callable[[str], None] = lambda reason: None
-    ) -> None:
+    def __init__(self, llm: LLM, max_inflight: int, drain_seconds: float, metrics: Metrics, host: Host) -> None:
         if llm.text is None:
             raise BackendError("the bundle has no tokenizer.json: export a checkpoint that has one")
         self._llm, self._text = llm, llm.text
-        self._max_inflight, self._metrics, self._on_failure = max_inflight, metrics, on_failure
-        self._admission = threading.Lock()  # guards the two below
+        self._max_inflight, self._drain_seconds = max_inflight, drain_seconds
+        self._metrics, self._host = metrics, host
+        self._admission = threading.Lock()  # guards the three below
         self._live: set[Stream] = set()
         self._closed = ""  # why nothing is taken any more
+        self._abort_at = math.inf  # when what is live is ended with an error
+        self._failure = ""  # of the engine, to be told to the host
         self._ready: deque[Stream] = deque()  # with something to send
         self._refused: deque[tuple[Channel, Failure]] = deque()
         self._wake = threading.Event()
-        self._abort = False  # end what is live, with an error
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="deepseek-trt-sender", daemon=True)
         self._thread.start()
@@ -67,16 +80,10 @@ class Service:
             _log.exception("a request could not be taken")
             self._refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
 
-    def close(self, drain_seconds: float) -> None:
-        """Take nothing more; give what runs so much time, then end it with an error; and join the threads."""
-        with self._admission:
-            self._closed = self._closed or "the model is being unloaded: ask again when it is loaded"
-        deadline = time.perf_counter() + drain_seconds
-        while self._live and time.perf_counter() < deadline:
-            time.sleep(0.01)
-        self._abort = True
-        self._wake.set()
-        while self._live and self._thread.is_alive():
+    def close(self) -> None:
+        """Returns when every request has had its final response and the threads have ended."""
+        self._shut(_UNLOADING)
+        while self._live:
             time.sleep(0.005)
         self._stop = True
         self._wake.set()
@@ -118,30 +125,51 @@ class Service:
     def _engine_failed(self, error: Exception) -> None:
         """In the engine's thread, after every request got the error."""
         reason = f"the engine has failed ({type(error).__name__}: {error}): load the model again"
-        with self._admission:
-            first, self._closed = not self._closed, self._closed or reason
         _log.error(reason, exc_info=error)
-        if first:
-            self._on_failure(reason)
+        self._shut(reason)
+        self._failure = reason
+        self._wake.set()
+
+    def _shut(self, reason: str) -> None:
+        with self._admission:
+            if not self._closed:
+                self._closed, self._abort_at = reason, time.perf_counter() + self._drain_seconds
 
     def _run(self) -> None:
-        polled = 0.0
+        looked = asked = 0.0
         while not self._stop or self._refused:
-            self._wake.wait(_TICK if self._live else 10 * _TICK)
+            self._wake.wait(_TICK if self._live else 5 * _TICK)
             self._wake.clear()
-            for _ in range(len(self._refused)):
-                self._send_refusal(*self._refused.popleft())
-            for _ in range(len(self._ready)):
-                self._guard(self._ready.popleft(), self._advance)
-            if self._ready:
-                self._wake.set()
+            self._send_ready()
             now = time.perf_counter()
-            if now - polled >= _TICK or self._abort:
-                polled = now
+            if now - looked >= _TICK:
+                looked = now
                 for stream in tuple(self._live):
                     self._guard(stream, self._poll)
                 self._metrics.flush(now, self._gauges)
+            if now - asked >= _ASK_AFTER:
+                asked = now
+                self._talk_to_host()
         self._metrics.flush(None, self._gauges)
+
+    def _send_ready(self) -> None:
+        """Everything that is there now; what comes meanwhile is for the next round."""
+        for _ in range(len(self._refused)):
+            self._send_refusal(*self._refused.popleft())
+        for _ in range(len(self._ready)):
+            self._guard(self._ready.popleft(), self._advance)
+        if self._ready:
+            self._wake.set()
+
+    def _talk_to_host(self) -> None:
+        failure, self._failure = self._failure, ""
+        try:
+            if failure:
+                self._host.engine_failed(failure)
+            elif self._live and not self._closed and not self._host.wants_model():
+                self._shut(_UNLOADING)
+        except Exception:  # the server cannot say: answers go on
+            _log.exception("the server could not be asked about the model")
 
     def _guard(self, stream: Stream, work: Callable[[Stream], None]) -> None:
         """What goes wrong with one request ends that one."""
@@ -169,7 +197,7 @@ class Service:
             self._finish(stream, failure.kind, failure)
 
     def _reason_to_end(self, stream: Stream, now: float) -> Failure | None:
-        if self._abort:
+        if now >= self._abort_at:
             return Failure("failed", f"the model was unloaded after {stream.made} tokens of the answer")
         if stream.deadline is not None and now >= stream.deadline:
             return Failure("timeout", f"timeout_ms {stream.request.timeout_ms}: passed after {stream.made} tokens")

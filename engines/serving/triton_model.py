@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,9 @@ class TritonPythonModel:
         settings = ServingSettings.from_parameters(
             {key: value["string_value"] for key, value in config["parameters"].items()}
         )
-        self._drain_seconds = settings.drain_ms / 1000
         llm = open_llm(Path(args["model_repository"]) / version / BUNDLE_FOLDER, settings)
         board = MetricBoard({"model": name, "version": version})
-        self._service = Service(llm, settings.max_inflight, Metrics(board), lambda reason: _unload(name))
+        self._service = Service(llm, settings.max_inflight, settings.drain_ms / 1000, Metrics(board), ServerHost(name))
         note = f" ({llm.session.note})" if llm.session.note else ""
         pb_utils.Logger.log_info(f"{name}: {llm.session.backend}{note}, as {llm.choice.why}; {settings}")
 
@@ -52,7 +50,7 @@ class TritonPythonModel:
             self._service.accept(ResponseChannel(request), tensors, parameters, request.timeout())
 
     def finalize(self) -> None:
-        self._service.close(self._drain_seconds)
+        self._service.close()
 
 
 class ResponseChannel:
@@ -75,6 +73,20 @@ class ResponseChannel:
 
     def is_cancelled(self) -> bool:
         return bool(self._sender.is_cancelled())
+
+
+class ServerHost:
+    """A Host that asks tritonserver; the server must be up, as it crashes when asked before."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def wants_model(self) -> bool:
+        return bool(pb_utils.is_model_ready(self._name))
+
+    def engine_failed(self, reason: str) -> None:
+        """Unload the model: the server then says that it is not ready, and serve.sh loads it again."""
+        pb_utils.unload_model(self._name)
 
 
 class MetricBoard:
@@ -119,11 +131,6 @@ def _arrays(response: Response) -> dict[str, Any]:
         arrays["output_log_probs"] = np.array([response.logprobs], dtype=np.float32)
         arrays["cum_log_probs"] = np.array([[response.cum_logprob]], dtype=np.float32)
     return arrays
-
-
-def _unload(name: str) -> None:
-    """The server says that the model is not ready, and lets it go; a thread of its own, as the model waits for it."""
-    threading.Thread(target=pb_utils.unload_model, args=(name,), daemon=True).start()
 
 
 def _log_to_server() -> None:

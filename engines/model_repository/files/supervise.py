@@ -2,7 +2,10 @@
 
 It does what tritonserver 2.51 does not by itself:
 - SIGTERM or SIGINT first unloads the models, so that every stream ends before the server waits for its connections;
-- a model whose process died, or that unloaded itself because its engine failed, is loaded again.
+- when a model's process was killed, the server is started again: it would say that the model is ready, answer nothing,
+  and leave those who wait for an answer waiting for ever. Other models' streams may end first;
+- no process and no shared memory stays behind.
+A model that unloaded itself, because its engine failed, stays unloaded: the server says that it is not ready.
 """
 
 import http.client
@@ -19,7 +22,7 @@ Flags = dict[str, list[str | None]]
 
 REPOSITORY = Path(__file__).resolve().parent
 WATCH_SECONDS = 0.5
-RELOAD_SECONDS = 10  # between two tries to load a model again
+SHARED_MEMORY = "python,shm-region-prefix-name="
 # Overridden by the same flags given to serve.sh.
 DEFAULTS = {
     "model-repository": str(REPOSITORY),
@@ -77,33 +80,37 @@ def find_models() -> list[str]:
 
 
 class Supervisor:
-    """One server from start to end."""
+    """The server from start to end, through restarts."""
 
     def __init__(self, server: str, flags: Flags, models: list[str]) -> None:
         self.models = models
+        self.shared_memory = own_shared_memory(flags)
         self.command = command_of(server, flags, models)
-        value = {name: (flags.get(name) or [default])[-1] for name, default in DEFAULTS.items()}
-        address = value["http-address"]
-        self.address = "127.0.0.1" if address == "0.0.0.0" else address
+        value = {name: (flags.get(name) or [default])[-1] or "" for name, default in DEFAULTS.items()}
+        self.address = "127.0.0.1" if value["http-address"] == "0.0.0.0" else value["http-address"]
         self.port = int(value["http-port"])
         self.explicit = value["model-control-mode"] == "explicit"
         self.exit_seconds = float(value["exit-timeout-secs"])
         self.stopping = False
         self.stubs: dict[str, int] = {}  # model: pid of the process that holds it
-        self.retry_at: dict[str, float] = {}  # model: when it may be loaded again
 
     def run(self) -> int:
         """The server's exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note_signal)
         self.server = subprocess.Popen(self.command)
-        while self.server.poll() is None and not self.stopping:
-            self.watch()
-            self.pause(WATCH_SECONDS)
-        if self.stopping and self.server.poll() is None:
-            self.stop()
-        code = self.server.wait()
-        return 128 - code if code < 0 else code
+        try:
+            while self.server.poll() is None and not self.stopping:
+                for model in self.killed():
+                    say(f"the process of {model} was killed: starting the server again")
+                    self.restart()
+                self.pause(WATCH_SECONDS)
+            if self.stopping and self.server.poll() is None:
+                self.stop()
+            code = self.server.wait()
+            return 128 - code if code < 0 else code
+        finally:
+            self.clear()
 
     def note_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
@@ -113,15 +120,26 @@ class Supervisor:
         while time.monotonic() < deadline and not self.stopping and self.server.poll() is None:
             time.sleep(0.05)
 
+    def killed(self) -> list[str]:
+        """At most one model whose process is gone while the server believes in it."""
+        found = self.stub_pids()
+        gone = [model for model, pid in self.stubs.items() if found.get(model) != pid]
+        self.stubs.update(found)
+        for model in gone:
+            if model not in found:
+                del self.stubs[model]
+        return [model for model in gone if self.ask("GET", f"/v2/models/{model}/ready") == 200][:1]
+
+    def restart(self) -> None:
+        self.unload()
+        self.server.kill()
+        self.server.wait()
+        self.clear()
+        if not self.stopping:
+            self.server = subprocess.Popen(self.command)
+
     def stop(self) -> None:
-        """Unload all models at once, then end the server."""
-        say("unloading the models")
-        if self.explicit:
-            for model in self.models:
-                self.post(f"/v2/repository/models/{model}/unload", timeout=self.exit_seconds)
-        deadline = time.monotonic() + self.exit_seconds
-        while time.monotonic() < deadline and self.server.poll() is None and self.stub_pids():
-            time.sleep(0.05)
+        self.unload()
         say("ending the server")
         self.server.terminate()
         try:
@@ -130,51 +148,62 @@ class Supervisor:
             say("the server does not end: killing it")
             self.server.kill()
 
-    def watch(self) -> None:
-        """Load again what has died."""
-        if not self.explicit:
-            return
-        found = self.stub_pids()
-        for model, pid in found.items():
-            self.stubs[model] = pid
-        for model in set(self.stubs) - set(found):
-            if time.monotonic() >= self.retry_at.get(model, 0):
-                self.retry_at[model] = time.monotonic() + RELOAD_SECONDS
-                say(f"the process of {model} is gone: loading the model again")
-                self.post(f"/v2/repository/models/{model}/unload", timeout=30)
-                self.post(f"/v2/repository/models/{model}/load", timeout=600)
+    def unload(self) -> None:
+        """Let all models end their streams, all at once; returns when they are gone."""
+        say("unloading the models")
+        for model in self.models if self.explicit else ():
+            status = self.ask("POST", f"/v2/repository/models/{model}/unload")
+            if status != 200:
+                say(f"{model} is not unloaded: {status or 'no answer'}")
+        deadline = time.monotonic() + self.exit_seconds
+        while self.explicit and time.monotonic() < deadline and self.server.poll() is None and self.stub_pids():
+            time.sleep(0.05)
+
+    def clear(self) -> None:
+        """What a killed server leaves: processes of models, and shared memory."""
+        for pid in self.stubs.values():
+            if is_stub(pid, self.models):
+                os.kill(pid, signal.SIGKILL)
+        self.stubs = {}
+        for file in Path("/dev/shm").glob(f"{self.shared_memory}*"):
+            file.unlink(missing_ok=True)
 
     def stub_pids(self) -> dict[str, int]:
-        """Running processes of the Python backend by model; a killed one that is not reaped yet counts as gone."""
-        pids: dict[str, int] = {}
-        for entry in Path("/proc").iterdir():
-            if not entry.name.isdigit():
-                continue
-            try:
-                status = (entry / "stat").read_text().rpartition(")")[2].split()
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if int(status[1]) != self.server.pid or status[0] == "Z" or len(words) < 2:
-                continue
-            for model in self.models:
-                if words[1].decode(errors="replace").startswith(f"{REPOSITORY / model}/"):
-                    pids[model] = int(entry.name)
-        return pids
+        """Running processes of the Python backend by model."""
+        children = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        found = {pid: is_stub(pid, self.models, self.server.pid) for pid in children}
+        return {model: pid for pid, model in found.items() if model}
 
-    def post(self, path: str, timeout: float) -> int | None:
+    def ask(self, method: str, path: str) -> int | None:
         """The status, or None where the server does not answer."""
         try:
-            connection = http.client.HTTPConnection(self.address, self.port, timeout=timeout)
-            connection.request("POST", path, body=b"{}")
-            answer = connection.getresponse()
-            body = answer.read()
-            if answer.status != 200:
-                say(f"{path}: {answer.status} {body[:500].decode(errors='replace')}")
-            return answer.status
-        except (OSError, http.client.HTTPException) as error:
-            say(f"{path}: {error}")
+            connection = http.client.HTTPConnection(self.address, self.port, timeout=5)
+            connection.request(method, path, body=b"{}" if method == "POST" else None)
+            return connection.getresponse().status
+        except (OSError, http.client.HTTPException):
             return None
+
+
+def is_stub(pid: int, models: list[str], parent: int | None = None) -> str | None:
+    """The model that the process holds; one that was killed and is not reaped yet holds none."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    if status[0] == "Z" or len(words) < 2 or parent not in (None, int(status[1])):
+        return None
+    path = words[1].decode(errors="replace")
+    return next((model for model in models if path.startswith(f"{REPOSITORY / model}/")), None)
+
+
+def own_shared_memory(flags: Flags) -> str:
+    """The prefix of the server's shared memory, in `flags` from now on: of this process, unless one was given."""
+    given = [value for value in flags.get("backend-config", []) if value and value.startswith(SHARED_MEMORY)]
+    if not given:
+        given = [f"{SHARED_MEMORY}deepseek_trt_{os.getpid()}_"]
+        flags.setdefault("backend-config", []).extend(given)
+    return given[-1].removeprefix(SHARED_MEMORY)
 
 
 if __name__ == "__main__":
