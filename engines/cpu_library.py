@@ -17,12 +17,15 @@ from deepseek_trt.plugins.compiler import Compiler, cache_folder, find_compiler
 CPU_LIBRARY_FILE = "cpu_ops.so"  # its name where it lies in a bundle
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-DNDEBUG", "-g0")
 # Object, source and what else its compilation needs. The baseline comes first: of inline functions of the C++ library
-# that several objects hold, the linker takes the first, which must run everywhere.
+# that several objects hold, the linker takes the first, which must run everywhere; and v3 comes before v4.
 _OBJECTS = (
     ("ops.o", "ops.cpp", ()),
     ("team.o", "team.cpp", ()),
+    ("sampling.o", "sampling_entry.cpp", ()),
     ("v3.o", "kernels.cpp", ("-mcpu=x86_64_v3", "-DISA=v3")),
+    ("sampling_v3.o", "sampling.cpp", ("-mcpu=x86_64_v3", "-DISA=v3")),
     ("v4.o", "kernels.cpp", ("-mcpu=x86_64_v4", "-DISA=v4")),
+    ("sampling_v4.o", "sampling.cpp", ("-mcpu=x86_64_v4", "-DISA=v4")),
 )
 
 

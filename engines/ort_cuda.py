@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from deepseek_trt.engines.cpu_library import cpu_library
 from deepseek_trt.engines.ort import _supply_references, _widened_bytes
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.export.bundle import Bundle
@@ -43,6 +44,7 @@ class OrtCudaSession:
         self.note = f"{words}ONNX Runtime's {place.provider}"
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype="float32") if widened else bundle.manifest.cache
         self.pages = pages
+        self.library = cpu_library(bundle.path).path  # samples on the CPU
         self._place = place
         self._sessions = {name: _load(bundle, name, threads, place) for name in ("prefill", "decode")}
         shape = (pages, self.cache.page_size, self.cache.latent_dim)

@@ -1,26 +1,23 @@
 """Sampling: from logits to the next token of every row at once.
 
-A row's token depends on its own logits, parameters, seed and history alone: sums run in an order that the batch cannot
-change, and rows are grouped only with rows of the same sizes.
+A row's token depends on its own logits, parameters, seed and history alone, never on what else is in the batch. The
+compiled sampler and numpy's pick the same tokens.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from deepseek_trt.engines.session import Floats, Int64s
+from deepseek_trt.engines.sampling_native import NativeSampler
+from deepseek_trt.engines.sampling_numpy import log_probabilities, pick_rows
+from deepseek_trt.engines.sampling_row import History, SamplingRow, key_of, steepness
+from deepseek_trt.engines.session import Floats
 from deepseek_trt.export.errors import RequestError
-
-_BLOCK = 64  # weights that are summed before a draw chooses among the sums
-_PART = 65536  # logits that are drawn from at once
-_COLDEST = 1e-30  # lower temperatures are taken as this one, which float32 can divide by
-
-Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,7 @@ class SamplingParams:
         return self.temperature == 0.0 or self.top_k == 1
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A picked token; logprob and the likeliest tokens (id, logprob), best first, where they were asked for."""
 
     token: int
@@ -95,205 +91,66 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt: Sequence[int] = (), stops: Sequence[int] = ()) -> None:
         """`stops` are the tokens that may not be picked before params.min_tokens."""
         self.params = params
-        self.made = 0
-        self._stops = stops
-        self._random = np.random.default_rng(params.seed)
-        self._counts: dict[int, int] = dict.fromkeys(prompt, 0) if params.penalised else {}  # in the answer
+        self.logprobs = -1 if params.logprobs is None else params.logprobs
+        self.row = SamplingRow(
+            top_p=params.top_p,
+            min_p=params.min_p,
+            key=key_of(params.seed),
+            steepness=steepness(params.temperature),
+            repetition=params.repetition_penalty,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+            top_k=min(params.top_k, 2**31 - 1),
+            logprobs=self.logprobs,
+            min_tokens=params.min_tokens,
+        )
+        self.address = ctypes.addressof(self.row)
+        self._history = History(self.row, prompt, params.max_new_tokens) if params.penalised else None
+        self._stops = np.array(stops, dtype=np.int32)
+        self.row.banned, self.row.banned_count = self._stops.ctypes.data, len(self._stops)
+
+    @property
+    def made(self) -> int:
+        """Tokens of the answer so far."""
+        return int(self.row.made)
 
     def pick(self, logits: Floats) -> int:
         """The next token for logits [vocab]; of equal logits greedy takes the lowest id."""
         return sample_rows([self], logits[None])[0].token
 
-    def draw(self) -> float:
-        return float(self._random.random())
 
-    def record(self, token: int) -> None:
-        self.made += 1
-        if self.params.penalised:
-            self._counts[token] = self._counts.get(token, 0) + 1
-
-    @property
-    def banned(self) -> Sequence[int]:
-        return self._stops if self.made < self.params.min_tokens else ()
-
-    @property
-    def adjusts(self) -> bool:
-        return bool(self._counts) or bool(self.banned)
-
-    def adjusted(self, logits: Floats) -> Floats:
-        """A copy of logits [vocab] with penalties and bans."""
-        result: Floats = logits.copy()
-        if self._counts:
-            ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
-            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
-            params, seen = self.params, logits[ids]
-            factor = np.float32(params.repetition_penalty)
-            seen = np.where(seen > 0, seen / factor, seen * factor)
-            seen = seen - np.float32(params.presence_penalty) * (counts > 0)
-            result[ids] = seen - np.float32(params.frequency_penalty) * counts
-        result[list(self.banned)] = -np.inf
-        return result
-
-
-def sample_rows(samplers: Sequence[Sampler], logits: Floats) -> list[Choice]:
+def sample_rows(samplers: Sequence[Sampler], logits: Floats, native: NativeSampler | None = None) -> list[Choice]:
     """Pick a token for every row of logits [B, vocab], and remember it in the row's sampler."""
-    used = _adjusted_rows(samplers, logits)
-    tokens = np.empty(len(samplers), dtype=np.int64)
-    for kind, rows in _grouped(samplers, logits.shape[1]).items():
-        if kind is None:
-            tokens[rows] = (used if len(rows) == len(samplers) else used[rows]).argmax(axis=1)
-            continue
-        for part in _parts(rows, logits.shape[1]):
-            tokens[part] = _draw(used[part], [samplers[row] for row in part], kind)
-    choices = [Choice(int(token)) for token in tokens]
-    for row, sampler in enumerate(samplers):
-        if sampler.params.logprobs is not None:
-            choices[row] = with_logprobs(logits[row], choices[row].token, sampler.params.logprobs)
-        sampler.record(choices[row].token)
-    return choices
+    return _native(samplers, logits, native) if native else _numpy(samplers, logits)
 
 
 def with_logprobs(logits: Floats, token: int, count: int) -> Choice:
     """`token` with its log-probability under softmax(logits [vocab]), and those of the `count` likeliest tokens."""
-    exact = logits.astype(np.float64)
-    best = exact.max()
-    total = best + np.log(np.exp(exact - best).sum())
-    count = min(count, len(exact))
-    likeliest = np.argpartition(-exact, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
-    likeliest = likeliest[np.lexsort((likeliest, -exact[likeliest]))]
-    top = tuple((int(i), float(exact[i] - total)) for i in likeliest)
-    return Choice(token, float(exact[token] - total), top)
+    own, ids, values = log_probabilities(logits, token, count)
+    return Choice(token, own, tuple(zip(ids, values, strict=True)))
 
 
-def _adjusted_rows(samplers: Sequence[Sampler], logits: Floats) -> Floats:
-    rows = [row for row, sampler in enumerate(samplers) if sampler.adjusts]
-    if not rows:
-        return logits
-    used: Floats = logits.copy()
-    for row in rows:
-        used[row] = samplers[row].adjusted(logits[row])
-    return used
+def _numpy(samplers: Sequence[Sampler], logits: Floats) -> list[Choice]:
+    tokens = pick_rows([sampler.row for sampler in samplers], logits)
+    return [
+        Choice(token) if sampler.logprobs < 0 else with_logprobs(row, token, sampler.logprobs)
+        for sampler, row, token in zip(samplers, logits, tokens, strict=True)
+    ]
 
 
-def _grouped(samplers: Sequence[Sampler], vocab: int) -> dict[int | None, list[int]]:
-    """Rows by how they are picked: None for greedy, else how many of the likeliest tokens top-k keeps, 0 for all."""
-    groups: dict[int | None, list[int]] = {}
-    for row, sampler in enumerate(samplers):
-        params = sampler.params
-        top_k = params.top_k if params.top_k < vocab else 0
-        groups.setdefault(None if params.greedy else top_k, []).append(row)
-    return groups
-
-
-def _parts(rows: list[int], vocab: int) -> list[list[int]]:
-    """Rows a few at a time: arrays that fit into a core's cache cost far less to make than those of all rows."""
-    size = max(_PART // vocab, 1)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _draw(logits: Floats, samplers: Sequence[Sampler], top_k: int) -> Int64s:
-    """Random tokens for logits [R, vocab] of rows with the same top_k."""
-    column = _columns(samplers)
-    top_p, min_p = column("top_p"), column("min_p")
-    scaled = logits - logits.max(axis=1, keepdims=True)
-    with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest token alone
-        scaled /= np.maximum(column("temperature"), _COLDEST).astype(np.float32)
-    if not top_k:
-        return _draw_by_rejection(_padded(np.exp(scaled)), samplers, top_p, min_p)
-    ids = _likeliest(scaled, top_k)
-    weights = np.exp(np.take_along_axis(scaled, ids, axis=1)).astype(np.float64)
-    kept = _above(_nucleus(weights, top_p), min_p)
-    columns = _invert(kept, _draws(samplers))
-    return np.take_along_axis(ids, columns[:, None], axis=1)[:, 0]
-
-
-def _draw_by_rejection(weights: Doubles, samplers: Sequence[Sampler], top_p: Doubles, min_p: Doubles) -> Int64s:
-    """Tokens drawn by weights [R, N], whose largest is 1, within top-p and min-p, and without sorting.
-
-    A drawn token counts when the likelier ones hold less than top_p. If not, no token from it on can count, and the
-    next draw is among the likelier ones alone: that leaves the chances within top-p as they are.
-    """
-    kept = _above(weights, min_p)
-    tokens = _draw_in_blocks(kept, _draws(samplers))
-    wanted = top_p[:, 0] * _blocks(weights).sum(axis=2).sum(axis=1)
-    for row in np.flatnonzero(top_p[:, 0] < 1.0).tolist():
-        likelier = _likelier(kept[row], tokens[row])
-        while likelier.sum() >= wanted[row]:
-            tokens[row] = _draw_in_blocks(likelier[None], _draws(samplers[row : row + 1]))[0]
-            likelier = _likelier(likelier, tokens[row])
-    return tokens
-
-
-def _likelier(weights: Doubles, picked: int) -> Doubles:
-    """Weights [N], zero but for tokens before the picked one; of equals the lowest id comes first."""
-    keep = weights > weights[picked]
-    keep[:picked] |= weights[:picked] == weights[picked]
-    result: Doubles = weights * keep
-    return result
-
-
-def _padded(weights: Floats) -> Doubles:
-    """Weights [R, vocab] with zeros up to a whole number of blocks."""
-    rows, vocab = weights.shape
-    padded = np.zeros((rows, -(-vocab // _BLOCK) * _BLOCK))
-    padded[:, :vocab] = weights
-    return padded
-
-
-def _blocks(weights: Doubles) -> Doubles:
-    return weights.reshape(len(weights), -1, _BLOCK)
-
-
-def _draw_in_blocks(weights: Doubles, draws: Doubles) -> Int64s:
-    """`_invert` of weights [R, N] without a running sum over all: first a block, then a column of it."""
-    blocks = _blocks(weights)
-    totals = blocks.sum(axis=2)
-    block = _invert(totals, draws)
-    rows = np.arange(len(weights))
-    before = totals.cumsum(axis=1)[rows, block] - totals[rows, block]
-    within = (draws * totals.cumsum(axis=1)[:, -1] - before) / totals[rows, block]
-    return block * _BLOCK + _invert(blocks[rows, block], np.clip(within, 0.0, 1.0))
-
-
-def _likeliest(scaled: Floats, count: int) -> Int64s:
-    """The ids [R, count] of the likeliest tokens of each row, best first, of equals the lowest id."""
-    lowest = np.partition(scaled, scaled.shape[1] - count, axis=1)[:, -count]
-    ids = np.empty((len(scaled), count), dtype=np.int64)
-    for row, (values, edge) in enumerate(zip(scaled, lowest, strict=True)):
-        candidates = np.flatnonzero(values >= edge)  # more than count where several are on the edge
-        ids[row] = candidates[np.argsort(-values[candidates], kind="stable")[:count]]
-    return ids
-
-
-def _nucleus(weights: Doubles, top_p: Doubles) -> Doubles:
-    """Sorted weights, zero from where those before hold top_p of the total."""
-    running = weights.cumsum(axis=1)
-    before = np.zeros_like(weights)
-    before[:, 1:] = running[:, :-1]
-    return np.where((before < top_p * running[:, -1:]) | (top_p == 1.0), weights, 0.0)
-
-
-def _above(weights: Doubles, min_p: Doubles) -> Doubles:
-    """Weights, zero where below min_p; the likeliest token's weight is 1."""
-    return np.where(weights >= min_p, weights, 0.0) if min_p.any() else weights
-
-
-def _invert(weights: Doubles, draws: Doubles) -> Int64s:
-    """The first column whose running sum in weights [R, N] exceeds the draw's share of the row's total."""
-    running = weights.cumsum(axis=1)
-    totals = running[:, -1]
-    wanted = np.minimum(draws * totals, np.nextafter(totals, 0))
-    columns: Int64s = (running <= wanted[:, None]).sum(axis=1)
-    return columns
-
-
-def _draws(samplers: Sequence[Sampler]) -> Doubles:
-    return np.array([sampler.draw() for sampler in samplers])
-
-
-def _columns(samplers: Sequence[Sampler]) -> Any:
-    """A function from a parameter's name to its values as [R, 1]."""
-    return lambda name: np.array([[getattr(sampler.params, name)] for sampler in samplers], dtype=np.float64)
+def _native(samplers: Sequence[Sampler], logits: Floats, native: NativeSampler) -> list[Choice]:
+    vocab = logits.shape[1]
+    most = max([sampler.logprobs for sampler in samplers])
+    tokens, picked = native.pick([sampler.address for sampler in samplers], logits, min(most, vocab))
+    if most < 0:
+        return list(map(Choice, tokens.tolist()))
+    each = zip(samplers, tokens.tolist(), *(array.tolist() for array in picked), strict=True)
+    return [
+        Choice(token, own, tuple(zip(ids[:count], values[:count], strict=True)))
+        if (count := sampler.logprobs) >= 0
+        else Choice(token)
+        for sampler, token, own, ids, values in each
+    ]
 
 
 def _require(condition: bool, field: str, value: object, mend: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from deepseek_trt.engines.pages import PagePool, page_table
 from deepseek_trt.engines.prefix import PrefixKeys
 from deepseek_trt.engines.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.sampling_native import load_sampler
 from deepseek_trt.engines.session import Floats, Int32s, Session
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError
@@ -112,6 +114,8 @@ class Scheduler:
         self.counters = Counters()
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
+        library: Path | None = getattr(session, "library", None)
+        self._native = load_sampler(library) if library else None
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in order of arrival, all earlier than those waiting
         self._next_id = 0
@@ -180,9 +184,12 @@ class Scheduler:
         self._admit()
         decoding = [_Work(request, 1) for request in self._running if request.decodes]
         prefilling = self._chunks(self.limits.token_budget - len(decoding))
-        logits = [*self._prefill(prefilling), *self._decode(decoding)]
+        prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
         self._advance(prefilling, decoding)
-        rows = {w.request.id: row for w, row in zip([*prefilling, *decoding], logits, strict=True)}
+        if not prefilling:
+            return self._sample([w.request for w in decoding], decoded)
+        work = zip([*prefilling, *decoding], [*prefilled, *decoded], strict=True)
+        rows = {w.request.id: row for w, row in work}
         ready = [request for request in self._running if request.id in rows and not request.left]
         return self._sample(ready, [rows[request.id] for request in ready])
 
@@ -252,7 +259,7 @@ class Scheduler:
             work.append(_Work(request, count))
         return work
 
-    def _prefill(self, work: list[_Work]) -> Iterable[Floats]:
+    def _prefill(self, work: list[_Work]) -> Sequence[Floats] | Floats:
         """Logits [vocab] at the end of each row's chunk."""
         if not work:
             return ()
@@ -264,7 +271,7 @@ class Scheduler:
             return [logits[row, w.count - 1] for row, w in enumerate(work)]
         return logits
 
-    def _decode(self, work: list[_Work]) -> Iterable[Floats]:
+    def _decode(self, work: list[_Work]) -> Sequence[Floats] | Floats:
         if not work:
             return ()
         ids = np.array([[w.request.tokens[-1]] for w in work], dtype=np.int64)
@@ -285,10 +292,11 @@ class Scheduler:
             self.pool.name(request.pages[index], keys[index])
         request.named = full
 
-    def _sample(self, requests: list[_Request], rows: list[Floats]) -> list[Event]:
+    def _sample(self, requests: list[_Request], rows: Sequence[Floats] | Floats) -> list[Event]:
         if not requests:
             return []
-        choices = sample_rows([request.sampler for request in requests], np.stack(rows))
+        logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
+        choices = sample_rows([request.sampler for request in requests], logits, self._native)
         events: list[Event] = []
         for request, choice in zip(requests, choices, strict=True):
             request.tokens.append(choice.token)

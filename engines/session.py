@@ -17,7 +17,9 @@ Floats = npt.NDArray[np.float32]
 class Session(Protocol):
     """Prefill and decode over one set of page pools.
 
-    `note` says what a user should know about how it computes (e.g. another dtype than the bundle's), or is empty.
+    `note` says what a user should know about how it computes (e.g. another dtype than the bundle's), or is empty. A
+    session may have a `library`, the file of the compiled CPU operators: whoever samples its logits finds the compiled
+    sampler there.
     """
 
     backend: str

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deepseek_trt.engines.cpu_library import cpu_library
 from deepseek_trt.engines.device import Device, open_device
 from deepseek_trt.engines.flavour import open_flavour
 from deepseek_trt.engines.plan_check import (
@@ -61,6 +62,7 @@ class TrtSession:
         self.limits = limits_of(plans)
         check_pages(self.limits, pages)
         self.cache, self.pages = bundle.manifest.cache, pages
+        self.library = cpu_library(bundle.path).path  # samples on the CPU
         self._pool_shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self.vocab_size = bundle.manifest.model.vocab_size
         self._all_logits = bundle.manifest.all_logits

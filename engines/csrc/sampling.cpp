@@ -1,8 +1,7 @@
-// Sampling for one instruction set: compiled with -DISA=v1 (any x86-64), v3 and v4.
+// Sampling for one instruction set: compiled with -DISA=v3 and -DISA=v4.
 //
-// Weights are multiples of 2^-35 that are at most 1, so that their sums in double are exact in any order, up to 2^18 of
-// them: what is picked depends neither on the batch nor on the width of the vectors. There is no fused multiply-add,
-// which numpy does not have.
+// Weights are integers, so that their sums are exact in any order: what is picked depends neither on the batch nor on
+// the width of the vectors.
 #include "sampling.h"
 
 #include <algorithm>
@@ -20,21 +19,31 @@ namespace {
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
-typedef float v8 __attribute__((vector_size(32)));
-typedef double d8 __attribute__((vector_size(64)));
+typedef uint32_t u16 __attribute__((vector_size(64)));
+typedef uint32_t u8 __attribute__((vector_size(32)));
+typedef uint64_t w8 __attribute__((vector_size(64)));
 typedef v16 v16_unaligned __attribute__((aligned(4)));
+typedef u16 u16_unaligned __attribute__((aligned(4)));
 
 constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 64;  // weights with a sum of their own
+constexpr double HEAVIEST = 1 << 30;
 constexpr float LOWEST = -3.402823466e38f;
 
 INLINE v16 all(float x) { return v16{} + x; }
 INLINE v16 load(const float* p) { return *reinterpret_cast<const v16_unaligned*>(p); }
+INLINE u16 load(const uint32_t* p) { return *reinterpret_cast<const u16_unaligned*>(p); }
+INLINE void store(uint32_t* p, u16 x) { *reinterpret_cast<u16_unaligned*>(p) = x; }
 INLINE v16 larger(v16 a, v16 b) { return a > b ? a : b; }
-INLINE double sum(d8 x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
-INLINE d8 halves(v16 x) {
-    return __builtin_convertvector(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), d8) +
-           __builtin_convertvector(__builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15), d8);
+INLINE w8 halves(u16 x) {
+    const u8 low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+    const u8 high = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_convertvector(low, w8) + __builtin_convertvector(high, w8);
+}
+// Of a block's four vectors: two weights fit into 32 bits, more need not.
+INLINE uint64_t sum(u16 a, u16 b, u16 c, u16 d) {
+    const w8 x = halves(a + b) + halves(c + d);
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 INLINE bool any(i16 x) {
     int64_t words[8], together = 0;
@@ -45,19 +54,18 @@ INLINE bool any(i16 x) {
 
 INLINE int64_t whole_blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
-// 2^y for y <= 0, rounded to a multiple of 2^-35: 2^n from the bits of a sum, times a polynomial of the rest.
-INLINE v16 weight(v16 y) {
-    constexpr float shift = 12582912.0f, coarse = 3.662109375e-4f;  // 1.5 * 2^23, 1.5 * 2^-12
+// 2^(30 + y) for y <= 0, rounded down: 2^n from the bits of a sum, times a polynomial of the rest, off by at most 1e-7
+// of the value.
+INLINE u16 weight(v16 y) {
+    constexpr float shift = 12582912.0f, scale = 1 << 30;  // 1.5 * 2^23
     y = larger(y, all(-80.0f));
     const v16 shifted = y + shift;
     const v16 r = y - (shifted - shift);
-    v16 p = all(1.326472614891827e-3f);  // off by at most 1e-7 of the value
+    v16 p = all(1.326472614891827e-3f * scale);
     for (float c : {9.671512991189957e-3f, 5.550733581185341e-2f, 0.24022242426872253f, 0.6931470036506653f, 1.0f})
-        p = p * r + c;
+        p = __builtin_elementwise_fma(p, r, all(c * scale));
     const i16 bits = reinterpret_cast<i16>(p) + (reinterpret_cast<i16>(shifted) << 23);
-    const v16 w = reinterpret_cast<v16>(bits);
-    const v16 rounded = (w + coarse) - coarse;
-    return w < all(2.44140625e-4f) ? rounded : w;  // from 2^-12 on it is a multiple anyway
+    return reinterpret_cast<u16>(__builtin_convertvector(reinterpret_cast<v16>(bits), i16));
 }
 
 float maximum(const float* x, int64_t n) {
@@ -83,8 +91,9 @@ int64_t first_equal(const float* x, int64_t n, float value) {
 
 // The rooms that one thread works in.
 struct Room {
-    std::vector<float> logits, weights, values;
-    std::vector<double> sums;
+    std::vector<float> logits, values;
+    std::vector<uint32_t> weights;
+    std::vector<uint64_t> sums;
     std::vector<int32_t> ids;
 };
 
@@ -136,54 +145,51 @@ void largest(const float* x, int64_t n, int64_t count, Room& room) {
 
 // Weights w[n], padded with zeros to whole blocks, and the sum of each block.
 struct Weights {
-    float* w;
-    double* sums;
+    uint32_t* w;
+    uint64_t* sums;
     int64_t n;
 
-    double total() const {
-        double result = 0;
+    uint64_t total() const {
+        uint64_t result = 0;
         for (int64_t block = 0; block < n / BLOCK; ++block) result += sums[block];
         return result;
     }
     // Zero what is below `least`.
-    void cut(float least) const {
+    void cut(uint32_t least) const {
         for (int64_t i = 0; i < n; i += BLOCK) {
-            d8 sum_of_block = {};
-            for (int64_t j = i; j < i + BLOCK; j += LANES) {
-                const v16 x = load(w + j), kept = x >= all(least) ? x : v16{};
-                *reinterpret_cast<v16_unaligned*>(w + j) = kept;
-                sum_of_block += halves(kept);
+            u16 kept[4];
+            for (int part = 0; part < 4; ++part) {
+                const u16 x = load(w + i + part * LANES);
+                kept[part] = x >= u16{} + least ? x : u16{};
+                store(w + i + part * LANES, kept[part]);
             }
-            sums[i / BLOCK] = sum(sum_of_block);
+            sums[i / BLOCK] = sum(kept[0], kept[1], kept[2], kept[3]);
         }
     }
     // Zero the picked one and all that come after it: those of less weight, and of the same weight and a later id.
     void keep_likelier(int64_t picked) const {
-        const float edge = w[picked];
-        for (int64_t i = picked; i < n; ++i) w[i] = w[i] == edge ? 0.0f : w[i];
+        const uint32_t edge = w[picked];
+        for (int64_t i = picked; i < n; ++i) w[i] = w[i] == edge ? 0 : w[i];
         cut(edge);
     }
     // The first whose running sum is above draw * total.
     int64_t at(double draw) const {
-        const double all_of_it = total(), wanted = std::min(draw * all_of_it, std::nextafter(all_of_it, 0.0));
-        double running = 0;
+        const uint64_t all_of_it = total();
+        if (all_of_it == 0) return 0;
+        const uint64_t wanted = std::min(static_cast<uint64_t>(draw * static_cast<double>(all_of_it)), all_of_it - 1);
+        uint64_t running = 0;
         int64_t block = 0;
-        for (; block + 1 < n / BLOCK && running + sums[block] <= wanted; ++block) running += sums[block];
-        for (int64_t i = block * BLOCK; i < n; ++i) {
-            running += w[i];
-            if (running > wanted) return i;
-        }
-        return 0;
+        while (running + sums[block] <= wanted) running += sums[block++];
+        int64_t i = block * BLOCK;
+        while ((running += w[i]) <= wanted) ++i;
+        return i;
     }
 };
 
-// 2^(steepness * (x - best)) of x[n].
-Weights weigh(const float* x, int64_t n, float best, float steepness, Room& room) {
-    const int64_t padded = whole_blocks(n);
-    room.weights.resize(padded);
-    room.sums.resize(padded / BLOCK);
-    float* w = room.weights.data();
-    for (int64_t i = 0; i < padded; i += BLOCK) {
+// Calls body with the four vectors of weights 2^(steepness * (x - best)) of each block of x[n].
+template <class Body>
+INLINE void each_block(const float* x, int64_t n, float best, float steepness, Body body) {
+    for (int64_t i = 0; i < n; i += BLOCK) {
         alignas(64) float tail[BLOCK];
         const float* from = x + i;
         if (i + BLOCK > n) {
@@ -191,15 +197,21 @@ Weights weigh(const float* x, int64_t n, float best, float steepness, Room& room
             std::copy(x + i, x + n, tail);
             from = tail;
         }
-        d8 sum_of_block = {};
-        for (int64_t j = 0; j < BLOCK; j += LANES) {
-            const v16 y = weight((load(from + j) - best) * steepness);
-            *reinterpret_cast<v16_unaligned*>(w + i + j) = y;
-            sum_of_block += halves(y);
-        }
-        room.sums[i / BLOCK] = sum(sum_of_block);
+        u16 w[4];
+        for (int part = 0; part < 4; ++part) w[part] = weight((load(from + part * LANES) - best) * steepness);
+        body(i, w);
     }
-    return {w, room.sums.data(), padded};
+}
+
+Weights weigh(const float* x, int64_t n, float best, float steepness, Room& room) {
+    const int64_t padded = whole_blocks(n);
+    room.weights.resize(padded);
+    room.sums.resize(padded / BLOCK);
+    each_block(x, n, best, steepness, [&](int64_t i, const u16* w) {
+        for (int part = 0; part < 4; ++part) store(room.weights.data() + i + part * LANES, w[part]);
+        room.sums[i / BLOCK] = sum(w[0], w[1], w[2], w[3]);
+    });
+    return {room.weights.data(), room.sums.data(), padded};
 }
 
 // The next number of the row's own sequence (splitmix64), in [0, 1).
@@ -212,7 +224,8 @@ double draw(SamplingRow& row) {
 
 // A copy with penalties and bans, where the row has any.
 const float* adjusted(const SamplingRow& row, const float* x, int64_t n, Room& room) {
-    if (!row.seen_count && !row.banned_count) return x;
+    const int32_t banned = row.made < row.min_tokens ? row.banned_count : 0;
+    if (!row.seen_count && !banned) return x;
     room.logits.assign(x, x + n);
     float* y = room.logits.data();
     for (int64_t i = 0; i < row.seen_count; ++i) {
@@ -220,12 +233,11 @@ const float* adjusted(const SamplingRow& row, const float* x, int64_t n, Room& r
         const float seen = x[id] > 0 ? x[id] / row.repetition : x[id] * row.repetition;
         y[id] = (seen - (row.counts[i] > 0 ? row.presence : 0.0f)) - row.frequency * row.counts[i];
     }
-    for (int64_t i = 0; i < row.banned_count; ++i) y[row.banned[i]] = -INFINITY;
+    for (int64_t i = 0; i < banned; ++i) y[row.banned[i]] = -INFINITY;
     return y;
 }
 
-int64_t pick(SamplingRow& row, const float* x, int64_t n, Room& room) {
-    const float best = maximum(x, n);
+int64_t pick(SamplingRow& row, const float* x, int64_t n, float best, Room& room) {
     if (row.steepness == 0 || row.top_k == 1) return first_equal(x, n, best);
     const bool some = row.top_k > 0 && row.top_k < n;
     const float* kept = x;
@@ -236,29 +248,39 @@ int64_t pick(SamplingRow& row, const float* x, int64_t n, Room& room) {
         kept = room.values.data();
     }
     const Weights weights = weigh(kept, some ? room.ids.size() : n, best, row.steepness, room);
-    const double wanted = row.top_p * weights.total();
-    if (row.min_p > 0) {
-        float least = static_cast<float>(row.min_p);
-        if (least < row.min_p) least = std::nextafter(least, 2.0f);
-        weights.cut(least);
-    }
+    const double wanted = row.top_p * static_cast<double>(weights.total());
+    if (row.min_p > 0) weights.cut(static_cast<uint32_t>(std::ceil(row.min_p * HEAVIEST)));
     int64_t picked = weights.at(draw(row));
     if (row.top_p < 1) {
         // A token counts when the likelier ones hold less than top_p. If they do not, no token from it on can count,
         // and the next draw is among the likelier ones: that leaves the chances within top-p as they are.
-        for (weights.keep_likelier(picked); weights.total() >= wanted; weights.keep_likelier(picked)) {
+        weights.keep_likelier(picked);
+        while (static_cast<double>(weights.total()) >= wanted && wanted > 0) {
             picked = weights.at(draw(row));
+            weights.keep_likelier(picked);
         }
     }
     if (!some) return picked;
     return room.ids.empty() ? 0 : room.ids[picked];  // empty where no logit is a number
 }
 
+// Count the token as seen.
+void record(SamplingRow& row, int32_t token) {
+    ++row.made;
+    if (row.seen == nullptr) return;
+    const int32_t* place = std::find(row.seen, row.seen + row.seen_count, token);
+    const int64_t index = place - row.seen;
+    if (index == row.seen_room) return;  // the answer is longer than it was to be
+    if (index == row.seen_count) row.seen[row.seen_count++] = token;
+    row.counts[index] += 1;
+}
+
 // Natural log-probabilities of the model itself: of the picked token, and of the likeliest ones, best first.
-void measure(const SamplingBatch& batch, int64_t index, int64_t count, const float* x, Room& room) {
+void measure(const SamplingBatch& batch, int64_t index, int64_t count, const float* x, float best, Room& room) {
     const int64_t n = batch.vocab;
-    const float best = maximum(x, n);
-    const double total = best + std::log(weigh(x, n, best, 1.44269504f, room).total());
+    uint64_t sum_of_all = 0;
+    each_block(x, n, best, 1.44269504f, [&](int64_t, const u16* w) { sum_of_all += sum(w[0], w[1], w[2], w[3]); });
+    const double total = best + std::log(static_cast<double>(sum_of_all) / HEAVIEST);
     batch.logprobs[index] = x[batch.tokens[index]] - total;
     if (count == 0) return;
     largest(x, n, std::min(count, n), room);
@@ -272,11 +294,16 @@ void measure(const SamplingBatch& batch, int64_t index, int64_t count, const flo
 
 void sample_rows(const SamplingBatch& batch, int64_t from, int64_t last) {
     static thread_local Room room;
+    const int64_t n = batch.vocab;
     for (int64_t index = from; index < last; ++index) {
         SamplingRow& row = *batch.rows[index];
-        const float* x = batch.logits + index * batch.vocab;
-        batch.tokens[index] = pick(row, adjusted(row, x, batch.vocab, room), batch.vocab, room);
-        if (row.logprobs >= 0) measure(batch, index, row.logprobs, x, room);
+        const float* x = batch.logits + index * n;
+        const float* y = adjusted(row, x, n, room);
+        const float best = maximum(y, n);
+        const int64_t token = pick(row, y, n, best, room);
+        batch.tokens[index] = token;
+        if (row.logprobs >= 0) measure(batch, index, row.logprobs, x, x == y ? best : maximum(x, n), room);
+        record(row, static_cast<int32_t>(token));
     }
 }
 
