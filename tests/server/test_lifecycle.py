@@ -1,0 +1,140 @@
+"""Clients that go away, servers that are full, killed, ended, spoiled or started again."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import pytest
+
+ENDLESS = {"text_input": "The", "max_tokens": 2000, "min_tokens": 2000}  # seconds of work, unless somebody ends it
+SHORT = {"text_input": "The number", "max_tokens": 8}
+
+
+def idle(server):
+    return server.metric("deepseek_trt_inflight_requests") == server.metric("deepseek_trt_cache_pages_used") == 0
+
+
+def cancelled(server):
+    return server.metric("deepseek_trt_cancellations_total", model="deepseek_v2")
+
+
+def tokens_out(server):
+    return server.metric("deepseek_trt_output_tokens_total", model="deepseek_v2")
+
+
+def leave_http(server, grpc_call):
+    events = server.stream(**ENDLESS)
+    assert len(list(islice(events, 2))) == 2
+    events.close()
+
+
+def leave_grpc(server, grpc_call):
+    (answers,) = grpc_call([{**ENDLESS, "stream": True}], cancel_after=2)
+    assert len(answers) == 2
+
+
+@pytest.mark.parametrize("leave", [leave_http, leave_grpc])
+def test_a_client_that_leaves_frees_its_slot(server, grpc_call, leave):
+    assert server.wait_for(lambda: idle(server))
+    before, made = cancelled(server), tokens_out(server)
+    leave(server, grpc_call)
+    assert server.wait_for(lambda: cancelled(server) == before + 1 and idle(server))
+    assert tokens_out(server) - made < ENDLESS["max_tokens"]
+
+
+def test_a_full_server_refuses_and_takes_again(serve, demo_repository, grpc_call):
+    server = serve(demo_repository)
+    running = [server.stream(**ENDLESS) for _ in range(4)]
+    assert all(next(events)["text_output"] is not None for events in running)
+    reply = server.generate(**SHORT)
+    (answers,) = grpc_call([SHORT], on=server)
+    assert "4 requests are in flight" in str(reply.json)
+    assert reply.status >= 400
+    assert "4 requests are in flight" in answers[0]["error"]
+    for events in running:
+        events.close()
+    assert server.wait_for(lambda: idle(server))
+    assert server.generate(**SHORT).status == 200
+    assert server.metric("deepseek_trt_requests_total", result="refused") == 2
+
+
+def test_a_deadline_ends_an_answer(server):
+    assert "timeout_ms" in str(server.generate(**ENDLESS, timeout_ms=100).json)
+    events = list(server.stream(**ENDLESS, timeout_ms=100))
+    assert "timeout_ms" in events[-1]["error"]
+    assert server.wait_for(lambda: idle(server))
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_killed_stub_fails_its_streams_and_comes_back(serve, demo_repository, busy):
+    server = serve(demo_repository)
+    right = server.generate(**SHORT).json["text_output"]
+    events = server.stream(**ENDLESS) if busy else iter([{}])
+    next(events)
+    (stub,) = server.stub_pids()
+    os.kill(stub, signal.SIGKILL)
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        assert not any(event.get("finish_reason") for event in events)
+    assert server.wait_for(lambda: server.stub_pids() not in ([], [stub]) and server.ready())
+    assert server.generate(**SHORT).json["text_output"] == right
+
+
+@pytest.mark.parametrize("tokens", [300, 2000])
+def test_sigterm_ends_every_stream_and_leaves_nothing(serve, own_repository, tokens):
+    """Answers that end in time end as they should, the others with an error; then it starts again."""
+    config = own_repository / "deepseek_v2" / "config.pbtxt"
+    drain = 'key: "drain_ms" value { string_value: "%s" }'
+    assert drain % 5000 in config.read_text()
+    config.write_text(config.read_text().replace(drain % 5000, drain % 1000))
+    server = serve(own_repository)
+    inputs = {**ENDLESS, "max_tokens": tokens, "min_tokens": tokens}
+    streams = [server.stream(**inputs) for _ in range(3)]
+    for events in streams:
+        next(events)
+    with ThreadPoolExecutor(3) as threads:
+        rests = [threads.submit(list, events) for events in streams]
+        code = server.stop()
+        ends = [rest.result()[-1] for rest in rests]
+    assert code == 0, server.log_tail()
+    assert server.shared_memory() == []
+    assert all(end.get("finish_reason") == "length" or "unloaded" in end["error"] for end in ends)
+    assert serve(own_repository).generate(**SHORT).status == 200
+
+
+@pytest.mark.parametrize(
+    "file", ["bundle/weights.safetensors", "runtime/deepseek_trt/engines/scheduler.py", "model.py"]
+)
+def test_a_spoiled_file_is_refused_at_load_with_the_reason(serve, own_repository, file):
+    spoiled = own_repository / "deepseek_v2" / "1" / file
+    data = bytearray(spoiled.read_bytes())
+    data[len(data) // 2] ^= 1
+    spoiled.write_bytes(bytes(data))
+    with pytest.raises(RuntimeError, match="is not the file that was written"):
+        serve(own_repository)
+
+
+def test_a_missing_file_is_refused_at_load(serve, own_repository):
+    (own_repository / "deepseek_v2" / "1" / "bundle" / "tokenizer.json").unlink()
+    with pytest.raises(RuntimeError, match=r"tokenizer\.json is missing"):
+        serve(own_repository)
+
+
+def test_a_missing_model_py_is_refused_before_the_server_hangs(serve, own_repository):
+    (own_repository / "deepseek_v2" / "1" / "model.py").unlink()
+    with pytest.raises(RuntimeError, match=r"model\.py is missing"):
+        serve(own_repository)
+
+
+def test_models_are_unloaded_and_loaded_by_the_servers_own_api(serve, demo_repository):
+    server = serve(demo_repository)
+    right = server.generate(**SHORT).json["text_output"]
+    for _ in range(2):
+        assert server.post("/v2/repository/models/deepseek_v2/unload", {}).status == 200
+        assert server.wait_for(lambda: not server.ready())
+        assert server.post("/v2/repository/models/deepseek_v2/load", {}).status == 200
+        assert server.generate(**SHORT).json["text_output"] == right
