@@ -10,12 +10,13 @@ from pathlib import Path
 import click
 
 EXIT_ACCURACY = 3
-BACKENDS = ("ort", "torch", "transformers", "kernels", "tensorrt")
+HELP = "ort: the graphs as exported; ort-compiled: as generate runs them.  [default: these two]"
+BACKENDS = ("ort", "ort-compiled", "torch", "transformers", "kernels", "tensorrt")
 
 
 @click.command("validate", short_help="Compare the bundle with PyTorch.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, default=("ort",), show_default=True)
+@click.option("--backend", "backends", type=click.Choice(BACKENDS), multiple=True, help=HELP)
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for report.json, report.html and more.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on.  [default: one that ships]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn tokens and the order of pages.")

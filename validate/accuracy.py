@@ -11,29 +11,28 @@ from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.validate.backends import BACKENDS, make_reference
-from deepseek_trt.validate.cases import (
-    Script,
-    Step,
-    build_case,
-    pages_of_case,
-    seeded_tokens,
-    text_tokens,
-    tokens_of_case,
-)
+from deepseek_trt.validate.cases import Script
 from deepseek_trt.validate.coverage import cover_experts
+from deepseek_trt.validate.files import Comparison
+from deepseek_trt.validate.inputs import Inputs, read_inputs
 from deepseek_trt.validate.integrity import check_integrity
 from deepseek_trt.validate.pair import Pair, rounding_floors, run_pair
-from deepseek_trt.validate.probes import PLACES, ROUTING
+from deepseek_trt.validate.probes import GAP, PLACES, ROUTING
 from deepseek_trt.validate.provenance import collect_provenance
 from deepseek_trt.validate.report import AccuracyReport, backend_report
 from deepseek_trt.validate.undecided import set_aside
 
-DEFAULT_TEXT = Path(__file__).parent / "default_text.txt"
+Progress = Callable[[str], None]
+DEFAULT_BACKENDS = ("ort", "ort-compiled")
 
 
 @dataclass(frozen=True)
 class ValidateRequest:
-    """What to validate. `text` None takes the text that ships with the package; threads 0 lets backends choose."""
+    """What to validate. `text` None takes the text that ships with the package; threads 0 lets backends choose.
+
+    No backends stand for DEFAULT_BACKENDS. `checkpoint` names the checkpoint for a comparison layer by layer; None
+    takes the one that the manifest names.
+    """
 
     bundle: Path
     backends: tuple[str, ...] = ("ort",)
@@ -42,6 +41,7 @@ class ValidateRequest:
     bisect: bool = False
     threads: int = 0
     command: str = ""
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,71 +49,70 @@ class Validation:
     """The report, and each backend's comparison as Polygraphy has it."""
 
     report: AccuracyReport
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Comparison, ...]
 
 
-def validate_bundle(request: ValidateRequest, progress: Callable[[str], None] = lambda text: None) -> Validation:
+def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: None) -> Validation:
     """Compare every backend asked for with the reference.
 
     Raises BundleError, BackendError or RequestError; a bad result is no error, but `report.passed` False.
     """
     started = time.time()
-    bundle = Bundle.open(request.bundle)
-    progress("hashing the bundle")
+    bundle, names = Bundle.open(request.bundle), request.backends or DEFAULT_BACKENDS
+    backends = _in_order(names)
+    progress("hashing the bundle and its checkpoint")
     integrity = check_integrity(bundle)
-    script, cases = build_script(bundle, request)
-    session = SessionRequest(bundle, script.pages, request.threads)
-    places = tuple(PLACES) if request.bisect else ("hidden", *ROUTING)
-    backends = _in_order(request.backends)
-    progress("loading torch in float32")
-    reference = make_reference(session)
-    script = cover_experts(reference, script, bundle.manifest.model, request.seed)
-    pairs: dict[str, Pair] = {}
-    floor: Pair | None = None
+    inputs = read_inputs(bundle, request.text, request.seed)
+    runs = _Runs(SessionRequest(bundle, inputs.pages, request.threads), inputs, request.bisect, progress)
+    reports = {}
     for backend in backends:
-        progress(f"comparing {backend} with torch in float32")
-        pairs[backend] = run_pair(session, reference, backend, script, places)
-        floor = pairs.get("torch", floor)
-        if pairs[backend].dtype != "float32" and backend != "torch":
-            if floor is None:
-                progress("measuring the rounding floor: torch in the bundle's dtype")
-                floor = run_pair(session, reference, "torch", script, places)
-            pairs[backend] = set_aside(pairs[backend].judged_by(rounding_floors(floor)), bundle.manifest.model)
-    reports = tuple(backend_report(pairs[name], script, bundle.manifest.model) for name in request.backends)
-    provenance = collect_provenance(bundle, integrity, request.seed, request.command, started)
+        pair, floor = runs.pair(backend)
+        reports[backend] = backend_report(pair, floor)
+    provenance = collect_provenance(bundle, integrity, request.seed, "bundle", request.command, started)
     report = AccuracyReport(
-        passed=integrity.passed and all(r.passed for r in reports),
+        passed=integrity.passed and all(r.passed for r in reports.values()),
         model=bundle.manifest.model,
         dtype=bundle.manifest.dtype,
         changed_weights=integrity.changed_weights,
         changed_files=integrity.changed_files,
-        cases=cases,
-        reference=reference.note or f"{bundle.manifest.dtype} weights, computed in float32",
-        backends=reports,
+        cases=inputs.sources,
+        reference=runs.reference.note or f"{bundle.manifest.dtype} weights, computed in float32",
+        backends=tuple(reports[name] for name in names),
         provenance=provenance,
     )
-    return Validation(report, tuple(pairs[name] for name in request.backends))
+    return Validation(report, tuple(runs.pairs[name] for name in names))
 
 
-def build_script(bundle: Bundle, request: ValidateRequest) -> tuple[Script, dict[str, str]]:
-    """The steps, and what each case was made of."""
-    manifest = bundle.manifest
-    lengths = tokens_of_case(manifest.cache.page_size)
-    limit = manifest.model.max_position_embeddings
-    if max(lengths) > limit:
-        raise RequestError(f"sequences of {max(lengths)} tokens are needed, the model takes {limit}: use smaller pages")
-    tokens = {"seeded": seeded_tokens(manifest.model.vocab_size, lengths, request.seed)}
-    cases = {"seeded": f"tokens drawn evenly from the vocabulary, seed {request.seed}"}
-    if bundle.tokenizer_path is not None:
-        source = request.text or DEFAULT_TEXT
-        tokens["text"] = text_tokens(_encode(bundle.tokenizer_path, source), lengths)
-        cases["text"] = str(request.text) if request.text else f"{DEFAULT_TEXT.name}, which ships with the package"
-    elif request.text is not None:
-        raise RequestError(f"{bundle.path} has no tokenizer.json: leave out --text, or export it with one")
-    steps: tuple[Step, ...] = ()
-    for case, rows in tokens.items():
-        steps += build_case(case, rows, manifest.cache, request.seed)
-    return Script(steps, pages_of_case(manifest.cache)), cases
+class _Runs:
+    """The reference, the scripts, and every comparison made with them."""
+
+    def __init__(self, session: SessionRequest, inputs: Inputs, bisect: bool, progress: Progress) -> None:
+        progress("loading torch in float32")
+        self.reference = make_reference(session)
+        self.pairs: dict[str, Pair] = {}
+        self._session, self._progress = session, progress
+        self._places = (*PLACES, GAP) if bisect else ("hidden", *ROUTING)
+        self._short = cover_experts(self.reference, inputs.script(), session.bundle.manifest.model, inputs.seed)
+        self._whole = self._short if self.reference.is_slow else inputs.with_long_cases(self._short, self.reference)
+
+    def pair(self, backend: str) -> tuple[Pair, Pair | None]:
+        """The backend's comparison, and in a narrow dtype the one that measures its rounding floor."""
+        self._progress(f"comparing {backend} with torch in float32")
+        pair = self._run(backend, self._short if BACKENDS[backend].is_slow else self._whole)
+        floor = self._floor() if pair.dtype != "float32" and backend != "torch" else None
+        if floor is not None:
+            pair = pair.judged_by(rounding_floors(floor, len(pair.script.steps)))
+        self.pairs[backend] = pair = set_aside(pair)
+        return pair, floor
+
+    def _floor(self) -> Pair:
+        if "torch" not in self.pairs:
+            self._progress("measuring the rounding floor: torch in the bundle's dtype")
+            self.pairs["torch"] = self._run("torch", self._whole)
+        return self.pairs["torch"]
+
+    def _run(self, backend: str, script: Script) -> Pair:
+        return run_pair(self._session, self.reference, backend, script, self._places)
 
 
 def _in_order(backends: Sequence[str]) -> list[str]:
@@ -122,14 +121,3 @@ def _in_order(backends: Sequence[str]) -> list[str]:
     if unknown:
         raise RequestError(f"backend {unknown[0]!r} is unknown; use: {', '.join(BACKENDS)}")
     return sorted(dict.fromkeys(backends), key=lambda name: name != "torch")
-
-
-def _encode(tokenizer: Path, text: Path) -> list[int]:
-    from tokenizers import Tokenizer
-
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{text} cannot be read ({error}): give a text file in UTF-8") from None
-    ids: list[int] = Tokenizer.from_file(str(tokenizer)).encode(content).ids
-    return ids

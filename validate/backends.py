@@ -1,14 +1,22 @@
-"""Backends that can be validated: how each makes its Session, and how it is watched, if it can be."""
+"""Backends that can be validated: how each makes its Session, and how it is watched, if it can be.
+
+"ort" runs the graphs as exported; "ort-compiled" is ONNX Runtime as everything else here runs it, decode through the
+compiled CPU operators.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.engines.session import Session
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.validate.probes import Probes, Watcher
+
+if TYPE_CHECKING:  # imports torch
+    from deepseek_trt.validate.torch_backend import FillableTorchSession
 
 Make = Callable[[SessionRequest], Session]
 Watch = Callable[[SessionRequest, Probes], Watcher]
@@ -16,18 +24,22 @@ Watch = Callable[[SessionRequest, Probes], Watcher]
 
 @dataclass(frozen=True)
 class Backend:
-    """`watch` is None where inner values cannot be seen: then near-tie router choices cannot be followed."""
+    """`watch` is None where inner values cannot be seen: then near-tie router choices cannot be followed.
+
+    A slow one takes seconds a step, and is spared the long cases.
+    """
 
     make: Make
     watch: Watch | None = None
+    is_slow: bool = False
 
 
-def make_reference(request: SessionRequest) -> Session:
+def make_reference(request: SessionRequest) -> FillableTorchSession:
     """Torch in float32."""
     return _torch(request, "float32")
 
 
-def _torch(request: SessionRequest, dtype: str | None = None) -> Session:
+def _torch(request: SessionRequest, dtype: str | None = None) -> FillableTorchSession:
     """Torch, in the bundle's dtype unless told otherwise."""
     import torch
 
@@ -63,10 +75,16 @@ def _watch_torch(request: SessionRequest, probes: Probes) -> Watcher:
     return TorchWatcher(probes)
 
 
-def _watch_ort(request: SessionRequest, probes: Probes) -> Watcher:
+def _exported(request: SessionRequest) -> Session:
+    from deepseek_trt.validate.ort_watch import ExportedSession
+
+    return ExportedSession(request)
+
+
+def _watch_exported(request: SessionRequest, probes: Probes) -> Watcher:
     from deepseek_trt.validate.ort_watch import OrtWatcher
 
-    return OrtWatcher(request, probes)
+    return OrtWatcher(probes)
 
 
 def _transformers(request: SessionRequest) -> Session:
@@ -76,9 +94,10 @@ def _transformers(request: SessionRequest) -> Session:
 
 
 BACKENDS: dict[str, Backend] = {
-    "ort": Backend(_engine("ort"), _watch_ort),
+    "ort": Backend(_exported, _watch_exported),
+    "ort-compiled": Backend(_engine("ort")),
     "torch": Backend(_torch, _watch_torch),
-    "transformers": Backend(_transformers),
-    "kernels": Backend(_kernels, _watch_torch),
+    "transformers": Backend(_transformers, is_slow=True),
+    "kernels": Backend(_kernels, _watch_torch, is_slow=True),
     "tensorrt": Backend(_engine("tensorrt")),
 }

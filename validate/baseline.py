@@ -59,6 +59,21 @@ def _changes(backend: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator
         yield Change(backend, name, before, now, now < before - LOST)
     wrong = [float(sum(f["margin"] == "inf" or f["margin"] > f["allowed"] for f in x["flips"])) for x in (old, new)]
     yield Change(backend, "wrong router choices", wrong[0], wrong[1], wrong[1] > wrong[0])
-    scores = [x["tokens"]["perplexity"] for x in (old, new)]
-    if None not in scores:
-        yield Change(backend, "perplexity", scores[0], scores[1], scores[1] > scores[0] * (1 + LOST))
+    yield from _generation_changes(backend, old, new)
+
+
+def _generation_changes(backend: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:
+    if old["text"] and new["text"]:
+        before, now = (float(x["text"]["perplexity"]) for x in (old, new))
+        yield Change(backend, "perplexity", before, now, now > before * (1 + LOST))
+        before, now = (abs(float(x["text"]["loss"]) - float(x["text"]["reference_loss"])) for x in (old, new))
+        worse = now > GROWTH * before and now > new["text"]["tolerance"]
+        yield Change(backend, "loss: difference from the reference", before, now, worse)
+    if old["greedy"] and new["greedy"]:
+        before, now = (_share_agreed(x["greedy"]) for x in (old, new))
+        yield Change(backend, "greedy tokens that agree", before, now, now < before - LOST)
+
+
+def _share_agreed(prompts: list[dict[str, Any]]) -> float:
+    agreed: float = sum(p["agreed"] for p in prompts) / sum(p["tokens"] for p in prompts)
+    return agreed

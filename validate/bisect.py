@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,18 @@ class Fault:
     tolerance: float
 
 
+_OPS_OF_WEIGHTS = (
+    (r"input_layernorm|self_attn\.q_", PLACES["query"]),
+    (r"self_attn\.kv_", PLACES["latent"]),
+    (r"self_attn\.w_", PLACES["attended"]),
+    (r"self_attn\.o_", PLACES["after_attention"]),
+    (r"post_attention_layernorm|mlp\.gate\.weight", PLACES["router_logits"]),
+    (r"mlp\.gate\.", "MoeBiasedRouter"),
+    (r"mlp\.experts\.", PLACES["experts"]),
+    (r"", "MLP, shared experts or residual"),
+)
+
+
 def first_fault(pair: Pair) -> Fault | None:
     """Search step by step, layer by layer, op by op; None where every value that was seen is within tolerance."""
     for index in range(len(pair.script.steps)):
@@ -39,6 +52,14 @@ def first_fault(pair: Pair) -> Fault | None:
             d = next((d for d in failed if d.output != "logits"), failed[0])
             return _fault(pair, index, d.output, d.row, d.position, d.closeness.max_relative, d.tolerance.relative)
     return None
+
+
+def place_of_weight(name: str) -> tuple[int | None, str]:
+    """The layer of a graph tensor, None before the first and after the last, and what is computed with it."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return None, "embedding" if "embed" in name else "final norm or head"
+    return int(match[1]), next(op for pattern, op in _OPS_OF_WEIGHTS if re.search(pattern, match[2]))
 
 
 def _in_order(seen: Arrays, layers: int) -> Iterator[str]:
@@ -69,6 +90,8 @@ def _fault(pair: Pair, index: int, name: str, row: int, position: int, relative:
         number = int(layer) - 1 if int(layer) else None
         op = "MLP, shared experts or residual" if int(layer) else "embedding"
     else:
-        op = {**PLACES, "attended": attention, "latents": f"{attention}, writing the cache"}[place]
+        router = "MoeBiasedRouter" if pair.config.topk_method == "noaux_tc" else "MoeRouter"
+        ops = {"attended": attention, "latents": f"{attention}, writing the cache"}
+        op = {**PLACES, **ops, "router_ids": router, "router_weights": router}[place]
         number = int(layer)
     return Fault(step.label, step.graph, number, name, op, row, position, relative, tolerance)

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
+
+from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.export.errors import OutputError
 from deepseek_trt.validate.html import HTML_FILE, render_html
-from deepseek_trt.validate.pair import Pair
 from deepseek_trt.validate.report import AccuracyReport
 
 REPORT_FILE = "report.json"
 
 
-def write_report(report: AccuracyReport, pairs: Sequence[Pair], folder: Path) -> None:
+class Comparison(Protocol):
+    """Polygraphy's verdicts on one backend."""
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def accuracy(self) -> AccuracyResults: ...
+
+
+def write_report(report: AccuracyReport, pairs: Sequence[Comparison], folder: Path) -> None:
     """Write all files, each under a temporary name first; files of an earlier report are replaced."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,8 @@ class Plot:
 
 def render_html(report: AccuracyReport) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["short"] = _short
+    environment.filters["short"] = lambda value: _whole(_short(value))
+    environment.filters["signed"] = lambda value: _whole(f"{value:+.2e}")
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(report=report, plots={b.backend: _plots(b) for b in report.backends})
 
@@ -50,7 +51,19 @@ def _drift(b: BackendReport) -> Plot:
     )
     key = ((_CANDIDATE, "largest error"), (_REFERENCE, "mean error"), (_LIMIT, "tolerance"))
     caption = "Hidden state as it enters each layer (last: as it leaves), relative to its largest element."
+    caption += _entry(b)
     return Plot("Drift by layer", line_plot(series, "layer", "relative error"), caption, key)
+
+
+def _entry(b: BackendReport) -> str:
+    """Where the error enters and where it grows most."""
+    first = next((d for d in b.drift if d.max_relative), None)
+    if first is None:
+        return " No error at all."
+    grown = [(d.growth, d.layer - 1) for d in b.drift if d.growth is not None]
+    where = f"layer {first.layer - 1}" if first.layer else "the embedding"
+    growth = f", grows most in layer {max(grown)[1]}: {max(grown)[0]:.3g} times" if grown else ""
+    return f" The error enters in {where}{growth}."
 
 
 def _errors(b: BackendReport) -> Plot:
@@ -85,6 +98,11 @@ def _latency(b: BackendReport, graph: str) -> Plot:
     caption = f"{b.backend}: {times}; a check, not a benchmark."
     key = ((_CANDIDATE, b.backend), (_REFERENCE, "torch float32"))
     return Plot(f"Time of each {graph} step", dot_plot(series, f"{graph} step", "ms"), caption, key)
+
+
+def _whole(number: str) -> Markup:
+    """A number that is not broken at its sign."""
+    return Markup('<span class="nb">{}</span>').format(number)
 
 
 def _short(value: float) -> str:

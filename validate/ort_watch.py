@@ -1,45 +1,95 @@
-"""Watch ONNX Runtime at work: a second session over the same graphs, with inner values as further outputs."""
+"""ExportedSession: ONNX Runtime over the graphs as they were exported, with inner values as further outputs.
+
+The session that is compared and the one that is watched are the same: in narrow dtypes a second one, optimised for
+other outputs, may round otherwise and route otherwise.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
 from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.engines.ort import _supply_references
-from deepseek_trt.engines.session import Session
+from deepseek_trt.engines.session import Floats, Int32s, Int64s, Session
 from deepseek_trt.engines.widen import WidenBfloat16
 from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.graph import DOMAIN, past_name
 from deepseek_trt.export.weight_file import NUMPY_DTYPES
 from deepseek_trt.validate.cases import Step
 from deepseek_trt.validate.probes import Arrays, Probes
 
 
-class OrtWatcher:
-    """Repeats each step in a session that shows its inner values, and fills `probes` from it."""
+class ExportedSession:
+    """Custom ops by their function bodies; bfloat16 bundles are computed in float32.
 
-    def __init__(self, request: SessionRequest, probes: Probes) -> None:
-        self.probes = probes
+    `seen` holds the inner values of the last call, of the places that `show` named, by probe name.
+    """
+
+    backend = "ort"
+
+    def __init__(self, request: SessionRequest) -> None:
+        manifest = request.bundle.manifest
+        widened = manifest.dtype == "bfloat16"
+        self.note = "bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)" if widened else ""
+        self.cache = dataclasses.replace(manifest.cache, dtype="float32") if widened else manifest.cache
+        self.pages = request.pages
+        self.seen: Arrays = {}
         self._request = request
-        self._graphs = {name: _Graph(request, name, probes.places) for name in ("prefill", "decode")}
-        self._pools: Arrays = {}
+        self._graphs: dict[str, _Graph] = {}
+        shape, dtype = (self.pages, self.cache.page_size, self.cache.latent_dim), NUMPY_DTYPES[self.cache.dtype]
+        self._pools = {past_name(i): np.zeros(shape, dtype) for i in range(self.cache.layers)}
+        self._places: tuple[str, ...] = ()
+
+    def show(self, places: tuple[str, ...]) -> None:
+        """Name the places of probes.PLACES to see, and load the graphs so that they show; before the first call."""
+        self._places = places
+        for graph in ("prefill", "decode"):
+            self._loaded(graph)
+
+    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        feeds: Arrays = {"input_ids": input_ids, "sequence_lengths": sequence_lengths}
+        return self._run("prefill", feeds | {"past_lengths": past_lengths, "page_table": page_table})
+
+    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        feeds: Arrays = {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table}
+        return self._run("decode", feeds)
+
+    def pool(self, layer: int) -> npt.NDArray[Any]:
+        return self._pools[past_name(layer)]
+
+    def _run(self, graph: str, feeds: Arrays) -> Floats:
+        logits, self.seen, presents = self._loaded(graph).run(feeds | self._pools)
+        self._pools = dict(zip(self._pools, presents, strict=True))
+        return logits
+
+    def _loaded(self, graph: str) -> _Graph:
+        if graph not in self._graphs:
+            self._graphs[graph] = _Graph(self._request, graph, self._places)
+        return self._graphs[graph]
+
+
+class OrtWatcher:
+    """Fills `probes` from what an ExportedSession shows."""
+
+    def __init__(self, probes: Probes) -> None:
+        self.probes = probes
 
     @contextmanager
     def watch(self, session: Session, index: int, step: Step) -> Iterator[None]:
+        shown: Any = session  # an ExportedSession
+        shown.show(self.probes.places)
         yield
-        if step.starts_case:
-            shape = (session.pages, session.cache.page_size, session.cache.latent_dim)
-            dtype = NUMPY_DTYPES[session.cache.dtype]
-            self._pools = {past_name(i): np.full(shape, np.nan, dtype) for i in range(session.cache.layers)}
-        values, presents = self._graphs[step.graph].run(step, self._pools)
-        self._pools = dict(zip(self._pools, presents, strict=True))
-        for name, value in values.items():
+        for name, value in shown.seen.items():
             self.probes.keep(index, step, name, value)
 
 
@@ -47,24 +97,25 @@ class _Graph:
     """One graph with the values at `places` as outputs beside its own."""
 
     def __init__(self, request: SessionRequest, name: str, places: tuple[str, ...]) -> None:
-        model = ir.serde.deserialize_model(onnx.load(request.bundle.graph_path(name), load_external_data=False))
+        path = request.bundle.graph_path(name)
+        model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
         if request.bundle.manifest.dtype == "bfloat16":
             WidenBfloat16()(model)
-        self._presents = [value.name or "" for value in model.graph.outputs][1:]
+        self._outputs = [value.name or "" for value in model.graph.outputs]  # logits, then a pool a layer
         found = {name: value for name, value in inner_values(model).items() if name.rpartition(".")[0] in places}
-        model.graph.outputs.extend(value for value in found.values() if not value.is_graph_output())
+        model.graph.outputs.extend(v for v in dict.fromkeys(found.values()) if not v.is_graph_output())
         self._names = {name: value.name or "" for name, value in found.items()}
-        self._inputs = {value.name for value in model.graph.inputs}
-        self._session = _open(request, ir.to_proto(model).SerializeToString())
+        try:
+            self._session = _open(request, ir.to_proto(model).SerializeToString())
+        except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
+            raise BackendError(f"ONNX Runtime cannot load {path} ({error}): export the checkpoint again") from None
 
-    def run(self, step: Step, pools: Arrays) -> tuple[Arrays, list[np.ndarray]]:
-        """The values by probe name, and the new pools."""
-        fields = ("input_ids", "sequence_lengths", "past_lengths", "page_table")
-        feeds = {name: getattr(step, name) for name in fields if name in self._inputs} | pools
-        wanted = sorted(set(self._names.values()))
-        out = self._session.run([*wanted, *self._presents], feeds)
-        by_value = dict(zip(wanted, out, strict=False))
-        return {name: by_value[value] for name, value in self._names.items()}, out[len(wanted) :]
+    def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[npt.NDArray[Any]]]:
+        """Logits, the values by probe name, and the new pools."""
+        wanted = [*self._outputs, *sorted(set(self._names.values()) - set(self._outputs))]
+        by_value = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+        logits, *presents = (by_value[name] for name in self._outputs)
+        return logits, {name: by_value[value] for name, value in self._names.items()}, presents
 
 
 def inner_values(model: ir.Model) -> dict[str, ir.Value]:
@@ -85,7 +136,7 @@ def inner_values(model: ir.Model) -> dict[str, ir.Value]:
             layer += 1
             found |= {f"query.{layer}": node.inputs[0], f"latent.{layer}": node.inputs[1]}
             found[f"attended.{layer}"] = node.outputs[0]
-        elif node.domain == DOMAIN and node.op_type.startswith("MoeRouter"):
+        elif node.domain == DOMAIN and node.op_type.startswith(("MoeRouter", "MoeBiasedRouter")):
             found[f"router_logits.{layer}"] = node.inputs[0]
             found |= {f"router_weights.{layer}": node.outputs[0], f"router_ids.{layer}": node.outputs[1]}
         elif node.domain == DOMAIN and node.op_type.startswith("MoeExperts"):

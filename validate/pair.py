@@ -12,6 +12,7 @@ from polygraphy.logger import G_LOGGER
 
 from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.engines.session import Session
+from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.validate.backends import BACKENDS
 from deepseek_trt.validate.cases import Script
 from deepseek_trt.validate.compare import OutputDifference, ToleranceCompare, differences_of_step
@@ -54,6 +55,7 @@ class Pair:
     probes: Probes
     reference_probes: Probes
     flips: tuple[Flip, ...]
+    config: ModelConfig
     judged: list[IterationResult]  # `results`, but for lines that were set aside (undecided.py)
     set_aside: Mapping[str, int] = field(default_factory=dict)  # lines by output
 
@@ -76,6 +78,12 @@ class Pair:
     def passed(self) -> bool:
         """All outputs within tolerance, and no router choice that rounding does not explain."""
         return bool(self.accuracy) and all(flip.near_tie for flip in self.flips)
+
+    @property
+    def sees_routing(self) -> bool:
+        """Whether the candidate's router choices were seen, or there are none to see."""
+        layers = range(self.config.num_hidden_layers)
+        return bool(self.probes.steps) or not any(self.config.is_moe_layer(i) for i in layers)
 
     def judged_by(self, floors: Mapping[str, float]) -> Pair:
         """The same results under tolerances that know the measured rounding floor."""
@@ -115,19 +123,26 @@ def run_pair(
         probes=probes,
         reference_probes=reference_probes,
         flips=tuple(follower.flips),
+        config=config,
         judged=run[0][1],
     )
 
 
-def rounding_floors(pair: Pair) -> dict[str, float]:
-    """The largest relative error of each output and probe over all steps."""
-    floors: dict[str, float] = {}
-    for difference in pair.differences:
+def rounding_floors(pair: Pair, steps: int) -> dict[str, float]:
+    """The largest relative error of each output and probe over the first `steps` steps."""
+    floors = largest_errors(pair, steps)
+    for difference in (d for d in pair.differences if d.step < steps):
         name = difference.output
         floors[name] = max(floors.get(name, 0.0), difference.closeness.max_relative)
-    for index, seen in pair.probes.steps.items():
-        for name, value in seen.items():
-            if not name.startswith("router_ids"):
-                c = closeness(value, pair.reference_probes.steps[index][name], pair.dtype)
-                floors[name] = max(floors.get(name, 0.0), c.max_relative)
     return floors
+
+
+def largest_errors(pair: Pair, steps: int) -> dict[str, float]:
+    """Of each probe that both sides saw, over the first `steps` steps; router choices are no numbers."""
+    errors: dict[str, float] = {}
+    for index, seen in pair.probes.steps.items():
+        names = seen if index < steps else ()
+        for name in (n for n in names if not n.startswith("router_ids")):
+            c = closeness(seen[name], pair.reference_probes.steps[index][name], pair.dtype)
+            errors[name] = max(errors.get(name, 0.0), c.max_relative)
+    return errors

@@ -67,8 +67,9 @@ def dot_plot(series: Sequence[Series], x_label: str, y_label: str) -> Markup:
     count = max(len(s.values) for s in series)
     x = _Scale(0, max(count - 1, 1), LEFT + 8, WIDTH - RIGHT - 8)
     parts = [_linear_grid(y, top), _x_ticks(x, count), _labels(x_label, y_label)]
+    radius = 3.5 if count < 50 else 1.5
     for s in series:
-        parts += [_dot(x(i), y(v), s.style, f"{s.name}, {i}: {v:.4g}", 3.5) for i, v in enumerate(s.values)]
+        parts += [_dot(x(i), y(v), s.style, f"{s.name}, {i}: {v:.4g}", radius) for i, v in enumerate(s.values)]
     return _svg(parts, y_label)
 
 
@@ -78,7 +79,7 @@ def bar_plot(values: Sequence[float], names: Sequence[str], x_label: str, y_labe
     y = _Scale(0, top * 1.05, HEIGHT - BOTTOM, TOP)
     step = (WIDTH - LEFT - RIGHT) / max(len(values), 1)
     parts = [_linear_grid(y, top, whole=True), _labels(x_label, y_label)]
-    every = max(1, math.ceil(len(values) / 12))
+    every = max(1, math.ceil(len(values) / 8))
     for i, (value, name, wrong) in enumerate(zip(values, names, bad, strict=True)):
         left = LEFT + i * step + step * 0.12
         parts.append(_bar(left, step * 0.76, y, value, "series-0", f"{name}: {value:g}"))
@@ -164,8 +165,8 @@ def _x_ticks(x: _Scale, count: int) -> str:
 
 
 def _some(count: int) -> range:
-    """At most about a dozen of 0..count-1."""
-    return range(0, count, max(1, math.ceil(count / 12)))
+    """At most a dozen of 0..count-1, in round steps."""
+    return range(0, count, max(1, int(_round_step(count / 12))))
 
 
 def _labels(x_label: str, y_label: str) -> str:

@@ -24,11 +24,12 @@ PLACES = {
     "attended": "MlaPrefill or MlaDecode",
     "after_attention": "output projection and residual",
     "router_logits": "router projection",
-    "router_ids": "MoeRouter",
-    "router_weights": "MoeRouter",
+    "router_ids": "router",
+    "router_weights": "router",
     "experts": "MoeExperts",
 }
-ROUTING = ("router_logits", "router_ids", "router_weights")
+GAP = "router_gap"  # routing.closest_gap [tokens, 1], which the reference alone knows
+ROUTING = ("router_logits", "router_ids", "router_weights", GAP)
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -41,7 +42,7 @@ class Probes:
 
     def keep(self, index: int, step: Step, name: str, array: npt.NDArray[Any]) -> None:
         """Keep the real tokens of `array`, whose leading axes are [B, S], [B] or [B * S]."""
-        if name.rpartition(".")[0] not in self.places:
+        if name.rpartition(".")[0] not in (self.places if step.is_watched else ROUTING):
             return
         live = step.live.reshape(-1)
         rows = array.reshape(live.size, -1)[live]

@@ -8,20 +8,47 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from deepseek_trt.export.bundle import Bundle, SourceFile
+from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.validate.integrity import Integrity
 
-_VERSIONED = ("deepseek-trt", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "polygraphy", "numpy", "transformers")
+_VERSIONED = (
+    "deepseek-trt",
+    "torch",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "polygraphy",
+    "numpy",
+    "transformers",
+    "triton",
+    "tensorrt-rtx",
+    "tensorrt",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """A part of the checkpoint as export read it; sha256 is None where it is gone, has changed, or was not hashed."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    sha256: str | None
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """`started` and `seconds` are the only fields that differ between two runs of one command."""
+    """`started` and `seconds` are the only fields that differ between two runs of one command.
+
+    `sha256` holds the bundle's files by name: graphs, weights, plans and the plugin library among them.
+    `reference_weights` says where the reference's weights were read: "bundle" or "checkpoint".
+    """
 
     bundle: str
     fingerprint: str
     sha256: dict[str, str]
-    checkpoint_files: tuple[SourceFile, ...]
+    checkpoint_files: tuple[CheckpointFile, ...]
+    reference_weights: str
     exported_with: dict[str, str]
     versions: dict[str, str]
     python: str
@@ -32,12 +59,18 @@ class Provenance:
     seconds: float
 
 
-def collect_provenance(bundle: Bundle, integrity: Integrity, seed: int, command: str, started: float) -> Provenance:
+def collect_provenance(
+    bundle: Bundle, integrity: Integrity, seed: int, reference_weights: str, command: str, started: float
+) -> Provenance:
     return Provenance(
         bundle=bundle.path.name,
         fingerprint=bundle.manifest.fingerprint,
         sha256=integrity.sha256,
-        checkpoint_files=bundle.manifest.sources,
+        checkpoint_files=tuple(
+            CheckpointFile(s.name, s.size, s.mtime_ns, integrity.checkpoint_sha256.get(s.name))
+            for s in bundle.manifest.sources
+        ),
+        reference_weights=reference_weights,
         exported_with=bundle.manifest.versions,
         versions=_versions(),
         python=platform.python_version(),

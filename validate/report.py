@@ -16,14 +16,17 @@ from deepseek_trt.validate.bisect import Fault, first_fault
 from deepseek_trt.validate.cases import Script
 from deepseek_trt.validate.compare import OutputDifference
 from deepseek_trt.validate.coverage import Coverage, coverage
+from deepseek_trt.validate.greedy import GreedyAgreement, greedy_agreement
 from deepseek_trt.validate.histogram import ErrorHistogram, error_histogram
-from deepseek_trt.validate.layers import Drift, RouterAgreement, drift, router_agreement
+from deepseek_trt.validate.layers import Drift, InnerValue, RouterAgreement, drift, inner_values, router_agreement
+from deepseek_trt.validate.layerwise_parts import PartReport
 from deepseek_trt.validate.pair import Pair
 from deepseek_trt.validate.provenance import Provenance
 from deepseek_trt.validate.routing import Flip
+from deepseek_trt.validate.text_score import TextScore, text_score
 from deepseek_trt.validate.tokens import TokenAgreement, token_agreement
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,10 @@ class BackendReport:
     set_aside: dict[str, int]
     outputs: tuple[OutputReport, ...]
     tokens: TokenAgreement
+    text: TextScore | None
+    greedy: tuple[GreedyAgreement, ...]
     drift: tuple[Drift, ...]
+    inner: tuple[InnerValue, ...]
     routers: tuple[RouterAgreement, ...]
     flips: tuple[Flip, ...]
     first_fault: Fault | None
@@ -86,6 +92,8 @@ class BackendReport:
 
 @dataclass(frozen=True)
 class AccuracyReport:
+    """The whole report; `parts` are those of a comparison layer by layer, and empty elsewhere."""
+
     passed: bool
     model: ModelConfig
     dtype: str
@@ -95,6 +103,7 @@ class AccuracyReport:
     reference: str
     backends: tuple[BackendReport, ...]
     provenance: Provenance
+    parts: tuple[PartReport, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,26 +115,30 @@ class AccuracyReport:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def backend_report(pair: Pair, script: Script, config: ModelConfig) -> BackendReport:
-    reached = coverage(pair.reference_probes, config)
+def backend_report(pair: Pair, floor: Pair | None) -> BackendReport:
+    """What came out of one comparison; `floor` is torch in the candidate's dtype, where that was run."""
+    text = text_score(pair, floor)
     return BackendReport(
         backend=pair.backend,
         computed_in=pair.dtype,
         note=pair.note,
-        passed=pair.passed,
+        passed=pair.passed and (text is None or text.passed),
         unused_pages_were_nan=pair.poisoned,
-        follows_routing=bool(pair.probes.steps) or not reached,
+        follows_routing=pair.sees_routing,
         set_aside=dict(pair.set_aside),
         outputs=_outputs(pair.differences),
-        tokens=token_agreement(script.steps, pair.results, pair.reference),
+        tokens=token_agreement(pair.script.steps, pair.results, pair.reference, pair.policy("logits").relative),
+        text=text,
+        greedy=greedy_agreement(pair),
         drift=drift(pair),
+        inner=inner_values(pair),
         routers=router_agreement(pair),
         flips=pair.flips,
         first_fault=None if pair.passed else first_fault(pair),
         histogram=error_histogram(pair),
-        coverage=reached,
-        milliseconds=_milliseconds(script, [r.runtime for r in pair.results]),
-        reference_milliseconds=_milliseconds(script, [r.runtime for r in pair.reference]),
+        coverage=coverage(pair.reference_probes, pair.config),
+        milliseconds=_milliseconds(pair.script, [r.runtime for r in pair.results]),
+        reference_milliseconds=_milliseconds(pair.script, [r.runtime for r in pair.reference]),
     )
 
 

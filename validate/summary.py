@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek_trt.validate.baseline import Change
-from deepseek_trt.validate.bisect import Fault
+from deepseek_trt.validate.bisect import Fault, place_of_weight
 from deepseek_trt.validate.report import AccuracyReport, BackendReport, OutputReport
+from deepseek_trt.validate.text_score import TextScore
 
 MOST_LATENTS = 8
 
@@ -23,7 +24,7 @@ def summary(report: AccuracyReport) -> dict[str, Any]:
         "passed": report.passed,
         "bundle": report.provenance.bundle,
         "dtype": report.dtype,
-        "changed_weights": list(report.changed_weights),
+        "changed_weights": [_changed(name) for name in report.changed_weights],
         "backends": [_backend(b) for b in report.backends],
     }
 
@@ -36,8 +37,10 @@ def print_summary(report: AccuracyReport, console: Console | None = None) -> Non
         console.print(_sentence(backend), highlight=False)
         if backend.first_fault is not None:
             console.print(f"[red]first out of tolerance: {_fault(backend.first_fault)}", highlight=False)
+        if backend.text is not None:
+            console.print(_perplexity(backend.text), highlight=False)
     for name in report.changed_weights:
-        console.print(f"[red]weight {name} is not what export wrote (sha256 differs)", highlight=False)
+        console.print(f"[red]weight {_changed(name)} is not what export wrote (sha256 differs)", highlight=False)
     for name in report.changed_files:
         console.print(f"[yellow]{name} has changed since export", highlight=False)
     console.print("[green]passed" if report.passed else "[red]failed", highlight=False)
@@ -51,6 +54,11 @@ def print_changes(changes: Sequence[Change], console: Console | None = None) -> 
         console.print(f"{verdict}: {c.backend}, {c.what}: {c.old:.6g} -> {c.new:.6g}", highlight=False)
     if not changes:
         console.print("nothing moved since the earlier report", highlight=False)
+
+
+def _changed(weight: str) -> str:
+    layer, op = place_of_weight(weight)
+    return f"{weight} ({op}{'' if layer is None else f' in layer {layer}'})"
 
 
 def _fault(f: Fault) -> str:
@@ -69,11 +77,17 @@ def _backend(b: BackendReport) -> dict[str, Any]:
         "first_fault": _fault(b.first_fault) if b.first_fault else None,
         "worst": {"output": worst.output, "step": worst.worst.step, "row": worst.worst.row},
         "top1": b.tokens.top1,
-        "perplexity": b.tokens.perplexity,
-        "reference_perplexity": b.tokens.reference_perplexity,
+        "kl_max": _number(b.tokens.kl_max),
+        "text": _text(b.text) if b.text else None,
+        "greedy": [{"agreed": g.agreed, "tokens": g.tokens} for g in b.greedy],
         "near_ties": sum(f.near_tie for f in b.flips),
         "wrong_choices": sum(not f.near_tie for f in b.flips),
     }
+
+
+def _text(t: TextScore) -> dict[str, Any]:
+    names = ("scored", "loss", "reference_loss", "perplexity", "reference_perplexity", "tolerance")
+    return {"passed": t.passed, **{name: _number(getattr(t, name)) for name in names}}
 
 
 def _number(x: float) -> float | str:
@@ -100,6 +114,12 @@ def _table(b: BackendReport) -> Table:
     return table
 
 
+def _perplexity(t: TextScore) -> str:
+    difference, move = t.perplexity - t.reference_perplexity, t.loss - t.reference_loss
+    line = f"perplexity {t.perplexity:.4f} ({difference:+.2e}) over {t.scored} tokens of text; loss {t.loss:.6f} nats"
+    return f"{'' if t.passed else '[red]'}{line} ({move:+.2e}, tolerance {t.tolerance:.2e})"
+
+
 def _shown(b: BackendReport) -> list[OutputReport]:
     """The logits, every output out of tolerance, and of the layers' latents those nearest to their tolerance."""
     latents = sorted((o for o in b.outputs if o.passed and o.output != "logits"), key=lambda o: -_nearness(o))
@@ -110,9 +130,9 @@ def _sentence(b: BackendReport) -> str:
     ties = sum(f.near_tie for f in b.flips)
     parts = [f"top-1 {b.tokens.top1:.2%} and top-5 {b.tokens.top5:.2%} of {b.tokens.predictions} predictions agree"]
     parts.append(f"KL at most {b.tokens.kl_max:.2e}")
-    if b.tokens.perplexity is not None and b.tokens.reference_perplexity is not None:
-        difference = b.tokens.perplexity - b.tokens.reference_perplexity
-        parts.append(f"perplexity {b.tokens.perplexity:.3f} ({difference:+.2e})")
+    if b.greedy:
+        alike = ", ".join(str(g.agreed) for g in b.greedy)
+        parts.append(f"greedy generation agrees for {alike} of {b.greedy[0].tokens} tokens")
     if b.routers:
         parts.append(f"router choices: {ties} near ties followed, {len(b.flips) - ties} wrong")
     if b.set_aside:

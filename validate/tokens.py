@@ -1,4 +1,4 @@
-"""Next-token distributions of candidate and reference: how often they agree, and how well each foretells the text."""
+"""Next-token distributions of candidate and reference: how often they agree, and how far they lie apart."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from polygraphy.comparator import IterationResult
 
-from deepseek_trt.validate.cases import NO_TARGET, Step
-from deepseek_trt.validate.compare import tokens_of_output
-from deepseek_trt.validate.metrics import Array, kl_divergence, negative_log_likelihood, top_overlap
+from deepseek_trt.validate.cases import Step
+from deepseek_trt.validate.metrics import Array, kl_divergence, top_overlap
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,9 @@ class StepAgreement:
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """Over all steps. Perplexities are over the case "text", None without one.
+    """Over all steps. `kl_limit` is the most that logits within their tolerance can give.
 
-    `greedy_lengths` says for each sequence how many decode steps in a row, from the first, name the same next token,
-    both being fed the script's tokens.
+    Where no logit moves by more than d, KL is at most d^2 / 2 (Hoeffding's lemma over a range of 2 d).
     """
 
     predictions: int
@@ -38,34 +36,31 @@ class TokenAgreement:
     top5: float
     kl_mean: float
     kl_max: float
-    scored: int
-    perplexity: float | None
-    reference_perplexity: float | None
-    greedy_lengths: tuple[int, ...]
-    greedy_steps: int
+    kl_limit: float
     steps: tuple[StepAgreement, ...]
 
 
 def token_agreement(
-    steps: Sequence[Step], results: Sequence[IterationResult], reference: Sequence[IterationResult]
+    steps: Sequence[Step],
+    results: Sequence[IterationResult],
+    reference: Sequence[IterationResult],
+    tolerance: float,
 ) -> TokenAgreement:
-    """Compare the logits of every step; rows with nan or inf count as total disagreement."""
+    """Compare the logits of every step; rows with nan or inf count as total disagreement.
+
+    `tolerance` is that of the logits, relative to the largest of a step.
+    """
     pairs = [(step, _finite(a["logits"]), b["logits"]) for step, a, b in zip(steps, results, reference, strict=True)]
     found = [_of_step(step, ours, theirs) for step, ours, theirs in pairs]
     total = sum(s.predictions for s in found)
-    ours_nll, theirs_nll = _scores(pairs)
-    lengths = _greedy_lengths(pairs)
+    largest = max(float(np.abs(theirs).max()) for _, _, theirs in pairs)
     return TokenAgreement(
         predictions=total,
         top1=sum(s.top1 * s.predictions for s in found) / total,
         top5=sum(s.top5 * s.predictions for s in found) / total,
         kl_mean=sum(s.kl_mean * s.predictions for s in found) / total,
         kl_max=max(s.kl_max for s in found),
-        scored=len(ours_nll),
-        perplexity=float(np.exp(np.mean(ours_nll))) if ours_nll else None,
-        reference_perplexity=float(np.exp(np.mean(theirs_nll))) if theirs_nll else None,
-        greedy_lengths=lengths,
-        greedy_steps=max(sum(s.graph == "decode" and s.case == c for s in steps) for c in {s.case for s in steps}),
+        kl_limit=(tolerance * largest) ** 2 / 2,
         steps=tuple(found),
     )
 
@@ -80,29 +75,6 @@ def _of_step(step: Step, ours: Array, theirs: Array) -> StepAgreement:
         float(kl.mean()),
         float(kl.max()),
     )
-
-
-def _scores(pairs: Sequence[tuple[Step, Array, Array]]) -> tuple[list[float], list[float]]:
-    """Negative log likelihoods of the text's tokens by both."""
-    ours_nll: list[float] = []
-    theirs_nll: list[float] = []
-    for step, ours, theirs in pairs:
-        if step.case != "text":
-            continue
-        places = tokens_of_output(step, "logits", len(ours))
-        targets = np.array([step.targets[row, position - step.past_lengths[row]] for row, position in places])
-        known = targets != NO_TARGET
-        ours_nll += negative_log_likelihood(ours[known], targets[known]).tolist()
-        theirs_nll += negative_log_likelihood(theirs[known], targets[known]).tolist()
-    return ours_nll, theirs_nll
-
-
-def _greedy_lengths(pairs: Sequence[tuple[Step, Array, Array]]) -> tuple[int, ...]:
-    agree: dict[str, list[Array]] = {}
-    for step, ours, theirs in pairs:
-        if step.graph == "decode":
-            agree.setdefault(step.case, []).append(ours.argmax(-1) == theirs.argmax(-1))
-    return tuple(int(n) for rows in agree.values() for n in np.logical_and.accumulate(rows).sum(0))
 
 
 def _finite(logits: Array) -> Array:

@@ -48,9 +48,11 @@ def derive_tolerance(hidden_size: int, dtype: str, roundings: int) -> Tolerance:
 
 def tighten(derived: Tolerance, floor: float | None) -> Tolerance:
     """The smaller of the derived tolerance and FLOOR_FACTOR times the measured rounding floor."""
-    if not floor or FLOOR_FACTOR * floor >= derived.relative:
+    if not floor:
         return derived
     reason = f"{FLOOR_FACTOR:g} * the rounding floor {floor:.2e} (torch in this dtype against torch in float32)"
+    if FLOOR_FACTOR * floor >= derived.relative:
+        return Tolerance(derived.relative, f"{derived.reason}; {reason} would allow more")
     return Tolerance(FLOOR_FACTOR * floor, f"{reason}; derived limit {derived.relative:.2e}")
 
 

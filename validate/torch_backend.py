@@ -21,6 +21,8 @@ from deepseek_trt.export.model import DeepseekV2, Rope
 class FillableTorchSession(TorchSession):
     """pool() gives a copy where the dtype is narrow, so filling goes through here."""
 
+    is_slow = False
+
     def fill(self, value: float) -> None:
         """Set every number of every pool."""
         self._pools = [torch.full_like(pool, value) for pool in self._pools]
@@ -31,6 +33,8 @@ class StreamedTorchSession(FillableTorchSession):
 
     Embeddings, the last norm and the head stay.
     """
+
+    is_slow = True
 
     def __init__(self, bundle: Bundle, pages: int, dtype: str) -> None:
         self.note = f"{bundle.manifest.dtype} weights, computed in {dtype}, one layer in memory at a time"

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepseek_trt.engines.session import Session
 from deepseek_trt.export.graph import DOMAIN
 from deepseek_trt.validate.cases import Step
-from deepseek_trt.validate.probes import Probes
-from deepseek_trt.validate.routing import Flip, differing_tokens, margin, weights_of
+from deepseek_trt.validate.probes import GAP, Probes
+from deepseek_trt.validate.routing import Flip, Router, closest_gap, differing_tokens, margin
 
 Keep = Callable[[str, Tensor], None]
 
@@ -47,28 +47,29 @@ class TorchWatcher:
             stack.enter_context(_OpWatch(keep, lambda *a: self._route(index, step, *a)))
             yield
 
-    def _route(self, index: int, step: Step, layer: int, args: tuple[Any, ...], own: Any) -> Any:
+    def _route(self, index: int, step: Step, layer: int, router: Router, logits: Tensor, own: Any) -> Any:
         """The router's outputs for this layer: its own, or those with near ties decided as `follow` has them."""
+        if self._follow is not None:
+            self.probes.keep(index, step, f"{GAP}.{layer}", _array(closest_gap(logits, router)))
         theirs = self._follow.steps.get(index, {}).get(f"router_ids.{layer}") if self._follow else None
         if theirs is None:
             return own
-        logits, attributes = args[0], args[1:]
         live = torch.from_numpy(step.live.reshape(-1).nonzero()[0])
         ids, wanted = own[1].clone(), torch.from_numpy(theirs)
         for token in differing_tokens(own[1][live], wanted):
             row = live[token]
-            least = margin(logits[row], wanted[token], attributes)
+            least = margin(logits[row], wanted[token], router)
             flip = Flip(index, layer, token, _ids(own[1][row]), _ids(wanted[token]), least, self._allowed(layer))
             self.flips.append(flip)
             if flip.near_tie:
                 ids[row] = wanted[token]
-        return (weights_of(logits, ids, attributes), ids) if not torch.equal(ids, own[1]) else own
+        return (router.weights_of(logits, ids), ids) if not torch.equal(ids, own[1]) else own
 
 
 class _OpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Keeps what goes into and comes out of the custom ops; layers are counted by their attention."""
 
-    def __init__(self, keep: Keep, route: Callable[[int, tuple[Any, ...], Any], Any]) -> None:
+    def __init__(self, keep: Keep, route: Callable[[int, Router, Tensor, Any], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._keep, self._route, self._layer = keep, route, -1
 
@@ -80,8 +81,9 @@ class _OpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
         if name in ("MlaPrefill", "MlaDecode"):
             self._layer += 1
             self._all({"query": args[0], "latent": args[1], "attended": out[0]})
-        elif name == "MoeRouter":
-            out = self._route(self._layer, args, out)
+        elif name in ("MoeRouter", "MoeBiasedRouter"):
+            router = Router(args[1:]) if name == "MoeRouter" else Router(args[2:], args[1])
+            out = self._route(self._layer, router, args[0], out)
             self._all({"router_logits": args[0], "router_weights": out[0], "router_ids": out[1]})
         elif name == "MoeExperts":
             self._all({"experts": out})

@@ -13,21 +13,21 @@ from collections import defaultdict
 import numpy as np
 from polygraphy.comparator import IterationResult
 
-from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.validate.compare import tokens_of_output
 from deepseek_trt.validate.metrics import Array
 from deepseek_trt.validate.pair import Pair
+from deepseek_trt.validate.probes import GAP
 
 MOST = 0.5
 Place = tuple[str, int]  # case and row: one sequence
 Ties = dict[Place, list[tuple[int, int]]]  # (position, layer) of each near tie
 
 
-def set_aside(pair: Pair, config: ModelConfig) -> Pair:
+def set_aside(pair: Pair) -> Pair:
     """The pair with undecided lines judged as equal; unchanged where choices were seen, or where there is no router."""
-    if pair.probes.steps or not any(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
+    if pair.sees_routing:
         return pair
-    ties = near_ties(pair, config)
+    ties = near_ties(pair)
     undecided = {index: _undecided_lines(pair, index, ties) for index in range(len(pair.results))}
     counts: dict[str, int] = defaultdict(int)
     totals: dict[str, int] = defaultdict(int)
@@ -40,41 +40,20 @@ def set_aside(pair: Pair, config: ModelConfig) -> Pair:
     return dataclasses.replace(pair, judged=judged, set_aside=kept)
 
 
-def near_ties(pair: Pair, config: ModelConfig) -> Ties:
+def near_ties(pair: Pair) -> Ties:
     """Where rounding may have changed the reference's choice of experts."""
     found: Ties = defaultdict(list)
     for index, step in enumerate(pair.script.steps):
-        for layer in range(config.num_hidden_layers):
-            logits = pair.reference_probes.steps[index].get(f"router_logits.{layer}")
-            if logits is None:
+        for layer in range(pair.policy.layers):
+            gaps = pair.reference_probes.steps[index].get(f"{GAP}.{layer}")
+            if gaps is None:
                 continue
-            close = closest_gap(logits, config) <= 2 * pair.policy(f"router_logits.{layer}").relative
-            tokens = tokens_of_output(step, "tokens", len(logits))
+            close = gaps[:, 0] <= 2 * pair.policy(f"router_logits.{layer}").relative
+            tokens = tokens_of_output(step, "tokens", len(gaps))
             for line in close.nonzero()[0]:
                 row, position = tokens[line]
                 found[step.case, row].append((position, layer))
     return found
-
-
-def closest_gap(logits: Array, config: ModelConfig) -> Array:
-    """Of each token [T]: the gap between the last chosen and the first refused, expert or group, in router logits.
-
-    Relative to the token's largest |logit|. A gap closes when both sides move by half of it.
-    """
-    scores = logits.astype(np.float64)
-    gaps = [np.full(len(scores), np.inf)]
-    if config.topk_method == "group_limited_greedy" and config.topk_group < config.n_group:
-        grouped = scores.reshape(len(scores), config.n_group, -1)
-        best = grouped.max(-1)
-        ranked = -np.sort(-best, axis=-1)
-        gaps.append(ranked[:, config.topk_group - 1] - ranked[:, config.topk_group])
-        kept = best >= ranked[:, config.topk_group - 1, None]
-        scores = np.where(kept[:, :, None], grouped, -np.inf).reshape(len(scores), -1)
-    ranked = -np.sort(-scores, axis=-1)
-    if config.num_experts_per_tok < scores.shape[1]:
-        gaps.append(ranked[:, config.num_experts_per_tok - 1] - ranked[:, config.num_experts_per_tok])
-    smallest: Array = np.min(gaps, axis=0) / np.abs(logits).max(-1)
-    return smallest
 
 
 def _undecided_lines(pair: Pair, index: int, ties: Ties) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.checkpoint import read_header
@@ -33,13 +35,36 @@ def good(small_v2, bundle_of) -> Callable[[str], Bundle]:
     return lambda dtype: bundle_of(small_v2.checkpoint, dtype=dtype, page_size=PAGE)
 
 
+@pytest.fixture(scope="session")
+def biased_checkpoint(small_v2, tmp_path_factory) -> Path:
+    """The small model with the V3 family's router: a correction bias, sigmoid scores, normalised weights."""
+    path = tmp_path_factory.mktemp("v3") / "checkpoint"
+    shutil.copytree(small_v2.checkpoint, path)
+    changed = {"model_type": "deepseek_v3", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    raw = {**small_v2.raw, **changed, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+    (path / "config.json").write_text(json.dumps(raw))
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)]
+    save_file({name: 0.1 * torch.randn(16, generator=generator) for name in names}, path / "bias.safetensors")
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(names, "bias.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+@pytest.fixture(scope="session")
+def biased(biased_checkpoint, bundle_of) -> Callable[[str], Bundle]:
+    """A right bundle of the dtype, of the V3 family."""
+    return lambda dtype: bundle_of(biased_checkpoint, dtype=dtype, page_size=PAGE)
+
+
 @pytest.fixture
 def edited(good, tmp_path) -> Callable[..., Path]:
-    """A copy of the float32 bundle with one graph, or both, changed."""
+    """A copy of the float32 bundle, or of another, with one graph, or both, changed."""
 
-    def make(edit: Edit, *graphs: str) -> Path:
+    def make(edit: Edit, *graphs: str, bundle: Bundle | None = None) -> Path:
         copy = tmp_path / "edited"
-        shutil.copytree(good("float32").path, copy)
+        shutil.copytree((bundle or good("float32")).path, copy)
         for name in graphs:
             model = onnx.load(copy / f"{name}.onnx", load_external_data=False)
             edit(model)

@@ -1,4 +1,4 @@
-"""Planted faults: each is caught, and named in the right layer and op."""
+"""Planted faults: each is caught with exit code 3, and named in the right layer and op."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from deepseek_trt.export.graph import DOMAIN
 from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
 
 LAYER = 1  # where the faults are planted; the model's first MoE layer
+SMALL = 1.001  # one part in a thousand
 
 
 def node_of(model, op):
@@ -33,18 +34,31 @@ def own_body(model, node):
     return model.functions[-1]
 
 
-def insert_before(model, node, slot, op, constant):
+def insert_before(model, node, slot, op, constant, **attributes):
     """node.inputs[slot] becomes op(node.inputs[slot], constant)."""
     at = list(model.graph.node).index(node)
     made = helper.make_node("Constant", [], ["fault_constant"], value=numpy_helper.from_array(constant))
+    inputs, outputs = [node.input[slot], "fault_constant"], ["fault_value"]
     model.graph.node.insert(at, made)
-    model.graph.node.insert(at + 1, helper.make_node(op, [node.input[slot], "fault_constant"], ["fault_value"]))
+    model.graph.node.insert(at + 1, helper.make_node(op, inputs, outputs, **attributes))
     node.input[slot] = "fault_value"
 
 
+def scale_constant(model, op, name, factor):
+    body = own_body(model, node_of(model, op))
+    next(n for n in body.node if n.output[0] == name).attribute[0].f *= factor
+
+
 def softmax_scale(model):
-    body = own_body(model, node_of(model, "Mla"))
-    next(n for n in body.node if n.output[0] == "scale_f").attribute[0].f *= 1.01
+    scale_constant(model, "Mla", "scale_f", SMALL)
+
+
+def router_scale(model):
+    scale_constant(model, "MoeRouter", "factor", SMALL)
+
+
+def biased_router_scale(model):
+    scale_constant(model, "MoeBiasedRouter", "factor", SMALL)
 
 
 def rope_order(model):
@@ -55,18 +69,7 @@ def rope_order(model):
 
 def expert_permutation(model):
     """Every expert's down projection is that of another."""
-    node = node_of(model, "MoeExperts")
-    order = np.roll(np.arange(16), 1)
-    at = list(model.graph.node).index(node)
-    made = helper.make_node("Constant", [], ["fault_order"], value=numpy_helper.from_array(order))
-    model.graph.node.insert(at, made)
-    model.graph.node.insert(at + 1, helper.make_node("Gather", [node.input[5], "fault_order"], ["fault_value"], axis=0))
-    node.input[5] = "fault_value"
-
-
-def router_scale(model):
-    body = own_body(model, node_of(model, "MoeRouter"))
-    next(n for n in body.node if n.output[0] == "factor").attribute[0].f *= 1.01
+    insert_before(model, node_of(model, "MoeExperts"), 5, "Gather", np.roll(np.arange(16), 1), axis=0)
 
 
 def dropped_expert(model):
@@ -83,13 +86,41 @@ def mask_off_by_one(model):
     next(n for n in body.node if n.op_type == "LessOrEqual").op_type = "Less"
 
 
-def wrong_weight(model):
+def other_weight(model):
     """LAYER's output projection reads the next layer's."""
     name = "model.layers.{}.self_attn.o_proj.weight"
     found = {t.name: t for t in model.graph.initializer}
     ours, theirs = found[name.format(LAYER)], found[name.format(LAYER + 1)]
     del ours.external_data[:]
     ours.external_data.extend(theirs.external_data)
+
+
+def changed_number(weight, shape):
+    """A fault that adds 0.02, a quarter of the weights' standard deviation, to one number of a weight in LAYER."""
+
+    def one_number(model):
+        name = f"model.layers.{LAYER}.{weight}"
+        node, slot = next((n, i) for n in model.graph.node for i, x in enumerate(n.input) if x == name)
+        change = np.zeros(shape, dtype=np.float32)
+        change.reshape(-1)[7] = 0.02
+        insert_before(model, node, slot, "Add", change)
+
+    return one_number
+
+
+def one_number_of_o_proj(model):
+    changed_number("self_attn.o_proj.weight", (64, 96))(model)
+
+
+def one_number_of_the_router(model):
+    changed_number("mlp.gate.weight", (16, 64))(model)
+
+
+def biased_choice(model):
+    """The correction bias of one expert is off."""
+    change = np.zeros(16, dtype=np.float32)
+    change[3] = 0.1
+    insert_before(model, node_of(model, "MoeBiasedRouter"), 1, "Add", change)
 
 
 FAULTS = [
@@ -101,32 +132,53 @@ FAULTS = [
     (dropped_expert, "prefill", "MoeExperts"),
     (cache_off_by_one, "decode", "MlaDecode"),
     (mask_off_by_one, "prefill", "MlaPrefill"),
-    (wrong_weight, "decode", "output projection and residual"),
+    (other_weight, "decode", "output projection and residual"),
+    (one_number_of_o_proj, "prefill", "output projection and residual"),
+    (one_number_of_the_router, "decode", "router projection"),
 ]
+BIASED_FAULTS = [(biased_router_scale, "decode", "MoeBiasedRouter"), (biased_choice, "prefill", "MoeBiasedRouter")]
 
 
-@pytest.mark.parametrize(
-    ("plant", "graph", "op"), FAULTS, ids=[f"{plant.__name__}-{graph}" for plant, graph, _ in FAULTS]
-)
+def names(faults):
+    return [f"{plant.__name__}-{graph}" for plant, graph, _ in faults]
+
+
+def check(path, graph, op):
+    """The command exits with 3 and names the op, the layer and the first step of the graph."""
+    done = CliRunner().invoke(main, ["validate", str(path), "--backend", "ort", "--bisect", "--json", "--threads", "1"])
+    assert done.exit_code == EXIT_ACCURACY, done.output
+    step = "prefill" if graph == "prefill" else "decode 0"
+    first = json.loads(done.stdout)["backends"][0]["first_fault"]
+    assert first.startswith(f"{op} in layer {LAYER} ")
+    assert f"seeded: {step}," in first
+
+
+@pytest.mark.parametrize(("plant", "graph", "op"), FAULTS, ids=names(FAULTS))
 def test_planted_faults_are_named(edited, plant, graph, op):
-    path = edited(plant, graph)
-    report = validate_bundle(ValidateRequest(path, bisect=True, threads=1)).report
-    assert not report.passed
-    assert report.changed_files == (f"{graph}.onnx",)
-    fault = report.backends[0].first_fault
-    assert (fault.layer, fault.op, fault.graph) == (LAYER, op, graph)
-    assert fault.step == ("seeded: prefill" if graph == "prefill" else "seeded: decode 0")
+    check(edited(plant, graph), graph, op)
 
 
-def test_the_command_names_the_fault(edited):
-    done = CliRunner().invoke(
-        main, ["validate", str(edited(router_scale, "decode")), "--bisect", "--json", "--threads", "1"]
-    )
-    assert done.exit_code == EXIT_ACCURACY
-    assert json.loads(done.stdout)["backends"][0]["first_fault"].startswith("MoeRouter in layer 1")
+@pytest.mark.parametrize(("plant", "graph", "op"), BIASED_FAULTS, ids=names(BIASED_FAULTS))
+def test_faults_of_the_biased_router_are_named(edited, biased, plant, graph, op):
+    check(edited(plant, graph, bundle=biased("float32")), graph, op)
 
 
 def test_a_right_bundle_has_no_fault(good):
     report = validate_bundle(ValidateRequest(good("float32").path, bisect=True, threads=1)).report
     assert report.passed
     assert report.backends[0].first_fault is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_scale_that_leaves_the_tolerance_is_caught_in_every_dtype(good, edited, dtype):
+    """The size of fault that a dtype's rounding hides, and no more."""
+    right = validate_bundle(ValidateRequest(good(dtype).path, bisect=True, threads=1)).report
+    limit = next(v.tolerance for v in right.backends[0].inner if (v.place, v.layer) == ("router_weights", LAYER))
+
+    def scale(model):
+        scale_constant(model, "MoeRouter", "factor", 1 + 1.5 * limit)
+
+    path = edited(scale, "prefill", "decode", bundle=good(dtype))
+    report = validate_bundle(ValidateRequest(path, bisect=True, threads=1)).report
+    fault = report.backends[0].first_fault
+    assert (fault.op, fault.layer) == ("MoeRouter", LAYER)

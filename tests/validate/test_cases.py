@@ -11,20 +11,20 @@ from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.graph import CacheSpec
 from deepseek_trt.validate.cases import (
     DECODE_STEPS,
-    NO_TARGET,
     build_case,
-    pages_of_case,
+    case_plan,
     seeded_tokens,
     text_tokens,
-    tokens_of_case,
 )
+from deepseek_trt.validate.loss import IGNORED
 
 CACHE = CacheSpec(layers=2, page_size=8, latent_dim=4, dtype="float32")
+PLAN = case_plan(8)
 
 
 @pytest.fixture(scope="module")
 def steps():
-    return build_case("seeded", seeded_tokens(100, tokens_of_case(8), 0), CACHE, seed=0)
+    return build_case("seeded", seeded_tokens(100, PLAN.tokens, 0), PLAN, CACHE, seed=0)
 
 
 def test_a_prefill_a_chunk_then_decode_steps(steps):
@@ -47,8 +47,8 @@ def test_page_boundaries_are_crossed_in_every_phase(steps):
 
 
 def test_pages_are_shared_by_nobody_and_poison_is_never_written(steps):
-    table, poison = steps[0].page_table, pages_of_case(CACHE) - 1
-    used = [table[row, : -(-tokens // 8)] for row, tokens in enumerate(tokens_of_case(8))]
+    table, poison = steps[0].page_table, PLAN.pages(CACHE) - 1
+    used = [table[row, : -(-tokens // 8)] for row, tokens in enumerate(PLAN.tokens)]
     pages = np.concatenate(used)
     assert len(set(pages.tolist())) == len(pages)
     assert 0 not in pages
@@ -60,11 +60,11 @@ def test_targets_are_the_tokens_that_follow(steps):
     first, second = steps[0], steps[1]
     assert (first.targets[0, :12] == first.input_ids[0, 1:13]).all()
     assert first.targets[0, 12] == second.input_ids[0, 0]
-    assert (first.targets[~first.live] == NO_TARGET).all()
+    assert (first.targets[~first.live] == IGNORED).all()
 
 
 def test_the_same_seed_gives_the_same_script(steps):
-    again = build_case("seeded", seeded_tokens(100, tokens_of_case(8), 0), CACHE, seed=0)
+    again = build_case("seeded", seeded_tokens(100, PLAN.tokens, 0), PLAN, CACHE, seed=0)
     for ours, theirs in zip(steps, again, strict=True):
         assert (ours.input_ids == theirs.input_ids).all()
         assert (ours.page_table == theirs.page_table).all()

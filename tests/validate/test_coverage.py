@@ -8,14 +8,14 @@ from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.validate import coverage
 from deepseek_trt.validate.backends import make_reference
-from deepseek_trt.validate.cases import Script, pages_of_case, prefill_case
+from deepseek_trt.validate.cases import Script, case_plan, prefill_case
 from deepseek_trt.validate.probes import Probes
 
 
 def test_cases_are_added_until_every_expert_is_reached(good):
     bundle = good("float32")
     cache, config = bundle.manifest.cache, bundle.manifest.model
-    pages = pages_of_case(cache)
+    pages = case_plan(cache.page_size).pages(cache)
     reference = make_reference(SessionRequest(bundle, pages, 1))
     first = prefill_case("first", cache, config.vocab_size, seed=0)[1:]  # seven tokens: too few for 16 experts twice
     covered = coverage.cover_experts(reference, Script(first, pages), config, seed=0)

@@ -1,12 +1,10 @@
-"""The report's files: the same for the same command, complete, and drawn by a real browser."""
+"""The report's files: the same for the same command, and complete."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
@@ -15,8 +13,6 @@ from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
 from deepseek_trt.validate.baseline import compare_reports, read_report
 from deepseek_trt.validate.files import write_report
 from deepseek_trt.validate.html import render_html
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +44,13 @@ def test_every_number_asked_for_is_there(validation):
         assert [d.layer for d in backend.drift] == [0, 1, 2, 3]
         assert [r.layer for r in backend.routers] == [1, 2]
         assert all(sum(c.tokens) for c in backend.coverage)
-        assert backend.tokens.greedy_steps == 16
+        assert all(v.max_relative <= v.tolerance for v in backend.inner)
+        assert [g.tokens for g in backend.greedy] == [33] * 4
+        assert backend.tokens.kl_max <= backend.tokens.kl_limit
         assert backend.unused_pages_were_nan
     assert len(report.provenance.sha256["weights.safetensors"]) == 64
+    parts = report.provenance.checkpoint_files
+    assert [len(part.sha256) for part in parts] == [64, 64]
     assert {"torch", "onnx", "polygraphy"} <= report.provenance.versions.keys()
 
 
@@ -96,19 +96,3 @@ def test_the_page_needs_no_network_and_escapes(validation):
     assert "&lt;command&gt; &amp; co" in page
     assert not re.search(r"(src|href)=|url\(|@import|https?://", page)
     assert page.count("<svg") == 2 * 6  # drift, errors, routers, coverage, and the times of two graphs
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to look at the page with")
-@pytest.mark.parametrize("width", [1000, 500])
-def test_a_browser_draws_every_plot(validation, tmp_path, width):
-    write_report(validation.report, validation.pairs, tmp_path)
-    page, picture = tmp_path / "report.html", tmp_path / "page.png"
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2400"]
-    logged = ["--enable-logging=stderr", "--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    done = subprocess.run([*command, *logged], capture_output=True, text=True, check=True, timeout=300)
-    assert "CONSOLE" not in done.stderr
-    assert done.stdout.count("<svg") == 12
-    assert "NaN" not in re.sub(r"<p.*?</p>", "", done.stdout, flags=re.DOTALL)
-    shot = [f"--screenshot={picture}", f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
-    subprocess.run([*command, *shot], capture_output=True, check=True, timeout=300)
-    assert picture.stat().st_size > 50_000

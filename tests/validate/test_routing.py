@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.export.ops.moe_router import moe_router
 from deepseek_trt.validate import accuracy, backends
 from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
-from deepseek_trt.validate.routing import differing_tokens, margin, weights_of
-from deepseek_trt.validate.undecided import closest_gap
+from deepseek_trt.validate.routing import Router, closest_gap, differing_tokens, margin
 
-GREEDY = (2, 1, 1, 0, 1.5)  # top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor
-LIMITED = (2, 2, 1, 0, 1.5)
+GREEDY = Router((2, 1, 1, 0, 1.5))  # top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor
+LIMITED = Router((2, 2, 1, 0, 1.5))
+BIAS = torch.tensor([0.0, 0.0, 0.5, 0.0])
 LOGITS = torch.tensor([4.0, 3.0, 2.9, 1.0])
 
 
@@ -31,11 +28,12 @@ def test_a_choice_across_groups_that_are_refused_has_no_margin():
     assert margin(LOGITS, torch.tensor([2, 3]), LIMITED) == pytest.approx(0.55 / 4, rel=1e-3)
 
 
-@pytest.mark.parametrize("attributes", [GREEDY, LIMITED, (2, 1, 1, 1, 1.5)])
-def test_weights_of_the_own_choice_are_the_routers(attributes):
-    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    weights, ids = moe_router(logits, *attributes)
-    assert torch.equal(weights_of(logits, ids, attributes), weights)
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["softmax", "biased"])
+@pytest.mark.parametrize("attributes", [(2, 1, 1, 0, 1.5), (2, 2, 1, 0, 1.5), (2, 1, 1, 1, 1.5), (1, 1, 1, 1, 1.5)])
+def test_weights_of_the_own_choice_are_the_routers(attributes, bias):
+    router, logits = Router(attributes, bias), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    weights, ids = router.route(logits)
+    assert torch.equal(router.weights_of(logits, ids), weights)
 
 
 def test_order_does_not_make_a_difference():
@@ -43,12 +41,35 @@ def test_order_does_not_make_a_difference():
     assert differing_tokens(ours, theirs) == [1]
 
 
-def test_the_gap_covers_experts_and_groups():
-    config = ModelConfig(n_routed_experts=4, num_experts_per_tok=1, n_group=2, topk_group=1)
-    logits = np.array([[4.0, 3.0, 3.9, 1.0]])
-    assert closest_gap(logits, config)[0] == pytest.approx(0.1 / 4)
-    limited = dataclasses.replace(config, topk_method="group_limited_greedy", num_experts_per_tok=2)
-    assert closest_gap(logits, limited)[0] == pytest.approx(0.1 / 4)  # between the groups; in its group both are taken
+@pytest.mark.parametrize(
+    ("logits", "attributes", "gap"),
+    [
+        ([4.0, 3.0, 3.9, 1.0], (1, 1, 1, 0, 1.0), 0.1),
+        ([4.0, 3.0, 3.9, 1.0], (2, 2, 1, 0, 1.0), 0.1),  # between the groups; in its group both are taken
+        ([4.0, 3.0, 2.9, 1.0], (1, 2, 1, 0, 1.0), 1.0),  # the best of the other group is out of reach, 1.1 away
+    ],
+)
+def test_the_gap_covers_experts_and_groups(logits, attributes, gap):
+    assert float(closest_gap(torch.tensor([logits]), Router(attributes))) == pytest.approx(gap / 4)
+
+
+@pytest.mark.parametrize("attributes", [(2, 1, 1, 0, 1.5), (1, 2, 1, 1, 1.5), (3, 4, 2, 1, 1.5)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_half_the_gap_changes_the_choice(attributes, biased):
+    """A gap is right when a move of a little less changes no choice, and the margin of some other choice is near it."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(64, 8, generator=generator, dtype=torch.float64)
+    router = Router(attributes, 0.2 * torch.randn(8, generator=generator) if biased else None)
+    gaps, (_, ids) = closest_gap(logits, router), router.route(logits)
+    half = (gaps * logits.abs().amax(-1) / 2)[:, None]
+    close = torch.flatten(half < 0.05)  # where biased scores are as good as linear
+    assert close.any()
+    for sign in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 8):
+        _, chosen = router.route(logits + 0.9 * half * sign)
+        assert not differing_tokens(ids[close], chosen[close])
+    toward = torch.full_like(logits, 1.0).scatter(1, ids.long(), -1.0)
+    _, chosen = router.route(logits + 1.1 * half * toward)
+    assert differing_tokens(ids[close], chosen[close])
 
 
 @pytest.fixture

@@ -41,7 +41,9 @@ def test_every_probe_has_roundings():
 def test_a_floor_tightens_and_never_widens():
     derived = derive_tolerance(64, "float16", 10)
     assert tighten(derived, None) is derived
-    assert tighten(derived, derived.relative) is derived
+    wide = tighten(derived, derived.relative)
+    assert wide.relative == derived.relative
+    assert "would allow more" in wide.reason
     assert tighten(derived, 0.0) is derived
     tight = tighten(derived, derived.relative / 100)
     assert tight.relative == pytest.approx(FLOOR_FACTOR * derived.relative / 100)
