@@ -147,7 +147,7 @@ class Service:
                 for stream in tuple(self._live):
                     self._guard(stream, self._poll)
                 self._metrics.flush(now, self._gauges)
-            if now - asked >= _ASK_AFTER:
+            if now - asked >= _ASK_AFTER or self._failure:
                 asked = now
                 self._talk_to_host()
         self._metrics.flush(None, self._gauges)
