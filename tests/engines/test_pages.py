@@ -139,4 +139,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None, database=None)
+TestPoolMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, database=None)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from deepseek_trt.engines.generate import generate
 from deepseek_trt.engines.sampling import Sampler, SamplingParams, sample_rows
@@ -242,6 +251,8 @@ PROMPT = st.builds(
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests arrive, are cancelled and preempted at any time; each must get what it gets alone."""
 
+    seen: ClassVar[Counter[str]] = Counter()  # over all runs
+
     @initialize(
         pages=st.integers(10, 24),
         running=st.integers(1, 5),
@@ -269,12 +280,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data):
         request = data.draw(st.sampled_from(sorted(self.wanted)))
-        free = self.scheduler.pool.free
+        free, running = self.scheduler.pool.free, self.scheduler.running
         assert self.scheduler.cancel(request)
+        self.seen["cancelled running" if self.scheduler.running < running else "cancelled waiting"] += 1
         assert self.scheduler.pool.free >= free
         del self.wanted[request]
 
     def take(self, events):
+        self.seen["steps"] += 1
         assert [e.request for e in events] == sorted({e.request for e in events})
         for event in events:
             own = self.made[event.request]
@@ -295,6 +308,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "scheduler"):
             self.take_all()
+            self.seen["preempted"] += self.scheduler.counters.preemptions
+            self.seen["reused"] += self.scheduler.counters.reused
             assert not self.wanted
             assert self.scheduler.pool.free == self.scheduler.pool.pages - 1
 
@@ -306,8 +321,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         raise AssertionError("the scheduler does not come to an end")
 
 
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, database=None)
+def test_thousands_of_steps_under_arrival_cancellation_and_preemption():
+    """Also that all of it came up: a machine that never runs out of pages would prove nothing about preemption."""
+    SchedulerMachine.seen.clear()
+    often = settings(max_examples=150, stateful_step_count=50, deadline=None, database=None)
+    run_state_machine_as_test(SchedulerMachine, settings=often)
+    seen = SchedulerMachine.seen
+    assert seen["steps"] > 3000, seen
+    assert min(seen[what] for what in ("preempted", "reused", "cancelled running", "cancelled waiting")) > 20, seen
 
 
 @pytest.fixture(scope="module")

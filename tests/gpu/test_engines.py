@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_trt.engines.bench import BenchRequest, bench
 from deepseek_trt.engines.build import build_plans
+from deepseek_trt.engines.choose_backend import choose_backend
 from deepseek_trt.engines.generate import generate
+from deepseek_trt.engines.ort import OrtSession
+from deepseek_trt.engines.ort_cuda import OrtCudaSession
 from deepseek_trt.engines.pages import page_table
 from deepseek_trt.engines.plan import BuildSpec
 from deepseek_trt.engines.sampling import SamplingParams
@@ -18,7 +22,7 @@ from deepseek_trt.engines.session import row_latents
 from deepseek_trt.engines.torch_session import TorchSession
 from deepseek_trt.engines.trt import TrtSession
 from deepseek_trt.export.bundle import Bundle
-from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.errors import BackendError, RequestError
 from deepseek_trt.plugins.aot import compile_all
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 from deepseek_trt.plugins.library import build_library
@@ -194,3 +198,29 @@ def test_a_second_session_starts_from_compiled_kernels(engines):
 def test_too_many_rows_are_refused_by_name(engines):
     with pytest.raises(RequestError, match="--max-batch-size 5"):
         Batch([1] * 5).prefill(engines.session())
+
+
+def test_cuda_provider_gives_the_tokens_of_the_cpu(gpu, demo_checkpoint, bundle_of):
+    """In float32 on both: sums in another order leave greedy tokens of a trained model as they are."""
+    bundle = bundle_of(demo_checkpoint, dtype="float32")
+    try:
+        session = OrtCudaSession(bundle, 8)
+    except BackendError as error:
+        pytest.skip(str(error))
+    config = dataclasses.replace(bundle.manifest.model, eos_token_ids=())
+    prompts, params = [[5, 6, 7], [9] * 70, [11, 12]], SamplingParams(24)
+    made = [
+        [(s.row, s.token) for s in generate(each, config, prompts, params)] for each in (session, OrtSession(bundle, 8))
+    ]
+    assert made[0] == made[1]
+
+
+def test_auto_takes_the_plans(engines):
+    assert choose_backend(engines.bundle).backend == "tensorrt"
+
+
+def test_bench_measures_this_gpu(engines):
+    report = bench(BenchRequest(engines.bundle.path, "tensorrt", (1, 4), context=64, new_tokens=16))
+    assert report.backend == "tensorrt"
+    assert report.bandwidth > 50e9  # bytes a second that no card with tensor cores is below
+    assert all(0 < point.bandwidth_fraction < 1 for point in report.points)
