@@ -81,7 +81,7 @@ def run(files: Files, job: Job, point: Point) -> dict[str, Any]:
         _prefill(session, bundle, prompts) if point.kind == "prefill" else _decode(files, job, session, bundle, prompts)
     )
     logits, times = result
-    return {"error": difference(files, point, logits), "ms": times, "load_s": loaded}
+    return {"error": difference(files, point, logits), "ms": times, "load_s": loaded, "note": session.note}
 
 
 def _prefill(session: Session, bundle: Bundle, prompts: Int64s) -> tuple[Floats, list[float]]:
