@@ -32,6 +32,7 @@ class Restored:
     def __init__(self, session: Session, prompts: Int64s, latents: npt.NDArray[np.float32]) -> None:
         """Shapes: prompts [rows, length], latents [layers, rows, length - 1, D]."""
         self.backend, self.note, self.cache, self.pages = session.backend, session.note, session.cache, session.pages
+        self.library = getattr(session, "library", None)  # the scheduler looks for its compiled sampler there
         self.pool, self.decoded = session.pool, np.empty(0, np.float32)
         self._session, self._prompts, self._latents = session, prompts, latents
         self._vocab = int(prompts.max()) + 1
