@@ -27,9 +27,9 @@ class Step:
 
 def check_generates(bundle: Bundle) -> None:
     """BundleError where the bundle's graphs do not give the next token's logits from token ids."""
-    task = bundle.manifest.task
-    if task != "text-generation":
-        raise BundleError(f"{bundle.path} was exported for {task}: export with --task text-generation to generate text")
+    why_not = bundle.manifest.generates
+    if why_not:
+        raise BundleError(f"{bundle.path} cannot generate text: {why_not}")
 
 
 def pages_needed(config: ModelConfig, page_size: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deepseek_trt.engines.plan import BuildSpec, Profile
 from deepseek_trt.export.errors import BuildError
-from deepseek_trt.export.graph import BATCH, PAGES, SEQUENCE, TABLE, CacheSpec, GraphSpec, TensorSpec
+from deepseek_trt.export.graph import BATCH, PAGES, PAST, SEQUENCE, TABLE, TOTAL, CacheSpec, GraphSpec, TensorSpec
 
 _TENSOR_LIMIT = 2**31 - 1  # elements of one tensor in TensorRT
 
@@ -31,6 +31,8 @@ def profile_of(graph: GraphSpec, cache: CacheSpec, spec: BuildSpec) -> Profile:
         SEQUENCE: (1, spec.max_input_len, spec.max_input_len),
         TABLE: (1, table, table),
         PAGES: (2, pages, pages),
+        PAST: (0, spec.max_seq_len - 1, spec.max_seq_len),
+        TOTAL: (1, spec.max_seq_len, spec.max_seq_len),
     }
     dynamic = [tensor for tensor in graph.inputs if any(isinstance(d, str) for d in tensor.dims)]
     return Profile({t.name: (_shape(t, sizes, 0), _shape(t, sizes, 1), _shape(t, sizes, 2)) for t in dynamic})

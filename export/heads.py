@@ -78,8 +78,7 @@ class Features(nn.Module):
 
     def whole(self, tokens: Tensor, sequence_lengths: Tensor) -> Tensor:
         """Without a cache: last_hidden_state of right-padded rows."""
-        x, _ = self.model.prefill(tokens, sequence_lengths, *scratch(self.config, self.model, tokens))
-        return self.features(x)
+        return self.features(without_cache(self.model, tokens, sequence_lengths))
 
     def features(self, x: Tensor) -> Tensor:
         """What leaves the graphs, of the last layer's output."""
@@ -113,9 +112,7 @@ class Scores(nn.Module):
     def whole(self, tokens: Tensor, sequence_lengths: Tensor) -> Tensor:
         """Of right-padded rows."""
         lengths = sequence_lengths.clamp(min=1)
-        past_lengths, table, pools = scratch(self.config, self.model, tokens)
-        x, _ = self.model.prefill(tokens, lengths, past_lengths, table, pools)
-        return self.pooled(last_tokens(x, lengths)[:, 0])
+        return self.pooled(last_tokens(without_cache(self.model, tokens, lengths), lengths)[:, 0])
 
     def masked_whole(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Of rows padded on either side; as in transformers, padding tokens at the end of a row are not pooled."""
@@ -131,18 +128,13 @@ class Scores(nn.Module):
         return F.linear(self.model.norm(x), self.score.weight).float()
 
 
-def scratch(config: ModelConfig, backbone: Backbone, tokens: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """past_lengths, page_table and page pools for one pass that keeps no cache: each row gets pages of its own.
-
-    All layers may write to one pool: each has read what it wrote when the next one writes.
-    """
-    batch, seq = tokens.shape[:2]
-    pages = (seq + DEFAULT_PAGE_SIZE - 1) // DEFAULT_PAGE_SIZE
-    past_lengths = torch.zeros(batch, dtype=torch.int32, device=tokens.device)
-    table = torch.arange(batch * pages, dtype=torch.int32, device=tokens.device).view(batch, pages) + 1
-    shape = (batch * pages + 1, DEFAULT_PAGE_SIZE, config.latent_dim)
-    pool = torch.zeros(shape, dtype=backbone.norm.weight.dtype, device=tokens.device)
-    return past_lengths, table, [pool] * config.num_hidden_layers
+def without_cache(backbone: Backbone, tokens: Tensor, lengths: Tensor) -> Tensor:
+    """The last layer's output [B, S, hidden] in one pass that keeps no cache: each row has pages of its own."""
+    pages = (tokens.shape[1] + DEFAULT_PAGE_SIZE - 1) // DEFAULT_PAGE_SIZE
+    past_lengths = torch.zeros_like(lengths)
+    first = torch.arange(tokens.shape[0], dtype=torch.int32, device=tokens.device)[:, None] * pages + 1  # [B, 1]
+    table = first + torch.arange(pages, dtype=torch.int32, device=tokens.device)
+    return backbone.prefill(tokens, lengths, past_lengths, table, [None] * len(backbone.layers))[0]
 
 
 MODELS: dict[str, type[Logits | Features | Scores]] = {

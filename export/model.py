@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import rotary_embedding
 
 from deepseek_trt.export.config import ModelConfig, RopeConfig
+from deepseek_trt.export.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.ops.activations import activate
 from deepseek_trt.export.ops.torch_ops import mla_decode, mla_prefill, moe_biased_router, moe_experts, moe_router
 
@@ -122,13 +123,14 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        past: Tensor,
+        past: Tensor | None,
         page_table: Tensor,
         past_lengths: Tensor,
         sequence_lengths: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Expanded: keys and values of all cached tokens are made from their latents."""
+        """Expanded: keys and values of all cached tokens are made from their latents. past None keeps no cache."""
         q_nope, q_rope, latent = self.project(x, cos, sin)
+        past = scratch_pool(latent, page_table) if past is None else past
         query = torch.cat([q_nope, q_rope], dim=-1)  # [B, S, H, N + R]
         attended, present = mla_prefill(
             query, latent, past, page_table, past_lengths, sequence_lengths, self.w_uk, self.w_uv, self.scale
@@ -145,6 +147,15 @@ class Attention(nn.Module):
         attended, present = mla_decode(query, latent, past, page_table, past_lengths, self.scale, self.rank)
         value = torch.bmm(attended.transpose(0, 1), self.w_uv.transpose(1, 2))  # [H, B, V]
         return self.o_proj(value.transpose(0, 1).flatten(1)), present
+
+
+def scratch_pool(latent: Tensor, page_table: Tensor) -> Tensor:
+    """A pool [B * M + 1, page, D] for one pass. Its numbers mean nothing: nobody reads what was not written.
+
+    It comes from the layer's own numbers, as TensorRT writes pools in place, so that no two layers can share one.
+    """
+    pages = page_table.shape[0] * page_table.shape[1] + 1
+    return latent[:1, :1, :1].expand(pages, DEFAULT_PAGE_SIZE, latent.shape[2])
 
 
 class Mlp(nn.Module):
@@ -244,7 +255,7 @@ class Backbone(nn.Module):
         sequence_lengths: Tensor,
         past_lengths: Tensor,
         page_table: Tensor,
-        latents: Sequence[Tensor],
+        latents: Sequence[Tensor | None],
     ) -> tuple[Tensor, list[Tensor]]:
         """The last layer's output [B, S, hidden], before the norm, and the pools with the new tokens."""
         batch, seq = tokens.shape[:2]

@@ -21,6 +21,7 @@ from deepseek_trt.engines.ort_cuda import OrtCudaSession, Place
 from deepseek_trt.engines.sampling import SamplingParams
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
+from deepseek_trt.export.interface import Interface
 
 WITH_CUDA, WITHOUT = ["CUDAExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]
 
@@ -100,8 +101,8 @@ def test_llm_says_what_it_chose(demo):
 
 
 def test_a_bundle_of_another_task_is_refused_by_name():
-    other = Bundle(Path("/there"), SimpleNamespace(task="feature-extraction"))
-    with pytest.raises(BundleError, match="/there was exported for feature-extraction: export with"):
+    other = Bundle(Path("/there"), SimpleNamespace(generates=Interface(task="feature-extraction").why_no_generation))
+    with pytest.raises(BundleError, match="/there cannot generate text: it was exported for feature-extraction"):
         check_generates(other)
 
 
