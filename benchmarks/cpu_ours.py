@@ -16,7 +16,8 @@ from deepseek_trt.engines.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.engines.session import Int32s, Int64s, Session, row_latents
 from deepseek_trt.export.bundle import Bundle
 
-_LIMITS = SchedulerLimits(prefix_reuse=False)  # every repeat of a prompt is computed
+# Every repeat of a prompt is computed; all prompts of a batch are prefilled in one step, and decode together.
+_LIMITS = SchedulerLimits(prefix_reuse=False, token_budget=4096)
 _PAGES = 161  # 10,240 tokens; the same for all points
 _ANSWER = 80  # tokens at most
 _GREEDY = SamplingParams(max_new_tokens=_ANSWER, ignore_eos=True)
