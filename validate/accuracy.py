@@ -60,6 +60,8 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
     started = time.time()
     bundle, names = Bundle.open(request.bundle), request.backends or DEFAULT_BACKENDS
     backends = _in_order(names)
+    if bundle.manifest.interface.why_no_generation:
+        raise RequestError(f"{bundle.path} cannot be validated: {bundle.manifest.interface.why_no_generation}")
     progress("hashing the bundle and its checkpoint")
     integrity = check_integrity(bundle)
     inputs = read_inputs(bundle, request.text, request.seed)

@@ -32,7 +32,7 @@ class TransformersSession:
         bundle = request.bundle
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype="float32", layers=0)
         self.pages = request.pages
-        self._model = _load(bundle)
+        self._model, self._all_logits = _load(bundle), bundle.manifest.all_logits
         self._histories: dict[int, list[int]] = {}  # by the first page of a sequence
 
     def fill(self, value: float) -> None:
@@ -44,16 +44,24 @@ class TransformersSession:
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
         rows = zip(input_ids, sequence_lengths, past_lengths, page_table[:, 0], strict=True)
-        return np.stack([self._row(ids[:new].tolist(), int(past), int(page)) for ids, new, past, page in rows])
+        found = [self._row(ids[:new].tolist(), int(past), int(page)) for ids, new, past, page in rows]
+        if not self._all_logits:
+            return np.stack([logits[-1] for logits in found])
+        every = np.zeros((*input_ids.shape, found[0].shape[-1]), dtype=np.float32)
+        for row, (logits, past) in enumerate(zip(found, past_lengths, strict=True)):
+            every[row, : len(logits) - past] = logits[past:]
+        return every
 
     def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        return self.prefill(input_ids, np.ones_like(past_lengths), past_lengths, page_table)
+        logits = self.prefill(input_ids, np.ones_like(past_lengths), past_lengths, page_table)
+        return logits[:, 0] if self._all_logits else logits
 
     @torch.inference_mode()
     def _row(self, new: list[int], past: int, page: int) -> Floats:
+        """Logits of the sequence's whole history [tokens, vocab]."""
         history = self._histories.get(page, [])[:past] + new
         self._histories[page] = history
-        logits: Floats = self._model(torch.tensor([history]), use_cache=False).logits[0, -1].float().numpy()
+        logits: Floats = self._model(torch.tensor([history]), use_cache=False).logits[0].float().numpy()
         return logits
 
 

@@ -22,6 +22,14 @@ def test_it_agrees_within_float32s_tolerance(small, bundle_of):
     assert [o.output for o in backend.outputs] == ["logits"]
 
 
+@pytest.mark.filterwarnings("default")  # other people's
+def test_it_agrees_on_the_logits_of_all_tokens(small_v2, bundle_of):
+    bundle = bundle_of(small_v2.checkpoint, dtype="float32", page_size=8, all_logits=True)
+    both = validate_bundle(ValidateRequest(bundle.path, ("ort", "transformers"), threads=1)).report.backends
+    assert [backend.passed for backend in both] == [True, True]
+    assert both[1].tokens.steps[0].predictions == 13 + 6 + 2 + 1
+
+
 def test_rounded_weights_are_refused(good):
     with pytest.raises(BackendError, match="rounded the weights to float16"):
         validate_bundle(ValidateRequest(good("float16").path, ("transformers",), threads=1))
