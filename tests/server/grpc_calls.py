@@ -2,7 +2,7 @@
 
 In: {"url", "model", "requests": [{input: value}], "cancel_after": n or null}. All requests run at once, each on a
 connection of its own. Out: one list a request, of {output: value, "final": bool} or {"error": text} in order.
-With cancel_after a request is cancelled after that many responses, and its list ends there.
+With cancel_after a request is cancelled after that many responses; its list ends with {"left": time.monotonic()}.
 A value is a str, a bool, an int or a float, {"bytes": hex}, or {"dtype": name, "value": ...} for another type.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ async def call(job: dict[str, Any], inputs: dict[str, Any]) -> list[dict[str, An
             answers.append({"error": error.message()} if error else plain(result))
             if len(answers) == job.get("cancel_after"):
                 stream.cancel()
+                answers.append({"left": time.monotonic()})
                 break
     return answers
 

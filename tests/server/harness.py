@@ -100,11 +100,12 @@ class Server:
             return False
 
     def stop(self) -> int:
-        """SIGTERM, as an orchestrator does it; the exit code. TimeoutExpired where it does not end."""
+        """SIGTERM, as an orchestrator does it; the exit code. `left` is what it leaves of shared memory."""
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(self.exit_timeout)
         finally:
+            self.left = self.shared_memory()
             self.kill()
 
     def kill(self) -> None:

@@ -1,0 +1,47 @@
+"""What benchmarks/server.py puts in the place of the runtime's engines/ort.py: a session whose every call takes 5 ms.
+
+Everything else of the served model is the product's: what is missing of the ideal rate was lost around the engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from typing import Any
+
+import numpy as np
+
+from deepseek_trt.engines.cpu_library import cpu_library
+
+STEP_SECONDS = 0.005
+_TOKEN = 300  # a piece of text of the demo model, and no stop token
+_SET_TIMER_SLACK = 29  # prctl: Linux may round a thread's sleeps up by this many nanoseconds, 50,000 by default
+
+
+class OrtSession:
+    """Sleeps as an engine on a GPU would let the processor sleep; the likeliest token is always the same."""
+
+    backend = "stand-in"
+    note = "5 ms a step"
+
+    def __init__(self, bundle: Any, pages: int, threads: int = 0, *_: Any, **__: Any) -> None:
+        self.cache, self.pages = bundle.manifest.cache, pages
+        self.vocab_size = bundle.manifest.model.vocab_size
+        self.library = cpu_library(bundle.path).path  # samples on the CPU, as for every session
+        self._logits = np.zeros((1024, self.vocab_size), dtype=np.float32)
+        self._logits[:, _TOKEN] = 1.0
+
+    def prefill(self, input_ids: Any, sequence_lengths: Any, past_lengths: Any, page_table: Any) -> Any:
+        return self._step(len(input_ids))
+
+    def decode(self, input_ids: Any, past_lengths: Any, page_table: Any) -> Any:
+        return self._step(len(input_ids))
+
+    def pool(self, layer: int) -> Any:
+        return np.zeros((self.pages, self.cache.page_size, self.cache.latent_dim), dtype=np.float32)
+
+    def _step(self, rows: int) -> Any:
+        end = time.perf_counter() + STEP_SECONDS
+        ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, 1)
+        time.sleep(max(end - time.perf_counter(), 0))
+        return self._logits[:rows]
