@@ -33,6 +33,7 @@ def place_bundle(bundle: Bundle, backend: str, target: Path) -> None:
         place(file, target / file.name)
     if backend == "tensorrt":
         _place_plans(bundle, target)
+        _place_compiled(bundle, target)  # they sample
     else:
         _place_prepared(bundle, target)
 
@@ -67,21 +68,28 @@ def _library(bundle: Bundle, record: PlanRecord) -> Path | None:
 
 
 def _place_prepared(bundle: Bundle, target: Path) -> None:
-    """What OrtSession makes of graphs at load, made now: the server's Python has no onnx, and no compiler.
+    """What OrtSession makes of graphs at load, made now: the server's Python has no onnx.
 
     Decode goes through the compiled operators where they take over all of it; bfloat16 is computed in float32.
     """
     from deepseek_trt.engines.cpu_graph import fused_bytes
-    from deepseek_trt.engines.cpu_library import CPU_LIBRARY_FILE, cpu_library_path
     from deepseek_trt.engines.ort import fused_path, widened_path
     from deepseek_trt.engines.widen import widened_bytes
 
     placed = dataclasses.replace(bundle, path=target)
-    library = cpu_library_path(bundle.path)
     fused, left = fused_bytes(bundle.graph_path("decode"))
-    if library is not None and not left:
-        place(library, target / CPU_LIBRARY_FILE)
+    if not left and _place_compiled(bundle, target):
         fused_path(placed).write_bytes(fused)
     if bundle.manifest.dtype == "bfloat16":
         for graph in bundle.manifest.graphs:
             widened_path(placed, graph.name).write_bytes(widened_bytes(bundle.graph_path(graph.name)))
+
+
+def _place_compiled(bundle: Bundle, target: Path) -> bool:
+    """The compiled CPU operators, as the server's machine may have no compiler; False where there are none."""
+    from deepseek_trt.engines.cpu_library import CPU_LIBRARY_FILE, cpu_library_path
+
+    library = cpu_library_path(bundle.path)
+    if library is not None:
+        place(library, target / CPU_LIBRARY_FILE)
+    return library is not None

@@ -30,6 +30,9 @@ class SizeRequest:
 
 def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
     """RequestError for what cannot be had: e.g. a cache that does not hold one sequence of max_model_len."""
+    for name in ("max_inflight", "max_running"):
+        if getattr(request, name) < 1:
+            raise RequestError(f"{name} {getattr(request, name)}: must be at least 1")
     backend = _backend(bundle, request.backend)
     plans = limits_of(read_plans(bundle)) if backend == "tensorrt" else None
     running = min(request.max_running, request.max_inflight, plans.batch if plans else request.max_running)
