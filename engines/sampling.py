@@ -144,13 +144,17 @@ def _native(samplers: Sequence[Sampler], logits: Floats, native: NativeSampler) 
     tokens, picked = native.pick([sampler.address for sampler in samplers], logits, min(most, vocab))
     if most < 0:
         return list(map(Choice, tokens.tolist()))
-    each = zip(samplers, tokens.tolist(), *(array.tolist() for array in picked), strict=True)
+    tops = [tuple(zip(*top)) for top in zip(picked[1].tolist(), picked[2].tolist())]  # noqa: B905 (time: equal lengths)
+    made = map(Choice, tokens.tolist(), picked[0].tolist(), tops)
     return [
-        Choice(token, own, tuple(zip(ids[:count], values[:count], strict=True)))
-        if (count := sampler.logprobs) >= 0
-        else Choice(token)
-        for sampler, token, own, ids, values in each
+        choice if sampler.logprobs == most else _less(choice, sampler.logprobs)
+        for sampler, choice in zip(samplers, made, strict=True)
     ]
+
+
+def _less(choice: Choice, count: int) -> Choice:
+    """What a row gets that asked for fewer log-probabilities than another, or for none."""
+    return Choice(choice.token) if count < 0 else choice._replace(top=choice.top[:count])
 
 
 def _require(condition: bool, field: str, value: object, mend: str) -> None:

@@ -36,8 +36,8 @@ class _Batch(ctypes.Structure):
 class NativeSampler:
     """deepseek_trt_sample of one library."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._sample = library.deepseek_trt_sample
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self._sample, self._threads = library.deepseek_trt_sample, ctypes.c_int64(threads)
 
     def pick(self, addresses: Sequence[int], logits: Floats, most: int) -> tuple[Int64s, Picked]:
         """Tokens [B] for logits [B, vocab] of the rows at `addresses`, which record them.
@@ -51,17 +51,21 @@ class NativeSampler:
         own = np.empty(count)
         ids, values = np.empty((count, max(most, 0)), dtype=np.int32), np.empty((count, max(most, 0)))
         places = (array.ctypes.data for array in (tokens, own, ids, values))
-        self._sample(ctypes.byref(_Batch(rows.ctypes.data, logits.ctypes.data, count, vocab, most, *places)))
+        batch = _Batch(rows.ctypes.data, logits.ctypes.data, count, vocab, most, *places)
+        self._sample(ctypes.byref(batch), self._threads)
         return tokens, (own, ids, values)
 
 
 @cache
-def load_sampler(path: Path) -> NativeSampler | None:
-    """The sampler of the compiled CPU operators at `path`; None where they have none, or another version's."""
+def load_sampler(path: Path, threads: int = 1) -> NativeSampler | None:
+    """The sampler of the compiled CPU operators at `path`; None where they have none, or another version's.
+
+    `threads` are those of the operators, where they have as many: they are awake when a step has just ended.
+    """
     library = ctypes.CDLL(str(path))
     try:
         size = library.deepseek_trt_sampling_row
     except AttributeError:
         return None
     size.restype = ctypes.c_int64
-    return NativeSampler(library) if size() == ctypes.sizeof(SamplingRow) else None
+    return NativeSampler(library, threads) if size() == ctypes.sizeof(SamplingRow) else None

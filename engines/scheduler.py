@@ -115,7 +115,7 @@ class Scheduler:
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
         library: Path | None = getattr(session, "library", None)
-        self._native = load_sampler(library) if library else None
+        self._native = load_sampler(library, getattr(session, "threads", 1)) if library else None
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in order of arrival, all earlier than those waiting
         self._next_id = 0

@@ -22,8 +22,8 @@ class Session(Protocol):
     """Prefill and decode over one set of page pools, which are bound as past and present at once.
 
     `note` says what a user should know about how it computes (e.g. another dtype than the bundle's), or is empty. A
-    session may have a `library`, the file of the compiled CPU operators: whoever samples its logits finds the compiled
-    sampler there.
+    session may have a `library`, the file of the compiled CPU operators, and the `threads` that they run on: whoever
+    samples its logits finds the compiled sampler there.
     """
 
     backend: str

@@ -1,12 +1,20 @@
 // What engines/sampling_native.py calls.
+#include <algorithm>
+
 #include "processor.h"
 #include "sampling.h"
+#include "team.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-EXPORTED void deepseek_trt_sample(const SamplingBatch* batch) {
+EXPORTED void deepseek_trt_sample(const SamplingBatch* batch, int64_t threads) {
     static const SampleRows sample = processor::supports_v4() ? sample_rows_v4 : sample_rows_v3;
-    sample(*batch, 0, batch->count);
+    constexpr int64_t rows = 4;  // at once on one thread
+    Pool::of(static_cast<int>(threads)).run([&](Team& team) {
+        team.share(0, (batch->count + rows - 1) / rows, [&](int64_t item) {
+            sample(*batch, item * rows, std::min(item * rows + rows, batch->count));
+        });
+    });
 }
 
 // Bytes of a row, so that a library of another version is not called; 0 where this processor is too old.
