@@ -9,11 +9,12 @@ import pytest
 
 from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.engines.session import row_latents
+from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.graph import CacheSpec
 from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
-from deepseek_trt.validate.backends import make_reference
+from deepseek_trt.validate.backends import BACKENDS, make_reference
 from deepseek_trt.validate.inputs import read_inputs
-from deepseek_trt.validate.long_cases import GREEDY_STEPS, PROMPTS, greedy_case, greedy_plan, window_cases
+from deepseek_trt.validate.long_cases import GREEDY, GREEDY_STEPS, PROMPTS, greedy_case, greedy_plan, window_cases
 from deepseek_trt.validate.loss import IGNORED, causal_loss
 
 CACHE = CacheSpec(layers=2, page_size=8, latent_dim=4, dtype="float32")
@@ -65,6 +66,36 @@ def test_greedy_steps_are_what_the_reference_generates(good):
         logits = reference.decode(step.input_ids, step.past_lengths, step.page_table)
     last = steps[-1]
     assert np.isfinite(row_latents(reference, 0, *last.cached()[0])).all()
+
+
+def free_run(session, steps):
+    """What a session generates from the prompts of the first step, left alone: [B, tokens]."""
+    first, *rest = steps
+    given = first.input_ids, first.sequence_lengths, first.past_lengths, first.page_table
+    choices = [session.prefill(*given).argmax(-1)]
+    for step in rest:
+        choices.append(session.decode(choices[-1][:, None], step.past_lengths, step.page_table).argmax(-1))
+    return np.stack(choices, axis=1)
+
+
+def test_greedy_agreement_is_that_of_two_free_runs(edited):
+    def twice_the_scale(model):
+        body = next(f for f in model.functions if f.name == "MlaDecode")
+        next(n for n in body.node if n.output[0] == "scale_f").attribute[0].f *= 2
+
+    bundle = Bundle.open(edited(twice_the_scale, "decode"))
+    report = validate_bundle(ValidateRequest(bundle.path, threads=1)).report
+    inputs = read_inputs(bundle, None, 0)
+    request = SessionRequest(bundle, inputs.pages, 1)
+    script = inputs.with_long_cases(inputs.script(), make_reference(request))
+    steps = [step for step in script.steps if step.case == GREEDY]
+    ours, theirs = (free_run(make(request), steps) for make in (BACKENDS["ort"].make, make_reference))
+    agreed = np.logical_and.accumulate(ours == theirs, axis=1).sum(1)
+    assert [g.agreed for g in report.backends[0].greedy] == agreed.tolist()
+    assert min(agreed) < ours.shape[1]
+    parted = [g for g in report.backends[0].greedy if g.agreed < g.tokens]
+    assert all(g.margin > 0 for g in parted)
+    assert not all(g.near_tie for g in parted)
 
 
 def test_the_loss_is_that_of_the_whole_text(demo, text):
