@@ -22,7 +22,7 @@ from deepseek_trt.export.errors import BundleError, RequestError
 from deepseek_trt.export.infer import config_of_tensors
 from deepseek_trt.export.weights import CORRECTION_BIAS, SCALE_SUFFIX, plan_weights
 
-_HALVES = {"w_uk": 0, "w_uv": 1}  # of each head's rows in kv_b_proj
+_HALVES = ("w_uk", "w_uv")  # of each head's rows in kv_b_proj
 _EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 
 
@@ -51,8 +51,8 @@ class PublishedWeights:
         """[H, N, L] or [H, V, L] of kv_b_proj [H * (N + V), L]."""
         c = self.config
         both = self._rounded(source).view(c.num_attention_heads, -1, c.kv_lora_rank)
-        halves: tuple[Tensor, ...] = both.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
-        return halves[_HALVES[half]].contiguous()
+        rows = slice(c.qk_nope_head_dim) if half == "w_uk" else slice(c.qk_nope_head_dim, None)
+        return both[:, rows].contiguous()
 
     def _experts(self, base: str, name: str) -> Tensor:
         """Stacked [E, rows, columns], one expert in memory beside them."""
