@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 Config = dict[str, Any]
 Tensor = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
@@ -279,6 +282,31 @@ def _write_shard(path: Path, tensors: list[Tensor]) -> None:
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.truncate(8 + len(text) + offset)
+
+
+def fill_random(folder: Path, layers: Collection[int], seed: int = 0) -> None:
+    """Put random numbers into the given layers and into all that is no layer; the other layers keep reading as zeros.
+
+    bfloat16 only. Norms lie around one; rows of matrices have the length of one, so that states keep their size.
+    """
+    rng = np.random.default_rng(seed)
+    for shard in sorted(folder.glob("*.safetensors")):
+        with shard.open("r+b") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+            for name, entry in header.items():
+                layer = re.match(r"model\.layers\.(\d+)\.", name)
+                if name != "__metadata__" and (layer is None or int(layer[1]) in layers):
+                    assert entry["dtype"] == "BF16", name
+                    stream.seek(8 + length + entry["data_offsets"][0])
+                    stream.write(_random(rng, entry["shape"]))
+
+
+def _random(rng: np.random.Generator, shape: list[int]) -> bytes:
+    """Normal numbers in bfloat16: the upper halves of float32."""
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    values = 1 + 0.2 * noise if len(shape) == 1 else noise / np.float32(math.sqrt(shape[-1]))
+    return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
 
 def reduced(published: Published, layers: int | None = None, experts: int | None = None) -> Published:
