@@ -26,6 +26,7 @@ from deepseek_trt.export.errors import BackendError, RequestError
 from deepseek_trt.plugins.aot import compile_all
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 from deepseek_trt.plugins.library import build_library
+from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
 
 PAGES = 33  # all that the profile allows: four rows of 512 tokens, and the scratch page
 # Of a row's logits as a whole, against torch in float32: some 100 roundings lie one after the other in five layers, so
@@ -224,3 +225,9 @@ def test_bench_measures_this_gpu(engines):
     assert report.backend == "tensorrt"
     assert report.bandwidth > 50e9  # bytes a second that no card with tensor cores is below
     assert all(0 < point.bandwidth_fraction < 1 for point in report.points)
+
+
+def test_the_accuracy_report_passes(engines):
+    """Every case of validate, whose prompts are longer than these engines take at once."""
+    report = validate_bundle(ValidateRequest(engines.bundle.path, ("tensorrt",))).report
+    assert report.passed, [(o.output, o.max_relative, o.tolerance) for o in report.backends[0].outputs]
