@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from deepseek_trt.engines.cpu_library import CpuLibrary, cpu_library
+from deepseek_trt.engines.cpu_weights import weights_fit, weights_in_memory
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.engines.weights import reference_arrays
 from deepseek_trt.export.bundle import Bundle
@@ -20,6 +21,7 @@ from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.graph import past_name, present_name
 from deepseek_trt.export.weight_file import NUMPY_DTYPES
 
+OrtValues = dict[str, ort.OrtValue]
 _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; a served runtime has no onnx package
 
 
@@ -28,20 +30,28 @@ class OrtSession:
 
     backend = "ort"
 
-    def __init__(self, bundle: Bundle, pages: int, threads: int = 0, compiled: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, pages: int, threads: int = 0, compiled: bool = True, mapped: bool | None = None
+    ) -> None:
         """`threads` 0 takes all processors. bfloat16 bundles are computed in float32.
 
-        Without `compiled`, or where the compiled operators cannot be had, the exported bodies are run.
+        Without `compiled`, or where the compiled operators cannot be had, the exported bodies are run. `mapped` leaves
+        the weights in their file instead of copying them to huge pages, which decodes faster; None: as memory allows.
         """
         widened = bundle.manifest.dtype == "bfloat16"
         library = cpu_library(bundle.path) if compiled else CpuLibrary(None)
+        self.library = library.path  # samplers are in it, too
+        self.threads = threads or len(os.sched_getaffinity(0))
         notes = ["bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)"] if widened else []
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype="float32") if widened else bundle.manifest.cache
         self.pages = pages
         self.vocab_size = bundle.manifest.model.vocab_size
-        self._sessions = {"prefill": load_graph(bundle, "prefill", threads=threads)}
+        mapped = not weights_fit(bundle) if mapped is None else mapped
+        weights = None if mapped else _ort_values(weights_in_memory(bundle))
+        self._weights = weights  # the graphs read them where they are
+        self._sessions = {"prefill": load_graph(bundle, "prefill", threads=threads, weights=weights)}
         left: list[str] = []
-        self._sessions["decode"] = load_graph(bundle, "decode", library.path, threads, left)
+        self._sessions["decode"] = load_graph(bundle, "decode", library.path, threads, left, weights)
         if left:
             notes.append(f"as exported, not compiled: {', '.join(left)}")
         self.note = "; ".join([*notes, library.reason] if library.reason else notes)
@@ -79,15 +89,22 @@ class OrtSession:
 
 
 def load_graph(
-    bundle: Bundle, graph: str, library: Path | None = None, threads: int = 0, left: list[str] | None = None
+    bundle: Bundle,
+    graph: str,
+    library: Path | None = None,
+    threads: int = 0,
+    left: list[str] | None = None,
+    weights: OrtValues | None = None,
 ) -> ort.InferenceSession:
     """A graph of the bundle in ONNX Runtime's CPU provider, or with the compiled operators of `library` (decode only).
 
-    `left` receives the names of the custom operators that the compiled ones do not replace. BackendError where ONNX
-    Runtime refuses.
+    `left` receives the names of the custom operators that the compiled ones do not replace. Without `weights` they are
+    mapped from their file. BackendError where ONNX Runtime refuses.
     """
     options = _options(threads)
     kept = _supply_references(options, bundle) if bundle.manifest.by_reference else None
+    for name, value in (weights or {}).items():
+        options.add_initializer(name, value)
     source: str | bytes = str(bundle.graph_path(graph))
     if library is not None and graph == "decode":
         source = _with_library(options, bundle, library, threads, left)
@@ -152,12 +169,16 @@ def _widened_bytes(path: Path) -> bytes:
     return widened_bytes(path)
 
 
-def _supply_references(options: ort.SessionOptions, bundle: Bundle) -> list[Any]:
-    """Hand the checkpoint's tensors to ONNX Runtime; returns what must live until the session is made."""
-    arrays = reference_arrays(bundle)
-    values = [_ort_value(array) for array in arrays.values()]
-    options.add_external_initializers(list(arrays), values)
-    return [arrays, values]
+def _supply_references(options: ort.SessionOptions, bundle: Bundle) -> OrtValues:
+    """Hand the checkpoint's tensors to ONNX Runtime, which copies them; returns what must live until then."""
+    values = _ort_values(reference_arrays(bundle))
+    options.add_external_initializers(list(values), list(values.values()))
+    return values
+
+
+def _ort_values(arrays: dict[str, npt.NDArray[Any]]) -> OrtValues:
+    """Views of the arrays, which they keep alive."""
+    return {name: _ort_value(array) for name, array in arrays.items()}
 
 
 def _ort_value(array: npt.NDArray[Any]) -> ort.OrtValue:

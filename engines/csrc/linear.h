@@ -8,17 +8,13 @@
 
 namespace ISA {
 
+// One row at a time for few tokens: the processor's own prefetching follows a single stream best. Many tokens are bound
+// by arithmetic: there, several rows share the loads of a token.
 #ifdef __AVX512F__
-constexpr int ROWS = 4, TOKENS = 4;  // 16 sums, 4 rows and 1 token in 32 registers
+constexpr int FEW = 8, ROWS = 4, TOKENS = 4;  // 16 sums, 4 rows and 1 token in 32 registers
 #else
-constexpr int ROWS = 4, TOKENS = 1;
+constexpr int FEW = 4, ROWS = 2, TOKENS = 2;
 #endif
-constexpr int64_t AHEAD = 1024;  // bytes between a read and its prefetch
-
-template <class T>
-INLINE void prefetch(const T* p) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD, 0, 3);
-}
 
 // y[t][r] = w[r] . x[t] for R rows and N tokens.
 template <int R, int N, class W>
@@ -27,10 +23,7 @@ INLINE void dots(const W* w, int64_t stride, const float* const* x, int64_t colu
     int64_t c = 0;
     for (; c + LANES <= columns; c += LANES) {
         v16 rows[R];
-        for (int r = 0; r < R; ++r) {
-            prefetch(w + r * stride + c);
-            rows[r] = load(w + r * stride + c);
-        }
+        for (int r = 0; r < R; ++r) rows[r] = load(w + r * stride + c);
         for (int t = 0; t < N; ++t) {
             const v16 token = load(x[t] + c);
             for (int r = 0; r < R; ++r) sums[t][r] = fma(rows[r], token, sums[t][r]);
@@ -47,26 +40,28 @@ INLINE void dots(const W* w, int64_t stride, const float* const* x, int64_t colu
         for (int r = 0; r < R; ++r) y[t][at + r] = sum(sums[t][r]);
 }
 
-template <int R, class W>
+// All tokens, N at a time and then fewer.
+template <int R, int N, class W>
 INLINE void dots_of(const W* w, int64_t stride, const float* const* x, int64_t tokens, int64_t columns,
                     float* const* y, int64_t at) {
     int64_t t = 0;
-    for (; t + TOKENS <= tokens; t += TOKENS) dots<R, TOKENS>(w, stride, x + t, columns, y + t, at);
-    for (; t < tokens; ++t) dots<R, 1>(w, stride, x + t, columns, y + t, at);
+    for (; t + N <= tokens; t += N) dots<R, N>(w, stride, x + t, columns, y + t, at);
+    if constexpr (N > 1) dots_of<R, N / 2>(w, stride, x + t, tokens - t, columns, y + t, at);
 }
 
 // y[t][r - first] = w[r] . x[t] for rows first..last and all tokens.
-INLINE void rows_times(const Matrix& m, int64_t first, int64_t last, const float* const* x, int64_t tokens,
+__attribute__((noinline)) inline void rows_times(const Matrix& m, int64_t first, int64_t last, const float* const* x, int64_t tokens,
                        float* const* y) {
     with_type(m.data, m.type, [&](auto* data) {
         int64_t r = first;
-        for (; r + ROWS <= last; r += ROWS)
-            dots_of<ROWS>(data + r * m.columns, m.columns, x, tokens, m.columns, y, r - first);
-        for (; r < last; ++r) dots_of<1>(data + r * m.columns, m.columns, x, tokens, m.columns, y, r - first);
+        if (tokens > FEW)
+            for (; r + ROWS <= last; r += ROWS)
+                dots_of<ROWS, TOKENS>(data + r * m.columns, m.columns, x, tokens, m.columns, y, r - first);
+        for (; r < last; ++r) dots_of<1, FEW>(data + r * m.columns, m.columns, x, tokens, m.columns, y, r - first);
     });
 }
 
-INLINE void add_bias(const Matrix& bias, int64_t first, int64_t last, int64_t tokens, float* const* y) {
+inline void add_bias(const Matrix& bias, int64_t first, int64_t last, int64_t tokens, float* const* y) {
     if (bias.data == nullptr) return;
     with_type(bias.data, bias.type, [&](auto* data) {
         for (int64_t t = 0; t < tokens; ++t)
@@ -76,7 +71,7 @@ INLINE void add_bias(const Matrix& bias, int64_t first, int64_t last, int64_t to
 
 // y[t][first..last] = sum over rows n of x[t][n] w[n][first..last], rows in order; w has `stride` columns.
 template <class W>
-INLINE void columns_times(const W* w, int64_t rows, int64_t stride, int64_t first, int64_t last,
+inline void columns_times(const W* w, int64_t rows, int64_t stride, int64_t first, int64_t last,
                           const float* const* x, int64_t tokens, float* const* y) {
     constexpr int TOGETHER = 4;
     for (int64_t t = 0; t < tokens; ++t) std::memset(y[t] + first, 0, (last - first) * sizeof(float));
@@ -86,10 +81,7 @@ INLINE void columns_times(const W* w, int64_t rows, int64_t stride, int64_t firs
         int64_t c = first;
         for (; c + LANES <= last; c += LANES) {
             v16 row[TOGETHER];
-            for (int i = 0; i < TOGETHER; ++i) {
-                prefetch(at + i * stride + c);
-                row[i] = load(at + i * stride + c);
-            }
+            for (int i = 0; i < TOGETHER; ++i) row[i] = load(at + i * stride + c);
             for (int64_t t = 0; t < tokens; ++t) {
                 v16 total = load(y[t] + c);
                 for (int i = 0; i < TOGETHER; ++i) total = fma(row[i], all(x[t][n + i]), total);
@@ -106,7 +98,7 @@ INLINE void columns_times(const W* w, int64_t rows, int64_t stride, int64_t firs
 }
 
 // y = x / rms(x) * weight over `width` numbers.
-INLINE void rms_norm(const float* x, const Matrix& weight, float eps, int64_t width, float* y) {
+inline void rms_norm(const float* x, const Matrix& weight, float eps, int64_t width, float* y) {
     v16 squares{};
     int64_t c = 0;
     for (; c + LANES <= width; c += LANES) squares = fma(load(x + c), load(x + c), squares);
