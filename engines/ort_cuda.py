@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from deepseek_trt.engines.cpu_library import cpu_library
-from deepseek_trt.engines.ort import _supply_references, _widened_bytes
+from deepseek_trt.engines.ort import _prepared, _supply_references, _widened_bytes, widened_path
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BackendError
@@ -94,7 +94,8 @@ def _load(bundle: Bundle, graph: str, threads: int, place: Place) -> ort.Inferen
     path = bundle.graph_path(graph)
     source: str | bytes = str(path)
     if bundle.manifest.dtype == "bfloat16":
-        source = _widened_bytes(path)
+        source = _prepared(widened_path(bundle, graph)) or _widened_bytes(path)
+    if isinstance(source, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     providers = [(place.provider, {"device_id": str(place.ordinal)} if place.device == "cuda" else {})]
     try:
