@@ -20,6 +20,7 @@ class GraphSession(Protocol):
 
     backend: str
     note: str
+    dtype: str  # that it computes in, and that its float inputs have
 
     def run(self, graph: str, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """The graph's outputs by name, for its inputs by name; floats in float32 where the bundle is bfloat16."""
@@ -34,6 +35,7 @@ class OrtGraphs:
         self._bundle, self._threads = bundle, threads
         widened = bundle.manifest.dtype == "bfloat16"
         self.note = "bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)" if widened else ""
+        self.dtype = "float32" if widened else bundle.manifest.dtype
         self._sessions: dict[str, Any] = {}
 
     def run(self, graph: str, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
@@ -62,6 +64,7 @@ class TorchGraphs:
         labels = len(manifest.classifier.labels) if manifest.classifier else 0
         with torch.device("meta"):
             model = MODELS[manifest.task](manifest.model, manifest.interface, labels)
+        self.dtype, self._torch_dtype = dtype, getattr(torch, dtype)
         self._bundle, self._model = bundle, with_weights(model, bundle, dtype)
 
     def run(self, graph: str, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
@@ -70,7 +73,8 @@ class TorchGraphs:
         from deepseek_trt.export.heads import run_graph
 
         spec = self._bundle.graph(graph)
-        given = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in _in_order(spec, feeds).items()}
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in _in_order(spec, feeds).items()}
+        given = {n: t.to(self._torch_dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         with torch.inference_mode():
             made = run_graph(self._model, self._bundle.manifest.interface, spec, given)
         return {name: tensor.float().numpy() for name, tensor in made.items()}

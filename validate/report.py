@@ -108,7 +108,7 @@ class AccuracyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; nan and the infinities as strings, as JSON has none."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = plain_json(dataclasses.asdict(self))
         return plain
 
     def to_json(self) -> str:
@@ -126,7 +126,7 @@ def backend_report(pair: Pair, floor: Pair | None) -> BackendReport:
         unused_pages_were_nan=pair.poisoned,
         follows_routing=pair.sees_routing,
         set_aside=dict(pair.set_aside),
-        outputs=_outputs(pair.differences),
+        outputs=output_reports(pair.differences),
         tokens=token_agreement(pair.script.steps, pair.results, pair.reference, pair.policy("logits").relative),
         text=text,
         greedy=greedy_agreement(pair),
@@ -137,12 +137,13 @@ def backend_report(pair: Pair, floor: Pair | None) -> BackendReport:
         first_fault=None if pair.passed else first_fault(pair),
         histogram=error_histogram(pair),
         coverage=coverage(pair.reference_probes, pair.config),
-        milliseconds=_milliseconds(pair.script, [r.runtime for r in pair.results]),
-        reference_milliseconds=_milliseconds(pair.script, [r.runtime for r in pair.reference]),
+        milliseconds=milliseconds_by_graph(pair.script, [r.runtime for r in pair.results]),
+        reference_milliseconds=milliseconds_by_graph(pair.script, [r.runtime for r in pair.reference]),
     )
 
 
-def _outputs(differences: Sequence[OutputDifference]) -> tuple[OutputReport, ...]:
+def output_reports(differences: Sequence[OutputDifference]) -> tuple[OutputReport, ...]:
+    """Each output over all steps."""
     by_name: dict[str, list[OutputDifference]] = {}
     for difference in differences:
         by_name.setdefault(difference.output, []).append(difference)
@@ -171,7 +172,7 @@ def _output(name: str, found: list[OutputDifference]) -> OutputReport:
     )
 
 
-def _milliseconds(script: Script, seconds: Sequence[float]) -> dict[str, tuple[float, ...]]:
+def milliseconds_by_graph(script: Script, seconds: Sequence[float]) -> dict[str, tuple[float, ...]]:
     """Of each step, by graph."""
     times: dict[str, list[float]] = {}
     for step, took in zip(script.steps, seconds, strict=True):
@@ -179,11 +180,12 @@ def _milliseconds(script: Script, seconds: Sequence[float]) -> dict[str, tuple[f
     return {graph: tuple(values) for graph, values in times.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """Lists and dicts with string keys; nan and the infinities as strings."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain_json(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [plain_json(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
