@@ -13,6 +13,7 @@ from deepseek_trt.cli.heads_validation import generates, validate_other_heads
 
 EXIT_ACCURACY = 3
 HELP = "ort: the graphs as exported; ort-compiled: as generate runs them.  [default: these two]"
+CHECKPOINT_HELP = "Whose weights the reference takes.  [default: the one that was exported]"
 BACKENDS = ("ort", "ort-compiled", "torch", "transformers", "kernels", "tensorrt")
 
 
@@ -23,6 +24,8 @@ BACKENDS = ("ort", "ort-compiled", "torch", "transformers", "kernels", "tensorrt
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on.  [default: one that ships]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn tokens and the order of pages.")
 @click.option("--bisect", is_flag=True, help="Where something fails, name the first layer and op that does.")
+@click.option("--layers", help="Only these layers, one in memory at a time, as 0-3,26.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help=CHECKPOINT_HELP)
 @click.option("--compare", type=click.Path(path_type=Path), help="An earlier report.json: show what moved.")
 @click.option("--threads", type=int, default=0, help="0 lets each backend choose.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -30,8 +30,9 @@ DEFAULT_BACKENDS = ("ort", "ort-compiled")
 class ValidateRequest:
     """What to validate. `text` None takes the text that ships with the package; threads 0 lets backends choose.
 
-    No backends stand for DEFAULT_BACKENDS. `checkpoint` names the checkpoint for a comparison layer by layer; None
-    takes the one that the manifest names.
+    No backends stand for DEFAULT_BACKENDS. `layers` ("0-3,26") names the layers to compare, one in memory at a time;
+    None compares the whole model. The reference reads its weights in the folder `checkpoint`; None stands for the one
+    that the manifest names.
     """
 
     bundle: Path
@@ -41,6 +42,7 @@ class ValidateRequest:
     bisect: bool = False
     threads: int = 0
     command: str = ""
+    layers: str | None = None
     checkpoint: Path | None = None
 
 
@@ -57,6 +59,10 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
 
     Raises BundleError, BackendError or RequestError; a bad result is no error, but `report.passed` False.
     """
+    if request.layers is not None:
+        from deepseek_trt.validate.layerwise import validate_layers  # it imports this file
+
+        return validate_layers(request, request.layers, progress)
     started = time.time()
     bundle, names = Bundle.open(request.bundle), request.backends or DEFAULT_BACKENDS
     backends = _in_order(names)

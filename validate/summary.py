@@ -39,6 +39,9 @@ def print_summary(report: AccuracyReport, console: Console | None = None) -> Non
             console.print(f"[red]first out of tolerance: {_fault(backend.first_fault)}", highlight=False)
         if backend.text is not None:
             console.print(_perplexity(backend.text), highlight=False)
+    for part in report.parts:
+        failed = ", ".join(name for name, passed in part.passed.items() if not passed)
+        console.print(f"[red]{part.part}: failed ({failed})" if failed else f"{part.part}: passed", highlight=False)
     for name in report.changed_weights:
         console.print(f"[red]weight {_changed(name)} is not what export wrote (sha256 differs)", highlight=False)
     for name in report.changed_files:

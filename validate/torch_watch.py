@@ -18,6 +18,8 @@ from deepseek_trt.validate.probes import GAP, Probes
 from deepseek_trt.validate.routing import Flip, Router, closest_gap, differing_tokens, margin
 
 Keep = Callable[[str, Tensor], None]
+# A layer, its router, the logits, what the router made of them; gives what is used instead.
+Route = Callable[[int, Router, Tensor, Any], Any]
 
 
 class TorchWatcher:
@@ -44,10 +46,10 @@ class TorchWatcher:
                 stack.enter_context(_seen(module.input_layernorm, f"hidden.{layer}", keep))
                 stack.enter_context(_seen(module.post_attention_layernorm, f"after_attention.{layer}", keep))
             stack.enter_context(_last_output(model, keep))
-            stack.enter_context(_OpWatch(keep, lambda *a: self._route(index, step, *a)))
+            stack.enter_context(OpWatch(keep, lambda *a: self.route(index, step, *a)))
             yield
 
-    def _route(self, index: int, step: Step, layer: int, router: Router, logits: Tensor, own: Any) -> Any:
+    def route(self, index: int, step: Step, layer: int, router: Router, logits: Tensor, own: Any) -> Any:
         """The router's outputs for this layer: its own, or those with near ties decided as `follow` has them."""
         if self._follow is not None:
             self.probes.keep(index, step, f"{GAP}.{layer}", _array(closest_gap(logits, router)))
@@ -66,12 +68,12 @@ class TorchWatcher:
         return (router.weights_of(logits, ids), ids) if not torch.equal(ids, own[1]) else own
 
 
-class _OpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Keeps what goes into and comes out of the custom ops; layers are counted by their attention."""
+class OpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Keeps what goes into and comes out of the custom ops; layers are counted by their attention, from first_layer."""
 
-    def __init__(self, keep: Keep, route: Callable[[int, Router, Tensor, Any], Any]) -> None:
+    def __init__(self, keep: Keep, route: Route, first_layer: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._keep, self._route, self._layer = keep, route, -1
+        self._keep, self._route, self._layer = keep, route, first_layer - 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
