@@ -79,7 +79,7 @@ def bar_plot(values: Sequence[float], names: Sequence[str], x_label: str, y_labe
     y = _Scale(0, top * 1.05, HEIGHT - BOTTOM, TOP)
     step = (WIDTH - LEFT - RIGHT) / max(len(values), 1)
     parts = [_linear_grid(y, top, whole=True), _labels(x_label, y_label)]
-    every = max(1, math.ceil(len(values) / 8))
+    every = 1 << max(0, math.ceil(math.log2(len(values) / 8))) if values else 1
     for i, (value, name, wrong) in enumerate(zip(values, names, bad, strict=True)):
         left = LEFT + i * step + step * 0.12
         parts.append(_bar(left, step * 0.76, y, value, "series-0", f"{name}: {value:g}"))

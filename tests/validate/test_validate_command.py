@@ -93,12 +93,5 @@ def test_a_worse_report_exits_with_3(good, tmp_path):
     assert "worse: ort, logits: max relative" in done.stdout
 
 
-def test_other_heads_are_refused_by_name(small_v2, bundle_of):
-    bundle = bundle_of(small_v2.checkpoint, dtype="float32", task="feature-extraction")
-    done = validate(bundle.path)
-    assert done.exit_code == 1
-    assert "exported for feature-extraction" in done.output
-
-
 def test_the_choices_are_the_backends():
     assert set(CHOICES) == set(BACKENDS)
