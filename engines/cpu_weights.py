@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from typing import Any
@@ -15,6 +16,7 @@ from deepseek_trt.export.weight_file import NUMPY_DTYPES, WEIGHTS_FILE
 
 Arrays = dict[str, npt.NDArray[Any]]
 _ALIGNMENT = 64  # bytes of a cache line
+_HUGE_PAGE = 2 << 20
 _SHARE = 0.5  # of the free memory, at most: the page cache keeps the file as well
 
 
@@ -38,6 +40,14 @@ def weights_in_memory(bundle: Bundle) -> Arrays:
             arrays[tensor.name] = data.view(NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
             at += _padded(tensor.nbytes)
     return arrays
+
+
+def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array that takes memory where it is written, in huge pages where it is large enough to fill some."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if nbytes < _HUGE_PAGE:
+        return np.zeros(shape, dtype)
+    return _huge_pages(nbytes).view(dtype).reshape(shape)
 
 
 def _huge_pages(nbytes: int) -> npt.NDArray[np.uint8]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from deepseek_trt.engines.cpu_library import CpuLibrary, cpu_library
-from deepseek_trt.engines.cpu_weights import weights_fit, weights_in_memory
+from deepseek_trt.engines.cpu_weights import weights_fit, weights_in_memory, zeros
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.engines.weights import reference_arrays
 from deepseek_trt.export.bundle import Bundle
@@ -56,8 +56,9 @@ class OrtSession:
             notes.append(f"as exported, not compiled: {', '.join(left)}")
         self.note = "; ".join([*notes, library.reason] if library.reason else notes)
         shape = (pages, self.cache.page_size, self.cache.latent_dim)
-        self._arrays = [np.zeros(shape, dtype=NUMPY_DTYPES[self.cache.dtype]) for _ in range(self.cache.layers)]
+        self._arrays = [zeros(shape, NUMPY_DTYPES[self.cache.dtype]) for _ in range(self.cache.layers)]
         self._pools = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
+        self._bindings = {graph: self._bind(graph) for graph in self._sessions}
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
         return self._run(
@@ -74,17 +75,20 @@ class OrtSession:
     def pool(self, layer: int) -> npt.NDArray[Any]:
         return self._arrays[layer]
 
-    def _run(self, graph: str, **feeds: npt.NDArray[Any]) -> Floats:
-        session = self._sessions[graph]
-        binding = session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        binding.bind_output("logits", "cpu")
+    def _bind(self, graph: str) -> ort.IOBinding:
+        binding = self._sessions[graph].io_binding()
         for layer, pool in enumerate(self._pools):
             binding.bind_ortvalue_input(past_name(layer), pool)
             binding.bind_ortvalue_output(present_name(layer), pool)
-        session.run_with_iobinding(binding)
-        logits: Floats = binding.get_outputs()[0].numpy()
+        return binding
+
+    def _run(self, graph: str, **feeds: npt.NDArray[Any]) -> Floats:
+        binding = self._bindings[graph]
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_output("logits", "cpu")  # a new one each time
+        self._sessions[graph].run_with_iobinding(binding)
+        logits: Floats = binding.get_outputs()[-1].numpy()
         return logits
 
 

@@ -9,10 +9,16 @@
 namespace ISA {
 
 constexpr int64_t BLOCK = 32;       // weight rows that a thread takes at a time
+#ifdef __AVX512F__
 constexpr int64_t WIDEST_GROUP = 8;  // heads that read a latent together
+#else
+constexpr int64_t WIDEST_GROUP = 4;
+#endif
+
+constexpr int64_t LARGEST_CHUNK = 256;
 
 // Cached tokens that one thread attends to at a time. Depends on the sequence alone, so that results do too.
-inline int64_t chunk_of(int64_t length) { return length <= 1024 ? 64 : 256; }
+inline int64_t chunk_of(int64_t length) { return length <= 1024 ? 64 : length <= 16384 ? 128 : LARGEST_CHUNK; }
 
 // x rotated in adjacent pairs.
 template <class X>
@@ -25,15 +31,19 @@ inline void rotate(const float* x, const float* cos, const float* sin, int64_t w
 }
 
 // total[h][l] (+)= sum over tokens of p[token][h] latents[token][l], for H heads and 16 C columns.
+// Meanwhile the latents at `next` are fetched, which are needed after these.
 template <int H, int C, class P>
 INLINE void weigh(const P* latents, int64_t stride, int64_t tokens, const float* p, int64_t ldp, bool first,
-                  float* total, int64_t ldt) {
+                  float* total, int64_t ldt, const P* next) {
     v16 sums[H][C];
     for (int h = 0; h < H; ++h)
         for (int c = 0; c < C; ++c) sums[h][c] = first ? v16{} : load(total + h * ldt + c * LANES);
     for (int64_t t = 0; t < tokens; ++t) {
         v16 row[C];
-        for (int c = 0; c < C; ++c) row[c] = load(latents + t * stride + c * LANES);
+        for (int c = 0; c < C; ++c) {
+            row[c] = load(latents + t * stride + c * LANES);
+            __builtin_prefetch(next + t * stride + c * LANES, 0, 2);
+        }
         for (int h = 0; h < H; ++h)
             for (int c = 0; c < C; ++c) sums[h][c] = fma(all(p[t * ldp + h]), row[c], sums[h][c]);
     }
@@ -43,7 +53,7 @@ INLINE void weigh(const P* latents, int64_t stride, int64_t tokens, const float*
 
 template <int H, class P>
 INLINE void weigh_all(const P* latents, int64_t stride, int64_t rank, int64_t tokens, const float* p, int64_t ldp,
-                      bool first, float* total, int64_t ldt) {
+                      bool first, float* total, int64_t ldt, const P* next) {
 #ifdef __AVX512F__
     constexpr int WIDE = H == 8 ? 3 : 4;
 #else
@@ -51,8 +61,9 @@ INLINE void weigh_all(const P* latents, int64_t stride, int64_t rank, int64_t to
 #endif
     int64_t l = 0;
     for (; l + WIDE * LANES <= rank; l += WIDE * LANES)
-        weigh<H, WIDE>(latents + l, stride, tokens, p, ldp, first, total + l, ldt);
-    for (; l + LANES <= rank; l += LANES) weigh<H, 1>(latents + l, stride, tokens, p, ldp, first, total + l, ldt);
+        weigh<H, WIDE>(latents + l, stride, tokens, p, ldp, first, total + l, ldt, next + l);
+    for (; l + LANES <= rank; l += LANES)
+        weigh<H, 1>(latents + l, stride, tokens, p, ldp, first, total + l, ldt, next + l);
     for (; l < rank; ++l)
         for (int h = 0; h < H; ++h) {
             float sum = first ? 0.0f : total[h * ldt + l];
@@ -102,7 +113,7 @@ inline void each_run(const AttentionArgs& a, int64_t row, int64_t first, int64_t
 // What H heads of one sequence see in one chunk: its maximum, sum and weighted latents a head.
 template <int H, class P>
 inline void attend(const AttentionArgs& a, const P* pool, int64_t row, int64_t first, int64_t last, const float* q,
-                   float* most, float* sums, float* total, float* scores) {
+                   float* most, float* sums, float* total, float* scores, int64_t next) {
     const int64_t D = a.kv_a.rows, tokens = last - first;
     each_run(a, row, first, last, [&](int64_t slot, int64_t at, int64_t count) {
         score<H>(pool + slot * D, D, count, q, scores + at * H, H);
@@ -119,7 +130,8 @@ inline void attend(const AttentionArgs& a, const P* pool, int64_t row, int64_t f
     for (int64_t t = 0; t < tokens; ++t)
         for (int h = 0; h < H; ++h) sums[h] += scores[t * H + h];
     each_run(a, row, first, last, [&](int64_t slot, int64_t at, int64_t count) {
-        weigh_all<H>(pool + slot * D, D, a.rank, count, scores + at * H, H, at == 0, total, a.rank);
+        const P* after = pool + (next < 0 ? slot : next + at) * D;
+        weigh_all<H>(pool + slot * D, D, a.rank, count, scores + at * H, H, at == 0, total, a.rank, after);
     });
 }
 
@@ -229,7 +241,7 @@ class Attention {
     }
 
     void attend_all(Team& team, Scratch& own) const {
-        float* scores = own.take(256 * WIDEST_GROUP);
+        float* scores = own.take(LARGEST_CHUNK * WIDEST_GROUP);
         const int64_t groups = (a.heads + WIDEST_GROUP - 1) / WIDEST_GROUP;
         team.share(3, a.batch * s.chunks * groups, [&](int64_t item) {
             const int64_t group = item % groups, chunk = item / groups % s.chunks, b = item / groups / s.chunks;
@@ -238,23 +250,30 @@ class Attention {
             const int64_t last = std::min(first + size, length(b));
             for (int64_t h = group * WIDEST_GROUP, end = std::min(h + WIDEST_GROUP, a.heads); h < end;) {
                 const int64_t at = (b * s.chunks + chunk) * a.heads + h;
-                h += attend_group(b, first, last, h, end - h, at, scores);
+                h += attend_group(b, first, last, h, end - h, at, scores, slot_of(b, first + size * team.count));
             }
         });
     }
 
+    // The place of a cached token in the pool; -1 beyond the sequence.
+    int64_t slot_of(int64_t b, int64_t t) const {
+        return t < length(b) ? a.page_table[b * a.table_width + t / a.page] * a.page + t % a.page : -1;
+    }
+
     // Attend with as many heads at a time as fit; returns how many.
-    int64_t attend_group(int64_t b, int64_t first, int64_t last, int64_t h, int64_t left, int64_t at,
-                         float* scores) const {
+    int64_t attend_group(int64_t b, int64_t first, int64_t last, int64_t h, int64_t left, int64_t at, float* scores,
+                         int64_t next) const {
         const float* q = s.absorbed[b * a.heads + h];
         float *most = s.most + at, *sums = s.sums + at, *total = s.totals + at * a.rank;
-        const int heads = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        const int heads = left >= WIDEST_GROUP ? WIDEST_GROUP : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             switch (heads) {
-                case 8: return attend<8>(a, pool, b, first, last, q, most, sums, total, scores);
-                case 4: return attend<4>(a, pool, b, first, last, q, most, sums, total, scores);
-                case 2: return attend<2>(a, pool, b, first, last, q, most, sums, total, scores);
-                default: return attend<1>(a, pool, b, first, last, q, most, sums, total, scores);
+#ifdef __AVX512F__
+                case 8: return attend<8>(a, pool, b, first, last, q, most, sums, total, scores, next);
+#endif
+                case 4: return attend<4>(a, pool, b, first, last, q, most, sums, total, scores, next);
+                case 2: return attend<2>(a, pool, b, first, last, q, most, sums, total, scores, next);
+                default: return attend<1>(a, pool, b, first, last, q, most, sums, total, scores, next);
             }
         });
         return heads;

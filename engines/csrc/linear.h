@@ -19,25 +19,30 @@ constexpr int FEW = 4, ROWS = 2, TOKENS = 2;
 // y[t][r] = w[r] . x[t] for R rows and N tokens.
 template <int R, int N, class W>
 INLINE void dots(const W* w, int64_t stride, const float* const* x, int64_t columns, float* const* y, int64_t at) {
-    v16 sums[N][R] = {};
+    v16 totals[N][R] = {};
     int64_t c = 0;
     for (; c + LANES <= columns; c += LANES) {
         v16 rows[R];
         for (int r = 0; r < R; ++r) rows[r] = load(w + r * stride + c);
         for (int t = 0; t < N; ++t) {
             const v16 token = load(x[t] + c);
-            for (int r = 0; r < R; ++r) sums[t][r] = fma(rows[r], token, sums[t][r]);
+            for (int r = 0; r < R; ++r) totals[t][r] = fma(rows[r], token, totals[t][r]);
         }
     }
     if (c < columns) {
         for (int t = 0; t < N; ++t) {
             const v16 token = load_some(x[t] + c, columns - c);
             for (int r = 0; r < R; ++r)
-                sums[t][r] = fma(load_some(w + r * stride + c, columns - c), token, sums[t][r]);
+                totals[t][r] = fma(load_some(w + r * stride + c, columns - c), token, totals[t][r]);
         }
     }
-    for (int t = 0; t < N; ++t)
-        for (int r = 0; r < R; ++r) y[t][at + r] = sum(sums[t][r]);
+    const v16* flat = &totals[0][0];
+    int i = 0;
+    for (; i + 4 <= R * N; i += 4) {
+        const v4 four = sums(flat[i], flat[i + 1], flat[i + 2], flat[i + 3]);
+        for (int j = 0; j < 4; ++j) y[(i + j) / R][at + (i + j) % R] = four[j];
+    }
+    for (; i < R * N; ++i) y[i / R][at + i % R] = sum(flat[i]);
 }
 
 // All tokens, N at a time and then fewer.

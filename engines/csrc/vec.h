@@ -75,6 +75,19 @@ INLINE float sum(v16 x) {
     return c[0] + c[1];
 }
 
+// Four such sums.
+INLINE v4 sums(v16 a, v16 b, v16 c, v16 d) {
+    const auto quarter = [](v16 x) __attribute__((always_inline)) {
+        const v8 y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+        return __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
+    };
+    const v4 w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
+    const v4 wx = __builtin_shufflevector(w, x, 0, 1, 4, 5) + __builtin_shufflevector(w, x, 2, 3, 6, 7);
+    const v4 yz = __builtin_shufflevector(y, z, 0, 1, 4, 5) + __builtin_shufflevector(y, z, 2, 3, 6, 7);
+    return __builtin_shufflevector(wx, yz, 0, 2, 4, 6) + __builtin_shufflevector(wx, yz, 1, 3, 5, 7);
+}
+
 // exp to 2 units in the last place: 2^n times a polynomial in the rest; 0 below -87.
 INLINE v16 exp(v16 x) {
     const v16 low = all(-87.0f), high = all(88.0f);
