@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deepseek_trt.cli.classifier_repository import classifies, write_classifier
+
 if TYPE_CHECKING:
     from deepseek_trt.engines.model_repository.writer import Repository
 
@@ -53,6 +55,9 @@ def command(
     from deepseek_trt.engines.model_repository.sizes import SizeRequest
     from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_model_repository
 
+    if classifies(bundle):
+        write_classifier(bundle, repository, name, as_json)
+        return
     if pages is not None and cache_mib is not None:
         raise click.UsageError("give either --pages or --cache-mib")
     sizes = SizeRequest(backend, max_inflight, max_running, max_model_len, pages, cache_mib, threads, prefix_reuse)

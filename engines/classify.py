@@ -12,7 +12,7 @@ from deepseek_trt.engines.rows import feeds_of, pad_rows, strip_padding
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.engines.text import Text
 from deepseek_trt.export.bundle import Bundle
-from deepseek_trt.export.errors import BundleError
+from deepseek_trt.export.errors import BundleError, RequestError
 
 BATCH = 32  # rows computed at once
 
@@ -44,7 +44,7 @@ class TextClassifier:
 
     def classify(self, texts: Sequence[str | Sequence[int]]) -> list[Classification]:
         """One result a text (or row of token ids), in order."""
-        rows = [self._encode(text) for text in texts]
+        rows = self.encode(texts)
         results: list[Classification] = []
         for start in range(0, len(rows), BATCH):
             ids, lengths = pad_rows(rows[start : start + BATCH], self._bundle.manifest.model.pad_token_id)
@@ -62,9 +62,18 @@ class TextClassifier:
         made: Floats = self.session.run("model", feeds_of(self._bundle, input_ids, sequence_lengths))["logits"]
         return made
 
-    def _encode(self, text: str | Sequence[int]) -> Sequence[int]:
+    def encode(self, texts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        """Token ids of each text. RequestError for one that is longer than the model takes."""
+        rows = [self._encode(text) for text in texts]
+        longest = self._bundle.manifest.model.max_position_embeddings
+        for index, row in enumerate(rows):
+            if len(row) > longest:
+                raise RequestError(f"text {index} has {len(row)} tokens, the model takes {longest}: shorten it")
+        return rows
+
+    def _encode(self, text: str | Sequence[int]) -> list[int]:
         if not isinstance(text, str):
-            return text
+            return list(text)
         if self._text is None:
             raise BundleError(f"{self._bundle.path} has no tokenizer.json: give token ids instead of text")
         return self._text.encode(text)

@@ -14,18 +14,22 @@ REQUIREMENTS = {
     "ort": (*_ALWAYS, "onnxruntime>=1.23,<2"),
     "tensorrt": (*_ALWAYS, "cuda-bindings>=12.9,<14"),  # and the TensorRT that built the plans
 }
-_START = f"{PACKAGE}.engines.serving.triton_model"
+GENERATOR = f"{PACKAGE}.engines.serving.triton_model"
+CLASSIFIER = f"{PACKAGE}.engines.serving.classifier_model"
 # Imported by functions that the backend does not call.
 _LEFT_OUT = {
-    "ort": tuple(f"{PACKAGE}.engines.{name}" for name in ("torch_session", "trt", "widen", "cpu_graph")),
+    "ort": (
+        f"{PACKAGE}.export.heads",
+        *(f"{PACKAGE}.engines.{name}" for name in ("torch_session", "trt", "widen", "cpu_graph")),
+    ),
     "tensorrt": tuple(f"{PACKAGE}.engines.{name}" for name in ("torch_session", "ort", "ort_cuda")),
 }
 
 
-def runtime_files(backend: str) -> dict[str, Path]:
-    """Sources by their path under runtime/, of the modules that the server imports with this backend."""
+def runtime_files(backend: str, start: str = GENERATOR) -> dict[str, Path]:
+    """Sources by their path under runtime/, of the modules that the server imports for `start` with this backend."""
     modules: dict[str, Path] = {}
-    _gather(_START, modules, _LEFT_OUT[backend])
+    _gather(start, modules, _LEFT_OUT[backend])
     return {_relative(name, path): path for name, path in sorted(modules.items())}
 
 

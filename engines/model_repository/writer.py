@@ -23,10 +23,12 @@ from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.text import Text
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BundleError, OutputError, RequestError
+from deepseek_trt.export.interface import GENERATION
 
 MANIFEST = "manifest.json"
 VERSION = "1"
-_SCRIPTS = ("serve.sh", "supervise.py", "client.py", "README.md")
+_SERVING = ("serve.sh", "supervise.py")
+_SCRIPTS = (*_SERVING, "client.py", "README.md")
 _CHUNK = 8 * 2**20  # bytes hashed at once
 
 
@@ -57,16 +59,16 @@ def write_model_repository(request: RepositoryRequest) -> Repository:
     Raises BundleError for a bundle that cannot be served, OutputError where the name is taken by something else.
     """
     bundle = _servable(request.bundle)
-    _check_name(request.name)
+    check_name(request.name)
     settings = settings_for(bundle, request.sizes)
     target = request.repository / request.name
     inputs = _fingerprint(request.name, bundle, settings)
     requirements = REQUIREMENTS[settings.backend]
-    fresh = _written_inputs(target) != inputs
+    fresh = written_inputs(target) != inputs
     if fresh:
         request.repository.mkdir(parents=True, exist_ok=True)
-        _replace(target, lambda folder: _write_model(folder, request.name, bundle, settings, inputs))
-    _write_scripts(request.repository)
+        replace_folder(target, lambda folder: _write_model(folder, request.name, bundle, settings, inputs))
+    write_scripts(request.repository)
     return Repository(request.repository, request.name, settings, requirements, fresh)
 
 
@@ -82,8 +84,8 @@ def write_manifest(version_folder: Path, facts: dict[str, Any]) -> None:
 
 def _servable(path: Path) -> Bundle:
     bundle = Bundle.open(path)
-    if bundle.manifest.task != "text-generation":
-        raise BundleError(f"{path} is for {bundle.manifest.task}: the server wants a bundle for text-generation")
+    if bundle.manifest.generates:
+        raise BundleError(f"{path} cannot be served: {bundle.manifest.generates}")
     if bundle.manifest.by_reference:
         raise BundleError(
             f"{path} refers to {bundle.manifest.checkpoint} for its weights: export without --by-reference"
@@ -92,7 +94,8 @@ def _servable(path: Path) -> Bundle:
     return bundle
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """RequestError for a name that cannot be a folder and a part of a URL."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise RequestError(f"name {name!r}: use letters, digits, '_', '-' and '.', as it becomes a folder and a URL")
 
@@ -105,7 +108,7 @@ def _write_model(folder: Path, name: str, bundle: Bundle, settings: ServingSetti
         target = version_folder / "runtime" / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    (version_folder / MODEL_FILE).write_bytes(_script(MODEL_FILE))
+    (version_folder / MODEL_FILE).write_bytes(script_bytes(MODEL_FILE))
     facts = {
         "inputs": inputs,
         "deepseek_trt": version("deepseek-trt"),
@@ -121,12 +124,12 @@ def _fingerprint(name: str, bundle: Bundle, settings: ServingSettings) -> str:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in carried]
     sources = [*runtime_files(settings.backend).values(), *Path(__file__).parent.glob("*.py")]
     digest = hashlib.sha256(repr((name, settings, stats)).encode())
-    for data in (*(source.read_bytes() for source in sources), _script(MODEL_FILE)):
+    for data in (*(source.read_bytes() for source in sources), script_bytes(MODEL_FILE)):
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()
 
 
-def _written_inputs(target: Path) -> str | None:
+def written_inputs(target: Path) -> str | None:
     """The fingerprint of what is there; OutputError where something else is."""
     if not target.exists():
         return None
@@ -139,7 +142,7 @@ def _written_inputs(target: Path) -> str | None:
         ) from None
 
 
-def _replace(target: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Written under another name, then renamed: a server never sees half a model."""
     fresh, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
     for leftover in (fresh, old):
@@ -156,12 +159,12 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_scripts(repository: Path) -> None:
-    names = sorted(
-        path.parent.name for path in repository.glob("*/config.pbtxt") if not path.parent.name.startswith(".")
-    )
-    for name in _SCRIPTS:
-        data = _script(name)
+def write_scripts(repository: Path) -> None:
+    """What serves the repository, and how to ask its models that generate; those that classify say it themselves."""
+    models = [path.parent for path in repository.glob("*/config.pbtxt") if not path.parent.name.startswith(".")]
+    names = sorted(model.name for model in models if _task(model) == GENERATION)
+    for name in _SCRIPTS if names else _SERVING:
+        data = script_bytes(name)
         if name == "README.md":
             data = _readme(data.decode(), repository, names).encode()
         if not (repository / name).is_file() or (repository / name).read_bytes() != data:
@@ -169,6 +172,11 @@ def _write_scripts(repository: Path) -> None:
             draft.write_bytes(data)
             draft.chmod(0o755 if name == "serve.sh" else 0o644)
             os.replace(draft, repository / name)
+
+
+def _task(model: Path) -> str:
+    manifest = json.loads((model / VERSION / MANIFEST).read_text(encoding="utf-8"))
+    return str(manifest.get("task", GENERATION))
 
 
 def _readme(template: str, repository: Path, names: Iterable[str]) -> str:
@@ -182,7 +190,8 @@ def _readme(template: str, repository: Path, names: Iterable[str]) -> str:
     return filled.replace("@REQUIREMENTS@", " ".join(f'"{each}"' for each in wanted))
 
 
-def _script(name: str) -> bytes:
+def script_bytes(name: str) -> bytes:
+    """A file that comes with the package."""
     return files("deepseek_trt.engines.model_repository").joinpath("files").joinpath(name).read_bytes()
 
 

@@ -62,6 +62,12 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
+def server_of():
+    """The harness's Server, for repositories of a test's own."""
+    return harness.Server
+
+
+@pytest.fixture(scope="session")
 def server_environment():
     if not harness.PYTHON.is_file():
         pytest.skip(f"there is no {harness.VENV.name}: make it with scripts/server-env")

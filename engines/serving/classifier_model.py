@@ -1,0 +1,56 @@
+"""TritonPythonModel of a classifier: the server batches texts of several requests, and each gets its own labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+
+from deepseek_trt.engines.classify import TextClassifier, scores_of
+from deepseek_trt.engines.rows import pad_rows
+from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.errors import DeepseekTrtError
+
+
+class TritonPythonModel:
+    """What the Python backend calls: initialize once, execute for each batch of requests."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self._bundle = Bundle.open(Path(args["model_repository"]) / args["model_version"] / "bundle")
+        self._classifier = TextClassifier(self._bundle)
+        pb_utils.Logger.log_info(f"{args['model_name']}: {self._bundle.manifest.classifier}")
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request; a request that the model cannot take gets an error, the others their labels."""
+        given = [self._rows(request) for request in requests]
+        rows = [row for each in given if isinstance(each, list) for row in each]
+        logits = iter(self._logits(rows))
+        return [_answer([next(logits) for _ in g], self._bundle) if isinstance(g, list) else g for g in given]
+
+    def _rows(self, request: Any) -> list[list[int]] | Any:
+        """The request's texts as tokens, or the response that refuses it."""
+        texts = pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy().reshape(-1)
+        try:
+            return self._classifier.encode([text.decode() for text in texts])
+        except (DeepseekTrtError, UnicodeDecodeError) as error:
+            refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=refusal)
+
+    def _logits(self, rows: list[list[int]]) -> Any:
+        if not rows:
+            return ()
+        return self._classifier.logits(*pad_rows(rows, self._bundle.manifest.model.pad_token_id))
+
+
+def _answer(logits: list[Any], bundle: Bundle) -> Any:
+    """Label, score and all scores of each text, in the order of the manifest's labels."""
+    classifier = bundle.manifest.classifier
+    assert classifier is not None
+    scores = scores_of(np.stack(logits), classifier.activation)
+    best = scores.argmax(1)
+    labels = np.array([[classifier.labels[i].encode()] for i in best], dtype=np.object_)
+    arrays = {"label": labels, "score": scores.max(1, keepdims=True), "scores": scores, "logits": np.stack(logits)}
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in arrays.items()])
