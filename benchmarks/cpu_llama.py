@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import llama_cpp as ll
@@ -89,13 +90,12 @@ def fill(files: Files, job: Job) -> None:
     write_gguf(files.checkpoint, files.gguf)
     for batch, contexts in job.contexts.items():
         prompts = files.prompts(int(batch), max(contexts))
-        llama = Llama(files, MODES[job.runner], 1, max(contexts), job.threads)
+        llama = Llama(files, MODES[job.runner], int(batch), max(contexts), job.threads)
         for row, prompt in enumerate(prompts[:, :-1]):
-            llama.forget(0, 0)
-            llama.prefill(prompt[None])
-            path = str(files.state(job.runner, int(batch), f"-{row}.bin")).encode()
-            nothing = (ctypes.c_int * 1)()
-            ll.llama_state_seq_save_file(llama.context, path, 0, nothing, 0)
+            path, nothing = _state(files, job, len(prompts), row), (ctypes.c_int * 1)()
+            if not path.exists():
+                llama.prefill(prompt[None], row)
+                ll.llama_state_seq_save_file(llama.context, str(path).encode(), row, nothing, 0)
 
 
 def run(files: Files, job: Job, point: Point) -> dict[str, Any]:
@@ -121,10 +121,13 @@ def run(files: Files, job: Job, point: Point) -> dict[str, Any]:
 
 def _restore(files: Files, job: Job, llama: Llama, rows: list[int]) -> None:
     for row in rows:
-        path = str(files.state(job.runner, len(rows), f"-{row}.bin")).encode()
-        tokens, count = (ctypes.c_int * 1)(), ctypes.c_size_t(0)
-        if not ll.llama_state_seq_load_file(llama.context, path, row, tokens, 1, ctypes.byref(count)):
-            raise RuntimeError(f"{path.decode()}: cannot be loaded; delete it to have it made again")
+        path, tokens, count = _state(files, job, len(rows), row), (ctypes.c_int * 1)(), ctypes.c_size_t(0)
+        if not ll.llama_state_seq_load_file(llama.context, str(path).encode(), row, tokens, 1, ctypes.byref(count)):
+            raise RuntimeError(f"{path}: cannot be loaded; delete it and {job.runner}.filled to have it made again")
+
+
+def _state(files: Files, job: Job, batch: int, row: int) -> Path:
+    return files.state(job.runner, batch, f"-{row}.bin")
 
 
 if __name__ == "__main__":
