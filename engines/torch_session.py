@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.heads import Features, Scores
 from deepseek_trt.export.model import DeepseekV2
 
+Weights = Callable[[str], torch.Tensor]  # by the name of a graph tensor
 Model = TypeVar("Model", bound=DeepseekV2 | Features | Scores)
 
 
@@ -23,11 +25,12 @@ class TorchSession:
 
     backend = "torch"
 
-    def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32") -> None:
+    def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32", weights: Weights | None = None) -> None:
+        """`weights` gives a graph tensor by its name; None takes the bundle's own."""
         self.note = "" if dtype == bundle.manifest.dtype else f"{bundle.manifest.dtype} weights, computed in {dtype}"
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
         self.pages = pages
-        self.model = load_model(bundle, dtype)
+        self.model = load_model(bundle, dtype, weights)
         shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self._pools = [torch.zeros(shape, dtype=getattr(torch, dtype)) for _ in range(self.cache.layers)]
 
@@ -47,18 +50,21 @@ class TorchSession:
         return _floats(self._pools[layer])
 
 
-def load_model(bundle: Bundle, dtype: str) -> DeepseekV2:
-    """The torch model with the bundle's weights, converted to `dtype`."""
+def load_model(bundle: Bundle, dtype: str, weights: Weights | None = None) -> DeepseekV2:
+    """The torch model with the bundle's weights, or with those given, converted to `dtype`."""
     with torch.device("meta"):
         model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
-    return with_weights(model, bundle, dtype)
+    return with_weights(model, bundle, dtype, weights)
 
 
-def with_weights(model: Model, bundle: Bundle, dtype: str) -> Model:
-    """A model that was made on the meta device, with the bundle's weights, converted to `dtype`."""
+def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | None = None) -> Model:
+    """A model that was made on the meta device, with the bundle's weights or those given, converted to `dtype`."""
     rope = type(model.model.rope)(bundle.manifest.model)  # its frequencies are computed, not loaded
     own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}  # float32 in any model
-    tensors = {name: _tensor(array) for name, array in weight_arrays(bundle).items()}
+    if weights is None:
+        tensors = {name: _tensor(array) for name, array in weight_arrays(bundle).items()}
+    else:
+        tensors = {w.recipe.name: weights(w.recipe.name) for w in bundle.manifest.weights}
     state = {name: t if name in own else t.to(getattr(torch, dtype)) for name, t in tensors.items()}
     model.load_state_dict(state, strict=True, assign=True)
     model.model.rope = rope

@@ -19,6 +19,7 @@ from deepseek_trt.validate.integrity import check_integrity
 from deepseek_trt.validate.pair import Pair, rounding_floors, run_pair
 from deepseek_trt.validate.probes import GAP, PLACES, ROUTING
 from deepseek_trt.validate.provenance import collect_provenance
+from deepseek_trt.validate.published_weights import PublishedWeights, published_weights
 from deepseek_trt.validate.report import AccuracyReport, backend_report
 from deepseek_trt.validate.undecided import set_aside
 
@@ -71,12 +72,14 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
     progress("hashing the bundle and its checkpoint")
     integrity = check_integrity(bundle)
     inputs = read_inputs(bundle, request.text, request.seed)
-    runs = _Runs(SessionRequest(bundle, inputs.pages, request.threads), inputs, request.bisect, progress)
+    weights = published_weights(bundle, request.checkpoint)
+    runs = _Runs(SessionRequest(bundle, inputs.pages, request.threads), inputs, weights, request.bisect, progress)
     reports = {}
     for backend in backends:
         pair, floor = runs.pair(backend)
         reports[backend] = backend_report(pair, floor)
-    provenance = collect_provenance(bundle, integrity, request.seed, "bundle", request.command, started)
+    source = "checkpoint" if weights else "bundle"
+    provenance = collect_provenance(bundle, integrity, request.seed, source, request.command, started)
     report = AccuracyReport(
         passed=integrity.passed and all(r.passed for r in reports.values()),
         model=bundle.manifest.model,
@@ -84,7 +87,7 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
         changed_weights=integrity.changed_weights,
         changed_files=integrity.changed_files,
         cases=inputs.sources,
-        reference=runs.reference.note or f"{bundle.manifest.dtype} weights, computed in float32",
+        reference=_reference_note(weights, runs.reference.is_slow),
         backends=tuple(reports[name] for name in names),
         provenance=provenance,
     )
@@ -94,9 +97,16 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
 class _Runs:
     """The reference, the scripts, and every comparison made with them."""
 
-    def __init__(self, session: SessionRequest, inputs: Inputs, bisect: bool, progress: Progress) -> None:
+    def __init__(
+        self,
+        session: SessionRequest,
+        inputs: Inputs,
+        weights: PublishedWeights | None,
+        bisect: bool,
+        progress: Progress,
+    ) -> None:
         progress("loading torch in float32")
-        self.reference = make_reference(session)
+        self.reference = make_reference(session, weights)
         self.pairs: dict[str, Pair] = {}
         self._session, self._progress = session, progress
         self._places = (*PLACES, GAP) if bisect else ("hidden", *ROUTING)
@@ -121,6 +131,11 @@ class _Runs:
 
     def _run(self, backend: str, script: Script) -> Pair:
         return run_pair(self._session, self.reference, backend, script, self._places)
+
+
+def _reference_note(weights: PublishedWeights | None, is_streamed: bool) -> str:
+    source = weights.note if weights else "the bundle's own weights"
+    return f"{source}, computed in float32" + (", one layer in memory at a time" if is_streamed else "")
 
 
 def _in_order(backends: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from deepseek_trt.export.errors import BackendError
 from deepseek_trt.validate.probes import Probes, Watcher
 
 if TYPE_CHECKING:  # imports torch
+    from deepseek_trt.engines.torch_session import Weights
     from deepseek_trt.validate.torch_backend import FillableTorchSession
 
 Make = Callable[[SessionRequest], Session]
@@ -34,12 +35,12 @@ class Backend:
     is_slow: bool = False
 
 
-def make_reference(request: SessionRequest) -> FillableTorchSession:
-    """Torch in float32."""
-    return _torch(request, "float32")
+def make_reference(request: SessionRequest, weights: Weights | None = None) -> FillableTorchSession:
+    """Torch in float32, with the bundle's weights or those given."""
+    return _torch(request, "float32", weights)
 
 
-def _torch(request: SessionRequest, dtype: str | None = None) -> FillableTorchSession:
+def _torch(request: SessionRequest, dtype: str | None = None, weights: Weights | None = None) -> FillableTorchSession:
     """Torch, in the bundle's dtype unless told otherwise."""
     import torch
 
@@ -47,7 +48,7 @@ def _torch(request: SessionRequest, dtype: str | None = None) -> FillableTorchSe
 
     if request.threads:
         torch.set_num_threads(request.threads)
-    return torch_session(request.bundle, request.pages, dtype or request.bundle.manifest.dtype)
+    return torch_session(request.bundle, request.pages, dtype or request.bundle.manifest.dtype, weights)
 
 
 def _kernels(request: SessionRequest) -> Session:

@@ -39,6 +39,8 @@ def validate_layers(request: ValidateRequest, layers: str, progress: Progress) -
     Raises RequestError for layers that are not there, other backends than BACKENDS, and where no checkpoint is at hand.
     """
     started, bundle = time.time(), Bundle.open(request.bundle)
+    if bundle.manifest.interface.why_no_generation:
+        raise RequestError(f"{bundle.path} cannot be validated: {bundle.manifest.interface.why_no_generation}")
     parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
     backends, weights = _backends(request.backends), _weights(bundle, request)
     if request.threads:
@@ -59,7 +61,7 @@ def validate_layers(request: ValidateRequest, layers: str, progress: Progress) -
         changed_weights=integrity.changed_weights,
         changed_files=integrity.changed_files,
         cases={case: inputs.sources[case] for case in dict.fromkeys(step.case for step in script.steps)},
-        reference=f"the weights of {weights.root}, rounded to {weights.dtype} as export rounds them, part by part",
+        reference=f"{weights.note}, computed in float32 one part at a time",
         backends=reports,
         provenance=collect_provenance(bundle, integrity, request.seed, "checkpoint", request.command, started),
         parts=tuple(run.parts),

@@ -12,13 +12,14 @@ import numpy.typing as npt
 from polygraphy.comparator import Comparator, IterationResult
 from polygraphy.logger import G_LOGGER
 
+from deepseek_trt.engines.torch_session import Weights
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.validate.cases import Script, Step
 from deepseek_trt.validate.layerwise_inputs import States
 from deepseek_trt.validate.layerwise_ort import OrtPart
 from deepseek_trt.validate.layerwise_parts import Part
 from deepseek_trt.validate.layerwise_runner import STATES, PartRunner, RunStep
-from deepseek_trt.validate.layerwise_torch import TorchPart, Weights
+from deepseek_trt.validate.layerwise_torch import TorchPart
 from deepseek_trt.validate.layerwise_weights import BundleWeights
 from deepseek_trt.validate.pair import REFERENCE, Pair, TolerancePolicy
 from deepseek_trt.validate.probes import GAP, PLACES, Arrays, Probes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy.typing as npt
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_trt.engines.torch_session import Weights
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.model import Layer, RmsNorm, Rope
 from deepseek_trt.validate.cases import Step
@@ -17,7 +17,6 @@ from deepseek_trt.validate.layerwise_parts import Part
 from deepseek_trt.validate.probes import Arrays
 from deepseek_trt.validate.torch_watch import OpWatch, Route
 
-Weights = Callable[[str], Tensor]
 Array = npt.NDArray[Any]
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -39,6 +39,11 @@ class PublishedWeights:
     config: ModelConfig
     dtype: str
 
+    @property
+    def note(self) -> str:
+        """What they are, for a report."""
+        return f"the weights of {self.root}, rounded to {self.dtype} as export rounds them"
+
     def __call__(self, name: str) -> Tensor:
         base, _, last = name.rpartition(".")
         if last in _HALVES:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from deepseek_trt.engines.torch_session import TorchSession
+from deepseek_trt.engines.torch_session import TorchSession, Weights
 from deepseek_trt.engines.weights import weight_source
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.graph import dtype_bytes
@@ -36,11 +36,11 @@ class StreamedTorchSession(FillableTorchSession):
 
     is_slow = True
 
-    def __init__(self, bundle: Bundle, pages: int, dtype: str) -> None:
+    def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32", weights: Weights | None = None) -> None:
         self.note = f"{bundle.manifest.dtype} weights, computed in {dtype}, one layer in memory at a time"
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
         self.pages = pages
-        self._weights, self._dtype = weight_source(bundle), getattr(torch, dtype)
+        self._weights, self._dtype = weights or _of_bundle(bundle), getattr(torch, dtype)
         self._own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}
         with torch.device("meta"):
             self.model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
@@ -64,15 +64,23 @@ class StreamedTorchSession(FillableTorchSession):
         layer.mlp.register_forward_hook(lambda *_: _drop(layer))
 
     def _load(self, name: str) -> Tensor:
-        tensor = _tensor(self._weights(name))
+        tensor = self._weights(name)
         return tensor if name in self._own else tensor.to(self._dtype)
 
 
-def torch_session(bundle: Bundle, pages: int, dtype: str) -> FillableTorchSession:
-    """Layer by layer where the weights in `dtype` would take more than half of the free memory."""
+def torch_session(bundle: Bundle, pages: int, dtype: str, weights: Weights | None = None) -> FillableTorchSession:
+    """Layer by layer where the weights in `dtype` would take more than half of the free memory.
+
+    `weights` gives a graph tensor by its name; None takes the bundle's own.
+    """
     needed = sum(w.recipe.size for w in bundle.manifest.weights) * dtype_bytes(dtype)
     kind = StreamedTorchSession if needed > _free_memory() / 2 else FillableTorchSession
-    return kind(bundle, pages, dtype)
+    return kind(bundle, pages, dtype, weights)
+
+
+def _of_bundle(bundle: Bundle) -> Weights:
+    source = weight_source(bundle)
+    return lambda name: _tensor(source(name))
 
 
 def _drop(layer: nn.Module) -> None:

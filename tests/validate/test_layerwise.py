@@ -13,7 +13,7 @@ from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.cli.validate_command import EXIT_ACCURACY
-from deepseek_trt.export.bundle import MANIFEST_FILE, Bundle, Manifest
+from deepseek_trt.export.bundle import MANIFEST_FILE, Manifest
 from deepseek_trt.validate.inputs import read_inputs
 from deepseek_trt.validate.layerwise_compare import Setting, compare_part
 from deepseek_trt.validate.layerwise_inputs import Stream
@@ -100,9 +100,10 @@ def test_experts_stacked_in_the_wrong_order_are_named(small_v2, bundle_of, tmp_p
     name = "model.layers.2.mlp.experts.down_proj"
     records = tuple(_two_swapped(w) if w.recipe.name == name else w for w in manifest.weights)
     (copy / MANIFEST_FILE).write_text(dataclasses.replace(manifest, weights=records).to_json())
-    done = validate(copy, "--layers", "1-2", "--json")
-    assert done.exit_code == EXIT_ACCURACY
-    assert json.loads(done.stdout)["backends"][0]["first_fault"].startswith("MoeExperts in layer 2")
+    for options in (("--layers", "1-2"), ("--bisect",)):
+        done = validate(copy, *options, "--json", "--backend", "ort")
+        assert done.exit_code == EXIT_ACCURACY
+        assert json.loads(done.stdout)["backends"][0]["first_fault"].startswith("MoeExperts in layer 2")
 
 
 def _two_swapped(record):
@@ -166,7 +167,17 @@ def test_the_checkpoint_is_needed(good, small_v2, tmp_path):
     assert done.exit_code == 1
     assert "give it with --checkpoint" in done.output
     assert validate(copy, "--layers", "0", "--checkpoint", small_v2.checkpoint).exit_code == 0
-    assert Bundle.open(copy).manifest.checkpoint.endswith("gone")
+
+
+def test_the_whole_model_without_its_checkpoint(good, tmp_path):
+    """The reference then takes the bundle's weights, and says so."""
+    bundle = good("float32")
+    copy = shutil.copytree(bundle.path, tmp_path / "copy")
+    gone = dataclasses.replace(bundle.manifest, checkpoint=str(tmp_path / "gone"))
+    (copy / MANIFEST_FILE).write_text(gone.to_json())
+    for path, source in ((bundle.path, "checkpoint"), (copy, "bundle")):
+        assert validate(path, "--backend", "torch", "--report", tmp_path / source).exit_code == 0
+        assert report_of(tmp_path / source)["provenance"]["reference_weights"] == source
 
 
 def test_other_backends_are_refused(good):
