@@ -139,17 +139,17 @@ def _numpy(samplers: Sequence[Sampler], logits: Floats) -> list[Choice]:
 
 
 def _native(samplers: Sequence[Sampler], logits: Floats, native: NativeSampler) -> list[Choice]:
-    vocab = logits.shape[1]
-    most = max([sampler.logprobs for sampler in samplers])
-    tokens, picked = native.pick([sampler.address for sampler in samplers], logits, min(most, vocab))
+    wanted = [sampler.logprobs for sampler in samplers]
+    most = min(max(wanted), logits.shape[1])
+    tokens, (own, ids, values) = native.pick([sampler.address for sampler in samplers], logits, most)
     if most < 0:
         return list(map(Choice, tokens.tolist()))
-    tops = [tuple(zip(*top)) for top in zip(picked[1].tolist(), picked[2].tolist())]  # noqa: B905 (time: equal lengths)
-    made = map(Choice, tokens.tolist(), picked[0].tolist(), tops)
-    return [
-        choice if sampler.logprobs == most else _less(choice, sampler.logprobs)
-        for sampler, choice in zip(samplers, made, strict=True)
-    ]
+    pairs = zip(ids.ravel().tolist(), values.ravel().tolist(), strict=True)
+    tops = zip(*[pairs] * most, strict=True) if most else [()] * len(wanted)  # `most` pairs a row
+    made = list(map(Choice, tokens.tolist(), own.tolist(), tops))
+    if min(wanted) >= most:
+        return made
+    return [_less(choice, count) for choice, count in zip(made, wanted, strict=True)]
 
 
 def _less(choice: Choice, count: int) -> Choice:

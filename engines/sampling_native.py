@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,29 +33,35 @@ class _Batch(ctypes.Structure):
 
 
 class NativeSampler:
-    """deepseek_trt_sample of one library."""
+    """deepseek_trt_sample of one library, for one thread at a time; what it gives holds until the next call."""
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._sample, self._threads = library.deepseek_trt_sample, ctypes.c_int64(threads)
+        self._made_for: tuple[Sequence[int], int, int] = ((), 0, 0)
 
     def pick(self, addresses: Sequence[int], logits: Floats, most: int) -> tuple[Int64s, Picked]:
         """Tokens [B] for logits [B, vocab] of the rows at `addresses`, which record them.
 
         Log-probabilities have room for `most` likeliest tokens a row; -1 where no row wants any.
         """
-        count, vocab = logits.shape
         logits = np.ascontiguousarray(logits, dtype=np.float32)
-        rows = np.array(addresses, dtype=np.uint64)
-        tokens = np.empty(count, dtype=np.int64)
-        own = np.empty(count)
-        ids, values = np.empty((count, max(most, 0)), dtype=np.int32), np.empty((count, max(most, 0)))
-        places = (array.ctypes.data for array in (tokens, own, ids, values))
-        batch = _Batch(rows.ctypes.data, logits.ctypes.data, count, vocab, most, *places)
-        self._sample(ctypes.byref(batch), self._threads)
-        return tokens, (own, ids, values)
+        if self._made_for != (addresses, logits.shape[1], most):
+            self._make(addresses, logits.shape[1], most)
+        self._batch.logits = logits.ctypes.data
+        self._sample(self._reference, self._threads)
+        return self._tokens, self._picked
+
+    def _make(self, addresses: Sequence[int], vocab: int, most: int) -> None:
+        """What a call needs, to be used again as long as the same rows run."""
+        count, room = len(addresses), max(most, 0)
+        self._rows, self._tokens = np.array(addresses, dtype=np.uint64), np.empty(count, dtype=np.int64)
+        self._picked = np.empty(count), np.empty((count, room), dtype=np.int32), np.empty((count, room))
+        places = (array.ctypes.data for array in (self._tokens, *self._picked))
+        self._batch = _Batch(self._rows.ctypes.data, 0, count, vocab, most, *places)
+        self._reference = ctypes.byref(self._batch)
+        self._made_for = (addresses, vocab, most)
 
 
-@cache
 def load_sampler(path: Path, threads: int = 1) -> NativeSampler | None:
     """The sampler of the compiled CPU operators at `path`; None where they have none, or another version's.
 

@@ -12,21 +12,23 @@
 
 #define NAME_OF(isa) sample_rows_##isa
 #define NAME(isa) NAME_OF(isa)
-#define INLINE inline __attribute__((always_inline))
+#define INLINE_BODY __attribute__((always_inline))  // of a lambda
+#define INLINE inline INLINE_BODY
 
 namespace ISA {
 namespace {
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
+typedef bool bits16 __attribute__((ext_vector_type(16)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
-typedef uint32_t u8 __attribute__((vector_size(32)));
 typedef uint64_t w8 __attribute__((vector_size(64)));
 typedef v16 v16_unaligned __attribute__((aligned(4)));
+typedef i16 i16_unaligned __attribute__((aligned(4)));
 typedef u16 u16_unaligned __attribute__((aligned(4)));
 
 constexpr int64_t LANES = 16;
-constexpr int64_t BLOCK = 64;  // weights with a sum of their own
+constexpr int64_t BLOCK = 256;  // weights with a sum of their own
 constexpr double HEAVIEST = 1 << 30;
 constexpr float LOWEST = -3.402823466e38f;
 
@@ -35,16 +37,12 @@ INLINE v16 load(const float* p) { return *reinterpret_cast<const v16_unaligned*>
 INLINE u16 load(const uint32_t* p) { return *reinterpret_cast<const u16_unaligned*>(p); }
 INLINE void store(uint32_t* p, u16 x) { *reinterpret_cast<u16_unaligned*>(p) = x; }
 INLINE v16 larger(v16 a, v16 b) { return a > b ? a : b; }
-INLINE w8 halves(u16 x) {
-    const u8 low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
-    const u8 high = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    return __builtin_convertvector(low, w8) + __builtin_convertvector(high, w8);
+// Of two vectors of weights, whose sums fit into 32 bits; those of more need not.
+INLINE w8 sum_of(u16 a, u16 b) {
+    const w8 both = reinterpret_cast<w8>(a + b);
+    return (both & 0xffffffff) + (both >> 32);
 }
-// Of a block's four vectors: two weights fit into 32 bits, more need not.
-INLINE uint64_t sum(u16 a, u16 b, u16 c, u16 d) {
-    const w8 x = halves(a + b) + halves(c + d);
-    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-}
+INLINE uint64_t sum_of(w8 x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 INLINE bool any(i16 x) {
     int64_t words[8], together = 0;
     std::memcpy(words, &x, sizeof words);
@@ -92,53 +90,106 @@ int64_t first_equal(const float* x, int64_t n, float value) {
 // The rooms that one thread works in.
 struct Room {
     std::vector<float> logits, values;
+    std::vector<int32_t> keys, ids;
+    std::vector<uint16_t> marks;
     std::vector<uint32_t> weights;
     std::vector<uint64_t> sums;
-    std::vector<int32_t> ids;
 };
+
+// Integers in the order of the floats; both zeros are one.
+INLINE i16 keys_of(v16 x) {
+    const i16 bits = reinterpret_cast<i16>(x + 0.0f);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+INLINE float float_of(int32_t key) {
+    key ^= (key >> 31) & 0x7fffffff;
+    float x;
+    std::memcpy(&x, &key, sizeof x);
+    return x;
+}
+// A bit for each lane that is true.
+INLINE uint16_t bits_of(i16 x) {
+    const bits16 b = __builtin_convertvector(x, bits16);
+    uint16_t bits;
+    std::memcpy(&bits, &b, sizeof bits);
+    return bits;
+}
+
+// The largest key that at least `count` of keys[n] reach, or any that at most `enough` reach beside. n is a multiple of
+// LANES. Halving an interval costs no wrong guess of a branch, which ordering the keys does at every other one.
+int32_t edge_of(const int32_t* keys, int64_t n, int64_t count, int64_t enough) {
+    int64_t low = INT32_MIN, high = INT32_MAX;  // low is reached by count of them, what is above high is not
+    while (low < high) {
+        const int64_t middle = low + (high - low + 1) / 2;
+        const i16 least = i16{} + static_cast<int32_t>(middle);
+        int64_t reached = 0;
+        for (int64_t i = 0; i < n; i += LANES) {
+            reached += __builtin_popcount(bits_of(*reinterpret_cast<const i16_unaligned*>(keys + i) >= least));
+        }
+        if (reached >= count) {
+            low = middle;
+            if (reached <= enough) break;
+        } else {
+            high = middle - 1;
+        }
+    }
+    return static_cast<int32_t>(low);
+}
+
+// A value that at least `count` of x[n] reach, and not many more: the count-th largest maximum of groups is not above
+// the count-th largest of all.
+float lower_bound_of(const float* x, int64_t n, int64_t count, Room& room) {
+    const int64_t vectors = n / LANES, deep = vectors * LANES / (4 * count);
+    if (deep < 2) return -INFINITY;
+    const int64_t groups = vectors / std::min(deep, vectors);
+    room.keys.resize(groups * LANES);
+    for (int64_t group = 0; group < groups; ++group) {
+        const float* from = x + group * std::min(deep, vectors) * LANES;
+        v16 best = load(from);
+        for (int64_t row = 1; row < std::min(deep, vectors); ++row) best = larger(load(from + row * LANES), best);
+        *reinterpret_cast<i16_unaligned*>(&room.keys[group * LANES]) = keys_of(best);
+    }
+    if (groups * LANES < count) return -INFINITY;
+    return float_of(edge_of(room.keys.data(), groups * LANES, count, count + count / 4));
+}
+
+// The ids of x[n] that reach `least`, in order.
+void find_reaching(const float* x, int64_t n, float least, Room& room) {
+    const int64_t words = n / 64;
+    room.marks.resize(words * 4);
+    for (int64_t i = 0; i < words * 4; ++i) room.marks[i] = bits_of(load(x + i * LANES) >= all(least));
+    room.ids.clear();
+    for (int64_t word = 0; word < words; ++word) {
+        uint64_t marks;
+        std::memcpy(&marks, &room.marks[word * 4], sizeof marks);
+        for (; marks; marks &= marks - 1) room.ids.push_back(static_cast<int32_t>(word * 64 + __builtin_ctzll(marks)));
+    }
+    for (int64_t i = words * 64; i < n; ++i) {
+        if (x[i] >= least) room.ids.push_back(static_cast<int32_t>(i));
+    }
+}
 
 // The ids of the `count` largest of x in order of id; of equal ones the lowest ids.
 void largest(const float* x, int64_t n, int64_t count, Room& room) {
-    std::vector<float>& values = room.values;
+    find_reaching(x, n, lower_bound_of(x, n, count, room), room);
     std::vector<int32_t>& ids = room.ids;
-    values.clear();
-    ids.clear();
-    // The count-th largest of maxima of groups is not above the count-th largest of all.
-    const int64_t rows = std::min<int64_t>(n / LANES, std::max<int64_t>(1, n / (4 * count)));
-    int64_t groups = 0;
-    if (rows > 1) {
-        values.resize(n / LANES / rows * LANES);
-        for (int64_t i = 0; i + rows * LANES <= n; i += rows * LANES) {
-            v16 best = load(x + i);
-            for (int64_t row = 1; row < rows; ++row) best = larger(load(x + i + row * LANES), best);
-            *reinterpret_cast<v16_unaligned*>(&values[groups]) = best;
-            groups += LANES;
-        }
+    const int64_t found = ids.size();
+    if (found <= count) return;
+    const int64_t padded = (found + LANES - 1) / LANES * LANES;
+    room.values.assign(padded, -INFINITY);
+    room.keys.resize(padded);
+    for (int64_t i = 0; i < found; ++i) room.values[i] = x[ids[i]];
+    for (int64_t i = 0; i < padded; i += LANES) {
+        *reinterpret_cast<i16_unaligned*>(&room.keys[i]) = keys_of(load(&room.values[i]));
     }
-    float least = -INFINITY;
-    if (groups >= count) {
-        std::nth_element(values.begin(), values.begin() + (count - 1), values.end(), std::greater<float>());
-        least = values[count - 1];
-    }
-    values.clear();
-    int64_t i = 0;
-    const auto take = [&](int64_t from, int64_t last) {
-        for (int64_t j = from; j < last; ++j) {
-            if (x[j] >= least) ids.push_back(static_cast<int32_t>(j)), values.push_back(x[j]);
-        }
-    };
-    for (; i + LANES <= n; i += LANES) {
-        if (any(load(x + i) >= all(least))) take(i, i + LANES);
-    }
-    take(i, n);
-    if (static_cast<int64_t>(ids.size()) <= count) return;
-    std::nth_element(values.begin(), values.begin() + (count - 1), values.end(), std::greater<float>());
-    const float edge = values[count - 1];
-    int64_t above = 0;
-    for (int32_t id : ids) above += x[id] > edge;
-    int64_t on_edge = count - above, kept = 0;
-    for (int32_t id : ids) {
-        if (x[id] > edge || (x[id] == edge && on_edge-- > 0)) ids[kept++] = id;
+    const int32_t edge = edge_of(room.keys.data(), padded, count, count);
+    int64_t above = 0, kept = 0;
+    for (int64_t i = 0; i < found; ++i) above += room.keys[i] > edge;
+    for (int64_t i = 0, on_edge = count - above; i < found; ++i) {
+        const bool is_edge = room.keys[i] == edge;
+        ids[kept] = ids[i];
+        kept += room.keys[i] > edge || (is_edge && on_edge > 0);
+        on_edge -= is_edge;
     }
     ids.resize(kept);
 }
@@ -157,13 +208,15 @@ struct Weights {
     // Zero what is below `least`.
     void cut(uint32_t least) const {
         for (int64_t i = 0; i < n; i += BLOCK) {
-            u16 kept[4];
-            for (int part = 0; part < 4; ++part) {
-                const u16 x = load(w + i + part * LANES);
-                kept[part] = x >= u16{} + least ? x : u16{};
-                store(w + i + part * LANES, kept[part]);
+            w8 sum = {};
+            for (int64_t j = i; j < i + BLOCK; j += 2 * LANES) {
+                const u16 x = load(w + j), y = load(w + j + LANES);
+                const u16 a = x >= u16{} + least ? x : u16{}, b = y >= u16{} + least ? y : u16{};
+                store(w + j, a);
+                store(w + j + LANES, b);
+                sum += sum_of(a, b);
             }
-            sums[i / BLOCK] = sum(kept[0], kept[1], kept[2], kept[3]);
+            sums[i / BLOCK] = sum_of(sum);
         }
     }
     // Zero the picked one and all that come after it: those of less weight, and of the same weight and a later id.
@@ -186,9 +239,9 @@ struct Weights {
     }
 };
 
-// Calls body with the four vectors of weights 2^(steepness * (x - best)) of each block of x[n].
-template <class Body>
-INLINE void each_block(const float* x, int64_t n, float best, float steepness, Body body) {
+// Weights 2^(steepness * (x - best)) of x[n]: calls keep(i, weights from i on) and close(block, its sum).
+template <class Keep, class Close>
+INLINE void each_weight(const float* x, int64_t n, float best, float steepness, Keep keep, Close close) {
     for (int64_t i = 0; i < n; i += BLOCK) {
         alignas(64) float tail[BLOCK];
         const float* from = x + i;
@@ -197,9 +250,15 @@ INLINE void each_block(const float* x, int64_t n, float best, float steepness, B
             std::copy(x + i, x + n, tail);
             from = tail;
         }
-        u16 w[4];
-        for (int part = 0; part < 4; ++part) w[part] = weight((load(from + part * LANES) - best) * steepness);
-        body(i, w);
+        w8 sum = {};
+        for (int64_t j = 0; j < BLOCK; j += 2 * LANES) {
+            const u16 a = weight((load(from + j) - best) * steepness);
+            const u16 b = weight((load(from + j + LANES) - best) * steepness);
+            keep(i + j, a);
+            keep(i + j + LANES, b);
+            sum += sum_of(a, b);
+        }
+        close(i / BLOCK, sum);
     }
 }
 
@@ -207,11 +266,12 @@ Weights weigh(const float* x, int64_t n, float best, float steepness, Room& room
     const int64_t padded = whole_blocks(n);
     room.weights.resize(padded);
     room.sums.resize(padded / BLOCK);
-    each_block(x, n, best, steepness, [&](int64_t i, const u16* w) {
-        for (int part = 0; part < 4; ++part) store(room.weights.data() + i + part * LANES, w[part]);
-        room.sums[i / BLOCK] = sum(w[0], w[1], w[2], w[3]);
-    });
-    return {room.weights.data(), room.sums.data(), padded};
+    uint32_t* w = room.weights.data();
+    uint64_t* sums = room.sums.data();
+    each_weight(
+        x, n, best, steepness, [=](int64_t i, u16 weights) INLINE_BODY { store(w + i, weights); },
+        [=](int64_t block, w8 sum) INLINE_BODY { sums[block] = sum_of(sum); });
+    return {w, sums, padded};
 }
 
 // The next number of the row's own sequence (splitmix64), in [0, 1).
@@ -230,7 +290,7 @@ const float* adjusted(const SamplingRow& row, const float* x, int64_t n, Room& r
     float* y = room.logits.data();
     for (int64_t i = 0; i < row.seen_count; ++i) {
         const int32_t id = row.seen[i];
-        const float seen = x[id] > 0 ? x[id] / row.repetition : x[id] * row.repetition;
+        const float less = x[id] / row.repetition, more = x[id] * row.repetition, seen = x[id] > 0 ? less : more;
         y[id] = (seen - (row.counts[i] > 0 ? row.presence : 0.0f)) - row.frequency * row.counts[i];
     }
     for (int64_t i = 0; i < banned; ++i) y[row.banned[i]] = -INFINITY;
@@ -275,21 +335,23 @@ void record(SamplingRow& row, int32_t token) {
     row.counts[index] += 1;
 }
 
-// Natural log-probabilities of the model itself: of the picked token, and of the likeliest ones, best first.
-void measure(const SamplingBatch& batch, int64_t index, int64_t count, const float* x, float best, Room& room) {
-    const int64_t n = batch.vocab;
-    uint64_t sum_of_all = 0;
-    each_block(x, n, best, 1.44269504f, [&](int64_t, const u16* w) { sum_of_all += sum(w[0], w[1], w[2], w[3]); });
-    const double total = best + std::log(static_cast<double>(sum_of_all) / HEAVIEST);
-    batch.logprobs[index] = x[batch.tokens[index]] - total;
-    if (count == 0) return;
-    largest(x, n, std::min(count, n), room);
+// Natural log-probabilities of the model itself: of the likeliest tokens, best first; gives what to subtract from a
+// logit for any other.
+double measure(const SamplingBatch& batch, int64_t index, const float* x, float best, Room& room) {
+    const int64_t n = batch.vocab, count = std::min<int64_t>(batch.rows[index]->logprobs, n);
+    w8 sums = {};
+    each_weight(
+        x, n, best, 1.44269504f, [](int64_t, u16) INLINE_BODY {}, [&](int64_t, w8 sum) INLINE_BODY { sums += sum; });
+    const double total = best + std::log(static_cast<double>(sum_of(sums)) / HEAVIEST);
+    if (count == 0) return total;
+    largest(x, n, count, room);
     std::sort(room.ids.begin(), room.ids.end(),
               [&](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; });
     for (size_t i = 0; i < room.ids.size(); ++i) {
         batch.top_ids[index * batch.most + i] = room.ids[i];
         batch.top_logprobs[index * batch.most + i] = x[room.ids[i]] - total;
     }
+    return total;
 }
 
 void sample_rows(const SamplingBatch& batch, int64_t from, int64_t last) {
@@ -298,11 +360,13 @@ void sample_rows(const SamplingBatch& batch, int64_t from, int64_t last) {
     for (int64_t index = from; index < last; ++index) {
         SamplingRow& row = *batch.rows[index];
         const float* x = batch.logits + index * n;
+        const float best = maximum(x, n);
+        const bool measures = row.logprobs >= 0;
+        const double total = measures ? measure(batch, index, x, best, room) : 0;  // first: x is near by now
         const float* y = adjusted(row, x, n, room);
-        const float best = maximum(y, n);
-        const int64_t token = pick(row, y, n, best, room);
+        const int64_t token = pick(row, y, n, x == y ? best : maximum(y, n), room);
         batch.tokens[index] = token;
-        if (row.logprobs >= 0) measure(batch, index, row.logprobs, x, x == y ? best : maximum(x, n), room);
+        if (measures) batch.logprobs[index] = x[token] - total;
         record(row, static_cast<int32_t>(token));
     }
 }

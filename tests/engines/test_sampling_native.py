@@ -113,11 +113,13 @@ def test_an_answer_that_goes_on_stays_within_its_memory(native):
     assert samplers[1].row.seen_count == 3
 
 
-def test_threads_do_not_disturb_each_other(native):
+@pytest.mark.usefixtures("native")
+def test_threads_do_not_disturb_each_other():
     logits = np.random.default_rng(2).normal(size=(8, 2000)).astype(np.float32)
     params = SamplingParams(60, temperature=1.0, top_k=40, top_p=0.9, logprobs=3, presence_penalty=0.3)
 
     def run(made):
+        native = load_sampler(cpu_library().path, threads=2)
         samplers = [Sampler(dataclasses.replace(params, seed=i)) for i in range(8)]
         made += [sample_rows(samplers, logits, native) for _ in range(50)]
 
