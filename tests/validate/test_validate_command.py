@@ -61,8 +61,10 @@ def test_wrong_experts_fail(edited):
 
 
 def test_a_changed_weight_fails_by_name(with_changed_weight):
-    done = validate(with_changed_weight(LAYER_0_WEIGHT))
+    done = validate(with_changed_weight(LAYER_0_WEIGHT), "--bisect")
     assert done.exit_code == EXIT_ACCURACY
+    # the reference has the checkpoint's weights
+    assert "first out of tolerance: output projection and residual in layer 0 " in done.stdout
     assert f"{LAYER_0_WEIGHT} (output projection and residual in layer 0) is not what export wrote" in done.stdout
 
 
