@@ -142,14 +142,20 @@ class LLM:
             async for piece in pieces:
                 yield piece
 
-    def submit(self, prompt: Prompt, params: SamplingParams, put: Callable[[Piece | Exception], None]) -> Ticket:
-        """Hand the answer's pieces to `put` as they are made, or what went wrong, in the thread that `start` starts.
+    def submit(self, prompt: Prompt, params: SamplingParams, put: Callable[[Event | Exception], None]) -> Ticket:
+        """Hand the answer's events to `put` as they are made, or what went wrong, in the thread that `start` starts.
 
-        Raises RequestError for a prompt or parameter that the model cannot take. The ticket is for `cancel`.
+        That thread is kept from text: an Answer makes pieces of events elsewhere, and whoever finds a stop string there
+        cancels the ticket. Raises RequestError for a prompt or parameter that the model cannot take.
         """
         ids = self._encode(prompt)
         self._check_stop(params)
-        return self._submit(ids, params, put)
+
+        def deliver(event: Event | Exception) -> bool:
+            put(event)
+            return isinstance(event, Exception) or event.finished is not None
+
+        return self._loop.submit(ids, params, deliver)
 
     def cancel(self, ticket: Ticket) -> None:
         """Free what the request holds before the next step; one that has ended is left as it is."""
@@ -192,7 +198,7 @@ class LLM:
         return self.text.encode(prompt)
 
     def _submit(self, ids: list[int], params: SamplingParams, put: Callable[[Piece | Exception], None]) -> Ticket:
-        answer = _Answer(self.text, params)
+        answer = Answer(self.text, params)
 
         def deliver(event: Event | Exception) -> bool:
             piece = answer.piece(event) if isinstance(event, Event) else event
@@ -258,7 +264,7 @@ class LLM:
         )
 
 
-class _Answer:
+class Answer:
     """Turns a request's events into pieces, with text up to the first stop."""
 
     def __init__(self, text: Text | None, params: SamplingParams) -> None:

@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from deepseek_trt.engines.llm import LLM, Piece
+from deepseek_trt.engines.llm import LLM, Answer
+from deepseek_trt.engines.scheduler import Event
 from deepseek_trt.engines.serving.metrics import Ended, Gauges, Metrics
 from deepseek_trt.engines.serving.request import Tensors, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream
@@ -40,6 +41,9 @@ class Host(Protocol):
 
 class Service:
     """Takes up to `max_inflight` requests at once. Every request gets exactly one final response, whatever happens.
+
+    The sending thread rests as long as each round of sending took: the interpreter is the engine's at least half of the
+    time, and with many streams more tokens go into one response.
 
     `accept` and `close` belong to tritonserver's thread. Once the host does not want the model any more, or at close,
     nothing is taken, and what still runs after `drain_seconds` is ended with an error.
@@ -71,7 +75,7 @@ class Service:
         arrived = time.perf_counter()
         try:
             request = parse_request(tensors, parameters or {}, self._text, timeout_us)
-            self._submit(Stream(channel, request, arrived))
+            self._submit(Stream(channel, request, Answer(self._text, request.params), arrived))
         except DeepseekTrtError as error:
             self._refuse(channel, Failure("invalid", str(error)))
         except _RefusedError as error:
@@ -103,8 +107,8 @@ class Service:
                 raise _RefusedError(f"{self._max_inflight} requests are in flight, the most allowed: try again later")
             self._live.add(stream)
 
-        def put(piece: Piece | Exception) -> None:
-            stream.put(piece)
+        def put(event: Event | Exception) -> None:
+            stream.put(event)
             if not stream.queued:
                 stream.queued = True
                 self._ready.append(stream)
@@ -140,8 +144,10 @@ class Service:
         while not self._stop or self._refused:
             self._wake.wait(_TICK if self._live else 5 * _TICK)
             self._wake.clear()
+            begin = time.perf_counter()
             self._send_ready()
             now = time.perf_counter()
+            time.sleep(min(now - begin, _TICK))
             if now - looked >= _TICK:
                 looked = now
                 for stream in tuple(self._live):
@@ -180,9 +186,12 @@ class Service:
             self._finish(stream, "failed", Failure("failed", f"{type(error).__name__}: {error}"))
 
     def _advance(self, stream: Stream) -> None:
-        stream.queued = False  # before taking, so that what comes meanwhile is told of
         if stream not in self._live:
             return
+        if stream.ticket is None:  # the thread that took the request has not come to it yet
+            self._ready.append(stream)
+            return
+        stream.queued = False  # before taking, so that what comes meanwhile is told of
         response = stream.take()
         if isinstance(response, Failure):
             self._finish(stream, response.kind, response)
@@ -211,7 +220,7 @@ class Service:
     def _finish(self, stream: Stream, result: str, response: Response | Failure) -> None:
         """The final response, and whatever happens with it: the request is over."""
         try:
-            if isinstance(response, Failure) and stream.ticket:
+            if stream.ticket:  # has ended, unless with a failure or a stop string
                 self._llm.cancel(stream.ticket)
             self._send(stream.channel, response, final=True)
         finally:

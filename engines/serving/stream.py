@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from deepseek_trt.engines.llm import Piece
+from deepseek_trt.engines.llm import Answer, Piece
 from deepseek_trt.engines.loop import Ticket
+from deepseek_trt.engines.scheduler import Event
 from deepseek_trt.engines.serving.request import GenerateRequest
 
 FailureKind = Literal["invalid", "refused", "cancelled", "timeout", "failed"]
@@ -49,25 +50,25 @@ class Channel(Protocol):
 
 
 class Stream:
-    """`put` belongs to the thread that computes, all else to the thread that sends."""
+    """`put` belongs to the thread that computes, all else, text too, to the thread that sends."""
 
-    def __init__(self, channel: Channel, request: GenerateRequest, arrived: float) -> None:
-        self.channel, self.request = channel, request
+    def __init__(self, channel: Channel, request: GenerateRequest, answer: Answer, arrived: float) -> None:
+        self.channel, self.request, self._answer = channel, request, answer
         self.ticket: Ticket | None = None  # once the request is submitted
-        self.queued = False  # whether the sending thread has been told of what is in _pieces
+        self.queued = False  # whether the sending thread has been told of what is in _events
         self.polled = self.arrived = arrived
         self.deadline = arrived + request.timeout_ms / 1000 if request.timeout_ms else None
         self.first_token: float | None = None
         self.last_token = arrived
         self.made = 0  # tokens that were taken
-        self._pieces: deque[Piece | Exception] = deque()
+        self._events: deque[Event | Exception] = deque()
         self._text = [request.echo] if request.echo else []
         self._logprobs: list[float] = []
         self._cum_logprob = 0.0
         self._unsent = 0  # tokens taken since the response before
 
-    def put(self, piece: Piece | Exception) -> None:
-        self._pieces.append(piece)
+    def put(self, event: Event | Exception) -> None:
+        self._events.append(event)
 
     def take(self) -> Response | Failure | None:
         """Everything that was put since, as the response to send now; None where there is none to send yet."""
@@ -81,9 +82,11 @@ class Stream:
         return self._response(finish_reason or "")
 
     def _popped(self) -> tuple[list[Piece], Exception | None]:
+        """Pieces up to the last of the answer: the engine may be a few tokens beyond a stop string."""
         pieces: list[Piece] = []
-        while self._pieces:
-            piece = self._pieces.popleft()
+        while self._events and not (pieces and pieces[-1].finish_reason):
+            event = self._events.popleft()
+            piece = self._answer.piece(event) if isinstance(event, Event) else event
             if isinstance(piece, Exception):
                 return pieces, piece
             pieces.append(piece)
