@@ -64,6 +64,7 @@ def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     c = facts.config
     yield "parameters", f"{facts.parameters:,} ({facts.active_parameters / 1e9:.1f}e9 active a token)"
     yield "checkpoint", f"{_size(facts.stored_bytes)}, {facts.tensors:,} tensors, {facts.shards} shards"
+    yield "task", facts.task
     yield "dtype of the export", facts.dtype
     yield "layers, hidden, vocabulary", f"{c.num_hidden_layers}, {c.hidden_size}, {c.vocab_size}"
     yield "attention", _attention(c)

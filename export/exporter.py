@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from deepseek_trt.export.bundle import MANIFEST_FILE, Bundle, Manifest, SourceFile, WeightRecord
 from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.classifier import SCORE, Classifier
+from deepseek_trt.export.classifier import Classifier
 from deepseek_trt.export.config import ModelConfig, read_config
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
-from deepseek_trt.export.infer import config_of_tensors
+from deepseek_trt.export.infer import config_of_tensors, task_of, written_keys
 from deepseek_trt.export.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
 from deepseek_trt.export.partial import finish, forget_inputs, partial_folder
 from deepseek_trt.export.tokenizer_files import carry_files
@@ -143,9 +143,9 @@ def _read(request: ExportRequest) -> _Source:
     interface = request.interface
     checkpoint = Checkpoint.open(request.checkpoint)
     raw = read_config(request.checkpoint / "config.json")
-    declared, notes = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, _written(raw, interface))
+    declared, notes = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, written_keys(raw, interface.task))
     classifier = Classifier.from_hf(raw, checkpoint) if interface.task == CLASSIFICATION else None
-    _check_lm_head(interface, declared, raw, checkpoint)
+    _check_lm_head(interface, raw, checkpoint)
     config = _cut(declared, request.num_layers)
     labels = classifier.labels if classifier else ()
     plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, len(labels))
@@ -157,22 +157,14 @@ def _read(request: ExportRequest) -> _Source:
     return _Source(checkpoint, interface, config, classifier, plan, dtype, notes, fingerprint)
 
 
-def _written(raw: dict[str, Any], interface: Interface) -> set[str]:
-    """config.json's keys, and those that the tensors of this task cannot tell."""
-    return set(raw) if interface.task == GENERATION else {*raw, "tie_word_embeddings"}
-
-
-def _check_lm_head(interface: Interface, config: ModelConfig, raw: dict[str, Any], checkpoint: Checkpoint) -> None:
+def _check_lm_head(interface: Interface, raw: dict[str, Any], checkpoint: Checkpoint) -> None:
     """A checkpoint of another class has no lm_head.weight either, but its embeddings are no head."""
-    if interface.task != GENERATION or LM_HEAD in checkpoint.tensors or raw.get("tie_word_embeddings"):
+    if interface.task != GENERATION or task_of(raw, checkpoint) == GENERATION:
         return
-    classes = [name for name in raw.get("architectures") or () if not name.endswith("ForCausalLM")]
-    if classes or SCORE in checkpoint.tensors:
-        name = classes[0] if classes else "a classifier"
-        raise CheckpointError(
-            f"tensor {LM_HEAD} is missing: this is {name}; export it with --task feature-extraction or "
-            "text-classification"
-        )
+    name = next(iter(raw.get("architectures") or ()), "a classifier")
+    raise CheckpointError(
+        f"tensor {LM_HEAD} is missing: this is {name}; export it with --task {task_of(raw, checkpoint)}"
+    )
 
 
 def _cut(config: ModelConfig, num_layers: int | None) -> ModelConfig:

@@ -11,8 +11,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from deepseek_trt.export.checkpoint import Checkpoint
+from deepseek_trt.export.classifier import SCORE
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import ConfigError
+from deepseek_trt.export.interface import CLASSIFICATION, FEATURES, GENERATION
+from deepseek_trt.export.weights import LM_HEAD
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -35,6 +38,21 @@ def config_of_tensors(
     if tensors.moe_layers and not config.num_experts_per_tok and "num_experts_per_tok" not in written:
         raise ConfigError("config.json lacks num_experts_per_tok, and the checkpoint holds experts: add the number")
     return config, notes
+
+
+def task_of(raw: Mapping[str, Any], checkpoint: Checkpoint) -> str:
+    """The task that a checkpoint is of: by its heads, and by its class where it has none and ties nothing."""
+    if LM_HEAD in checkpoint.tensors or raw.get("tie_word_embeddings"):
+        return GENERATION
+    if SCORE in checkpoint.tensors:
+        return CLASSIFICATION
+    classes = raw.get("architectures") or ()
+    return FEATURES if classes and not any(name.endswith("ForCausalLM") for name in classes) else GENERATION
+
+
+def written_keys(raw: Mapping[str, Any], task: str) -> set[str]:
+    """config.json's keys, and those that the tensors of this task say nothing of."""
+    return set(raw) if task == GENERATION else {*raw, "tie_word_embeddings"}
 
 
 def _note(name: str, old: Any, new: Any, written: Collection[str]) -> str:
@@ -75,7 +93,7 @@ class _Tensors:
             "intermediate_size": self.size(f"model.layers.{dense}.mlp.gate_proj.weight", 0),
             "attention_bias": f"{attention}.o_proj.bias" in self.shapes,
             "mlp_bias": any(name.endswith("_proj.bias") and ".mlp." in name for name in self.shapes),
-            "tie_word_embeddings": "lm_head.weight" not in self.shapes,
+            "tie_word_embeddings": LM_HEAD not in self.shapes,
             **self.head_sizes(config, written),
             **(self.moe_sizes() if self.moe_layers else {}),
         }

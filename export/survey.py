@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.checkpoint import Checkpoint
+from deepseek_trt.export.classifier import Classifier
 from deepseek_trt.export.config import ModelConfig, read_config, unsupported_features
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.graph import CacheSpec, dtype_bytes
-from deepseek_trt.export.infer import config_of_tensors
+from deepseek_trt.export.infer import config_of_tensors, task_of, written_keys
+from deepseek_trt.export.interface import CLASSIFICATION, Interface
 from deepseek_trt.export.weights import Dropped, WeightPlan, plan_weights, too_large_for_tensorrt
 
 GIB = 2**30
@@ -44,6 +46,7 @@ class Facts:
     """A supported model in numbers. Bytes a token are of all layers together, in the dtype of the export."""
 
     config: ModelConfig
+    task: str
     dtype: str
     stored_bytes: int
     shards: int
@@ -91,21 +94,31 @@ def survey(checkpoint: Path, dtype: str | None = None, gpu_bytes: int = 80 * GIB
         return Survey(str(checkpoint), unsupported, None, None)
     files = Checkpoint.open(checkpoint)
     try:
-        config, notes = config_of_tensors(ModelConfig.from_hf(raw), files, raw.keys())
-        plan = plan_weights(config, files, config.num_hidden_layers)
+        task = task_of(raw, files)
+        config, notes = config_of_tensors(ModelConfig.from_hf(raw), files, written_keys(raw, task))
+        classifier = Classifier.from_hf(raw, files) if task == CLASSIFICATION else None
+        labels = classifier.labels if classifier else ()
+        plan = plan_weights(config, files, config.num_hidden_layers, Interface(task), len(labels))
     except (ConfigError, CheckpointError) as error:
         return Survey(str(checkpoint), (), str(error), None)
-    return Survey(str(checkpoint), (), None, _facts(config, files, plan, notes, dtype or plan.dtype, gpu_bytes))
+    return Survey(str(checkpoint), (), None, _facts(config, task, files, plan, notes, dtype or plan.dtype, gpu_bytes))
 
 
 def _facts(
-    config: ModelConfig, files: Checkpoint, plan: WeightPlan, notes: tuple[str, ...], dtype: str, gpu_bytes: int
+    config: ModelConfig,
+    task: str,
+    files: Checkpoint,
+    plan: WeightPlan,
+    notes: tuple[str, ...],
+    dtype: str,
+    gpu_bytes: int,
 ) -> Facts:
     cache = CacheSpec.of(config, dtype)
     weights = sum(recipe.size * dtype_bytes(recipe.dtype(dtype)) for recipe in plan.recipes)
     parameters = sum(recipe.size for recipe in plan.recipes)
     return Facts(
         config=config,
+        task=task,
         dtype=dtype,
         stored_bytes=sum(t.nbytes for t in files.tensors.values()),
         shards=len(files.files),

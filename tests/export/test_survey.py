@@ -82,3 +82,39 @@ def test_defaults_of_the_v3_family(make_checkpoint):
     raw = {k: v for k, v in make_checkpoint.V3.items() if k not in ("topk_method", "scoring_func", "norm_topk_prob")}
     config = ModelConfig.from_hf(raw)
     assert (config.topk_method, config.norm_topk_prob) == ("noaux_tc", True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "task"),
+    [
+        ({}, "text-generation"),
+        ({"lm_head.weight": "score.weight"}, "text-classification"),
+        (None, "feature-extraction"),
+    ],
+)
+def test_the_task_is_seen_by_the_heads(tmp_path, weights_of, save, tensors, task):
+    """With lm_head, with a score head in its place, and as the bare model is saved."""
+    raw = {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2Model" if tensors is None else "DeepseekV2ForCausalLM"],
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "n_routed_experts": None,
+        "kv_lora_rank": 8,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    weights = weights_of(raw)
+    if tensors is None:
+        weights.pop("lm_head.weight")
+        stored = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    else:
+        stored = {tensors.get(name, name): tensor for name, tensor in weights.items()}
+    found = survey(save(tmp_path / "x", raw, {"model.safetensors": stored}, index=False))
+    assert found.problem is None
+    assert found.facts.task == task
