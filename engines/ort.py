@@ -52,6 +52,8 @@ class OrtSession:
         self._sessions = {"prefill": load_graph(bundle, "prefill", threads=threads, weights=weights)}
         left: list[str] = []
         self._sessions["decode"] = load_graph(bundle, "decode", library.path, threads, left, weights)
+        # What decode reads: compiled operators widen numbers as they go.
+        self.weights_dtype = bundle.manifest.dtype if library.path and not left else self.cache.dtype
         if left:
             notes.append(f"as exported, not compiled: {', '.join(left)}")
         self.note = "; ".join([*notes, library.reason] if library.reason else notes)
