@@ -15,6 +15,8 @@ from deepseek_trt.export.errors import BundleError, RequestError
 
 Message = dict[str, str]  # role, content
 
+_LONG = 4096  # characters: encoding one text stops all other threads, encoding a batch lets them run
+
 
 class Text:
     """The bundle's tokenizer.json, as it came."""
@@ -25,16 +27,28 @@ class Text:
             raise BundleError(f"{bundle.path} has no tokenizer.json: give token ids instead of text")
         self._tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
         self._root = bundle.path
+        longest = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
+        self._most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings  # twice: normalizers may shorten
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, special tokens as the tokenizer adds them (BOS first)."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        """Token ids, special tokens as the tokenizer adds them (BOS first).
+
+        RequestError for a text that is longer than all tokens that the model can take.
+        """
+        return self._encode(text, special=True)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation rendered with the checkpoint's chat template, ready for the answer."""
         rendered = render_chat(_tokenizer_config(self._root), messages)
-        ids: list[int] = self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        return self._encode(rendered, special=False)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        if len(text) > self._most_bytes:
+            raise RequestError(f"the prompt has {len(text)} characters, more than the model has tokens for: shorten it")
+        if len(text) < _LONG:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        else:
+            ids = self._tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

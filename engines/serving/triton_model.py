@@ -38,8 +38,9 @@ class TritonPythonModel:
             {key: value["string_value"] for key, value in config["parameters"].items()}
         )
         llm = open_llm(Path(args["model_repository"]) / version / BUNDLE_FOLDER, settings)
-        board = MetricBoard({"model": name, "version": version})
-        self._service = Service(llm, settings.max_inflight, settings.drain_ms / 1000, Metrics(board), ServerHost(name))
+        self._board = MetricBoard({"model": name, "version": version})
+        metrics, host = Metrics(self._board), ServerHost(name)
+        self._service = Service(llm, settings.max_inflight, settings.drain_ms / 1000, metrics, host)
         note = f" ({llm.session.note})" if llm.session.note else ""
         pb_utils.Logger.log_info(f"{name}: {llm.session.backend}{note}, as {llm.choice.why}; {settings}")
 
@@ -51,6 +52,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._service.close()
+        self._board.close()
 
 
 class ResponseChannel:
@@ -112,6 +114,11 @@ class MetricBoard:
 
     def observe(self, metric: MetricSpec, value: float) -> None:
         self._metrics[metric, ""].observe(value)
+
+    def close(self) -> None:
+        """Metrics before their families, and all before the process ends: 2.51 crashes on what is left."""
+        self._metrics.clear()
+        self._families.clear()
 
 
 def _metric(family: Any, spec: MetricSpec, labels: dict[str, str], value: str) -> Any:

@@ -4,6 +4,7 @@ It does what tritonserver 2.51 does not by itself:
 - SIGTERM or SIGINT first unloads the models, so that every stream ends before the server waits for its connections;
 - when a model's process was killed, the server is started again: it would say that the model is ready, answer nothing,
   and leave those who wait for an answer waiting for ever. Other models' streams may end first;
+- when the server itself has crashed, it is started again, unless it crashes over and over;
 - no process and no shared memory stays behind.
 A model that unloaded itself, because its engine failed, stays unloaded: the server says that it is not ready.
 """
@@ -22,7 +23,9 @@ Flags = dict[str, list[str | None]]
 
 REPOSITORY = Path(__file__).resolve().parent
 WATCH_SECONDS = 0.5
-SHARED_MEMORY = "python,shm-region-prefix-name="
+SHARED_PREFIX, SHARED_SIZE = "python,shm-region-prefix-name=", "python,shm-default-byte-size="
+SHARED_BYTES = 16 * 2**20  # a model's; its process can crash when it must grow
+CRASHES, CRASH_SECONDS = 3, 60  # so many crashes in this time are too many
 # Overridden by the same flags given to serve.sh.
 DEFAULTS = {
     "model-repository": str(REPOSITORY),
@@ -92,6 +95,7 @@ class Supervisor:
         self.explicit = value["model-control-mode"] == "explicit"
         self.exit_seconds = float(value["exit-timeout-secs"])
         self.stopping = False
+        self.crashes: list[float] = []  # when
         self.stubs: dict[str, int] = {}  # model: pid of the process that holds it
 
     def run(self) -> int:
@@ -100,17 +104,27 @@ class Supervisor:
             signal.signal(number, self.note_signal)
         self.server = subprocess.Popen(self.command)
         try:
-            while self.server.poll() is None and not self.stopping:
+            while not self.stopping and (self.server.poll() is None or self.recovers()):
                 for model in self.killed():
                     say(f"the process of {model} was killed: starting the server again")
                     self.restart()
                 self.pause(WATCH_SECONDS)
-            if self.stopping and self.server.poll() is None:
+            if self.server.poll() is None:
                 self.stop()
             code = self.server.wait()
             return 128 - code if code < 0 else code
         finally:
             self.clear()
+
+    def recovers(self) -> bool:
+        """Whether the server, which has ended, was started again: only where a signal ended it."""
+        now = time.monotonic()
+        self.crashes = [crash for crash in self.crashes if now - crash < CRASH_SECONDS] + [now]
+        if self.server.returncode >= 0 or len(self.crashes) >= CRASHES:
+            return False
+        say(f"the server has crashed (signal {-self.server.returncode}): starting it again")
+        self.restart()
+        return True
 
     def note_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopping = True
@@ -131,8 +145,9 @@ class Supervisor:
         return [model for model in gone if self.ask("GET", f"/v2/models/{model}/ready") == 200][:1]
 
     def restart(self) -> None:
-        self.unload()
-        self.server.kill()
+        if self.server.poll() is None:
+            self.unload()
+            self.server.kill()
         self.server.wait()
         self.clear()
         if not self.stopping:
@@ -198,12 +213,12 @@ def is_stub(pid: int, models: list[str], parent: int | None = None) -> str | Non
 
 
 def own_shared_memory(flags: Flags) -> str:
-    """The prefix of the server's shared memory, in `flags` from now on: of this process, unless one was given."""
-    given = [value for value in flags.get("backend-config", []) if value and value.startswith(SHARED_MEMORY)]
-    if not given:
-        given = [f"{SHARED_MEMORY}deepseek_trt_{os.getpid()}_"]
-        flags.setdefault("backend-config", []).extend(given)
-    return given[-1].removeprefix(SHARED_MEMORY)
+    """The prefix of the server's shared memory, in `flags` from now on, with its size: as given, else our own."""
+    given = flags.setdefault("backend-config", [])
+    for name, value in (SHARED_PREFIX, f"deepseek_trt_{os.getpid()}_"), (SHARED_SIZE, str(SHARED_BYTES)):
+        if not any((each or "").startswith(name) for each in given):
+            given.append(f"{name}{value}")
+    return next(each for each in reversed(given) if each and each.startswith(SHARED_PREFIX)).removeprefix(SHARED_PREFIX)
 
 
 if __name__ == "__main__":
