@@ -32,18 +32,18 @@ def render_html(report: AccuracyReport) -> str:
     environment.filters["short"] = lambda value: _whole(_short(value))
     environment.filters["signed"] = lambda value: _whole(f"{value:+.2e}")
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, plots={b.backend: _plots(b) for b in report.backends})
+    return template.render(report=report, plots={b.backend: _plots(b, bool(report.parts)) for b in report.backends})
 
 
-def _plots(b: BackendReport) -> list[Plot]:
-    drawn = [_drift(b)] if b.drift else []
+def _plots(b: BackendReport, is_local: bool) -> list[Plot]:
+    drawn = [_drift(b, is_local)] if b.drift else []
     drawn.append(_errors(b))
     drawn += [_routers(b)] if b.routers else []
     drawn += [_coverage(b)] if b.coverage else []
     return drawn + [_latency(b, graph) for graph in b.milliseconds]
 
 
-def _drift(b: BackendReport) -> Plot:
+def _drift(b: BackendReport, is_local: bool) -> Plot:
     series = (
         Series("largest error", "series-0", tuple(d.max_relative for d in b.drift)),
         Series("mean error", "series-1", tuple(d.mean_relative for d in b.drift)),
@@ -51,8 +51,9 @@ def _drift(b: BackendReport) -> Plot:
     )
     key = ((_CANDIDATE, "largest error"), (_REFERENCE, "mean error"), (_LIMIT, "tolerance"))
     caption = "Hidden state as it enters each layer (last: as it leaves), relative to its largest element."
-    caption += _entry(b)
-    return Plot("Drift by layer", line_plot(series, "layer", "relative error"), caption, key)
+    caption += " Each layer was fed the reference's states: the error is its own." if is_local else _entry(b)
+    names = [str(d.layer) for d in b.drift]
+    return Plot("Drift by layer", line_plot(series, names, "layer", "relative error"), caption, key)
 
 
 def _entry(b: BackendReport) -> str:

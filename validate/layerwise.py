@@ -38,46 +38,27 @@ def validate_layers(request: ValidateRequest, layers: str, progress: Progress) -
 
     Raises RequestError for layers that are not there, other backends than BACKENDS, and where no checkpoint is at hand.
     """
-    started, bundle = time.time(), Bundle.open(request.bundle)
-    if bundle.manifest.interface.why_no_generation:
-        raise RequestError(f"{bundle.path} cannot be validated: {bundle.manifest.interface.why_no_generation}")
-    parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
-    backends, weights = _backends(request.backends), _weights(bundle, request)
-    if request.threads:
-        torch.set_num_threads(request.threads)
-    inputs = read_inputs(bundle, request.text, request.seed)
-    script = by_graph(inputs.script())
-    run = _Run(Setting(bundle, weights, script, request.threads), backends, Stream(script, request.seed))
-    for part in parts:
+    started, run = time.time(), _prepare(request, layers)
+    for part in run.parts:
         progress(f"comparing {part.name}")
         run.compare(part)
     progress("hashing what was compared")
-    integrity = _integrity(bundle, parts)
-    reports = tuple(merge(run.findings[name], script) for name in backends)
-    report = AccuracyReport(
-        passed=integrity.passed and all(r.passed for r in reports),
-        model=bundle.manifest.model,
-        dtype=bundle.manifest.dtype,
-        changed_weights=integrity.changed_weights,
-        changed_files=integrity.changed_files,
-        cases={case: inputs.sources[case] for case in dict.fromkeys(step.case for step in script.steps)},
-        reference=f"{weights.note}, computed in float32 one part at a time",
-        backends=reports,
-        provenance=collect_provenance(bundle, integrity, request.seed, "checkpoint", request.command, started),
-        parts=tuple(run.parts),
-    )
-    return Validation(report, tuple(merge_accuracy(name, run.findings[name]) for name in backends))
+    report = _report(run, request, started)
+    return Validation(report, tuple(merge_accuracy(name, run.findings[name]) for name in run.backends))
 
 
 @dataclass
 class _Run:
-    """The comparisons so far, without their arrays."""
+    """The comparisons so far, without their arrays. `reference` and `sources` are what a report says of the inputs."""
 
     setting: Setting
-    backends: Sequence[str]
+    backends: tuple[str, ...]
+    parts: tuple[Part, ...]
     stream: Stream
+    reference: str
+    sources: dict[str, str]
     findings: dict[str, list[Finding]] = field(default_factory=dict)
-    parts: list[PartReport] = field(default_factory=list)
+    verdicts: list[PartReport] = field(default_factory=list)
 
     def compare(self, part: Part) -> None:
         states, inputs = self.stream.entering(part)
@@ -90,8 +71,41 @@ class _Run:
                 pair = pair.judged_by(rounding_floors(pairs["torch"], len(pair.script.steps)))
             self.findings.setdefault(name, []).append(finding(pair, part.is_head))
         passed = {name: self.findings[name][-1].passed for name in self.backends}
-        self.parts.append(PartReport(part.name, inputs, passed))
+        self.verdicts.append(PartReport(part.name, inputs, passed))
         self.stream.advance(part, left)
+
+
+def _prepare(request: ValidateRequest, layers: str) -> _Run:
+    bundle = Bundle.open(request.bundle)
+    if bundle.manifest.interface.why_no_generation:
+        raise RequestError(f"{bundle.path} cannot be validated: {bundle.manifest.interface.why_no_generation}")
+    parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
+    backends, weights = _backends(request.backends), _weights(bundle, request)
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    inputs = read_inputs(bundle, request.text, request.seed)
+    script = by_graph(inputs.script())
+    sources = {step.case: inputs.sources[step.case] for step in script.steps}
+    setting = Setting(bundle, weights, script, request.threads)
+    reference = f"{weights.note}, computed in float32 one part at a time"
+    return _Run(setting, backends, parts, Stream(script, request.seed), reference, sources)
+
+
+def _report(run: _Run, request: ValidateRequest, started: float) -> AccuracyReport:
+    bundle, integrity = run.setting.bundle, _integrity(run.setting.bundle, run.parts)
+    reports = tuple(merge(run.findings[name], run.setting.script) for name in run.backends)
+    return AccuracyReport(
+        passed=integrity.passed and all(r.passed for r in reports),
+        model=bundle.manifest.model,
+        dtype=bundle.manifest.dtype,
+        changed_weights=integrity.changed_weights,
+        changed_files=integrity.changed_files,
+        cases=run.sources,
+        reference=run.reference,
+        backends=reports,
+        provenance=collect_provenance(bundle, integrity, request.seed, "checkpoint", request.command, started),
+        parts=tuple(run.verdicts),
+    )
 
 
 def _backends(names: Sequence[str]) -> tuple[str, ...]:

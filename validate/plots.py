@@ -42,8 +42,8 @@ class _Scale:
         return self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start)
 
 
-def line_plot(series: Sequence[Series], x_label: str, y_label: str) -> Markup:
-    """Lines over 0, 1, 2, ... on a logarithmic axis; zeros lie at its foot, infinite values at its top."""
+def line_plot(series: Sequence[Series], names: Sequence[str], x_label: str, y_label: str) -> Markup:
+    """Lines over the named places on a logarithmic axis; zeros lie at its foot, infinite values at its top."""
     shown = [min(v, CEILING) for s in series for v in s.values if v > 0] or [1.0]
     low, high = math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown)))
     low -= any(v == 0 for s in series for v in s.values)
@@ -51,12 +51,12 @@ def line_plot(series: Sequence[Series], x_label: str, y_label: str) -> Markup:
     y = _Scale(10.0 ** decades[0], 10.0 ** decades[1], HEIGHT - BOTTOM, TOP, log=True)
     count = max(len(s.values) for s in series)
     x = _Scale(0, max(count - 1, 1), LEFT + 8, WIDTH - RIGHT - 8)
-    parts = [_log_grid(y, decades), _x_ticks(x, count), _labels(x_label, y_label)]
+    parts = [_log_grid(y, decades), _x_ticks(x, names), _labels(x_label, y_label)]
     for s in series:
         points = [(x(i), y(CEILING if math.isnan(v) else v), v) for i, v in enumerate(s.values)]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in points)
         parts.append(f'<polyline class="line {s.style}" points="{path}"/>')
-        parts += [_dot(px, py, s.style, f"{s.name}, {i}: {v:.3g}") for i, (px, py, v) in enumerate(points)]
+        parts += [_dot(px, py, s.style, f"{s.name}, {names[i]}: {v:.3g}") for i, (px, py, v) in enumerate(points)]
     return _svg(parts, y_label)
 
 
@@ -66,7 +66,7 @@ def dot_plot(series: Sequence[Series], x_label: str, y_label: str) -> Markup:
     y = _Scale(0, top * 1.05, HEIGHT - BOTTOM, TOP)
     count = max(len(s.values) for s in series)
     x = _Scale(0, max(count - 1, 1), LEFT + 8, WIDTH - RIGHT - 8)
-    parts = [_linear_grid(y, top), _x_ticks(x, count), _labels(x_label, y_label)]
+    parts = [_linear_grid(y, top), _x_ticks(x, [str(i) for i in range(count)]), _labels(x_label, y_label)]
     radius = 3.5 if count < 50 else 1.5
     for s in series:
         parts += [_dot(x(i), y(v), s.style, f"{s.name}, {i}: {v:.4g}", radius) for i, v in enumerate(s.values)]
@@ -160,8 +160,8 @@ def _brief(value: float) -> str:
     return f"{value:g}"
 
 
-def _x_ticks(x: _Scale, count: int) -> str:
-    return "".join(_text(x(i), HEIGHT - BOTTOM + 15, str(i), "middle") for i in _some(count))
+def _x_ticks(x: _Scale, names: Sequence[str]) -> str:
+    return "".join(_text(x(i), HEIGHT - BOTTOM + 15, names[i], "middle") for i in _some(len(names)))
 
 
 def _some(count: int) -> range:

@@ -44,6 +44,7 @@ def test_right_bundles_pass(good, dtype, tmp_path):
     done = validate(good(dtype).path, "--layers", "0-1", "--backend", "ort", "--backend", "torch", "--report", tmp_path)
     assert done.exit_code == 0, done.output
     report = report_of(tmp_path)
+    assert "Part by part" in (tmp_path / "report.html").read_text()
     assert verdicts(report) == dict.fromkeys(("embedding", "layer 0", "layer 1", "last norm and head"), True)
     for backend in report["backends"]:
         names = [output["output"] for output in backend["outputs"]]
