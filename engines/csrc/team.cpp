@@ -1,5 +1,6 @@
 #include "team.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 
@@ -7,8 +8,12 @@ namespace {
 
 constexpr int SPINS_AT_BARRIER = 1 << 14;  // then others may need the core
 constexpr int SPINS_BEFORE_SLEEP = 1 << 13;  // some 200 microseconds
+constexpr int SPINS_AFTER_CALL = 1 << 6;  // a worker's way from the last barrier back to waiting
+constexpr int SPINS_AFTER_WAKE = 1 << 12;  // some 100 microseconds, once after a sleep
+constexpr uint64_t FRESH = 1 << 16;  // cycles, some 20 microseconds: a worker that looked since then is on a core
 
 inline void pause() { __builtin_ia32_pause(); }
+inline uint64_t clock_now() { return __builtin_ia32_rdtsc(); }
 
 }  // namespace
 
@@ -33,8 +38,8 @@ int64_t Team::next(int phase) {
     return pool_->next_[phase].value.fetch_add(1, std::memory_order_relaxed);
 }
 
-Pool::Pool(int threads) : threads_(threads) {
-    for (int thread = 1; thread < threads; ++thread) std::thread(&Pool::work, this, thread).detach();
+Pool::Pool(int threads) : threads_(threads), workers_(threads - 1) {
+    for (auto& worker : workers_) std::thread(&Pool::work, this, std::ref(worker)).detach();
 }
 
 Pool& Pool::of(int threads) {
@@ -54,37 +59,80 @@ void Pool::start(Job job, const void* context) {
         job(context, alone);
         return;
     }
+    wake_sleepers();
+    count_ = claim();
     job_ = job;
     context_ = context;
-    for (auto& counter : next_) counter.value.store(threads_, std::memory_order_relaxed);
-    call_.fetch_add(1);
-    if (sleeping_.load() > 0) {
-        std::lock_guard<std::mutex> guard(sleep_);
-        wake_.notify_all();
+    for (auto& counter : next_) counter.value.store(count_, std::memory_order_relaxed);
+    for (auto& worker : workers_) {
+        if (worker.state.load(std::memory_order_relaxed) == State::claimed) {
+            worker.state.store(State::called, std::memory_order_release);
+        }
     }
-    Team team(this, 0, threads_);
+    Team team(this, 0, count_);
     job(context, team);
     team.barrier();
 }
 
-uint32_t Pool::await_call(uint32_t seen) {
-    for (int spins = 0; spins < SPINS_BEFORE_SLEEP; ++spins) {
-        const uint32_t call = call_.load(std::memory_order_acquire);
-        if (call != seen) return call;
-        pause();
+// Whoever sleeps is woken once, and given a moment to come.
+void Pool::wake_sleepers() {
+    bool any = false;
+    for (auto& worker : workers_) {
+        State asleep = State::asleep;
+        any |= worker.state.compare_exchange_strong(asleep, State::woken);
     }
-    std::unique_lock<std::mutex> guard(sleep_);
-    sleeping_.fetch_add(1);
-    wake_.wait(guard, [&] { return call_.load() != seen; });
-    sleeping_.fetch_sub(1);
-    return call_.load();
+    if (!any) return;
+    {
+        std::lock_guard<std::mutex> guard(sleep_);
+        wake_.notify_all();
+    }
+    for (auto& worker : workers_) {
+        for (int spins = 0; spins < SPINS_AFTER_WAKE && worker.state.load() == State::woken; ++spins) pause();
+    }
 }
 
-void Pool::work(int thread) {
-    uint32_t seen = 0;
+// Gives those who wait on a core a seat each; how many there are, the caller with them.
+int Pool::claim() {
+    int count = 1;
+    for (auto& worker : workers_) {
+        for (int spins = 0; spins < SPINS_AFTER_CALL && worker.state.load() == State::busy; ++spins) pause();
+        const uint64_t beat = worker.beat.load(std::memory_order_relaxed);
+        State waiting = State::waiting;
+        if (clock_now() - beat < FRESH && worker.state.compare_exchange_strong(waiting, State::claimed)) {
+            worker.seat = count++;
+        }
+    }
+    return count;
+}
+
+void Pool::await_call(Worker& self) {
+    int spins = 0;
     while (true) {
-        seen = await_call(seen);
-        Team team(this, thread, threads_);
+        self.beat.store(clock_now(), std::memory_order_relaxed);
+        if (self.state.load(std::memory_order_acquire) == State::called) return;
+        if (++spins > SPINS_BEFORE_SLEEP && sleep(self)) spins = 0;
+        pause();
+    }
+}
+
+// False where a call was faster.
+bool Pool::sleep(Worker& self) {
+    State waiting = State::waiting;
+    if (!self.state.compare_exchange_strong(waiting, State::asleep)) return false;
+    std::unique_lock<std::mutex> guard(sleep_);
+    wake_.wait(guard, [&] { return self.state.load() != State::asleep; });
+    self.beat.store(clock_now(), std::memory_order_relaxed);
+    self.state.store(State::waiting);
+    return true;
+}
+
+void Pool::work(Worker& self) {
+    while (true) {
+        self.beat.store(clock_now(), std::memory_order_relaxed);
+        self.state.store(State::waiting, std::memory_order_release);
+        await_call(self);
+        self.state.store(State::busy, std::memory_order_relaxed);
+        Team team(this, self.seat, count_);
         job_(context_, team);
         team.barrier();
     }

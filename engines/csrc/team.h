@@ -33,6 +33,8 @@ class Team {
 };
 
 // Worker threads that wait awake for a moment after each call, since the next one follows within microseconds.
+// A call takes along only those that are awake on a core right then: where other processes have the cores, it goes on
+// with fewer threads instead of waiting for them. What is computed does not depend on their number.
 class Pool {
   public:
     explicit Pool(int threads);
@@ -48,22 +50,33 @@ class Pool {
   private:
     friend class Team;
     using Job = void (*)(const void*, Team&);
+    enum class State : int { busy, waiting, claimed, called, asleep, woken };
+
+    struct alignas(64) Worker {
+        std::atomic<State> state{State::busy};
+        std::atomic<uint64_t> beat{0};  // the clock when it last looked whether it is called
+        int seat = 0;                   // its number in the team of this call
+    };
+    struct alignas(64) Counter {
+        std::atomic<int64_t> value{0};
+    };
+
     void start(Job job, const void* context);
-    void work(int thread);
-    uint32_t await_call(uint32_t seen);
+    void wake_sleepers();
+    int claim();
+    void work(Worker& self);
+    void await_call(Worker& self);
+    bool sleep(Worker& self);
 
     const int threads_;
     std::mutex busy_;
     std::mutex sleep_;
     std::condition_variable wake_;
-    std::atomic<int> sleeping_{0};
+    std::vector<Worker> workers_;
     Job job_ = nullptr;
     const void* context_ = nullptr;
-    alignas(64) std::atomic<uint32_t> call_{0};
+    int count_ = 1;
     alignas(64) std::atomic<uint32_t> arrived_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
-    struct alignas(64) Counter {
-        std::atomic<int64_t> value{0};
-    };
     Counter next_[MAX_PHASES];
 };
