@@ -13,12 +13,14 @@ PROMPT = "Return the number of"
 
 def demo_steps(checkpoint: Path, folder: Path) -> tuple[tuple[str, ...], ...]:
     """Arguments of each command, in order."""
-    bundle, report = str(folder / "bundle"), str(folder / "report")
+    bundle, report, repository = (str(folder / name) for name in ("bundle", "report", "repository"))
     return (
         ("export", str(checkpoint), bundle),
         ("validate", bundle, "--report", report),
         ("build", bundle, "--sm", "86", "--max-batch-size", "4", "--max-input-len", "256", "--max-seq-len", "1024"),
         ("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", "48"),
+        ("bench", bundle, "--context", "64", "--new-tokens", "32"),
+        ("model-repository", bundle, repository),
     )
 
 
@@ -35,7 +37,7 @@ def run_demo(folder: Path) -> None:
             except SystemExit as exit_:
                 if exit_.code:
                     sys.exit(exit_.code)
-    click.echo(f"\nThe bundle, the engines and the report lie in {folder}.", err=True)
+    click.echo(f"\nThe bundle, the engines, the report and the model repository lie in {folder}.", err=True)
 
 
 def _quoted(word: str) -> str:

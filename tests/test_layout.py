@@ -61,9 +61,10 @@ def test_tests_have_no_packages():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["export", "--help"], ["generate", "--help"], ["validate", "--help"]]
+    "command", ["", "export", "validate", "generate", "bench", "classify", "model-repository", "build"]
 )
-def test_help_imports_nothing_heavy(arguments):
+def test_help_imports_nothing_heavy(command):
+    arguments = [command, "--help"] if command else ["--help"]
     code = (
         "import sys, json\nfrom deepseek_trt.cli.main import main\n"
         f"main.main({arguments!r}, standalone_mode=False)\n"
@@ -90,6 +91,12 @@ def test_wheel_holds_what_is_needed(tmp_path):
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("cli/demo_model/tokenizer.json", "plugins/csrc/plugin.h", "export/ops/mla_decode.py"):
+    for name in (
+        "cli/demo_model/tokenizer.json",
+        "plugins/csrc/plugin.h",
+        "export/ops/mla_decode.py",
+        "engines/csrc/linear.h",
+        "engines/model_repository/files/serve.sh",
+    ):
         assert f"deepseek_trt/{name}" in names
     assert not [n for n in names if not n.startswith(("deepseek_trt/", "deepseek_trt-"))]
