@@ -266,7 +266,7 @@ class Scheduler:
         ids = np.zeros((len(work), max(w.count for w in work)), dtype=np.int64)
         for row, w in enumerate(work):
             ids[row, : w.count] = w.request.tokens[w.request.cached : w.request.cached + w.count]
-        logits = self._session.prefill(ids, _int32([w.count for w in work]), *_cached(work))
+        logits = self._session.prefill(ids, _int32([w.count for w in work]), *self._cached(work))
         if logits.ndim == 3:  # exported with all logits
             return [logits[row, w.count - 1] for row, w in enumerate(work)]
         return logits
@@ -275,7 +275,13 @@ class Scheduler:
         if not work:
             return ()
         ids = np.array([[w.request.tokens[-1]] for w in work], dtype=np.int64)
-        return self._session.decode(ids, *_cached(work))
+        return self._session.decode(ids, *self._cached(work))
+
+    def _cached(self, work: list[_Work]) -> tuple[Int32s, Int32s]:
+        """past_lengths [B] and page_table [B, M] of the pages that this step reaches: prefill expands all it gets."""
+        reached = [self._session.cache.pages_for(w.request.cached + w.count) for w in work]
+        tables = [w.request.pages[:count] for w, count in zip(work, reached, strict=True)]
+        return _int32([w.request.cached for w in work]), page_table(tables)
 
     def _advance(self, prefilling: list[_Work], decoding: list[_Work]) -> None:
         self.counters.prefilled += sum(w.count for w in prefilling)
@@ -313,11 +319,6 @@ def _finished(request: _Request, token: int) -> FinishReason | None:
     if token in request.stops:
         return "stop"
     return "length" if request.sampler.made == request.limit else None
-
-
-def _cached(work: list[_Work]) -> tuple[Int32s, Int32s]:
-    """past_lengths [B] and page_table [B, M] of these rows."""
-    return _int32([w.request.cached for w in work]), page_table([w.request.pages for w in work])
 
 
 def _int32(values: list[int]) -> Int32s:

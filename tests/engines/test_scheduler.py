@@ -134,6 +134,16 @@ def test_prefill_takes_no_more_than_a_chunk():
     assert [shape for name, shape in session.calls if name == "prefill"] == [(1, 3)] * 3 + [(1, 2)]
 
 
+def test_a_chunk_gets_the_pages_that_it_reaches():
+    scheduler, widths = scheduler_of(prefill_chunk=8), []
+    prefill = scheduler._session.prefill
+    scheduler._session.prefill = lambda *feeds: (widths.append(feeds[-1].shape[1]), prefill(*feeds))[1]
+    scheduler.add((5,) * 20, GREEDY)
+    drain(scheduler)
+    size = scheduler._session.cache.page_size
+    assert widths[:3] == [-(-end // size) for end in (8, 16, 20)]
+
+
 def test_latest_arrival_is_preempted_and_loses_nothing():
     scheduler = scheduler_of(7)
     ids = [scheduler.add((n, 3, 4, 5, 6), dataclasses.replace(GREEDY, max_new_tokens=12)) for n in (2, 3)]
