@@ -135,13 +135,12 @@ class Supervisor:
             time.sleep(0.05)
 
     def killed(self) -> list[str]:
-        """At most one model whose process is gone while the server believes in it."""
-        found = self.stub_pids()
-        gone = [model for model, pid in self.stubs.items() if found.get(model) != pid]
-        self.stubs.update(found)
-        for model in gone:
-            if model not in found:
-                del self.stubs[model]
+        """At most one model that has no process while the server believes in it; loaded again it has another one."""
+        found = {model: pid for model, pid in self.stubs.items() if is_stub(pid, self.models) == model}
+        if len(found) < len(self.models):  # reading all of /proc each time would cost a percent of a processor
+            found = self.stub_pids()
+        gone = [model for model in self.stubs if model not in found]
+        self.stubs = found
         return [model for model in gone if self.ask("GET", f"/v2/models/{model}/ready") == 200][:1]
 
     def restart(self) -> None:
