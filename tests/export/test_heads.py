@@ -232,7 +232,7 @@ def test_a_real_token_that_equals_padding_ends_a_row_as_in_transformers(checkpoi
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])
-def test_inputs_embeds_give_the_logits_of_their_tokens(checkpoint_of, bundle_of, backend):
+def test_inputs_embeds_give_the_logits_of_their_tokens(checkpoint_of, bundle_of, reference, backend):
     causal = checkpoint_of("causal")
     bundle = bundle_of(causal.folder, page_size=PAGE, inputs_embeds=True)
     assert ("model.embed_tokens.weight", "the graphs take inputs_embeds") in [
@@ -242,11 +242,15 @@ def test_inputs_embeds_give_the_logits_of_their_tokens(checkpoint_of, bundle_of,
     embeds = causal.weights["model.embed_tokens.weight"][ids].astype(np.float32)
     with torch.no_grad():
         expected = causal.hf(torch.from_numpy(ids)).logits
+    exact = np.stack([reference.logits(RAW, causal.weights, row) for row in ids])
     run = Paged(bundle, backend)
-    assert close(run.prefill(embeds, "inputs_embeds")["logits"], expected[[0, 1], LENGTHS - 1])
+    logits = run.prefill(embeds, "inputs_embeds")["logits"]
+    assert close(logits, expected[[0, 1], LENGTHS - 1])
+    assert close(logits, exact[[0, 1], LENGTHS - 1])
     for step in range(STEPS):
         logits = run.decode(embeds, step, "inputs_embeds")["logits"]
         assert close(logits, expected[[0, 1], LENGTHS + step])
+        assert close(logits, exact[[0, 1], LENGTHS + step])
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])
@@ -277,6 +281,17 @@ def test_variants_of_the_model_under_other_heads(checkpoint_of, bundle_of, refer
     assert close(logits, np.stack([row[-1] for row in exact]) @ classifier.weights["score.weight"].T)
     hidden = GRAPH_BACKENDS["ort"](features).run("model", feeds)["last_hidden_state"]
     assert all(close(hidden[row, :n], exact[row]) for row, n in enumerate(lengths))
+
+
+def test_names_without_a_prefix_are_found_again_by_reference(checkpoint_of, bundle_of):
+    base = checkpoint_of("base")
+    bundle = bundle_of(base.folder, task="feature-extraction", no_cache=True, by_reference=True)
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        expected = base.hf(torch.from_numpy(ids)).last_hidden_state
+    for make in GRAPH_BACKENDS.values():
+        feeds = {"input_ids": ids, "sequence_lengths": np.array([9], np.int32)}
+        assert close(make(bundle).run("model", feeds)["last_hidden_state"], expected)
 
 
 GRAPHS = {
