@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.checkpoint import read_header
 from deepseek_trt.export.weight_file import WEIGHTS_FILE
+from deepseek_trt.validate import long_cases
 
 PAGE = 8
 Edit = Callable[[onnx.ModelProto], None]
@@ -27,6 +28,12 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def little_greed(monkeypatch) -> None:
+    """Two generated tokens instead of 33, for tests of what every step shows."""
+    monkeypatch.setattr(long_cases, "GREEDY_STEPS", 1)
 
 
 @pytest.fixture(scope="session")

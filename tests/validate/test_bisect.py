@@ -15,6 +15,7 @@ from deepseek_trt.cli.validate_command import EXIT_ACCURACY
 from deepseek_trt.export.graph import DOMAIN
 from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
 
+pytestmark = pytest.mark.usefixtures("little_greed")
 LAYER = 1  # where the faults are planted; the model's first MoE layer
 SMALL = 1.001  # one part in a thousand
 

@@ -15,6 +15,7 @@ from deepseek_trt.cli.validate_command import EXIT_ACCURACY
 from deepseek_trt.engines.backends import BACKENDS as ENGINES
 from deepseek_trt.validate.backends import BACKENDS
 
+pytestmark = pytest.mark.usefixtures("little_greed")
 LAYER_0_WEIGHT = "model.layers.0.self_attn.o_proj.weight"
 
 
