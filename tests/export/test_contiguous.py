@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import DynamicCache
 from transformers.exporters import ExportedModel
 
@@ -80,6 +81,15 @@ def test_prompt_and_steps_equal_transformers(small_v2, bundle, backend, side):
         for name, tensor in (("key", held.keys), ("value", held.values)):
             ours = past[f"past_key_values.{layer}.{name}"]
             assert close(ours.transpose(0, 2, 1, 3)[mask != 0], tensor.numpy().transpose(0, 2, 1, 3)[mask != 0])
+
+
+def test_a_padded_prompt_equals_the_numpy_model(small_v2, bundle, reference, float64_of):
+    tensors = {name: t for file in small_v2.checkpoint.glob("*.safetensors") for name, t in load_file(file).items()}
+    ids, mask = batch("left")
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask), **empty_cache(bundle, 2)}
+    logits = GRAPH_BACKENDS["ort"](bundle).run("model", feeds)["logits"]
+    for row, real in enumerate(mask != 0):
+        assert close(logits[row, real], reference.logits(small_v2.raw, float64_of(tensors), ids[row, real]))
 
 
 def test_padding_stays_finite(bundle):
