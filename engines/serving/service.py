@@ -226,6 +226,7 @@ class Service:
         finally:
             with self._admission:
                 self._live.discard(stream)
+            stream.ticket = None  # it leads back to the stream: shared memory would wait for the garbage collector
             self._metrics.ended(_ended(stream, result))
 
     def _send_refusal(self, channel: Channel, failure: Failure) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from pathlib import Path
@@ -51,8 +52,11 @@ class TritonPythonModel:
             self._service.accept(ResponseChannel(request), tensors, parameters, request.timeout())
 
     def finalize(self) -> None:
+        """What holds shared memory must be gone before the process ends, or 2.51 crashes then."""
         self._service.close()
         self._board.close()
+        del self._service, self._board
+        gc.collect()
 
 
 class ResponseChannel:
