@@ -180,13 +180,11 @@ class FuseForCpu(ir.passes.InPlacePass):
         new.name, new.dtype, new.shape = f"{old.name}.cpu", ir.DataType.FLOAT, old.shape
         graph.insert_after(at, node)
         self.fused += 1
-        if old.dtype in (None, ir.DataType.FLOAT):
-            old.replace_all_uses_with(new)
-            return node
-        cast = ir.node("Cast", [new], {"to": int(old.dtype)})
-        cast.outputs[0].name, cast.outputs[0].dtype = f"{old.name}.cpu_cast", old.dtype
-        graph.insert_after(node, cast)
-        old.replace_all_uses_with(cast.outputs[0])
+        if old.dtype not in (None, ir.DataType.FLOAT):
+            cast = ir.node("Cast", [new], {"to": int(old.dtype)})
+            graph.insert_after(node, cast)
+            new = cast.outputs[0]
+        _move(old, new)
         return node
 
     @staticmethod
@@ -243,7 +241,7 @@ def _routed_together(f: Found) -> bool:
 
 
 def _move(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be the graph's output that `old` is."""
+    """Let `new` stand wherever `old` does, under its name, be it an output of the graph."""
     name = old.name
     new.dtype, new.shape = old.dtype or ir.DataType.FLOAT, old.shape
     old.replace_all_uses_with(new, replace_graph_outputs=True)
