@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,18 @@ from itertools import islice
 
 import pytest
 
+from deepseek_trt.engines.model_repository.writer import write_manifest
+
 ENDLESS = {"text_input": "The", "max_tokens": 2000, "min_tokens": 2000}  # seconds of work, unless somebody ends it
 SHORT = {"text_input": "The number", "max_tokens": 8}
+FAULT = """
+_decode, _steps = OrtSession.decode, iter(range(50))
+def _fail(self, *inputs):
+    if next(_steps, None) is None:
+        raise OSError("the device is gone")
+    return _decode(self, *inputs)
+OrtSession.decode = _fail
+"""
 
 
 def idle(server):
@@ -90,6 +101,20 @@ def test_a_killed_stub_fails_its_streams_and_comes_back(serve, demo_repository, 
     assert server.process.returncode != 0
     again = serve(demo_repository) if server.process.returncode else server
     assert again.generate(**SHORT).json["text_output"] == right
+
+
+def test_a_failing_engine_fails_its_streams_and_the_model_is_not_ready_until_loaded_again(serve, own_repository):
+    version = own_repository / "deepseek_v2" / "1"
+    with (version / "runtime" / "deepseek_trt" / "engines" / "ort.py").open("a") as module:
+        module.write(FAULT)
+    facts = json.loads((version / "manifest.json").read_text())
+    write_manifest(version, {name: value for name, value in facts.items() if name != "files"})
+    server = serve(own_repository)
+    events = list(server.stream(**ENDLESS))
+    assert "the device is gone" in events[-1]["error"]
+    assert server.wait_for(lambda: not server.ready())
+    assert server.post("/v2/repository/models/deepseek_v2/load", {}).status == 200
+    assert server.generate(**SHORT).status == 200
 
 
 @pytest.mark.parametrize("tokens", [300, 2000])
