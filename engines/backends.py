@@ -13,14 +13,15 @@ from deepseek_trt.export.bundle import Bundle
 class SessionRequest:
     """pages counts the scratch page; threads 0 lets the backend choose.
 
-    device ("cpu" or "cuda") is for the ort backend; cuda_graphs and progress (bytes of weights on the GPU, bytes in
-    all) are for the tensorrt backend.
+    device ("cpu" or "cuda") and mapped (on the CPU, weights stay in their file; None: where memory is short) are for
+    the ort backend; cuda_graphs and progress (bytes of weights on the GPU, bytes in all) are for the tensorrt backend.
     """
 
     bundle: Bundle
     pages: int
     threads: int = 0
     device: str = "cpu"
+    mapped: bool | None = None
     cuda_graphs: bool = True
     progress: Callable[[int, int], None] | None = None
 
@@ -32,7 +33,7 @@ def _ort(request: SessionRequest) -> Session:
         return OrtCudaSession(request.bundle, request.pages, request.threads)
     from deepseek_trt.engines.ort import OrtSession
 
-    return OrtSession(request.bundle, request.pages, request.threads)
+    return OrtSession(request.bundle, request.pages, request.threads, mapped=request.mapped)
 
 
 def _torch(request: SessionRequest) -> Session:
