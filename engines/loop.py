@@ -106,6 +106,8 @@ class EngineLoop:
                 self.step()
             except Exception as error:  # handed to every caller: nobody waits for this thread
                 with self._stepping:
+                    if on_failure:
+                        self._settle()  # those who wait for the next step wait for what has failed, too
                     self._fail(error)
                 if on_failure:
                     on_failure(error)

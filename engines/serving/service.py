@@ -86,7 +86,7 @@ class Service:
 
     def close(self) -> None:
         """Returns when every request has had its final response and the threads have ended."""
-        self._shut(_UNLOADING)
+        self._shut(_UNLOADING, self._drain_seconds)
         while self._live:
             time.sleep(0.005)
         self._stop = True
@@ -130,14 +130,14 @@ class Service:
         """In the engine's thread, after every request got the error."""
         reason = f"the engine has failed ({type(error).__name__}: {error}): load the model again"
         _log.error(reason, exc_info=error)
-        self._shut(reason)
+        self._shut(reason, drain_seconds=0)
         self._failure = reason
         self._wake.set()
 
-    def _shut(self, reason: str) -> None:
+    def _shut(self, reason: str, drain_seconds: float) -> None:
         with self._admission:
-            if not self._closed:
-                self._closed, self._abort_at = reason, time.perf_counter() + self._drain_seconds
+            self._closed = self._closed or reason
+            self._abort_at = min(self._abort_at, time.perf_counter() + drain_seconds)
 
     def _run(self) -> None:
         looked = asked = 0.0
@@ -173,7 +173,7 @@ class Service:
             if failure:
                 self._host.engine_failed(failure)
             elif self._live and not self._closed and not self._host.wants_model():
-                self._shut(_UNLOADING)
+                self._shut(_UNLOADING, self._drain_seconds)
         except Exception:  # the server cannot say: answers go on
             _log.exception("the server could not be asked about the model")
 
@@ -207,7 +207,7 @@ class Service:
 
     def _reason_to_end(self, stream: Stream, now: float) -> Failure | None:
         if now >= self._abort_at:
-            return Failure("failed", f"the model was unloaded after {stream.made} tokens of the answer")
+            return Failure("failed", f"after {stream.made} tokens: {self._closed}")
         if stream.deadline is not None and now >= stream.deadline:
             return Failure("timeout", f"timeout_ms {stream.request.timeout_ms}: passed after {stream.made} tokens")
         if now - stream.polled < _POLL_AFTER:
