@@ -17,7 +17,7 @@ _LEFT_OUT = ("compare", "bisect", "layers")  # these follow a language model's l
 
 def generates(bundle: Path) -> bool:
     """Whether the bundle's graphs give the next token's logits from token ids."""
-    return not Bundle.open(bundle).manifest.generates
+    return not Bundle.open(bundle).manifest.generation_refusal
 
 
 def validate_other_heads(report: Path | None, as_json: bool, **options: Any) -> bool:

@@ -27,7 +27,7 @@ class Step:
 
 def check_generates(bundle: Bundle) -> None:
     """BundleError where the bundle's graphs do not give the next token's logits from token ids."""
-    why_not = bundle.manifest.generates
+    why_not = bundle.manifest.generation_refusal
     if why_not:
         raise BundleError(f"{bundle.path} cannot generate text: {why_not}")
 

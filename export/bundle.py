@@ -68,7 +68,7 @@ class Manifest:
         return self.interface.all_logits
 
     @property
-    def generates(self) -> str:
+    def generation_refusal(self) -> str:
         """Nothing where the bundle can generate text, else why it cannot and what to do."""
         return self.interface.why_no_generation
 

@@ -84,8 +84,8 @@ def write_manifest(version_folder: Path, facts: dict[str, Any]) -> None:
 
 def _servable(path: Path) -> Bundle:
     bundle = Bundle.open(path)
-    if bundle.manifest.generates:
-        raise BundleError(f"{path} cannot be served: {bundle.manifest.generates}")
+    if bundle.manifest.generation_refusal:
+        raise BundleError(f"{path} cannot be served: {bundle.manifest.generation_refusal}")
     if bundle.manifest.by_reference:
         raise BundleError(
             f"{path} refers to {bundle.manifest.checkpoint} for its weights: export without --by-reference"

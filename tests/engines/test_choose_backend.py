@@ -101,7 +101,8 @@ def test_llm_says_what_it_chose(demo):
 
 
 def test_a_bundle_of_another_task_is_refused_by_name():
-    other = Bundle(Path("/there"), SimpleNamespace(generates=Interface(task="feature-extraction").why_no_generation))
+    refusal = Interface(task="feature-extraction").why_no_generation
+    other = Bundle(Path("/there"), SimpleNamespace(generation_refusal=refusal))
     with pytest.raises(BundleError, match="/there cannot generate text: it was exported for feature-extraction"):
         check_generates(other)
 

@@ -171,4 +171,4 @@ def test_the_graph_names_its_dims_and_holds_no_attention_plugin(bundle):
     assert names["past_key_values.2.value"] == ["batch_size", 1, "past_sequence_length", 16]
     assert list(names) == [t.name for t in spec.inputs]
     assert {node.op_type for node in graph.node if node.domain == "deepseek_trt"} == {"MoeRouter", "MoeExperts"}
-    assert "transformers" in bundle.manifest.generates
+    assert "transformers" in bundle.manifest.generation_refusal

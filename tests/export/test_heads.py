@@ -366,6 +366,6 @@ def test_labels_that_contradict_the_head(tmp_path, weights_of, save, changes, wo
 
 def test_which_bundles_generate(checkpoint_of, bundle_of):
     causal, classifier = checkpoint_of("causal").folder, checkpoint_of("classifier").folder
-    assert "for text-classification" in bundle_of(classifier, task="text-classification").manifest.generates
-    assert "inputs_embeds" in bundle_of(causal, page_size=PAGE, inputs_embeds=True).manifest.generates
-    assert "--logits-to-keep 15" in bundle_of(causal, page_size=PAGE, logits_to_keep=15).manifest.generates
+    assert "for text-classification" in bundle_of(classifier, task="text-classification").manifest.generation_refusal
+    assert "inputs_embeds" in bundle_of(causal, page_size=PAGE, inputs_embeds=True).manifest.generation_refusal
+    assert "--logits-to-keep 15" in bundle_of(causal, page_size=PAGE, logits_to_keep=15).manifest.generation_refusal
