@@ -22,9 +22,9 @@ _SHARE = 0.5  # of the free memory, at most: the page cache keeps the file as we
 
 def weights_fit(bundle: Bundle) -> bool:
     """Whether a copy of the weights takes less than half of the memory that is free."""
-    if bundle.manifest.by_reference:
-        return False  # ONNX Runtime holds what is assembled
-    return (bundle.path / WEIGHTS_FILE).stat().st_size < _SHARE * _available_memory()
+    by_reference = bundle.manifest.by_reference
+    sizes = [s.size for s in bundle.manifest.sources] if by_reference else [(bundle.path / WEIGHTS_FILE).stat().st_size]
+    return sum(sizes) < _SHARE * _available_memory()
 
 
 def weights_in_memory(bundle: Bundle) -> Arrays:

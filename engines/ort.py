@@ -15,7 +15,7 @@ import onnxruntime as ort
 from deepseek_trt.engines.cpu_library import CpuLibrary, cpu_library
 from deepseek_trt.engines.cpu_weights import weights_fit, weights_in_memory, zeros
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
-from deepseek_trt.engines.weights import reference_arrays
+from deepseek_trt.engines.weights import reference_arrays, weight_arrays
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.graph import past_name, present_name
@@ -46,12 +46,13 @@ class OrtSession:
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype="float32") if widened else bundle.manifest.cache
         self.pages = pages
         self.vocab_size = bundle.manifest.model.vocab_size
-        mapped = not weights_fit(bundle) if mapped is None else mapped
-        weights = None if mapped else _ort_values(weights_in_memory(bundle))
+        self.mapped = not weights_fit(bundle) if mapped is None else mapped
+        copied = not self.mapped and not bundle.manifest.by_reference  # what is assembled is a copy already
+        weights = _ort_values(weights_in_memory(bundle) if copied else weight_arrays(bundle))
         self._weights = weights  # the graphs read them where they are
-        self._sessions = {"prefill": load_graph(bundle, "prefill", threads=threads, weights=weights)}
+        self._sessions = {"prefill": load_graph(bundle, "prefill", None, threads, None, weights, self.mapped)}
         left: list[str] = []
-        self._sessions["decode"] = load_graph(bundle, "decode", library.path, threads, left, weights)
+        self._sessions["decode"] = load_graph(bundle, "decode", library.path, threads, left, weights, self.mapped)
         # What decode reads: compiled operators widen numbers as they go.
         self.weights_dtype = bundle.manifest.dtype if library.path and not left else self.cache.dtype
         if left:
@@ -101,13 +102,17 @@ def load_graph(
     threads: int = 0,
     left: list[str] | None = None,
     weights: OrtValues | None = None,
+    lean: bool = False,
 ) -> ort.InferenceSession:
     """A graph of the bundle in ONNX Runtime's CPU provider, or with the compiled operators of `library` (decode only).
 
-    `left` receives the names of the custom operators that the compiled ones do not replace. Without `weights` they are
-    mapped from their file. BackendError where ONNX Runtime refuses.
+    `left` receives the names of the custom operators that the compiled ones do not replace. Without `weights` ONNX
+    Runtime reads them from their file; given ones must live as long as the session. `lean` keeps it from making its own
+    copies of them, packed or cast. BackendError where ONNX Runtime refuses.
     """
     options = _options(threads)
+    if lean:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     kept = _supply_references(options, bundle) if bundle.manifest.by_reference else None
     for name, value in (weights or {}).items():
         options.add_initializer(name, value)
@@ -119,7 +124,12 @@ def load_graph(
     if isinstance(source, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     try:
-        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            source,
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["ConstantFolding"] if lean else [],  # it would cast narrow weights once and for all
+        )
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
         path = bundle.graph_path(graph)
         raise BackendError(f"ONNX Runtime cannot load {path} ({error}): export the checkpoint again") from None

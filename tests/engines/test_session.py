@@ -83,3 +83,14 @@ def test_feeds_that_do_not_fit_are_named(bundle, change, words):
     graph = session_graphs(bundle, session)["prefill"]
     with pytest.raises(RequestError, match=words):
         run_graph(session, graph, feeds_of(graph) | change)
+
+
+@pytest.mark.parametrize(("dtype", "by_reference"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_mapped_weights_give_the_same(small_v2, bundle_of, dtype, by_reference):
+    """Without ONNX Runtime's own copies of the weights; bfloat16 is computed in float32, so casting is exact."""
+    bundle = bundle_of(small_v2.checkpoint, page_size=8, dtype=dtype, by_reference=by_reference)
+    copied, mapped = (OrtSession(bundle, 6, 1, mapped=each) for each in (False, True))
+    for name, graph in session_graphs(bundle, mapped).items():
+        expected, found = (run_graph(session, graph, feeds_of(graph))["logits"] for session in (copied, mapped))
+        # float32 sums in another order, as products of packed and unpacked weights are
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=name)
