@@ -112,11 +112,9 @@ class PagePool:
 
 def page_table(owned: Sequence[Sequence[int]]) -> Int32s:
     """The rows' pages as one int32 [B, M]; rows with fewer pages are filled with the scratch page."""
-    width = max(len(pages) for pages in owned)
-    table = np.full((len(owned), width), SCRATCH_PAGE, dtype=np.int32)
-    for row, pages in enumerate(owned):
-        table[row, : len(pages)] = pages
-    return table
+    width = max(map(len, owned))
+    padding = [SCRATCH_PAGE] * width
+    return np.array([[*pages, *padding[len(pages) :]] for pages in owned], dtype=np.int32)
 
 
 def _hold(condition: bool, message: str) -> None:

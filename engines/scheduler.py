@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -44,8 +44,7 @@ class SchedulerLimits:
             raise RequestError(f"token_budget {self.token_budget}: must be at least max_running, {self.max_running}")
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):  # made for every token: a frozen dataclass takes three times as long to make
     """One new token of a request; `finished` says why it is the last. Stop tokens are given too.
 
     logprob and top_logprobs (id, logprob), best first, are there where the request asked for them.
@@ -90,15 +89,14 @@ class _Request:
 
     @property
     def decodes(self) -> bool:
-        return self.cached > 0 and self.left == 1
+        return 0 < self.cached == len(self.tokens) - 1
 
 
-@dataclass(frozen=True)
-class _Work:
+class _Work(NamedTuple):
     """A row of a graph's batch: the request and how many of its tokens this step computes."""
 
     request: _Request
-    count: int
+    new: int
 
 
 class Scheduler:
@@ -183,7 +181,8 @@ class Scheduler:
         self._grow()
         self._admit()
         decoding = [_Work(request, 1) for request in self._running if request.decodes]
-        prefilling = self._chunks(self.limits.token_budget - len(decoding))
+        all_decode = len(decoding) == len(self._running)
+        prefilling = [] if all_decode else self._chunks(self.limits.token_budget - len(decoding))
         prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
         self._advance(prefilling, decoding)
         if not prefilling:
@@ -207,7 +206,7 @@ class Scheduler:
     def _grow(self) -> None:
         """A page for the next token of every decoding request, from the latest arrival where none is free."""
         for request in tuple(self._running):
-            if not request.decodes or self._session.cache.pages_for(len(request.tokens)) <= len(request.pages):
+            if self._session.cache.pages_for(len(request.tokens)) <= len(request.pages) or not request.decodes:
                 continue
             while request.pages and not self.pool.free:
                 self._preempt(self._running[-1])
@@ -263,12 +262,12 @@ class Scheduler:
         """Logits [vocab] at the end of each row's chunk."""
         if not work:
             return ()
-        ids = np.zeros((len(work), max(w.count for w in work)), dtype=np.int64)
+        ids = np.zeros((len(work), max(w.new for w in work)), dtype=np.int64)
         for row, w in enumerate(work):
-            ids[row, : w.count] = w.request.tokens[w.request.cached : w.request.cached + w.count]
-        logits = self._session.prefill(ids, _int32([w.count for w in work]), *self._cached(work))
+            ids[row, : w.new] = w.request.tokens[w.request.cached : w.request.cached + w.new]
+        logits = self._session.prefill(ids, _int32([w.new for w in work]), *self._cached(work))
         if logits.ndim == 3:  # exported with all logits
-            return [logits[row, w.count - 1] for row, w in enumerate(work)]
+            return [logits[row, w.new - 1] for row, w in enumerate(work)]
         return logits
 
     def _decode(self, work: list[_Work]) -> Sequence[Floats] | Floats:
@@ -279,20 +278,22 @@ class Scheduler:
 
     def _cached(self, work: list[_Work]) -> tuple[Int32s, Int32s]:
         """past_lengths [B] and page_table [B, M] of the pages that this step reaches: prefill expands all it gets."""
-        reached = [self._session.cache.pages_for(w.request.cached + w.count) for w in work]
+        reached = [self._session.cache.pages_for(w.request.cached + w.new) for w in work]
         tables = [w.request.pages[:count] for w, count in zip(work, reached, strict=True)]
         return _int32([w.request.cached for w in work]), page_table(tables)
 
     def _advance(self, prefilling: list[_Work], decoding: list[_Work]) -> None:
-        self.counters.prefilled += sum(w.count for w in prefilling)
+        self.counters.prefilled += sum(w.new for w in prefilling)
         self.counters.decoded += len(decoding)
         for w in (*prefilling, *decoding):
-            w.request.cached += w.count
+            w.request.cached += w.new
             if self.limits.prefix_reuse:
                 self._name_full_pages(w.request)
 
     def _name_full_pages(self, request: _Request) -> None:
         full = request.cached // self._session.cache.page_size
+        if full == request.named:
+            return
         keys = request.keys.of(request.tokens, full)
         for index in range(request.named, full):
             self.pool.name(request.pages[index], keys[index])
