@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -39,8 +40,7 @@ class TritonPythonModel:
             {key: value["string_value"] for key, value in config["parameters"].items()}
         )
         llm = open_llm(Path(args["model_repository"]) / version / BUNDLE_FOLDER, settings)
-        self._board = MetricBoard({"model": name, "version": version})
-        metrics, host = Metrics(self._board), ServerHost(name)
+        metrics, host = Metrics(MetricBoard({"model": name, "version": version})), ServerHost(name)
         self._service = Service(llm, settings.max_inflight, settings.drain_ms / 1000, metrics, host)
         note = f" ({llm.session.note})" if llm.session.note else ""
         pb_utils.Logger.log_info(f"{name}: {llm.session.backend}{note}, as {llm.choice.why}; {settings}")
@@ -54,8 +54,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """What holds shared memory must be gone before the process ends, or 2.51 crashes then."""
         self._service.close()
-        self._board.close()
-        del self._service, self._board
+        del self._service
         gc.collect()
 
 
@@ -91,12 +90,17 @@ class ServerHost:
         return bool(pb_utils.is_model_ready(self._name))
 
     def engine_failed(self, reason: str) -> None:
-        """Unload the model: the server then says that it is not ready, and serve.sh loads it again."""
+        """Unload the model: the server then says that it is not ready, until somebody loads it again."""
         pb_utils.unload_model(self._name)
 
 
 class MetricBoard:
-    """A Board over the server's /metrics."""
+    """A Board over the server's /metrics.
+
+    Its metrics are for ever: a model that is loaded again finds them and counts on. An unloading model and its
+    successor share a counter in the server, which deletes it with the first of them and then writes into freed memory
+    (triton-inference-server/server issue 8663). Nor may they be deleted at the process's end: it crashes (issue 8662).
+    """
 
     def __init__(self, labels: dict[str, str]) -> None:
         kinds = pb_utils.MetricFamily
@@ -104,6 +108,8 @@ class MetricBoard:
             spec: kinds(name=spec.name, description=spec.description, kind=getattr(kinds, spec.kind.upper()))
             for spec in METRICS
         }
+        for family in self._families.values():  # it owns its metrics; one reference more, and it is never deleted
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(family))
         self._metrics = {
             (spec, value): _metric(family, spec, labels, value)
             for spec, family in self._families.items()
@@ -118,11 +124,6 @@ class MetricBoard:
 
     def observe(self, metric: MetricSpec, value: float) -> None:
         self._metrics[metric, ""].observe(value)
-
-    def close(self) -> None:
-        """Metrics before their families, and all before the process ends: 2.51 crashes on what is left."""
-        self._metrics.clear()
-        self._families.clear()
 
 
 def _metric(family: Any, spec: MetricSpec, labels: dict[str, str], value: str) -> Any:

@@ -164,10 +164,13 @@ def test_a_missing_model_py_is_refused_before_the_server_hangs(serve, own_reposi
 
 
 def test_models_are_unloaded_and_loaded_by_the_servers_own_api(serve, demo_repository):
+    """The next process starts while the one before ends; the server lives through all of it, and counts on."""
     server = serve(demo_repository)
-    right = server.generate(**SHORT).json["text_output"]
-    for _ in range(2):
+    right, pid, rounds = server.generate(**SHORT).json["text_output"], server.server_pid(), 5
+    for _ in range(rounds):
         assert server.post("/v2/repository/models/deepseek_v2/unload", {}).status == 200
         assert server.wait_for(lambda: not server.ready())
         assert server.post("/v2/repository/models/deepseek_v2/load", {}).status == 200
         assert server.generate(**SHORT).json["text_output"] == right
+    assert server.wait_for(lambda: server.metric("deepseek_trt_requests_total", result="ok") == rounds + 1)
+    assert server.server_pid() == pid
