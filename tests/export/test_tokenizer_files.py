@@ -101,7 +101,8 @@ def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
 
     carry_files(demo_checkpoint, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
-    bundle = SimpleNamespace(path=tmp_path, tokenizer_path=tmp_path / "tokenizer.json")
+    manifest = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=64))
+    bundle = SimpleNamespace(path=tmp_path, tokenizer_path=tmp_path / "tokenizer.json", manifest=manifest)
     ids = Text(bundle).encode_chat([{"role": "user", "content": "hello"}])
     bos = json.loads((demo_checkpoint / "config.json").read_text())["bos_token_id"]
     assert ids[0] == bos
