@@ -174,3 +174,20 @@ def test_models_are_unloaded_and_loaded_by_the_servers_own_api(serve, demo_repos
         assert server.generate(**SHORT).json["text_output"] == right
     assert server.wait_for(lambda: server.metric("deepseek_trt_requests_total", result="ok") == rounds + 1)
     assert server.server_pid() == pid
+
+
+def test_a_model_that_is_loaded_while_its_last_answer_runs(serve, demo_repository, grpc_call):
+    """Two processes hold the model for a while, and show the same metrics."""
+    server = serve(demo_repository)
+    pid = server.server_pid()
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(grpc_call, [{**ENDLESS, "stream": True}], on=server)
+        assert server.wait_for(lambda: server.metric("deepseek_trt_inflight_requests") == 1)
+        assert server.post("/v2/repository/models/deepseek_v2/unload", {}).status == 200
+        assert server.post("/v2/repository/models/deepseek_v2/load", {}).status == 200
+        assert server.generate(**SHORT).status == 200
+        ((*_, end),) = call.result()
+    assert end.get("finish_reason") == "length" or "unloaded" in end["error"]
+    assert server.wait_for(lambda: len(server.stub_pids()) == 1)
+    assert server.generate(**SHORT).status == 200
+    assert server.server_pid() == pid
