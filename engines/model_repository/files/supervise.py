@@ -23,6 +23,7 @@ Flags = dict[str, list[str | None]]
 
 REPOSITORY = Path(__file__).resolve().parent
 WATCH_SECONDS = 0.5
+LOOKS = 2  # a model that is being unloaded has no process before the server says so
 SHARED_PREFIX, SHARED_SIZE = "python,shm-region-prefix-name=", "python,shm-default-byte-size="
 SHARED_BYTES = 16 * 2**20  # a model's; its process can crash when it must grow
 CRASHES, CRASH_SECONDS = 3, 60  # so many crashes in this time are too many
@@ -97,6 +98,8 @@ class Supervisor:
         self.stopping = False
         self.crashes: list[float] = []  # when
         self.stubs: dict[str, int] = {}  # model: pid of the process that holds it
+        self.looks: dict[str, int] = {}  # model: looks in a row that found no process
+        self.up = False  # since its last start
 
     def run(self) -> int:
         """The server's exit code."""
@@ -135,13 +138,19 @@ class Supervisor:
             time.sleep(0.05)
 
     def killed(self) -> list[str]:
-        """At most one model that has no process while the server believes in it; loaded again it has another one."""
+        """At most one model that has had no process for some looks while the server did not deny that it is ready."""
         found = {model: pid for model, pid in self.stubs.items() if is_stub(pid, self.models) == model}
         if len(found) < len(self.models):  # reading all of /proc each time would cost a percent of a processor
             found = self.stub_pids()
-        gone = [model for model in self.stubs if model not in found]
         self.stubs = found
-        return [model for model in gone if self.ask("GET", f"/v2/models/{model}/ready") == 200][:1]
+        believed = [model for model in self.models if model not in found and self.believes(model)]
+        self.looks = {model: self.looks.get(model, 0) + 1 for model in believed}
+        return [model for model, looks in self.looks.items() if looks >= LOOKS][:1]
+
+    def believes(self, model: str) -> bool:
+        """Whether the server, once it is up, says that the model is ready, or says nothing: 2.51 can hang then."""
+        self.up = self.up or self.ask("GET", "/v2/health/live") == 200  # asked about a model before, 2.51 crashes
+        return self.up and self.ask("GET", f"/v2/models/{model}/ready") in (200, None)
 
     def restart(self) -> None:
         if self.server.poll() is None:
@@ -178,7 +187,7 @@ class Supervisor:
         for pid in self.stubs.values():
             if is_stub(pid, self.models):
                 os.kill(pid, signal.SIGKILL)
-        self.stubs = {}
+        self.stubs, self.looks, self.up = {}, {}, False
         for file in Path("/dev/shm").glob(f"{self.shared_memory}*"):
             file.unlink(missing_ok=True)
 
