@@ -91,10 +91,14 @@ class Server:
             )
 
     def ready(self) -> bool:
-        """Whether all models are. The server first: 2.51 crashes when it is asked about models before it is up."""
+        """Whether all models are, and the metrics are served.
+
+        The server is asked first: 2.51 crashes when it is asked about models before it is up.
+        """
         try:
             if self.get("/v2/health/ready").status != 200:
                 return False
+            self.metrics()  # served from some 50 ms after the rest
             return all(self.get(f"/v2/models/{model}/ready").status == 200 for model in self.models)
         except (OSError, http.client.HTTPException):
             return False
