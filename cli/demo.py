@@ -20,7 +20,7 @@ def demo_steps(checkpoint: Path, folder: Path) -> tuple[tuple[str, ...], ...]:
         ("build", bundle, "--sm", "86", "--max-batch-size", "4", "--max-input-len", "256", "--max-seq-len", "1024"),
         ("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", "48"),
         ("bench", bundle, "--context", "64", "--new-tokens", "32"),
-        ("model-repository", bundle, repository),
+        ("model-repository", bundle, repository, "--backend", "ort"),  # serves without a GPU, too
     )
 
 
