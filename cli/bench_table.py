@@ -16,6 +16,7 @@ _ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
     ("prefill tokens/s", lambda p: f"{p.prefill_tokens_per_second:,.0f}"),
     *((f"time per token, {q}, ms", lambda p, q=q: f"{_MS * p.time_per_token[q]:.2f}") for q in ("p50", "p95", "p99")),
     *((f"MB a step, {k}", lambda p, k=k: f"{p.bytes_a_step[k] / _MB:.2f}") for k in ("weights", "experts", "cache")),
+    ("experts hit a layer", lambda p: f"{p.experts_hit:.1f} ({p.experts})"),
     ("of memory bandwidth", lambda p: f"{100 * p.bandwidth_fraction:.1f} %"),
 )
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -14,10 +15,12 @@ from deepseek_trt.engines.bandwidth import copy_bandwidth, read_bandwidth
 from deepseek_trt.engines.choose_backend import AUTO, Choice, Opened, choose_backend, open_session
 from deepseek_trt.engines.device import Device, open_device
 from deepseek_trt.engines.generate import PREFILL_CHUNK, check_generates, pages_needed
-from deepseek_trt.engines.roofline import decode_traffic
+from deepseek_trt.engines.roofline import decode_traffic, distinct_experts
 from deepseek_trt.engines.sampling import SamplingParams
 from deepseek_trt.engines.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.session import ExpertsHit
 from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError
 
 Say = Callable[[str], None]
@@ -49,8 +52,9 @@ class Point:
 
     time_to_first_token: from the request to the token, the mean of all rows. time_per_token: of decode steps with all
     rows and no prefill, each of which gives every row a token. bytes_a_step: weights that every step reads, weights of
-    the experts expected to be hit, cache; at the mean length. bandwidth_fraction: their sum over the median step's
-    time, as a share of the measured bandwidth.
+    the routed experts hit, cache; at the mean length. experts_hit: distinct routed experts of a layer in a step, the
+    mean; `experts` says whether they were counted in these steps or are what equally likely experts would give.
+    bandwidth_fraction: the sum of the bytes over the median step's time, as a share of the measured bandwidth.
     """
 
     batch_size: int
@@ -61,6 +65,8 @@ class Point:
     time_to_first_token: float
     time_per_token: dict[str, float]
     bytes_a_step: dict[str, int]
+    experts_hit: float
+    experts: Literal["measured", "expected"]
     bandwidth_fraction: float
 
 
@@ -116,10 +122,11 @@ def bench(request: BenchRequest, say: Say = lambda line: None) -> BenchReport:
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds to each row's first token, and of every decode step that had all rows."""
+    """Seconds to each row's first token, and of every decode step that had all rows; what all steps hit, if counted."""
 
     first: tuple[float, ...]
     steps: tuple[float, ...]
+    hit: ExpertsHit
 
 
 def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, bandwidth: float) -> Point:
@@ -127,7 +134,10 @@ def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, ba
     _run(opened, bundle, prompts, WARM_TOKENS)
     times = _run(opened, bundle, prompts, request.new_tokens)
     mean_length = request.context + len(times.steps) // 2
-    traffic = decode_traffic(bundle.manifest, opened.session.cache, [mean_length] * batch, _weights_dtype(opened))
+    measured = _experts_hit(bundle.manifest.model, times)
+    hit = distinct_experts(bundle.manifest.model, batch) if measured is None else measured
+    lengths = [mean_length] * batch
+    traffic = decode_traffic(bundle.manifest, opened.session.cache, lengths, _weights_dtype(opened), hit)
     p50, p95, p99 = (float(np.quantile(times.steps, q)) for q in (0.5, 0.95, 0.99))
     return Point(
         batch_size=batch,
@@ -138,6 +148,8 @@ def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, ba
         time_to_first_token=float(np.mean(times.first)),
         time_per_token={"p50": p50, "p95": p95, "p99": p99},
         bytes_a_step={"weights": traffic.weights, "experts": traffic.experts, "cache": traffic.cache},
+        experts_hit=hit,
+        experts="expected" if measured is None else "measured",
         bandwidth_fraction=traffic.total / p50 / bandwidth,
     )
 
@@ -151,6 +163,7 @@ def _run(opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_t
         scheduler.add(prompt, SamplingParams(new_tokens, ignore_eos=True))
     first: dict[int, float] = {}
     steps: list[float] = []
+    hit_before = _hit_so_far(opened)
     while scheduler.busy:
         before, decoded = time.perf_counter(), scheduler.counters.decoded
         prefilled = scheduler.counters.prefilled
@@ -160,7 +173,20 @@ def _run(opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_t
             first.setdefault(event.request, now - start)
         if scheduler.counters.decoded - decoded == rows and scheduler.counters.prefilled == prefilled:
             steps.append(now - before)
-    return _Times(tuple(first.values()), tuple(steps))
+    layers, experts = (after - before for after, before in zip(_hit_so_far(opened), hit_before, strict=True))
+    return _Times(tuple(first.values()), tuple(steps), ExpertsHit(layers, experts))
+
+
+def _hit_so_far(opened: Opened) -> ExpertsHit:
+    """Zeros where the session does not count."""
+    count: Callable[[], ExpertsHit] | None = getattr(opened.session, "experts_hit", None)
+    return count() if count else ExpertsHit(0, 0)
+
+
+def _experts_hit(model: ModelConfig, times: _Times) -> float | None:
+    """Distinct experts of a layer in a step, the mean; None unless every such layer of every timed step was counted."""
+    layers = len(times.steps) * sum(map(model.is_moe_layer, range(model.num_hidden_layers)))
+    return times.hit.experts / layers if layers and times.hit.layers == layers else None
 
 
 def _prompts(vocab: int, batch: int, context: int) -> list[list[int]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from deepseek_trt.engines.session import ExpertsHit
 from deepseek_trt.export.errors import BackendError, BuildError
 from deepseek_trt.plugins.compiler import Compiler, cache_folder, find_compiler
 
@@ -62,6 +65,20 @@ def cpu_library(bundle: Path | None = None) -> CpuLibrary:
 def cpu_library_path(bundle: Path | None = None) -> Path | None:
     """The library's file, to be copied to where a bundle is served from; None where there can be none."""
     return cpu_library(bundle).path
+
+
+def experts_hit_counter(library: Path) -> Callable[[], ExpertsHit] | None:
+    """What the operators of all the process's sessions have counted so far; None where another version's do not."""
+    read = getattr(ctypes.CDLL(str(library)), "deepseek_trt_cpu_experts_hit", None)
+    if read is None:
+        return None
+
+    def count() -> ExpertsHit:
+        layers, experts = ctypes.c_int64(), ctypes.c_int64()
+        read(ctypes.byref(layers), ctypes.byref(experts))
+        return ExpertsHit(layers.value, experts.value)
+
+    return count
 
 
 def _sources() -> dict[str, bytes]:

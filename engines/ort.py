@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from deepseek_trt.engines.cpu_library import CpuLibrary, cpu_library
+from deepseek_trt.engines.cpu_library import CpuLibrary, cpu_library, experts_hit_counter
 from deepseek_trt.engines.cpu_weights import weights_fit, weights_in_memory, zeros
 from deepseek_trt.engines.session import Floats, Int32s, Int64s
 from deepseek_trt.engines.weights import reference_arrays, weight_arrays
@@ -41,6 +41,7 @@ class OrtSession:
         widened = bundle.manifest.dtype == "bfloat16"
         library = cpu_library(bundle.path) if compiled else CpuLibrary(None)
         self.library = library.path  # samplers are in it, too
+        self.experts_hit = experts_hit_counter(library.path) if library.path else None
         self.threads = threads or len(os.sched_getaffinity(0))
         notes = ["bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)"] if widened else []
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype="float32") if widened else bundle.manifest.cache

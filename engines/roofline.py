@@ -27,8 +27,10 @@ class Traffic:
         return self.weights + self.experts + self.cache
 
 
-def decode_traffic(manifest: Manifest, cache: CacheSpec, lengths: Sequence[int], weights_dtype: str) -> Traffic:
-    """For one token a row after `lengths` cached tokens each.
+def decode_traffic(
+    manifest: Manifest, cache: CacheSpec, lengths: Sequence[int], weights_dtype: str, experts_hit: float
+) -> Traffic:
+    """For one token a row after `lengths` cached tokens each, which hit `experts_hit` routed experts a layer.
 
     `cache` and `weights_dtype` are what the session computes in, which may be wider than the bundle. Each weight counts
     once however many rows use it, and of the embedding one row a token.
@@ -41,7 +43,7 @@ def decode_traffic(manifest: Manifest, cache: CacheSpec, lengths: Sequence[int],
     read = cache.bytes_per_token * sum(lengths)
     return Traffic(
         weights=always + embedded,
-        experts=round(each * distinct_experts(model, batch)),
+        experts=round(each * experts_hit),
         cache=read + cache.bytes_per_token * batch,
     )
 

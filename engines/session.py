@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +18,20 @@ Int32s = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
+class ExpertsHit(NamedTuple):
+    """Of decode steps: layers with routed experts, and the experts that each read, once however many rows chose it."""
+
+    layers: int
+    experts: int
+
+
 class Session(Protocol):
     """Prefill and decode over one set of page pools, which are bound as past and present at once.
 
     `note` says what a user should know about how it computes (e.g. another dtype than the bundle's), or is empty. A
     session may have a `library`, the file of the compiled CPU operators, and the `threads` that they run on: whoever
-    samples its logits finds the compiled sampler there.
+    samples its logits finds the compiled sampler there. Where the experts that decode steps read are counted, it has
+    `experts_hit`, which gives the ExpertsHit of all steps so far.
     """
 
     backend: str

@@ -1,12 +1,18 @@
 // What the operators hand to the kernels: plain pointers and sizes, and where each instruction set's kernels are.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "team.h"
 
 enum class Type : int { FLOAT32 = 1, FLOAT16 = 10, BFLOAT16 = 16 };  // ONNX's numbers
 enum class Activation : int { SILU = 0, RELU = 1, GELU = 2, GELU_TANH = 3 };
+
+// Of all calls: layers that had experts, and the experts that each read, once however many tokens chose it.
+struct ExpertsHit {
+    std::atomic<int64_t> layers{0}, experts{0};
+};
 
 // Rows of weights, side by side in memory; data null where the model has none.
 struct Matrix {
@@ -46,6 +52,7 @@ struct FeedForwardArgs {
     int64_t top_k, groups, top_groups;
     bool normalised;
     float factor;
+    ExpertsHit* hit;  // counts this call, too
 };
 
 struct HeadArgs {

@@ -52,6 +52,7 @@ class FeedForward {
             score(team, x);
             team.barrier();
             chosen = choose(own);
+            if (team.thread == 0) count(chosen);
         }
         inner(team, x, chosen, own);
         team.barrier();
@@ -103,6 +104,11 @@ class FeedForward {
             chosen.weights[at] = weights[i];
         }
         return chosen;
+    }
+
+    void count(const Chosen& chosen) const {
+        a.hit->layers.fetch_add(1, std::memory_order_relaxed);
+        a.hit->experts.fetch_add(static_cast<int64_t>(chosen.experts.size()), std::memory_order_relaxed);
     }
 
     // act(gate(x)) * up(x) of every chosen expert and of the shared ones.

@@ -16,6 +16,7 @@ const Kernels& kernels() {
 }
 
 int threads_of_new_nodes = 1;
+ExpertsHit experts_hit;
 
 // Reads one call's inputs in order.
 class Inputs {
@@ -158,6 +159,7 @@ void feed_forward(const Node& node, ort::KernelContext* context) {
     a.activation = static_cast<Activation>(node.activation);
     a.top_k = node.top_k, a.groups = node.groups, a.top_groups = node.top_groups;
     a.normalised = node.normalised != 0, a.factor = node.factor, a.eps = node.eps;
+    a.hit = &experts_hit;
     a.y = reinterpret_cast<float*>(in.output(0, {a.tokens, a.hidden}));
     kernels().feed_forward(a, Pool::of(node.threads));
 }
@@ -235,6 +237,12 @@ Operator make(const char* name, void (*run)(const Node&, ort::KernelContext*), i
 
 // How many threads the sessions use that are made from now on.
 EXPORTED void deepseek_trt_cpu_threads(int threads) { threads_of_new_nodes = threads > 1 ? threads : 1; }
+
+// What all sessions of the process have counted so far.
+EXPORTED void deepseek_trt_cpu_experts_hit(int64_t* layers, int64_t* experts) {
+    *layers = experts_hit.layers.load(std::memory_order_relaxed);
+    *experts = experts_hit.experts.load(std::memory_order_relaxed);
+}
 
 EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options,
                                                                                 const ort::ApiBase* base) {

@@ -22,7 +22,14 @@ def test_table(demo):
     assert result.exit_code == 0, result.output
     assert "batch 1" in result.stdout
     assert "batch 2" in result.stdout
-    for row in ("tokens/s", "time to first token", "p99", "MB a step, experts", "of memory bandwidth"):
+    for row in (
+        "tokens/s",
+        "time to first token",
+        "p99",
+        "MB a step, experts",
+        "experts hit a layer",
+        "of memory bandwidth",
+    ):
         assert row in result.stdout
     assert result.stderr.startswith("backend: ort")
 
@@ -31,6 +38,7 @@ def test_json(demo):
     result = CliRunner().invoke(main, ["bench", demo, *SMALL, "--json"])
     report = json.loads(result.stdout)
     assert report["points"][0]["batch_size"] == 1
+    assert report["points"][0]["experts"] in ("measured", "expected")
     assert set(report["points"][0]["time_per_token"]) == {"p50", "p95", "p99"}
 
 

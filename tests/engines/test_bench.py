@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.engines.bandwidth import copy_bandwidth, read_bandwidth
 from deepseek_trt.engines.bench import BenchRequest, _bandwidth, bench
 from deepseek_trt.engines.choose_backend import Choice
 from deepseek_trt.engines.cpu_library import cpu_library
+from deepseek_trt.engines.ort import OrtSession
 from deepseek_trt.engines.roofline import decode_traffic, distinct_experts
+from deepseek_trt.engines.session import ExpertsHit
+from deepseek_trt.engines.torch_session import TorchSession
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.validate.ort_watch import ExportedSession
 
 _SPEC = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("fake_gpu.py"))
 fake_gpu = importlib.util.module_from_spec(_SPEC)
@@ -33,12 +38,12 @@ def test_bytes_of_the_demo_model_by_hand(demo):
     shared_and_gate = 3 * 2 * 64 * 128 + 16 * 128
     always = 5 * (attention + 2 * 128) + dense + 4 * shared_and_gate + 128 + 4096 * 128  # and the output matrix
     expert = 3 * 64 * 128
-    hit = 16 * (1 - 0.75**2)  # of 16 by two tokens that take 4 each
-    traffic = decode_traffic(demo.manifest, demo.manifest.cache, [100, 30], "bfloat16")
+    hit = 6.25  # a layer, the mean
+    traffic = decode_traffic(demo.manifest, demo.manifest.cache, [100, 30], "bfloat16", hit)
     assert traffic.weights == 2 * (always + 2 * 128)  # and two rows of the embedding
     assert traffic.experts == 2 * 4 * hit * expert
     assert traffic.cache == 5 * 80 * 2 * (130 + 2)
-    wide = decode_traffic(demo.manifest, demo.manifest.cache, [100, 30], "float32")
+    wide = decode_traffic(demo.manifest, demo.manifest.cache, [100, 30], "float32", hit)
     assert (wide.weights, wide.experts) == (2 * traffic.weights, 2 * traffic.experts)
     assert wide.total == wide.weights + wide.experts + wide.cache
 
@@ -49,6 +54,45 @@ def test_expected_experts_are_those_of_draws(demo):
     draws = [len({e for _ in range(3) for e in rng.permutation(16)[:4]}) for _ in range(4000)]
     spread = np.std(draws) / np.sqrt(len(draws))
     assert abs(np.mean(draws) - distinct_experts(model, 3)) < 5 * spread
+
+
+def routed(logits, config):
+    """The experts of each token in numpy: the best of the softmax within the groups that hold the best ones."""
+    scores = np.exp(logits - logits.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    grouped = scores.reshape(len(scores), config["n_group"], -1)
+    worst = np.argsort(-grouped.max(-1), axis=-1)[:, config["topk_group"] :]
+    np.put_along_axis(grouped, worst[..., None], 0.0, axis=1)
+    return np.argsort(-grouped.reshape(scores.shape), axis=-1)[:, : config["num_experts_per_tok"]]
+
+
+@pytest.mark.skipif(not cpu_library().path, reason=cpu_library().reason)
+def test_experts_counted_are_those_that_numpy_routes_as_the_exported_graphs_see_them(small, bundle_of, monkeypatch):
+    calls = []
+
+    class Recorded(OrtSession):
+        def prefill(self, *feeds):
+            calls.append(("prefill", feeds))
+            return super().prefill(*feeds)
+
+        def decode(self, *feeds):
+            calls.append(("decode", feeds))
+            return super().decode(*feeds)
+
+    monkeypatch.setattr("deepseek_trt.engines.ort.OrtSession", Recorded)
+    bundle = bundle_of(small.checkpoint)
+    (point,) = bench(BenchRequest(bundle.path, "ort", (3,), context=9, new_tokens=6, threads=2)).points
+
+    exported, counts = ExportedSession(SessionRequest(bundle, pages=64, threads=1)), []
+    exported.show(("router_logits",))
+    for graph, feeds in calls:
+        getattr(exported, graph)(*feeds)
+        if graph == "decode":
+            counts.append([len(np.unique(routed(logits, small.raw))) for logits in exported.seen.values()])
+    measured = counts[-5:]  # after those of the run that warms up
+    assert np.shape(measured) == (5, 2)
+    assert (point.experts, point.experts_hit) == ("measured", np.mean(measured))
+    assert len(np.unique(counts)) > 1
 
 
 def test_report(demo):
@@ -62,6 +106,8 @@ def test_report(demo):
         times = point.time_per_token
         assert 0 < times["p50"] <= times["p95"] <= times["p99"]
         assert min(point.tokens_per_second, point.prefill_tokens_per_second, point.time_to_first_token) > 0
+        assert point.experts == ("measured" if cpu_library().path else "expected")
+        assert 4 <= point.experts_hit <= min(4 * point.batch_size, 16)
         moved = sum(point.bytes_a_step.values())
         assert point.bandwidth_fraction == pytest.approx(moved / times["p50"] / report.bandwidth)
 
@@ -70,6 +116,16 @@ def test_a_bundle_without_a_tokenizer(small_v2, bundle_of):
     bundle = bundle_of(small_v2.checkpoint)
     assert bundle.tokenizer_path is None
     assert bench(BenchRequest(bundle.path, "torch", context=4, new_tokens=3)).points[0].bytes_a_step["experts"] > 0
+
+
+def test_experts_that_are_not_counted_are_expected(demo, monkeypatch):
+    request = BenchRequest(demo.path, "torch", (2,), context=4, new_tokens=3)
+    (point,) = bench(request).points
+    assert (point.experts, point.experts_hit) == ("expected", distinct_experts(demo.manifest.model, 2))
+    every = itertools.count()
+    monkeypatch.setattr(TorchSession, "experts_hit", lambda self: ExpertsHit(next(every), 40), raising=False)
+    (partly,) = bench(request).points  # one layer of many
+    assert (partly.experts, partly.experts_hit) == ("expected", point.experts_hit)
 
 
 @pytest.mark.parametrize(
