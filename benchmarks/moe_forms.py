@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.helper
 import onnx.numpy_helper
 import onnx.parser
 import onnx_ir as ir
@@ -49,6 +50,10 @@ GATHER = """chosen_gate = Gather (gate, ids)
     shares = Unsqueeze (weights, one)
     sum_3d = MatMul (shares, rows)
     f = Squeeze (sum_3d, one)"""
+# It takes the softmax, the top-k and the sum itself. Gate and up rows alternate; with these numbers SwiGLU is
+# silu(gate) * up, and weights that are not normalised would be scaled by one product more.
+CONTRIB = """f = com.microsoft.MoE <k = {k}, normalize_routing_weights = 0, activation_type = "swiglu",
+        swiglu_fusion = 1, activation_alpha = 1.0, activation_beta = 0.0> (norm, logits, gate_up, , down)"""
 IF_START = """zero = Constant <value_float = 0.0> ()
     one = Constant <value_ints = [1]> ()
     nothing = Mul (logits, zero)
@@ -100,13 +105,16 @@ def make_weights(s: Sizes) -> Arrays:
     return {"norm_weight": np.ones(s.hidden, np.float32), **weights}
 
 
-def model_of(body: str, weights: Arrays, s: Sizes) -> onnx.ModelProto:
+def routed(body: str, s: Sizes) -> str:
     routing = ", ".join(f"{name} = {value}" for name, value in {"top_k": s.top_k, **ROUTER}.items())
-    text = f"""<ir_version: 11, opset_import: ["" : 23, "deepseek_trt" : 1]>
+    return f"weights, ids = deepseek_trt.MoeRouter <{routing}> (logits)\n    {body}"
+
+
+def model_of(body: str, weights: Arrays) -> onnx.ModelProto:
+    text = f"""<ir_version: 11, opset_import: ["" : 23, "deepseek_trt" : 1, "com.microsoft" : 1]>
 half (float[T, H] x) => (float[T, H] y) {{
     norm = RMSNormalization <axis = -1, epsilon = 1.0e-6> (x, norm_weight)
     logits = Gemm <alpha = 1.0, beta = 1.0, transA = 0, transB = 1> (norm, router)
-    weights, ids = deepseek_trt.MoeRouter <{routing}> (logits)
     {body}
     y = Add (x, f)
 }}"""
@@ -118,17 +126,27 @@ half (float[T, H] x) => (float[T, H] y) {{
 
 
 def loop(weights: Arrays, s: Sizes) -> onnx.ModelProto:
-    return model_of(LOOP, weights, s)
+    return model_of(routed(LOOP, s), weights)
 
 
 def gather(weights: Arrays, s: Sizes) -> onnx.ModelProto:
-    return model_of(GATHER, weights, s)
+    return model_of(routed(GATHER, s), weights)
 
 
 def if_per_expert(weights: Arrays, s: Sizes) -> onnx.ModelProto:
     one_each = {f"{n}{e}": weights[n][e] for n in ("gate", "up", "down") for e in range(s.experts)}
     body = IF_START + "".join(IF_EXPERT.format(e=e, n=e + 1) for e in range(s.experts)) + f"f = Identity (y{s.experts})"
-    return model_of(body, {"norm_weight": weights["norm_weight"], "router": weights["router"], **one_each}, s)
+    few = {name: weights[name] for name in ("norm_weight", "router")}
+    return model_of(routed(body, s), {**few, **one_each})
+
+
+def contrib(weights: Arrays, s: Sizes) -> onnx.ModelProto:
+    gate_up = np.stack([weights["gate"], weights["up"]], axis=2).reshape(s.experts, 2 * s.inner, s.hidden)
+    few = {name: weights[name] for name in ("norm_weight", "router", "down")}
+    model = model_of(CONTRIB.format(k=s.top_k), {**few, "gate_up": gate_up})
+    # An output's memory is no other's: ONNX Runtime 1.31 would write f over norm, which the kernel clears unread.
+    model.graph.output.append(onnx.helper.make_tensor_value_info("norm", onnx.TensorProto.FLOAT, ["T", s.hidden]))
+    return model
 
 
 def compiled(weights: Arrays, s: Sizes) -> onnx.ModelProto:
@@ -143,6 +161,7 @@ FORMS: dict[str, Callable[[Arrays, Sizes], onnx.ModelProto]] = {
     "Loop over the experts hit (exported)": loop,
     "If per expert": if_per_expert,
     "Gather, batched MatMul": gather,
+    "com.microsoft.MoE": contrib,
     "compiled operator": compiled,
 }
 
