@@ -1,7 +1,7 @@
 """The share of a step of the shipped model that sampling takes, at batch 32: python benchmarks/sampling.py [--markdown]
 
-Every mode is timed beside the decode step whose logits it samples, in turn, so that both see the same machine. The best
-time of each counts: others may use the machine, too.
+Every mode is timed beside the decode step whose logits it samples, and all modes in turn, so that all see the same
+machine. The best time of each counts: others may use the machine, too.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import tempfile
 import time
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from deepseek_trt.engines.sampling_native import NativeSampler, load_sampler
 from deepseek_trt.export.bundle import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
 
-BATCH, CONTEXT, ROUNDS = 32, 128, 100
+BATCH, CONTEXT, WARM, ROUNDS = 32, 128, 9, 100
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.2}
 MODES: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -60,18 +61,20 @@ def _shipped(folder: Path) -> Bundle:
 def _table(bundle: Bundle, threads: int, options: argparse.Namespace) -> None:
     decode = Decode(bundle, threads)
     library = options.library or getattr(decode.session, "library", None)
-    native = load_sampler(library, threads) if library else None
-    samplers: dict[str, NativeSampler | None] = {"compiled": native} if native else {}
-    if options.numpy or not native:
-        samplers["numpy"] = None
-    times = {mode: _time(decode, fields, list(samplers.values())) for mode, fields in MODES.items()}
-    step = min(first for first, *_ in times.values())  # the same step in every mode
+    names = (["compiled"] if library else []) + (["numpy"] if options.numpy or not library else [])
+    loads = [partial(load_sampler, library, threads) if name == "compiled" else lambda: None for name in names]
+    modes = [_Mode(decode, fields, [load() for load in loads]) for fields in MODES.values()]  # as a batch that stays
+    for _ in range(WARM + ROUNDS):
+        for mode in modes:
+            mode.step()
+    step = min(mode.best(0) for mode in modes)  # the same step in every mode
     print(f"\n{threads} threads, batch {BATCH}, context {CONTEXT}; best of {ROUNDS}; a step: {1e3 * step:.2f} ms\n")
-    print("| sampling | " + " | ".join(f"{name}, us | share of the step" for name in samplers) + " |")
-    print("|---|" + "---|---|" * len(samplers))
-    for mode, (_, *own) in times.items():
+    print("| sampling | " + " | ".join(f"{name}, us | share of the step" for name in names) + " |")
+    print("|---|" + "---|---|" * len(names))
+    for name, mode in zip(MODES, modes, strict=True):
+        own = [mode.best(column) for column in range(1, 1 + len(names))]
         cells = " | ".join(f"{1e6 * seconds:.0f} | {100 * seconds / step:.1f} %" for seconds in own)
-        print(f"| {mode} | {cells} |")
+        print(f"| {name} | {cells} |")
 
 
 class Decode:
@@ -92,22 +95,28 @@ class Decode:
         return self.session.decode(self.ids, self.past, self.table)
 
 
-def _time(decode: Decode, fields: dict[str, float], natives: list[NativeSampler | None]) -> list[float]:
-    """Seconds of the step, and of each sampler on its logits, at best."""
-    params = SamplingParams(ROUNDS + 9, **{"temperature": 0.8, **fields})  # type: ignore[arg-type]
-    each = [(dataclasses.replace(params, seed=i), prompt.tolist()) for i, prompt in enumerate(decode.prompts)]
-    rows = [[Sampler(own, prompt) for own, prompt in each] for _ in natives]
-    times: list[list[float]] = [[] for _ in range(len(natives) + 1)]
-    for _ in range(ROUNDS + 9):
+class _Mode:
+    """The seconds of a step, and of each sampler on its logits."""
+
+    def __init__(self, decode: Decode, fields: dict[str, float], natives: list[NativeSampler | None]) -> None:
+        params = SamplingParams(WARM + ROUNDS, **{"temperature": 0.8, **fields})  # type: ignore[arg-type]
+        each = [(dataclasses.replace(params, seed=i), prompt.tolist()) for i, prompt in enumerate(decode.prompts)]
+        self._rows = [[Sampler(own, prompt) for own, prompt in each] for _ in natives]
+        self._decode, self._natives = decode, natives
+        self._times: list[list[float]] = [[] for _ in range(len(natives) + 1)]
+
+    def step(self) -> None:
         start = time.perf_counter()
-        logits = decode.step()
-        times[0].append(time.perf_counter() - start)
-        for own, native, column in zip(rows, natives, times[1:], strict=True):
+        logits = self._decode.step()
+        self._times[0].append(time.perf_counter() - start)
+        for own, native, column in zip(self._rows, self._natives, self._times[1:], strict=True):
             start = time.perf_counter()
             choices = sample_rows(own, logits, native)
             column.append(time.perf_counter() - start)
-        decode.ids[:, 0] = [choice.token for choice in choices]
-    return [min(column[9:]) for column in times]
+        self._decode.ids[:, 0] = [token for token, *_ in choices]
+
+    def best(self, column: int) -> float:
+        return min(self._times[column][WARM:])
 
 
 if __name__ == "__main__":

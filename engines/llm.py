@@ -15,6 +15,7 @@ from types import TracebackType
 from deepseek_trt.engines.backends import SessionRequest
 from deepseek_trt.engines.choose_backend import AUTO, CHOICES, Choice, open_session
 from deepseek_trt.engines.generate import check_generates
+from deepseek_trt.engines.likeliest import TopLogprobs, unpack
 from deepseek_trt.engines.loop import EngineLoop, Ticket
 from deepseek_trt.engines.sampling import SamplingParams
 from deepseek_trt.engines.scheduler import Event, FinishReason, Scheduler, SchedulerLimits
@@ -34,15 +35,19 @@ _MIB = 2**20
 class Piece:
     """One token of an answer and the text that can be shown with it, possibly none.
 
-    logprob and top_logprobs (id, logprob), best first, are there where the request asked for them. finish_reason is
-    "stop" (a stop token or a stop string) or "length" on the last piece, else None.
+    logprob and top_logprobs (id, logprob), best first, are there where the request asked for them; likeliest are the
+    latter, packed. finish_reason is "stop" (a stop token or a stop string) or "length" on the last piece, else None.
     """
 
     text: str
     token_id: int
     finish_reason: FinishReason | None
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    likeliest: bytes = b""
+
+    @property
+    def top_logprobs(self) -> TopLogprobs:
+        return unpack(self.likeliest)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Result:
     text: str | None
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None
+    top_logprobs: tuple[TopLogprobs, ...] | None
 
 
 class LLM:
@@ -289,7 +294,7 @@ class Answer:
             finished = "stop"
         elif finished:
             text += self._stops.flush()
-        return Piece(text, event.token, finished, event.logprob, event.top_logprobs)
+        return Piece(text, event.token, finished, event.logprob, event.likeliest)
 
 
 def _good(piece: Piece | Exception) -> Piece:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
+from deepseek_trt.engines.likeliest import PAIR, pack
 from deepseek_trt.engines.sampling_native import NativeSampler
 from deepseek_trt.engines.sampling_numpy import log_probabilities, pick_rows
 from deepseek_trt.engines.sampling_row import History, SamplingRow, key_of, steepness
 from deepseek_trt.engines.session import Floats
 from deepseek_trt.export.errors import RequestError
+
+# A picked token, and where they were asked for its log-probability and the likeliest tokens (see likeliest.unpack). A
+# class of its own would take five times as long to make as a tuple, once a token.
+Choice = tuple[int, float | None, bytes]
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,6 @@ class SamplingParams:
         return self.temperature == 0.0 or self.top_k == 1
 
 
-class Choice(NamedTuple):
-    """A picked token; logprob and the likeliest tokens (id, logprob), best first, where they were asked for."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
 class Sampler:
     """One request's randomness and history."""
 
@@ -116,7 +112,7 @@ class Sampler:
 
     def pick(self, logits: Floats) -> int:
         """The next token for logits [vocab]; of equal logits greedy takes the lowest id."""
-        return sample_rows([self], logits[None])[0].token
+        return sample_rows([self], logits[None])[0][0]
 
 
 def sample_rows(samplers: Sequence[Sampler], logits: Floats, native: NativeSampler | None = None) -> list[Choice]:
@@ -127,34 +123,29 @@ def sample_rows(samplers: Sequence[Sampler], logits: Floats, native: NativeSampl
 def with_logprobs(logits: Floats, token: int, count: int) -> Choice:
     """`token` with its log-probability under softmax(logits [vocab]), and those of the `count` likeliest tokens."""
     own, ids, values = log_probabilities(logits, token, count)
-    return Choice(token, own, tuple(zip(ids, values, strict=True)))
+    return token, own, pack(ids, values)
 
 
 def _numpy(samplers: Sequence[Sampler], logits: Floats) -> list[Choice]:
     tokens = pick_rows([sampler.row for sampler in samplers], logits)
     return [
-        Choice(token) if sampler.logprobs < 0 else with_logprobs(row, token, sampler.logprobs)
+        (token, None, b"") if sampler.logprobs < 0 else with_logprobs(row, token, sampler.logprobs)
         for sampler, row, token in zip(samplers, logits, tokens, strict=True)
     ]
 
 
 def _native(samplers: Sequence[Sampler], logits: Floats, native: NativeSampler) -> list[Choice]:
-    wanted = [sampler.logprobs for sampler in samplers]
-    most = min(max(wanted), logits.shape[1])
-    tokens, (own, ids, values) = native.pick([sampler.address for sampler in samplers], logits, most)
-    if most < 0:
-        return list(map(Choice, tokens.tolist()))
-    pairs = zip(ids.ravel().tolist(), values.ravel().tolist(), strict=True)
-    tops = zip(*[pairs] * most, strict=True) if most else [()] * len(wanted)  # `most` pairs a row
-    made = list(map(Choice, tokens.tolist(), own.tolist(), tops))
-    if min(wanted) >= most:
+    tokens, logprobs, tops = native.pick(samplers, logits)
+    made = list(zip(tokens, logprobs, tops, strict=True))
+    if native.alike:
         return made
-    return [_less(choice, count) for choice, count in zip(made, wanted, strict=True)]
+    return [_less(choice, sampler.logprobs) for choice, sampler in zip(made, samplers, strict=True)]
 
 
 def _less(choice: Choice, count: int) -> Choice:
     """What a row gets that asked for fewer log-probabilities than another, or for none."""
-    return Choice(choice.token) if count < 0 else choice._replace(top=choice.top[:count])
+    token, logprob, top = choice
+    return (token, None, b"") if count < 0 else (token, logprob, top[: count * PAIR.size])
 
 
 def _require(condition: bool, field: str, value: object, mend: str) -> None:

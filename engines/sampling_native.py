@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from deepseek_trt.engines.likeliest import PAIR
 from deepseek_trt.engines.sampling_row import SamplingRow
-from deepseek_trt.engines.session import Floats, Int64s
+from deepseek_trt.engines.session import Floats
 
-# Log-probabilities of the picked tokens [B], ids and log-probabilities of the likeliest [B, most].
-Picked = tuple[npt.NDArray[np.float64], npt.NDArray[np.int32], npt.NDArray[np.float64]]
+
+class Row(Protocol):
+    """What is read of a row: the address of its SamplingRow, and how many likeliest tokens it wants, -1 for none."""
+
+    address: int
+    logprobs: int
 
 
 class _Batch(ctypes.Structure):
@@ -27,39 +33,57 @@ class _Batch(ctypes.Structure):
         ("most", ctypes.c_int64),
         ("tokens", ctypes.c_void_p),
         ("logprobs", ctypes.c_void_p),
-        ("top_ids", ctypes.c_void_p),
-        ("top_logprobs", ctypes.c_void_p),
+        ("tops", ctypes.c_void_p),
     )
 
 
 class NativeSampler:
-    """deepseek_trt_sample of one library, for one thread at a time; what it gives holds until the next call."""
+    """deepseek_trt_sample of one library, for one thread at a time."""
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._sample, self._threads = library.deepseek_trt_sample, ctypes.c_int64(threads)
-        self._made_for: tuple[Sequence[int], int, int] = ((), 0, 0)
+        self._rows: list[Row] = []
+        self._vocab = 0
+        self.alike = True  # whether the rows of the last call want the same log-probabilities
 
-    def pick(self, addresses: Sequence[int], logits: Floats, most: int) -> tuple[Int64s, Picked]:
-        """Tokens [B] for logits [B, vocab] of the rows at `addresses`, which record them.
+    def pick(self, rows: Sequence[Row], logits: Floats) -> tuple[list[int], Sequence[float | None], Sequence[bytes]]:
+        """Tokens of B rows for logits [B, vocab], their log-probabilities, and as many likeliest tokens as any wants.
 
-        Log-probabilities have room for `most` likeliest tokens a row; -1 where no row wants any.
+        What each wanted is recorded in it.
         """
         logits = np.ascontiguousarray(logits, dtype=np.float32)
-        if self._made_for != (addresses, logits.shape[1], most):
-            self._make(addresses, logits.shape[1], most)
-        self._batch.logits = logits.ctypes.data
+        if not logits.flags.writeable:  # they are changed meanwhile, and left as they were
+            logits = logits.copy()
+        if self._rows != rows or self._vocab != logits.shape[1]:
+            self._prepare(list(rows), logits.shape[1])
+        self._batch.logits = _address(logits)
         self._sample(self._reference, self._threads)
-        return self._tokens, self._picked
+        tokens: list[int] = self._tokens.tolist()
+        if self._most < 0:
+            return tokens, self._none, self._no_tops
+        logprobs: list[float] = self._logprobs.tolist()
+        if self._most == 0:
+            return tokens, logprobs, self._no_tops
+        return tokens, logprobs, self._split.unpack(self._tops)
 
-    def _make(self, addresses: Sequence[int], vocab: int, most: int) -> None:
+    def _prepare(self, rows: list[Row], vocab: int) -> None:
         """What a call needs, to be used again as long as the same rows run."""
-        count, room = len(addresses), max(most, 0)
-        self._rows, self._tokens = np.array(addresses, dtype=np.uint64), np.empty(count, dtype=np.int64)
-        self._picked = np.empty(count), np.empty((count, room), dtype=np.int32), np.empty((count, room))
-        places = (array.ctypes.data for array in (self._tokens, *self._picked))
-        self._batch = _Batch(self._rows.ctypes.data, 0, count, vocab, most, *places)
+        wanted, count = [row.logprobs for row in rows], len(rows)
+        self._rows, self._vocab = rows, vocab
+        self._most, self.alike = min(max(wanted), vocab), min(wanted) == max(wanted)
+        self._addresses = np.array([row.address for row in rows], dtype=np.uint64)
+        self._tokens, self._logprobs = np.empty(count, dtype=np.int64), np.empty(count)
+        size = max(self._most, 0) * PAIR.size
+        self._tops, self._split = (ctypes.c_char * (count * size))(), struct.Struct(f"{size}s" * count)
+        self._none, self._no_tops = [None] * count, [b""] * count
+        places = self._tokens.ctypes.data, self._logprobs.ctypes.data, ctypes.addressof(self._tops)
+        self._batch = _Batch(self._addresses.ctypes.data, 0, count, vocab, self._most, *places)
         self._reference = ctypes.byref(self._batch)
-        self._made_for = (addresses, vocab, most)
+
+
+def _address(array: Any) -> int:
+    """Of the first number: a tenth of the time that array.ctypes takes when it has been out of use for a step."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(array))
 
 
 def load_sampler(path: Path, threads: int = 1) -> NativeSampler | None:
@@ -69,8 +93,8 @@ def load_sampler(path: Path, threads: int = 1) -> NativeSampler | None:
     """
     library = ctypes.CDLL(str(path))
     try:
-        size = library.deepseek_trt_sampling_row
+        size = library.deepseek_trt_sampling_size
     except AttributeError:
         return None
     size.restype = ctypes.c_int64
-    return NativeSampler(library, threads) if size() == ctypes.sizeof(SamplingRow) else None
+    return NativeSampler(library, threads) if size() == ctypes.sizeof(SamplingRow) + ctypes.sizeof(_Batch) else None

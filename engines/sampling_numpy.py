@@ -19,6 +19,7 @@ _SHIFT, _HEAVIEST = np.float32(1.5 * 2**23), 2**30
 _POLYNOMIAL = (9.671512991189957e-3, 5.550733581185341e-2, 0.24022242426872253, 0.6931470036506653, 1.0)
 _LOG2E = np.float32(1.44269504)
 _LOWEST = np.finfo(np.float32).min
+_BLOCK = 256  # logits whose powers are summed together
 _PART = 65536  # logits that are worked on at once
 _MASK = 2**64 - 1
 
@@ -44,8 +45,7 @@ def pick_rows(rows: Rows, logits: Floats) -> list[int]:
 
 def log_probabilities(logits: Floats, token: int, count: int) -> tuple[float, list[int], list[float]]:
     """Under softmax(logits [vocab]): `token`'s, and ids and values of the `count` likeliest, best first."""
-    best = logits.max()
-    total = float(best) + float(np.log(_weights((logits - best) * _LOG2E).sum() / _HEAVIEST))
+    total = _log_sum(logits)
     ids = _likeliest(logits[None], count)[0] if 0 < count < len(logits) else np.arange(len(logits) if count else 0)
     ids = ids[np.lexsort((ids, -logits[ids]))]
     return float(logits[token]) - total, ids.tolist(), (logits[ids].astype(np.float64) - total).tolist()
@@ -60,16 +60,33 @@ def next_draw(row: SamplingRow) -> float:
     return float((z ^ z >> 31) >> 11) * 2.0**-53
 
 
-def _weights(y: Floats) -> Int64s:
-    """2^(30 + y) for y <= 0, rounded down: 2^n from the bits of a sum, times a polynomial of the rest."""
+def _powers(y: Floats) -> Floats:
+    """2^(30 + y) for y <= 0: 2^n from the bits of a sum, times a polynomial of the rest."""
     y = np.maximum(y, np.float32(-80))
     shifted = y + _SHIFT
     rest = (y - (shifted - _SHIFT)).astype(np.float64)
     value = np.full(y.shape, np.float32(1.326472614891827e-3) * np.float32(_HEAVIEST))
     for factor in _POLYNOMIAL:  # each product and sum rounded once, as a fused multiply-add does
         value = (value * rest + np.float32(factor) * np.float32(_HEAVIEST)).astype(np.float32)
-    weights: Int64s = (value.view(np.int32) + (shifted.view(np.int32) << 23)).view(np.float32).astype(np.int64)
-    return weights
+    powers: Floats = (value.view(np.int32) + (shifted.view(np.int32) << 23)).view(np.float32)
+    return powers
+
+
+def _weights(y: Floats) -> Int64s:
+    """_powers, rounded down."""
+    return _powers(y).astype(np.int64)
+
+
+def _log_sum(logits: Floats) -> float:
+    """The natural logarithm of the sum of e^logits [vocab], eight at a time in float32 and those sums in float64."""
+    padded = np.full(-(-len(logits) // _BLOCK) * _BLOCK, -np.inf, dtype=np.float32)
+    padded[: len(logits)] = logits
+    best = logits.max()
+    parts = _powers((padded - best) * _LOG2E).reshape(-1, 8, _BLOCK // 8)
+    sums = parts[:, 0]
+    for part in range(1, 8):
+        sums = sums + parts[:, part]
+    return float(best) + float(np.log(sums.sum(dtype=np.float64) / _HEAVIEST))
 
 
 def _adjusted_rows(rows: Rows, logits: Floats) -> Floats:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from deepseek_trt.engines.likeliest import TopLogprobs, unpack
 from deepseek_trt.engines.pages import PagePool, page_table
 from deepseek_trt.engines.prefix import PrefixKeys
 from deepseek_trt.engines.sampling import Sampler, SamplingParams, sample_rows
@@ -47,14 +48,18 @@ class SchedulerLimits:
 class Event(NamedTuple):  # made for every token: a frozen dataclass takes three times as long to make
     """One new token of a request; `finished` says why it is the last. Stop tokens are given too.
 
-    logprob and top_logprobs (id, logprob), best first, are there where the request asked for them.
+    logprob and the likeliest tokens, packed, are there where the request asked for them.
     """
 
     request: int
     token: int
     finished: FinishReason | None
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    likeliest: bytes = b""
+
+    @property
+    def top_logprobs(self) -> TopLogprobs:
+        return unpack(self.likeliest)
 
 
 @dataclass
@@ -305,10 +310,10 @@ class Scheduler:
         logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
         choices = sample_rows([request.sampler for request in requests], logits, self._native)
         events: list[Event] = []
-        for request, choice in zip(requests, choices, strict=True):
-            request.tokens.append(choice.token)
-            finished = _finished(request, choice.token)
-            events.append(Event(request.id, choice.token, finished, choice.logprob, choice.top))
+        for request, (token, logprob, top) in zip(requests, choices, strict=True):
+            request.tokens.append(token)
+            finished = _finished(request, token)
+            events.append(Event(request.id, token, finished, logprob, top))
             if finished:
                 self._vacate(request)
                 self._running.remove(request)

@@ -25,15 +25,19 @@ struct SamplingRow {
     int32_t logprobs;  // -1: none wanted, n: the chosen token's and the n likeliest tokens'
 };
 
-// A batch; tokens and logprobs have a place a row, top_ids and top_logprobs `most` places a row.
+struct SamplingTop {
+    int64_t id;
+    double logprob;
+};
+
+// A batch; tokens and logprobs have a place a row, tops `most` places a row.
 struct SamplingBatch {
     SamplingRow* const* rows;
-    const float* logits;  // [count, vocab]
+    float* logits;  // [count, vocab]; changed while a row is picked, and left as they were
     int64_t count, vocab, most;
     int64_t* tokens;
     double* logprobs;
-    int32_t* top_ids;
-    double* top_logprobs;
+    SamplingTop* tops;
 };
 
 using SampleRows = void (*)(const SamplingBatch&, int64_t from, int64_t last);

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_trt.engines.likeliest import unpack
 from deepseek_trt.engines.sampling import Sampler, SamplingParams, sample_rows, with_logprobs
 from deepseek_trt.engines.sampling_numpy import adjusted
 from deepseek_trt.engines.stops import StopText
@@ -153,24 +154,26 @@ def test_penalties():
 def test_no_stop_before_min_tokens():
     logits = np.array([[9.0, 1.0, 0.0]], dtype=np.float32)
     sampler = Sampler(SamplingParams(min_tokens=2), stops=(0,))
-    assert [sample_rows([sampler], logits)[0].token for _ in range(3)] == [1, 1, 0]
+    assert [sample_rows([sampler], logits)[0][0] for _ in range(3)] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 99])
 def test_logprobs(count):
     logits = np.array([1.0, 3.0, 2.0, 3.0], dtype=np.float32)
     want = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
-    choice = with_logprobs(logits, 2, count)
-    assert choice.logprob == pytest.approx(want[2], abs=ROUNDING)
-    assert [i for i, _ in choice.top] == [1, 3, 2, 0][:count]
-    assert [value for _, value in choice.top] == pytest.approx([want[i] for i, _ in choice.top], abs=ROUNDING)
+    token, logprob, top = with_logprobs(logits, 2, count)
+    assert token == 2
+    assert logprob == pytest.approx(want[2], abs=ROUNDING)
+    likeliest = unpack(top)
+    assert [i for i, _ in likeliest] == [1, 3, 2, 0][:count]
+    assert [value for _, value in likeliest] == pytest.approx([want[i] for i, _ in likeliest], abs=ROUNDING)
 
 
 def test_logprobs_are_of_the_model_itself():
     params = SamplingParams(temperature=0.3, logprobs=0, presence_penalty=2.0)
-    (choice,) = sample_rows([Sampler(params, (0,))], LOGITS[None])
-    assert choice.logprob == pytest.approx(math.log(P[choice.token]), abs=1e-6)
-    assert sample_rows([Sampler(SamplingParams())], LOGITS[None])[0].logprob is None
+    ((token, logprob, _),) = sample_rows([Sampler(params, (0,))], LOGITS[None])
+    assert logprob == pytest.approx(math.log(P[token]), abs=1e-6)
+    assert sample_rows([Sampler(SamplingParams())], LOGITS[None])[0][1] is None
 
 
 @pytest.mark.parametrize(
