@@ -17,27 +17,23 @@ double draw(SamplingRow& row) {
     return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-// Puts the row's penalties and bans into x, and keeps what was there. False where it has none.
-bool adjust(const SamplingRow& row, float* x, Room& room) {
+// A copy with penalties and bans, where the row has any.
+const float* adjusted(const SamplingRow& row, const float* x, int64_t n, Room& room) {
     const int64_t seen = row.seen_count, banned = row.made < row.min_tokens ? row.banned_count : 0;
-    room.seen.resize(seen);
-    room.banned.resize(banned);
-    for (int64_t i = 0; i < seen; ++i) room.seen[i] = x[row.seen[i]];
-    for (int64_t i = 0; i < banned; ++i) room.banned[i] = x[row.banned[i]];
+    if (!seen && !banned) return x;
+    room.logits.resize(n);
     room.values.resize(seen);
+    float *y = room.logits.data(), *values = room.values.data();
+    std::memcpy(y, x, n * sizeof *x);
+    for (int64_t i = 0; i < seen; ++i) values[i] = x[row.seen[i]];
     for (int64_t i = 0; i < seen; ++i) {
-        const float value = room.seen[i], less = value / row.repetition, more = value * row.repetition;
-        const float repeated = value > 0 ? less : more;
-        room.values[i] = (repeated - (row.counts[i] > 0 ? row.presence : 0.0f)) - row.frequency * row.counts[i];
+        const float less = values[i] / row.repetition, more = values[i] * row.repetition;
+        const float value = values[i] > 0 ? less : more;
+        values[i] = (value - (row.counts[i] > 0 ? row.presence : 0.0f)) - row.frequency * row.counts[i];
     }
-    for (int64_t i = 0; i < seen; ++i) x[row.seen[i]] = room.values[i];
-    for (int64_t i = 0; i < banned; ++i) x[row.banned[i]] = -INFINITY;
-    return seen || banned;
-}
-
-void restore(const SamplingRow& row, float* x, const Room& room) {
-    for (size_t i = 0; i < room.seen.size(); ++i) x[row.seen[i]] = room.seen[i];
-    for (size_t i = 0; i < room.banned.size(); ++i) x[row.banned[i]] = room.banned[i];
+    for (int64_t i = 0; i < seen; ++i) y[row.seen[i]] = values[i];
+    for (int64_t i = 0; i < banned; ++i) y[row.banned[i]] = -INFINITY;
+    return y;
 }
 
 int64_t pick(SamplingRow& row, const float* x, int64_t n, float best, Room& room) {
@@ -115,14 +111,13 @@ void sample_rows(const SamplingBatch& batch, int64_t from, int64_t last) {
     const int64_t n = batch.vocab;
     for (int64_t index = from; index < last; ++index) {
         SamplingRow& row = *batch.rows[index];
-        float* x = batch.logits + index * n;
+        const float* x = batch.logits + index * n;
         const float best = maximum(x, n, room.maxima);
         if (index + 1 < batch.count) fetch(*batch.rows[index + 1]);
         const bool measures = row.logprobs >= 0;
         const double total = measures ? measure(batch, index, x, best, room) : 0;  // first: x is near by now
-        const bool adjusted = adjust(row, x, room);
-        const int64_t token = pick(row, x, n, adjusted ? maximum(x, n, room.maxima) : best, room);
-        if (adjusted) restore(row, x, room);
+        const float* y = adjusted(row, x, n, room);
+        const int64_t token = pick(row, y, n, x == y ? best : maximum(y, n, room.maxima), room);
         batch.tokens[index] = token;
         if (measures) batch.logprobs[index] = x[token] - total;
         record(row, static_cast<int32_t>(token));

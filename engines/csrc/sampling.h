@@ -33,7 +33,7 @@ struct SamplingTop {
 // A batch; tokens and logprobs have a place a row, tops `most` places a row.
 struct SamplingBatch {
     SamplingRow* const* rows;
-    float* logits;  // [count, vocab]; changed while a row is picked, and left as they were
+    const float* logits;  // [count, vocab]
     int64_t count, vocab, most;
     int64_t* tokens;
     double* logprobs;

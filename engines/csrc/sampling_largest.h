@@ -8,7 +8,7 @@ namespace {
 
 // The rooms that one thread works in.
 struct Room {
-    std::vector<float> seen, banned, values, maxima;
+    std::vector<float> logits, values, maxima;
     std::vector<int32_t> keys, ids;
     int64_t found;  // how many of the ids count
     std::vector<uint32_t> weights;
