@@ -139,7 +139,7 @@ def find_ptxas() -> Path:
     """The ptxas of the pinned wheel. Raises BuildError where it, or Triton, is not installed."""
     mend = f"pip install {PTXAS_WHEEL}=={PTXAS_VERSION}"
     if importlib.util.find_spec("triton") is None:
-        raise BuildError("compiling the kernels needs Triton, which is not installed: pip install triton==3.9.0")
+        raise BuildError("compiling the kernels needs Triton, which is not installed: pip install triton==3.7.1")
     try:
         files = importlib.metadata.files(PTXAS_WHEEL) or []
     except importlib.metadata.PackageNotFoundError:

@@ -7,9 +7,11 @@ import json
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("export", "plugins", "engines", "validate", "cli")
@@ -33,6 +35,15 @@ def test_packages_are_the_folders():
     }
     assert set(setuptools["packages"]) == found
     assert setuptools["package-dir"] == {f"deepseek_trt.{folder}": folder for folder in ORDER}
+
+
+def test_triton_is_the_one_that_torch_requires():
+    """Of torch's builds those for CUDA name one version; with another beside them nothing can be installed."""
+    required = [Requirement(r) for r in metadata.requires("torch") or () if r.startswith("triton")]
+    if not required:
+        pytest.skip("this torch is a CPU build, which requires no Triton")
+    (pinned,) = (Requirement(r) for r in project_table()["project"]["dependencies"] if r.startswith("triton"))
+    assert pinned.specifier == required[0].specifier
 
 
 def imported_modules(file: Path) -> list[str]:
