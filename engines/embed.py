@@ -54,5 +54,5 @@ def pool(hidden: Floats, lengths: Int32s, pooling: Pooling) -> Floats:
     if pooling == "last":
         return hidden[np.arange(len(hidden)), lengths - 1]
     real = np.arange(hidden.shape[1]) < lengths[:, None]
-    total: Floats = np.where(real[:, :, None], hidden, 0.0).sum(1) / lengths[:, None]
-    return total.astype(np.float32)
+    mean: Floats = (np.where(real[:, :, None], hidden, 0.0).sum(1) / lengths[:, None]).astype(np.float32)
+    return mean

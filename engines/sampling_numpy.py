@@ -105,9 +105,9 @@ def adjusted(row: SamplingRow, logits: Floats) -> Floats:
     ids, counts = row.history()
     if len(ids):
         seen = logits[ids]
-        seen = np.where(seen > 0, seen / np.float32(row.repetition), seen * np.float32(row.repetition))
-        seen = seen - np.float32(row.presence) * (counts > 0)
-        result[ids] = seen - np.float32(row.frequency) * counts
+        repeated = np.where(seen > 0, seen / np.float32(row.repetition), seen * np.float32(row.repetition))
+        present = repeated - np.float32(row.presence) * (counts > 0)
+        result[ids] = present - np.float32(row.frequency) * counts
     result[row.bans()] = -np.inf
     return result
 

@@ -8,6 +8,7 @@ made by long_cases.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,7 +125,7 @@ def text_tokens(ids: Sequence[int], lengths: Sequence[int]) -> list[Int64s]:
     """Rows cut from the text one after the other; RequestError where it is too short for that."""
     if len(ids) < sum(lengths):
         raise RequestError(f"the text has {len(ids)} tokens, {sum(lengths)} are needed: give a longer --text")
-    ends = np.cumsum(lengths)
+    ends = itertools.accumulate(lengths)
     return [np.array(ids[end - length : end], dtype=np.int64) for end, length in zip(ends, lengths, strict=True)]
 
 
