@@ -52,7 +52,8 @@ class Embedder:
 def pool(hidden: Floats, lengths: Int32s, pooling: Pooling) -> Floats:
     """One vector a row of right-padded hidden states [B, S, hidden]."""
     if pooling == "last":
-        return hidden[np.arange(len(hidden)), lengths - 1]
+        last: Floats = hidden[np.arange(len(hidden)), lengths - 1]
+        return last
     real = np.arange(hidden.shape[1]) < lengths[:, None]
     mean: Floats = (np.where(real[:, :, None], hidden, 0.0).sum(1) / lengths[:, None]).astype(np.float32)
     return mean

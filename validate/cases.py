@@ -99,7 +99,7 @@ def build_case(
     A token that is IGNORED is fed as 0, and no target.
     """
     table = _page_table(plan, cache, seed)
-    past = np.zeros(len(tokens), dtype=np.int32)
+    past: Int32s = np.zeros(len(tokens), dtype=np.int32)
     ones = np.ones(len(tokens), dtype=np.int32)
     prefills = zip(("prefill", "chunk"), plan.prefills, strict=False)
     calls = [(name, np.array(row, dtype=np.int32)) for name, row in prefills]

@@ -47,7 +47,7 @@ class ExportedSession:
         self._request = request
         self._graphs: dict[str, _Graph] = {}
         shape, dtype = (self.pages, self.cache.page_size, self.cache.latent_dim), NUMPY_DTYPES[self.cache.dtype]
-        self._pools = {past_name(i): np.zeros(shape, dtype) for i in range(self.cache.layers)}
+        self._pools: Arrays = {past_name(i): np.zeros(shape, dtype) for i in range(self.cache.layers)}
         self._places: tuple[str, ...] = ()
 
     def show(self, places: tuple[str, ...]) -> None:

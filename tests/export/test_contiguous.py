@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
-from transformers.exporters import ExportedModel
 
 from deepseek_trt.engines.graph_session import GRAPH_BACKENDS
 from deepseek_trt.engines.ort import OrtSession
@@ -145,7 +144,10 @@ def test_onnxruntime_and_numpy_alone_generate_the_same_tokens(bundle, answers, t
 
 
 def test_transformers_own_runner_takes_the_folder(bundle, answers):
-    model = ExportedModel.from_pretrained(bundle.path)
+    exporters = pytest.importorskip("transformers.exporters")
+    if not hasattr(exporters, "ExportedModel"):
+        pytest.skip("this transformers does not run exported models: 5.24 does")
+    model = exporters.ExportedModel.from_pretrained(bundle.path)
     assert model.config.model_type == "deepseek_v2"
     prompts, expected = answers
     for prompt, tokens in zip(prompts, expected, strict=True):
