@@ -49,7 +49,7 @@ class NativeSampler:
     def pick(self, rows: Sequence[Row], logits: Floats) -> tuple[list[int], Sequence[float | None], Sequence[bytes]]:
         """Tokens of B rows for logits [B, vocab], their log-probabilities, and as many likeliest tokens as any wants.
 
-        What each wanted is recorded in it.
+        The rows record their tokens.
         """
         logits = np.ascontiguousarray(logits, dtype=np.float32)
         if self._rows != rows or self._vocab != logits.shape[1]:

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-// One request's parameters, randomness and history; the same as engines/sampling_native.py's Row.
+// One request's parameters, randomness and history; the same as engines/sampling_row.py's SamplingRow.
 struct SamplingRow {
     double top_p;
     double min_p;
