@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 from cpu_point import Files, Floats, Job, Point, difference, measure, serve
 
-from deepseek_trt.engines.backends import BACKENDS, SessionRequest
-from deepseek_trt.engines.pages import page_table
-from deepseek_trt.engines.sampling import SamplingParams
-from deepseek_trt.engines.scheduler import Scheduler, SchedulerLimits
-from deepseek_trt.engines.session import Int32s, Int64s, Session, row_latents
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.engines.generation.pages import page_table
+from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.sessions.backends import BACKENDS, SessionRequest
+from deepseek_trt.engines.sessions.session import Session, row_latents
+from deepseek_trt.export.arrays import Int32s, Int64s
+from deepseek_trt.export.bundle.folder import Bundle
 
 # Every repeat of a prompt is computed; all prompts of a batch are prefilled in one step, and decode together.
 _LIMITS = SchedulerLimits(prefix_reuse=False, token_budget=4096)

@@ -20,8 +20,8 @@ def measure(bundle: Path, mapped: bool, threads: int) -> dict[str, float]:
     """Seconds and MB, in this process."""
     import numpy as np
 
-    from deepseek_trt.engines.ort import OrtSession
-    from deepseek_trt.export.bundle import Bundle
+    from deepseek_trt.engines.sessions.ort import OrtSession
+    from deepseek_trt.export.bundle.folder import Bundle
 
     start = time.perf_counter()
     session = OrtSession(Bundle.open(bundle), 2, threads, mapped=mapped)

@@ -25,10 +25,10 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 
-from deepseek_trt.engines.cpu_graph import FuseForCpu
-from deepseek_trt.engines.cpu_library import cpu_library_path
-from deepseek_trt.export.functions import attach_functions
 from deepseek_trt.export.ops import OPS
+from deepseek_trt.export.ops.functions import attach_functions
+from deepseek_trt.plugins.cpu.fuse import FuseForCpu
+from deepseek_trt.plugins.cpu.library import cpu_library_path
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 ROUTER = {"n_group": 1, "topk_group": 1, "norm_topk_prob": 0, "routed_scaling_factor": 1.0}

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_trt.engines.ort import OrtSession
-from deepseek_trt.engines.sampling import Sampler, SamplingParams, sample_rows
-from deepseek_trt.engines.sampling_native import NativeSampler, load_sampler
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.sessions.ort import OrtSession
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.plugins.cpu.sampler import NativeSampler, load_sampler
 
 BATCH, CONTEXT, WARM, ROUNDS = 32, 128, 9, 100
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.2}

@@ -82,7 +82,7 @@ def write_repository(bundle: Path, folder: Path, **sizes: Any) -> Path:
 def put_stand_in(repository: Path) -> None:
     """Replace one module of the served runtime, and its hash in the manifest."""
     version = repository / harness.MODEL / "1"
-    shutil.copyfile(Path(__file__).with_name("stand_in.py"), version / "runtime/deepseek_trt/engines/ort.py")
+    shutil.copyfile(Path(__file__).with_name("stand_in.py"), version / "runtime/deepseek_trt/engines/sessions/ort.py")
     facts = json.loads((version / "manifest.json").read_text())
     del facts["files"]
     write_manifest(version, facts)

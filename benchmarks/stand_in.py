@@ -1,4 +1,4 @@
-"""What benchmarks/server.py puts in the place of the runtime's engines/ort.py: a session whose every call takes 5 ms.
+"""What benchmarks/server.py puts in the place of the runtime's OrtSession: a session whose every call takes 5 ms.
 
 Everything else of the served model is the product's: what is missing of the ideal rate was lost around the engine.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek_trt.engines.cpu_library import cpu_library
+from deepseek_trt.plugins.cpu.library import cpu_library
 
 STEP_SECONDS = 0.005
 _TOKEN = 300  # a piece of text of the demo model, and no stop token

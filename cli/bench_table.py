@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from deepseek_trt.engines.bench import BenchReport, Point
+from deepseek_trt.engines.bench.bench import BenchReport, Point
 
 _MB, _MS = 1e6, 1e3
 _ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (

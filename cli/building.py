@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from deepseek_trt.engines.build import BuiltPlan, build_plans
-from deepseek_trt.engines.plan import BuildSpec
-from deepseek_trt.export.bundle import Bundle
-from deepseek_trt.plugins.manifest import LIBRARY, PLUGINS_FOLDER, read_manifest
+from deepseek_trt.engines.plans.build import BuiltPlan, build_plans
+from deepseek_trt.engines.plans.plan import BuildSpec
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, PLUGINS_FOLDER, read_manifest
 
 
 def build_with_progress(path: Path, spec: BuildSpec) -> tuple[BuiltPlan, ...]:
@@ -21,7 +21,7 @@ def build_with_progress(path: Path, spec: BuildSpec) -> tuple[BuiltPlan, ...]:
     bundle = Bundle.open(path)
     library = path / PLUGINS_FOLDER / LIBRARY
     if not library.is_file() or not set(spec.sms) <= set(read_manifest(library).sms):
-        from deepseek_trt.cli.plugins import make_library  # torch and the compilers
+        from deepseek_trt.cli.plugins_run import make_library  # torch and the compilers
 
         library = make_library(path, spec.sms, fallback=True, cxx=None, jobs=2).path
     with Progress(console=Console(stderr=True), transient=True) as bars:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.bundle.folder import Bundle
 
 
 def classifies(bundle: Path) -> bool:

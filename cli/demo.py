@@ -1,44 +1,19 @@
-"""The demo: the commands a user would type, one after the other, on the model that ships with the package."""
+"""deepseek-trt demo"""
 
 from __future__ import annotations
 
-import sys
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import click
 
-PROMPT = "Return the number of"
 
+@click.command("demo", short_help="Run the whole line on the small model that ships with the package.")
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("out/demo"))
+def command(folder: Path) -> None:
+    """Export, prove, build and run the small trained DeepSeek-V2 that ships with the package.
 
-def demo_steps(checkpoint: Path, folder: Path) -> tuple[tuple[str, ...], ...]:
-    """Arguments of each command, in order."""
-    bundle, report, repository = (str(folder / name) for name in ("bundle", "report", "repository"))
-    return (
-        ("export", str(checkpoint), bundle),
-        ("validate", bundle, "--report", report),
-        ("build", bundle, "--sm", "86", "--max-batch-size", "4", "--max-input-len", "256", "--max-seq-len", "1024"),
-        ("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", "48"),
-        ("bench", bundle, "--context", "64", "--new-tokens", "32"),
-        ("model-repository", bundle, repository, "--backend", "ort"),  # serves without a GPU, too
-    )
+    Everything it makes lies in FOLDER afterwards. Example: deepseek-trt demo ./my-demo
+    """
+    from deepseek_trt.cli.demo_run import run_demo
 
-
-def run_demo(folder: Path) -> None:
-    """Run every step through the real command line; stops at the first that fails, with its exit code."""
-    from deepseek_trt.cli.main import main
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with as_file(files("deepseek_trt.cli") / "demo_model") as checkpoint:
-        for step in demo_steps(checkpoint, folder):
-            click.secho(f"\n$ deepseek-trt {' '.join(_quoted(word) for word in step)}", bold=True, err=True)
-            try:
-                main.main(args=list(step), prog_name="deepseek-trt", standalone_mode=True)
-            except SystemExit as exit_:
-                if exit_.code:
-                    sys.exit(exit_.code)
-    click.echo(f"\nThe bundle, the engines, the report and the model repository lie in {folder}.", err=True)
-
-
-def _quoted(word: str) -> str:
-    return f'"{word}"' if " " in word else word
+    run_demo(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
 
 _LEFT_OUT = ("compare", "bisect", "layers")  # these follow a language model's logits through its layers
@@ -24,7 +24,7 @@ def validate_other_heads(report: Path | None, as_json: bool, **options: Any) -> 
     """Print, and write to the folder `report`, how near the bundle's outputs are; whether all are within tolerance."""
     from deepseek_trt.validate.accuracy import ValidateRequest
     from deepseek_trt.validate.heads import validate_heads
-    from deepseek_trt.validate.heads_report import print_heads, write_heads
+    from deepseek_trt.validate.report.heads import print_heads, write_heads
 
     given = [name for name in _LEFT_OUT if options.pop(name, None)]
     if given:

@@ -1,33 +1,29 @@
-"""What the plugins command does, with its progress on stderr."""
+"""deepseek-trt plugins"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-from deepseek_trt.export.bundle import Bundle
-from deepseek_trt.plugins.aot import compile_all
-from deepseek_trt.plugins.library import PluginLibrary, build_library
-from deepseek_trt.plugins.manifest import PLUGINS_FOLDER
-from deepseek_trt.plugins.records import Binary
 
 
-def make_library(path: Path, sms: Sequence[int], fallback: bool, cxx: str | None, jobs: int) -> PluginLibrary:
-    """Compile all kernels of the bundle for `sms` and build its library."""
-    bundle = Bundle.open(path)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task("compiling kernels", total=None)
+@click.command("plugins", short_help="Build the plugin library of a bundle, with no GPU.")
+@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The bundle to build for.")
+@click.option("--sm", "sms", type=int, multiple=True, default=(80, 86, 89, 90, 100, 120), show_default=True)
+@click.option("--no-fallback", is_flag=True, help="Leave out the PTX that unknown chips compile for themselves.")
+@click.option("--cxx", help="A C++ compiler to use instead of ziglang's.")
+@click.option("--jobs", default=2, show_default=True, help="Kernels compiled at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(bundle: Path, sms: tuple[int, ...], no_fallback: bool, cxx: str | None, jobs: int, as_json: bool) -> None:
+    """Compile the kernels of the bundle's model for these chips and link them into its plugin library.
 
-        def advance(done: int, total: int, binary: Binary) -> None:
-            bars.update(task, completed=done, total=total)
+    Example: deepseek-trt plugins --bundle ./v2-lite --sm 86 --sm 90 --sm 120
+    """
+    from deepseek_trt.cli.plugins_run import make_library
 
-        model, dtype = bundle.manifest.model, bundle.manifest.dtype
-        binaries = compile_all(model, dtype, sms, jobs=jobs, on_progress=advance, fallback=fallback)
-    return build_library(
-        binaries, model, dtype, path / PLUGINS_FOLDER, cxx=cxx, progress=lambda text: click.echo(text, err=True)
-    )
+    library = make_library(bundle, sms, fallback=not no_fallback, cxx=cxx, jobs=jobs)
+    if as_json:
+        click.echo(json.dumps({"library": str(library.path), "sha256": library.sha256, "built": library.built}))
+    else:
+        click.echo(f"{'wrote' if library.built else 'nothing to do, same inputs as'} {library.path}")

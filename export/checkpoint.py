@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # safetensors' dtype names, in ours
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -114,5 +114,5 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
         )
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
-        dtype = DTYPE_NAMES.get(entry["dtype"], entry["dtype"])
+        dtype = WEIGHT_DTYPES.get(entry["dtype"], entry["dtype"])
         yield StoredTensor(name, file, dtype, tuple(entry["shape"]), 8 + length + start, stop - start)

@@ -14,19 +14,27 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from deepseek_trt.export.bundle import MANIFEST_FILE, Bundle, Manifest, SourceFile, WeightRecord
+from deepseek_trt.export.bundle.folder import MANIFEST_FILE, Bundle, Manifest, SourceFile, WeightRecord
+from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
+from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
 from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.classifier import Classifier
 from deepseek_trt.export.config import ModelConfig, read_config
+from deepseek_trt.export.dtypes import dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
-from deepseek_trt.export.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
+from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.infer import config_of_tensors, task_of, written_keys
-from deepseek_trt.export.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
-from deepseek_trt.export.partial import finish, forget_inputs, partial_folder
-from deepseek_trt.export.tokenizer_files import carry_files
-from deepseek_trt.export.transformers_files import write_export_json
-from deepseek_trt.export.weight_file import WEIGHTS_FILE, WrittenTensor, forget_journal, weight_bytes, write_weights
-from deepseek_trt.export.weights import LM_HEAD, WeightPlan, plan_weights, too_large_for_tensorrt
+from deepseek_trt.export.writing.partial import finish, forget_inputs, partial_folder
+from deepseek_trt.export.writing.tokenizer_files import carry_files
+from deepseek_trt.export.writing.transformers_files import write_export_json
+from deepseek_trt.export.writing.weight_file import (
+    WEIGHTS_FILE,
+    WrittenTensor,
+    forget_journal,
+    weight_bytes,
+    write_weights,
+)
+from deepseek_trt.export.writing.weight_plan import LM_HEAD, WeightPlan, plan_weights, too_large_for_tensorrt
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
@@ -234,7 +242,7 @@ def _trace_to_file(source: _Source, graph: GraphSpec, written: tuple[WrittenTens
             WEIGHTS_FILE,
             place.offset if place else None,
             place.nbytes if place else None,
-            ir.DataType[_ONNX_DTYPES[recipe.dtype(source.dtype)]],
+            ir.DataType(dtype_of(recipe.dtype(source.dtype)).onnx),
             shape=ir.Shape(recipe.shape),
             name=recipe.name,
             base_dir=str(folder),
@@ -243,9 +251,6 @@ def _trace_to_file(source: _Source, graph: GraphSpec, written: tuple[WrittenTens
     if unlinked:
         raise AssertionError(f"initializers without a recipe: {sorted(unlinked)}")
     onnx.save(ir.to_proto(model), folder / graph.file)
-
-
-_ONNX_DTYPES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 
 
 def _manifest(
@@ -275,5 +280,5 @@ def _manifest(
         notes=notes,
         classifier=source.classifier,
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
-        files={p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
+        files={p.name: file_sha256(p) for p in files},
     )

@@ -17,9 +17,7 @@ from onnxscript import values as onnxscript_values
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.export.functions import attach_functions
-from deepseek_trt.export.graph import (
+from deepseek_trt.export.bundle.graph import (
     BATCH,
     DOMAIN,
     PAGES,
@@ -30,13 +28,15 @@ from deepseek_trt.export.graph import (
     GraphSpec,
     TensorSpec,
 )
+from deepseek_trt.export.bundle.interface import DEFAULT, Interface
+from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.heads import MODELS, method_of
-from deepseek_trt.export.hidden_states import HIDDEN, AddHiddenStates
-from deepseek_trt.export.interface import DEFAULT, Interface
 from deepseek_trt.export.ops import OPS
+from deepseek_trt.export.ops.functions import attach_functions
 from deepseek_trt.export.ops.spec import OPSET, OpSpec
 from deepseek_trt.export.ops.torch_ops import TORCH_OPS
-from deepseek_trt.export.unroll import unroll
+from deepseek_trt.export.passes.hidden_states import HIDDEN, AddHiddenStates
+from deepseek_trt.export.passes.unroll import unroll
 
 INV_FREQ = "model.rope.inv_freq"
 # Never torch.onnx's or onnxscript's optimizer: it folds transposed weights, which here are fake.

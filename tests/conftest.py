@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
 
 torch.set_num_threads(2)

@@ -104,9 +104,9 @@ def test_wheel_holds_what_is_needed(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
         "cli/demo_model/tokenizer.json",
-        "plugins/csrc/plugin.h",
+        "plugins/tensorrt/csrc/plugin.h",
         "export/ops/mla_decode.py",
-        "engines/csrc/linear.h",
+        "plugins/cpu/csrc/linear.h",
         "engines/model_repository/files/serve.sh",
     ):
         assert f"deepseek_trt/{name}" in names

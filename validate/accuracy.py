@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_trt.engines.backends import SessionRequest
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.validate.backends import BACKENDS, make_reference
-from deepseek_trt.validate.cases import Script
-from deepseek_trt.validate.coverage import cover_experts
-from deepseek_trt.validate.files import Comparison
-from deepseek_trt.validate.inputs import Inputs, read_inputs
-from deepseek_trt.validate.integrity import check_integrity
+from deepseek_trt.validate.backends.backends import BACKENDS, make_reference
+from deepseek_trt.validate.backends.probes import GAP, PLACES, ROUTING
+from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
+from deepseek_trt.validate.cases.cases import Script
+from deepseek_trt.validate.cases.coverage import cover_experts
+from deepseek_trt.validate.cases.inputs import Inputs, read_inputs
+from deepseek_trt.validate.findings.undecided import set_aside
 from deepseek_trt.validate.pair import Pair, rounding_floors, run_pair
-from deepseek_trt.validate.probes import GAP, PLACES, ROUTING
-from deepseek_trt.validate.provenance import collect_provenance
-from deepseek_trt.validate.published_weights import PublishedWeights, published_weights
-from deepseek_trt.validate.report import AccuracyReport, backend_report
-from deepseek_trt.validate.undecided import set_aside
+from deepseek_trt.validate.report.files import Comparison
+from deepseek_trt.validate.report.integrity import check_integrity
+from deepseek_trt.validate.report.provenance import collect_provenance
+from deepseek_trt.validate.report.report import AccuracyReport, backend_report
 
 Progress = Callable[[str], None]
 DEFAULT_BACKENDS = ("ort", "ort-compiled")
@@ -61,7 +61,7 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
     Raises BundleError, BackendError or RequestError; a bad result is no error, but `report.passed` False.
     """
     if request.layers is not None:
-        from deepseek_trt.validate.layerwise import validate_layers  # it imports this file
+        from deepseek_trt.validate.layerwise.layerwise import validate_layers  # it imports this file
 
         return validate_layers(request, request.layers, progress)
     started = time.time()

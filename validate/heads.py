@@ -15,22 +15,22 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import AccuracyResults, Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from deepseek_trt.engines.graph_session import GRAPH_BACKENDS, Arrays, GraphSession, TorchGraphs
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS, Arrays, GraphSession, TorchGraphs
+from deepseek_trt.export.arrays import numpy_dtype
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.export.weight_file import NUMPY_DTYPES
 from deepseek_trt.validate.accuracy import Progress, ValidateRequest
-from deepseek_trt.validate.cases import seeded_tokens, text_tokens
-from deepseek_trt.validate.compare import OutputDifference, ToleranceCompare
-from deepseek_trt.validate.heads_cases import HeadStep, plan_of, steps_of
-from deepseek_trt.validate.heads_report import HeadsBackend, HeadsReport
-from deepseek_trt.validate.inputs import read_inputs
-from deepseek_trt.validate.integrity import check_integrity
-from deepseek_trt.validate.metrics import closeness
+from deepseek_trt.validate.cases.cases import seeded_tokens, text_tokens
+from deepseek_trt.validate.cases.heads import HeadStep, plan_of, steps_of
+from deepseek_trt.validate.cases.inputs import read_inputs
+from deepseek_trt.validate.numbers.compare import OutputDifference, ToleranceCompare
+from deepseek_trt.validate.numbers.metrics import closeness
+from deepseek_trt.validate.numbers.tolerance import Tolerance, derive_tolerance, roundings_of
 from deepseek_trt.validate.pair import REFERENCE
-from deepseek_trt.validate.provenance import collect_provenance
-from deepseek_trt.validate.report import output_reports
-from deepseek_trt.validate.tolerance import Tolerance, derive_tolerance, roundings_of
+from deepseek_trt.validate.report.heads import HeadsBackend, HeadsReport
+from deepseek_trt.validate.report.integrity import check_integrity
+from deepseek_trt.validate.report.provenance import collect_provenance
+from deepseek_trt.validate.report.report import output_reports
 
 Owners = dict[str, list[tuple[int, int]]]  # of each output's lines: row and position
 
@@ -103,7 +103,7 @@ class GraphRunner(BaseRunner):  # type: ignore[misc]  # polygraphy is untyped
         step = self._steps[int(feed_dict["step"][0])]
         if step.starts_case:
             self._cache = self._empty(step)
-        float_type = NUMPY_DTYPES[self.dtype]
+        float_type = numpy_dtype(self.dtype)
         feeds = {n: a.astype(float_type) if a.dtype == np.float32 else a for n, a in step.feeds.items()}
         start = time.perf_counter()
         out = self.session.run(step.graph, {**feeds, **self._cache})
@@ -120,7 +120,7 @@ class GraphRunner(BaseRunner):  # type: ignore[misc]  # polygraphy is untyped
         sizes = {"pages": plan_of(self._bundle).pages(self._bundle.manifest.cache), "past_sequence_length": 0}
         sizes["batch_size"] = len(step.live)
         shapes = {t.name: [sizes[d] if isinstance(d, str) else d for d in t.dims] for t in past}
-        return {name: np.full(shape, np.nan, NUMPY_DTYPES[self.dtype]) for name, shape in shapes.items()}
+        return {name: np.full(shape, np.nan, numpy_dtype(self.dtype)) for name, shape in shapes.items()}
 
     def deactivate_impl(self) -> None:
         del self.session

@@ -10,18 +10,18 @@ from functools import cached_property
 from polygraphy.comparator import AccuracyResults, Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from deepseek_trt.engines.backends import SessionRequest
-from deepseek_trt.engines.session import Session
+from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.validate.backends import BACKENDS
-from deepseek_trt.validate.cases import Script
-from deepseek_trt.validate.compare import OutputDifference, ToleranceCompare, differences_of_step
-from deepseek_trt.validate.metrics import closeness
-from deepseek_trt.validate.probes import Probes
-from deepseek_trt.validate.routing import Flip
-from deepseek_trt.validate.runners import SessionRunner, feeds_of
-from deepseek_trt.validate.tolerance import Tolerance, derive_tolerance, roundings_of, tighten
-from deepseek_trt.validate.torch_watch import TorchWatcher
+from deepseek_trt.validate.backends.backends import BACKENDS
+from deepseek_trt.validate.backends.probes import Probes
+from deepseek_trt.validate.backends.runners import SessionRunner, feeds_of
+from deepseek_trt.validate.backends.torch_watch import TorchWatcher
+from deepseek_trt.validate.cases.cases import Script
+from deepseek_trt.validate.numbers.compare import OutputDifference, ToleranceCompare, differences_of_step
+from deepseek_trt.validate.numbers.metrics import closeness
+from deepseek_trt.validate.numbers.routing import Flip
+from deepseek_trt.validate.numbers.tolerance import Tolerance, derive_tolerance, roundings_of, tighten
 
 REFERENCE = "torch float32"
 

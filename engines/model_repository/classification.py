@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.model_repository.config import MODEL_FILE
 from deepseek_trt.engines.model_repository.placing import bundle_files, place
 from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, REQUIREMENTS, runtime_files
@@ -21,10 +22,9 @@ from deepseek_trt.engines.model_repository.writer import (
     write_scripts,
     written_inputs,
 )
-from deepseek_trt.engines.text import Text
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.interface import CLASSIFICATION
 from deepseek_trt.export.errors import BundleError, RequestError
-from deepseek_trt.export.interface import CLASSIFICATION
 
 _BACKEND = "ort"
 _README = """# {name}
@@ -119,8 +119,8 @@ def _place_widened(bundle: Bundle, placed: Path) -> None:
     """The graph that computes bfloat16 in float32, made now: the server's Python has no onnx."""
     if bundle.manifest.dtype != "bfloat16":
         return
-    from deepseek_trt.engines.ort import widened_path
-    from deepseek_trt.engines.widen import widened_bytes
+    from deepseek_trt.engines.sessions.ort import widened_path
+    from deepseek_trt.export.passes.widen import widened_bytes
 
     target = widened_path(Bundle(placed, bundle.manifest), "model")
     target.write_bytes(widened_bytes(bundle.graph_path("model")))

@@ -6,7 +6,7 @@ import json
 
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.tensors import INPUTS, MAX_BATCH_SIZE, OUTPUTS, Field
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.bundle.folder import Bundle
 
 MODEL_FILE = "model.py"
 _KINDS = {"ort": "KIND_CPU", "tensorrt": "KIND_GPU"}

@@ -7,9 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-from deepseek_trt.engines.plan import PlanRecord
-from deepseek_trt.export.bundle import Bundle
-from deepseek_trt.plugins.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
+from deepseek_trt.engines.plans.plan import PlanRecord
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
 
 _PLANS = (".plan", ".plan.json", ".plan.tmp")
 
@@ -72,9 +72,9 @@ def _place_prepared(bundle: Bundle, target: Path) -> None:
 
     Decode goes through the compiled operators where they take over all of it; bfloat16 is computed in float32.
     """
-    from deepseek_trt.engines.cpu_graph import fused_bytes
-    from deepseek_trt.engines.ort import fused_path, widened_path
-    from deepseek_trt.engines.widen import widened_bytes
+    from deepseek_trt.engines.sessions.ort import fused_path, widened_path
+    from deepseek_trt.export.passes.widen import widened_bytes
+    from deepseek_trt.plugins.cpu.fuse import fused_bytes
 
     placed = dataclasses.replace(bundle, path=target)
     fused, left = fused_bytes(bundle.graph_path("decode"))
@@ -87,7 +87,7 @@ def _place_prepared(bundle: Bundle, target: Path) -> None:
 
 def _place_compiled(bundle: Bundle, target: Path) -> bool:
     """The compiled CPU operators, as the server's machine may have no compiler; False where there are none."""
-    from deepseek_trt.engines.cpu_library import CPU_LIBRARY_FILE, cpu_library_path
+    from deepseek_trt.plugins.cpu.library import CPU_LIBRARY_FILE, cpu_library_path
 
     library = cpu_library_path(bundle.path)
     if library is not None:

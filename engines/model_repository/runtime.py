@@ -18,11 +18,17 @@ GENERATOR = f"{PACKAGE}.engines.serving.triton_model"
 CLASSIFIER = f"{PACKAGE}.engines.serving.classifier_model"
 # Imported by functions that the backend does not call.
 _LEFT_OUT = {
-    "ort": (
-        f"{PACKAGE}.export.heads",
-        *(f"{PACKAGE}.engines.{name}" for name in ("torch_session", "trt", "widen", "cpu_graph")),
+    "ort": tuple(
+        f"{PACKAGE}.{name}"
+        for name in (
+            "export.heads",
+            "export.passes.widen",
+            "plugins.cpu.fuse",
+            "engines.sessions.torch",
+            "engines.sessions.tensorrt.session",
+        )
     ),
-    "tensorrt": tuple(f"{PACKAGE}.engines.{name}" for name in ("torch_session", "ort", "ort_cuda")),
+    "tensorrt": tuple(f"{PACKAGE}.engines.sessions.{name}" for name in ("torch", "ort", "ort_cuda")),
 }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepseek_trt.engines.plan_check import Limits, limits_of, read_plans
-from deepseek_trt.engines.scheduler import SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+from deepseek_trt.engines.plans.check import Limits, limits_of, read_plans
 from deepseek_trt.engines.serving.settings import ServingSettings
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
 
 DEFAULT_CACHE_MIB = 1024

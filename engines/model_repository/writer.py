@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -15,15 +14,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.model_repository.config import MODEL_FILE, config_pbtxt
 from deepseek_trt.engines.model_repository.placing import bundle_files, place_bundle, plan_files
 from deepseek_trt.engines.model_repository.runtime import REQUIREMENTS, runtime_files
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
 from deepseek_trt.engines.serving.settings import ServingSettings
-from deepseek_trt.engines.text import Text
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.interface import GENERATION
 from deepseek_trt.export.errors import BundleError, OutputError, RequestError
-from deepseek_trt.export.interface import GENERATION
+from deepseek_trt.export.files import aside, file_sha256
 
 MANIFEST = "manifest.json"
 VERSION = "1"
@@ -77,7 +77,7 @@ def write_manifest(version_folder: Path, facts: dict[str, Any]) -> None:
     names = sorted(path.relative_to(version_folder).as_posix() for path in version_folder.rglob("*") if path.is_file())
     names = [name for name in names if name != MANIFEST and "__pycache__" not in name]
     with ThreadPoolExecutor() as threads:
-        digests = threads.map(lambda name: _sha256(version_folder / name), names)
+        digests = threads.map(lambda name: file_sha256(version_folder / name), names)
         manifest = {**facts, "files": dict(zip(names, digests, strict=True))}
     (version_folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -168,10 +168,9 @@ def write_scripts(repository: Path) -> None:
         if name == "README.md":
             data = _readme(data.decode(), repository, names).encode()
         if not (repository / name).is_file() or (repository / name).read_bytes() != data:
-            draft = repository / f".{name}.tmp"
-            draft.write_bytes(data)
-            draft.chmod(0o755 if name == "serve.sh" else 0o644)
-            os.replace(draft, repository / name)
+            with aside(repository / name) as draft:
+                draft.write_bytes(data)
+                draft.chmod(0o755 if name == "serve.sh" else 0o644)
 
 
 def _task(model: Path) -> str:
@@ -193,11 +192,3 @@ def _readme(template: str, repository: Path, names: Iterable[str]) -> str:
 def script_bytes(name: str) -> bytes:
     """A file that comes with the package."""
     return files("deepseek_trt.engines.model_repository").joinpath("files").joinpath(name).read_bytes()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
-from deepseek_trt.engines.classify import TextClassifier, scores_of
-from deepseek_trt.engines.rows import pad_rows
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.engines.tasks.classify import TextClassifier, scores_of
+from deepseek_trt.engines.tasks.rows import pad_rows
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import DeepseekTrtError
 
 

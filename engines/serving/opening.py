@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from deepseek_trt.engines.backends import SessionRequest
-from deepseek_trt.engines.choose_backend import open_session
-from deepseek_trt.engines.llm import LLM
-from deepseek_trt.engines.sampling import SamplingParams
+from deepseek_trt.engines.generation.llm import LLM
+from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.serving.settings import ServingSettings
-from deepseek_trt.engines.text import Text
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.opening import open_session
+from deepseek_trt.export.bundle.folder import Bundle
 
 
 def open_llm(path: Path, settings: ServingSettings) -> LLM:

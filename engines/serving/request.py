@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepseek_trt.engines.sampling import SamplingParams
+from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.text import Message, Text
 from deepseek_trt.engines.serving.tensors import INPUTS
-from deepseek_trt.engines.text import Message, Text
 from deepseek_trt.export.errors import RequestError
 
 Tensors = Mapping[str, npt.NDArray[Any]]

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from deepseek_trt.engines.llm import LLM, Answer
-from deepseek_trt.engines.scheduler import Event
+from deepseek_trt.engines.generation.llm import LLM, Answer
+from deepseek_trt.engines.generation.scheduler import Event
 from deepseek_trt.engines.serving.metrics import Ended, Gauges, Metrics
 from deepseek_trt.engines.serving.request import Tensors, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream

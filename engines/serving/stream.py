@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from deepseek_trt.engines.llm import Answer, Piece
-from deepseek_trt.engines.loop import Ticket
-from deepseek_trt.engines.scheduler import Event
+from deepseek_trt.engines.generation.llm import Answer, Piece
+from deepseek_trt.engines.generation.loop import Ticket
+from deepseek_trt.engines.generation.scheduler import Event
 from deepseek_trt.engines.serving.request import GenerateRequest
 
 FailureKind = Literal["invalid", "refused", "cancelled", "timeout", "failed"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from deepseek_trt.export.graph import DOMAIN
+from deepseek_trt.export.bundle.graph import DOMAIN
 
 OPSET = 23  # of the standard operators in graphs and bodies
 FLOATS = ("float32", "float16", "bfloat16")

@@ -12,9 +12,9 @@ import types
 import numpy as np
 import torch
 
-from deepseek_trt.engines.device import Pinned
+from deepseek_trt.engines.sessions.tensorrt.device import Pinned
+from deepseek_trt.export.bundle.graph import past_name, present_name
 from deepseek_trt.export.errors import BackendError
-from deepseek_trt.export.graph import past_name, present_name
 from deepseek_trt.export.model import DeepseekV2
 
 DTYPES = {"float32": np.float32, "int32": np.int32, "int64": np.int64}

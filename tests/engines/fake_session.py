@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepseek_trt.export.graph import CacheSpec
+from deepseek_trt.export.bundle.graph import CacheSpec
 
 VOCAB, PAGE = 13, 4
 PRIME = 1_000_003

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deepseek_trt.engines.ort import OrtSession
-from deepseek_trt.engines.session import row_latents
-from deepseek_trt.engines.torch_session import TorchSession
+from deepseek_trt.engines.sessions.ort import OrtSession
+from deepseek_trt.engines.sessions.session import row_latents
+from deepseek_trt.engines.sessions.torch import TorchSession
 
 PAGES = 20
 TABLE = np.array([[1, 4, 7, 10, 13], [2, 5, 8, 11, 14], [3, 6, 9, 12, 15]], dtype=np.int32)

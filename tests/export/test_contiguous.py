@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
-from deepseek_trt.engines.graph_session import GRAPH_BACKENDS
-from deepseek_trt.engines.ort import OrtSession
+from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
+from deepseek_trt.engines.sessions.ort import OrtSession
 
 # Two float32 computations of the same sums: see RELATIVE in test_cache_semantics.
 RELATIVE = 1e-5

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassification, DeepseekV2Model
 
-from deepseek_trt.engines.graph_session import GRAPH_BACKENDS
+from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from deepseek_trt.engines.torch_session import TorchSession, load_model
+from deepseek_trt.engines.sessions.torch import TorchSession, load_model
 from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.config import ModelConfig, RopeConfig
 from deepseek_trt.export.model import DeepseekV2
-from deepseek_trt.export.weights import plan_weights
+from deepseek_trt.export.writing.weight_plan import plan_weights
 
 # float32 keeps 2**-24 = 6e-8 a rounding; some hundred roundings in a row over three layers stay below 1e-5 of the
 # largest logit, which is what two right implementations may differ by.

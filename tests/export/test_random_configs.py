@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from deepseek_trt.engines.ort import OrtSession
+from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
 
 _spec = importlib.util.spec_from_file_location("semantics", Path(__file__).with_name("test_semantics.py"))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepseek_trt.engines.ort import OrtSession
-from deepseek_trt.engines.torch_session import TorchSession
+from deepseek_trt.engines.sessions.ort import OrtSession
+from deepseek_trt.engines.sessions.torch import TorchSession
 
 # float32 rounds by 2**-24 = 6e-8. A logit is the end of a chain of some 20 sums of 16 to 160 products a layer, whose
 # rounding errors add up like sqrt(terms): 6e-8 * 20 * sqrt(160) = 1.5e-5 of the largest logit, for the worst of them.

@@ -73,7 +73,7 @@ def test_unsupported_and_damaged(tmp_path, published, make_checkpoint):
 
 
 def test_no_torch_for_check(tmp_path):
-    code = "import sys, deepseek_trt.cli.check_command; sys.exit('torch' in sys.modules or 'onnx' in sys.modules)"
+    code = "import sys, deepseek_trt.cli.check; sys.exit('torch' in sys.modules or 'onnx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

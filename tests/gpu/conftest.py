@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_trt.engines.device import open_device
-from deepseek_trt.engines.flavour import open_flavour
+from deepseek_trt.engines.plans.flavour import open_flavour
+from deepseek_trt.engines.sessions.tensorrt.device import open_device
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import BackendError, BuildError
-from deepseek_trt.plugins.aot import FALLBACK_TILES_SM, compile_all
+from deepseek_trt.plugins.aot.compile import FALLBACK_TILES_SM, compile_all
 
 HERE = Path(__file__).parent
 MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}

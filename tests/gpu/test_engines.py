@@ -9,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_trt.engines.bench import BenchRequest, bench
-from deepseek_trt.engines.build import build_plans
-from deepseek_trt.engines.choose_backend import choose_backend
-from deepseek_trt.engines.generate import generate
-from deepseek_trt.engines.ort import OrtSession
-from deepseek_trt.engines.ort_cuda import OrtCudaSession
-from deepseek_trt.engines.pages import page_table
-from deepseek_trt.engines.plan import BuildSpec
-from deepseek_trt.engines.sampling import SamplingParams
-from deepseek_trt.engines.session import row_latents
-from deepseek_trt.engines.torch_session import TorchSession
-from deepseek_trt.engines.trt import TrtSession
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.engines.bench.bench import BenchRequest, bench
+from deepseek_trt.engines.generation.generate import generate
+from deepseek_trt.engines.generation.pages import page_table
+from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.plans.build import build_plans
+from deepseek_trt.engines.plans.plan import BuildSpec
+from deepseek_trt.engines.sessions.opening import choose_backend
+from deepseek_trt.engines.sessions.ort import OrtSession
+from deepseek_trt.engines.sessions.ort_cuda import OrtCudaSession
+from deepseek_trt.engines.sessions.session import row_latents
+from deepseek_trt.engines.sessions.tensorrt.session import TrtSession
+from deepseek_trt.engines.sessions.torch import TorchSession
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BackendError, RequestError
-from deepseek_trt.plugins.aot import compile_all
+from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
-from deepseek_trt.plugins.library import build_library
+from deepseek_trt.plugins.tensorrt.library import build_library
 from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
 
 PAGES = 33  # all that the profile allows: four rows of 512 tokens, and the scratch page

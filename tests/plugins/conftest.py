@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.plugins.compiler import find_compiler
-from deepseek_trt.plugins.library import PluginLibrary, build_library
-from deepseek_trt.plugins.records import Binary, Variant
-from deepseek_trt.plugins.variants import variants_for
+from deepseek_trt.plugins.aot.records import Binary, Variant
+from deepseek_trt.plugins.aot.variants import variants_for
+from deepseek_trt.plugins.cxx import find_compiler
+from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "plugins" / "csrc"
+CSRC = HERE.parents[1] / "plugins" / "tensorrt" / "csrc"
 DTYPE = "bfloat16"
 
 Drive = Callable[..., list[str]]
@@ -80,11 +80,12 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path(wheel.origin).parent / "include" / "tensorrt"
     )  # 10.14's: drive.cpp declares later ones' changes itself
     compiler = find_compiler()
-    common = ["-Os", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", str(CSRC)]
-    drive = [*common, "-isystem", str(headers), str(HERE / "csrc" / "drive.cpp"), "-ldl", "-o", "drive"]
+    common = ["-Os", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    common += [flag for folder in (CSRC, CSRC / "driver") for flag in ("-I", str(folder))]
+    drive = [*common, "-isystem", str(headers), str(HERE / "tensorrt" / "csrc" / "drive.cpp"), "-ldl", "-o", "drive"]
     compiler.run(drive, folder)
     shared = ["-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-o", "driver/libcuda.so.1"]
-    compiler.run([*common, str(HERE / "csrc" / "recording_driver.cpp"), *shared], folder)
+    compiler.run([*common, str(HERE / "tensorrt" / "csrc" / "recording_driver.cpp"), *shared], folder)
     return folder
 
 

@@ -140,7 +140,7 @@ def test_sigterm_ends_every_stream_and_leaves_nothing(serve, own_repository, tok
 
 
 @pytest.mark.parametrize(
-    "file", ["bundle/weights.safetensors", "runtime/deepseek_trt/engines/scheduler.py", "model.py"]
+    "file", ["bundle/weights.safetensors", "runtime/deepseek_trt/engines/generation/scheduler.py", "model.py"]
 )
 def test_a_spoiled_file_is_refused_at_load_with_the_reason(serve, own_repository, file):
     spoiled = own_repository / "deepseek_v2" / "1" / file

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deepseek_trt.export.bundle import Bundle
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.checkpoint import read_header
-from deepseek_trt.export.weight_file import WEIGHTS_FILE
-from deepseek_trt.validate import long_cases
+from deepseek_trt.export.writing.weight_file import WEIGHTS_FILE
+from deepseek_trt.validate.cases import long_cases
 
 PAGE = 8
 Edit = Callable[[onnx.ModelProto], None]

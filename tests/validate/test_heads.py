@@ -13,8 +13,8 @@ from polygraphy.comparator import AccuracyResults
 from safetensors.torch import save_file
 
 from deepseek_trt.cli.main import main
-from deepseek_trt.engines import graph_session
-from deepseek_trt.engines.graph_session import GRAPH_BACKENDS, OrtGraphs
+from deepseek_trt.engines.sessions import graphs as graph_session
+from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS, OrtGraphs
 
 LATENTS = [f"present.{layer}.latent" for layer in range(3)]
 PAIRS = [f"present.{layer}.{name}" for layer in range(3) for name in ("key", "value")]

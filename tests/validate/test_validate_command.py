@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.cli.main import main
-from deepseek_trt.cli.validate_command import BACKENDS as CHOICES
-from deepseek_trt.cli.validate_command import EXIT_ACCURACY
-from deepseek_trt.engines.backends import BACKENDS as ENGINES
-from deepseek_trt.validate.backends import BACKENDS
+from deepseek_trt.cli.validate import BACKENDS as CHOICES
+from deepseek_trt.cli.validate import EXIT_ACCURACY
+from deepseek_trt.engines.sessions.backends import BACKENDS as ENGINES
+from deepseek_trt.validate.backends.backends import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("little_greed")
 LAYER_0_WEIGHT = "model.layers.0.self_attn.o_proj.weight"

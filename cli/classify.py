@@ -1,0 +1,33 @@
+"""deepseek-trt classify"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("classify", short_help="Label texts with a text-classification bundle.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--text", "texts", multiple=True, required=True, help="Text to label; give it as often as you like.")
+@click.option("--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a text.")
+def command(bundle: Path, texts: tuple[str, ...], backend: str, as_json: bool) -> None:
+    """Print the labels of each text with their scores, best first.
+
+    Example: deepseek-trt classify ./sentiment --text "a fine film" --text "two hours too long"
+    """
+    from deepseek_trt.engines.tasks.classify import TextClassifier
+    from deepseek_trt.export.bundle.folder import Bundle
+
+    classifier = TextClassifier(Bundle.open(bundle), backend)
+    if classifier.session.note:
+        click.echo(f"backend: {backend} ({classifier.session.note})", err=True)
+    for text, result in zip(texts, classifier.classify(texts), strict=True):
+        if as_json:
+            facts = {"text": text, "label": result.label, "score": result.score, "scores": dict(result.scores)}
+            click.echo(json.dumps(facts, ensure_ascii=False))
+        else:
+            scores = ", ".join(f"{label} {score:.4f}" for label, score in result.scores)
+            click.echo(f"{scores}: {text}")

@@ -1,0 +1,47 @@
+"""deepseek-trt export"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deepseek_trt.export.bundle.interface import GENERATION, IOS, NATIVE, TASKS
+from deepseek_trt.export.config import DTYPES
+
+
+@click.command("export", short_help="Write a bundle.")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--task", type=click.Choice(TASKS), default=GENERATION, show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Default: the checkpoint's.")
+@click.option("--io", type=click.Choice(IOS), default=NATIVE, show_default=True, help="Names and cache of the graphs.")
+@click.option("--no-cache", is_flag=True, help="feature-extraction in one graph, for embedding whole texts.")
+@click.option("--inputs-embeds", is_flag=True, help="The graphs take embeddings instead of token ids.")
+@click.option("--hidden-states", is_flag=True, help="feature-extraction gives every layer's output, too.")
+@click.option("--all-logits", is_flag=True, help="Prefill gives the logits of every token, not of the last one only.")
+@click.option("--logits-to-keep", type=int, help="Prefill gives the logits of the last K tokens; 0 is all.")
+@click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
+@click.option("--num-layers", type=int, help="Export only the first layers, to debug accuracy.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Trace CHECKPOINT (config.json and safetensors) into ONNX graphs in OUT: prefill and decode, or one model.
+
+    Example: deepseek-trt export ./DeepSeek-V2-Lite ./v2-lite --dtype bfloat16
+    """
+    from deepseek_trt.cli.progress import export_reporter
+    from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+
+    with export_reporter() as report:
+        result = export_checkpoint(ExportRequest(checkpoint, out, **options), report)
+    manifest = result.bundle.manifest
+    for note in (*manifest.notes, *(f"dropped {d.name}: {d.reason}" for d in manifest.dropped)):
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        facts = {"bundle": str(out), "fresh": result.fresh, "dtype": manifest.dtype, "tensors": len(manifest.weights)}
+        click.echo(json.dumps(facts))
+    else:
+        done = "wrote" if result.fresh else "nothing to do, same inputs as"
+        click.echo(f"{done} {out} ({manifest.dtype}, {len(manifest.weights)} tensors)")

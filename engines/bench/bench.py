@@ -1,0 +1,215 @@
+"""Bench: how fast a bundle generates here, and how near that is to what memory bandwidth allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from deepseek_trt.engines.bench.bandwidth import copy_bandwidth, read_bandwidth
+from deepseek_trt.engines.bench.roofline import decode_traffic, distinct_experts
+from deepseek_trt.engines.generation.generate import PREFILL_CHUNK, check_generates, pages_needed
+from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.opening import AUTO, Choice, Opened, choose_backend, open_session
+from deepseek_trt.engines.sessions.tensorrt.device import Device, open_device
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.errors import RequestError
+from deepseek_trt.plugins.cpu.library import ExpertsHit
+
+Say = Callable[[str], None]
+WARM_TOKENS = 3  # of a first run, which is not measured
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """context counts the tokens cached before the first decode step; threads 0 lets the backend choose."""
+
+    bundle: Path
+    backend: str = AUTO
+    batch_sizes: tuple[int, ...] = (1,)
+    context: int = 512
+    new_tokens: int = 64
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("context", 1), ("new_tokens", 3)):
+            if getattr(self, name) < least:
+                raise RequestError(f"{name} {getattr(self, name)}: must be at least {least}")
+        if min(self.batch_sizes) < 1:
+            raise RequestError(f"batch_sizes {self.batch_sizes}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One batch size. Times are in seconds, sizes in bytes.
+
+    time_to_first_token: from the request to the token, the mean of all rows. time_per_token: of decode steps with all
+    rows and no prefill, each of which gives every row a token. bytes_a_step: weights that every step reads, weights of
+    the routed experts hit, cache; at the mean length. experts_hit: distinct routed experts of a layer in a step, the
+    mean; `experts` says whether they were counted in these steps or are what equally likely experts would give.
+    bandwidth_fraction: the sum of the bytes over the median step's time, as a share of the measured bandwidth.
+    """
+
+    batch_size: int
+    context: int
+    new_tokens: int
+    tokens_per_second: float
+    prefill_tokens_per_second: float
+    time_to_first_token: float
+    time_per_token: dict[str, float]
+    bytes_a_step: dict[str, int]
+    experts_hit: float
+    experts: Literal["measured", "expected"]
+    bandwidth_fraction: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """bandwidth is read on a CPU, read and written in a copy on a GPU, in bytes a second."""
+
+    bundle: str
+    backend: str
+    why: str
+    note: str
+    threads: int
+    dtype: str
+    weights_dtype: str
+    bandwidth: float
+    points: tuple[Point, ...]
+
+
+def bench(request: BenchRequest, say: Say = lambda line: None) -> BenchReport:
+    """Measure every batch size, greedy, on prompts of random tokens; `say` gets lines about what goes on.
+
+    Raises RequestError where context and new tokens are more than the model or its engines take.
+    """
+    bundle = Bundle.open(request.bundle)
+    check_generates(bundle)
+    longest = bundle.manifest.model.max_position_embeddings
+    if request.context + request.new_tokens > longest:
+        raise RequestError(
+            f"context {request.context} and {request.new_tokens} new tokens: the model takes {longest} in all"
+        )
+    choice = choose_backend(bundle, request.backend)
+    bandwidth = _bandwidth(choice, request.threads)
+    pages = pages_needed(bundle.manifest.model, bundle.manifest.cache.page_size, *_largest(request))
+    opened = open_session(SessionRequest(bundle, pages, request.threads), request.backend)
+    say(opened.line)
+    points = []
+    for batch in request.batch_sizes:
+        say(f"batch {batch}, context {request.context}, {request.new_tokens} new tokens a row")
+        points.append(_point(opened, bundle, request, batch, bandwidth))
+    session = opened.session
+    return BenchReport(
+        bundle=str(request.bundle),
+        backend=session.backend,
+        why=opened.choice.why,
+        note=session.note,
+        threads=request.threads,
+        dtype=bundle.manifest.dtype,
+        weights_dtype=_weights_dtype(opened),
+        bandwidth=bandwidth,
+        points=tuple(points),
+    )
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds to each row's first token, and of every decode step that had all rows; what all steps hit, if counted."""
+
+    first: tuple[float, ...]
+    steps: tuple[float, ...]
+    hit: ExpertsHit
+
+
+def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, bandwidth: float) -> Point:
+    prompts = _prompts(bundle.manifest.model.vocab_size, batch, request.context)
+    _run(opened, bundle, prompts, WARM_TOKENS)
+    times = _run(opened, bundle, prompts, request.new_tokens)
+    mean_length = request.context + len(times.steps) // 2
+    measured = _experts_hit(bundle.manifest.model, times)
+    hit = distinct_experts(bundle.manifest.model, batch) if measured is None else measured
+    lengths = [mean_length] * batch
+    traffic = decode_traffic(bundle.manifest, opened.session.cache, lengths, _weights_dtype(opened), hit)
+    p50, p95, p99 = (float(np.quantile(times.steps, q)) for q in (0.5, 0.95, 0.99))
+    return Point(
+        batch_size=batch,
+        context=request.context,
+        new_tokens=request.new_tokens,
+        tokens_per_second=batch / float(np.mean(times.steps)),
+        prefill_tokens_per_second=batch * request.context / max(times.first),
+        time_to_first_token=float(np.mean(times.first)),
+        time_per_token={"p50": p50, "p95": p95, "p99": p99},
+        bytes_a_step={"weights": traffic.weights, "experts": traffic.experts, "cache": traffic.cache},
+        experts_hit=hit,
+        experts="expected" if measured is None else "measured",
+        bandwidth_fraction=traffic.total / p50 / bandwidth,
+    )
+
+
+def _run(opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Times:
+    rows = len(prompts)
+    limits = SchedulerLimits(rows, rows * PREFILL_CHUNK, PREFILL_CHUNK, prefix_reuse=False)
+    scheduler = Scheduler(opened.session, bundle.manifest.model, limits)
+    start = time.perf_counter()
+    for prompt in prompts:
+        scheduler.add(prompt, SamplingParams(new_tokens, ignore_eos=True))
+    first: dict[int, float] = {}
+    steps: list[float] = []
+    hit_before = _hit_so_far(opened)
+    while scheduler.busy:
+        before, decoded = time.perf_counter(), scheduler.counters.decoded
+        prefilled = scheduler.counters.prefilled
+        events = scheduler.step()
+        now = time.perf_counter()
+        for event in events:
+            first.setdefault(event.request, now - start)
+        if scheduler.counters.decoded - decoded == rows and scheduler.counters.prefilled == prefilled:
+            steps.append(now - before)
+    layers, experts = (after - before for after, before in zip(_hit_so_far(opened), hit_before, strict=True))
+    return _Times(tuple(first.values()), tuple(steps), ExpertsHit(layers, experts))
+
+
+def _hit_so_far(opened: Opened) -> ExpertsHit:
+    """Zeros where the session does not count."""
+    count: Callable[[], ExpertsHit] | None = getattr(opened.session, "experts_hit", None)
+    return count() if count else ExpertsHit(0, 0)
+
+
+def _experts_hit(model: ModelConfig, times: _Times) -> float | None:
+    """Distinct experts of a layer in a step, the mean; None unless every such layer of every timed step was counted."""
+    layers = len(times.steps) * sum(map(model.is_moe_layer, range(model.num_hidden_layers)))
+    return times.hit.experts / layers if layers and times.hit.layers == layers else None
+
+
+def _prompts(vocab: int, batch: int, context: int) -> list[list[int]]:
+    ids = np.random.default_rng(0).integers(0, vocab, (batch, context))
+    return [row.tolist() for row in ids]
+
+
+def _largest(request: BenchRequest) -> tuple[list[range], int]:
+    return [range(request.context)] * max(request.batch_sizes), request.new_tokens
+
+
+def _weights_dtype(opened: Opened) -> str:
+    """What the session reads weights as: as wide as its cache unless it says otherwise."""
+    return str(getattr(opened.session, "weights_dtype", opened.session.cache.dtype))
+
+
+def _bandwidth(choice: Choice, threads: int, make_device: Callable[[], Device] = open_device) -> float:
+    """Of the device that computes; measured before the session takes the memory."""
+    if choice.device == "cpu":
+        return read_bandwidth(threads)
+    device = make_device()
+    device.activate()
+    try:
+        return copy_bandwidth(device)
+    finally:
+        device.close()

@@ -1,0 +1,71 @@
+"""What a decode step must read and write, from the manifest alone: the floor that memory bandwidth sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepseek_trt.export.bundle.folder import Manifest, WeightRecord
+from deepseek_trt.export.bundle.graph import CacheSpec
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.dtypes import dtype_bytes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one decode step moves.
+
+    weights: what every step reads whatever the tokens are. experts: of the routed experts that are hit. cache: the
+    latents read and written.
+    """
+
+    weights: int
+    experts: int
+    cache: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.experts + self.cache
+
+
+def decode_traffic(
+    manifest: Manifest, cache: CacheSpec, lengths: Sequence[int], weights_dtype: str, experts_hit: float
+) -> Traffic:
+    """For one token a row after `lengths` cached tokens each, which hit `experts_hit` routed experts a layer.
+
+    `cache` and `weights_dtype` are what the session computes in, which may be wider than the bundle. Each weight counts
+    once however many rows use it, and of the embedding one row a token.
+    """
+    model, batch = manifest.model, len(lengths)
+    routed = [w for w in manifest.weights if _is_routed(w)]
+    each = sum(_nbytes(w, weights_dtype) for w in routed) / max(model.n_routed_experts, 1)
+    always = sum(_nbytes(w, weights_dtype) for w in manifest.weights if not _is_routed(w) and not _is_table(w, model))
+    embedded = batch * model.hidden_size * dtype_bytes(weights_dtype)
+    read = cache.bytes_per_token * sum(lengths)
+    return Traffic(
+        weights=always + embedded,
+        experts=round(each * experts_hit),
+        cache=read + cache.bytes_per_token * batch,
+    )
+
+
+def distinct_experts(model: ModelConfig, tokens: int) -> float:
+    """Routed experts of a layer that `tokens` tokens are expected to hit, were all experts equally likely:
+    n (1 - (1 - k/n)^tokens), as each token picks k of n distinct ones.
+    """
+    n, k = model.n_routed_experts, model.num_experts_per_tok
+    return n * (1 - (1 - k / n) ** tokens) if n else 0.0
+
+
+def _is_routed(weight: WeightRecord) -> bool:
+    return ".mlp.experts." in weight.recipe.name
+
+
+def _is_table(weight: WeightRecord, model: ModelConfig) -> bool:
+    """The embedding, where it is not the output matrix too."""
+    return weight.recipe.name == "model.embed_tokens.weight" and not model.tie_word_embeddings
+
+
+def _nbytes(weight: WeightRecord, dtype: str) -> int:
+    """Tensors that are float32 in any model stay so."""
+    return weight.recipe.size * dtype_bytes("float32" if weight.dtype == "float32" else dtype)

@@ -1,0 +1,332 @@
+"""Scheduler: many requests over one Session; they join and leave the running batch at every step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from deepseek_trt.engines.generation.pages import PagePool, page_table
+from deepseek_trt.engines.generation.prefix import PrefixKeys
+from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.export.arrays import Floats, Int32s
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.errors import RequestError
+from deepseek_trt.plugins.cpu.likeliest import TopLogprobs, unpack
+from deepseek_trt.plugins.cpu.sampler import load_sampler
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """What one step may hold.
+
+    max_running: requests that own pages. token_budget: tokens computed in a step, one a decoding request and the rest
+    for prefill, padding counted. prefill_chunk: tokens of one prompt at once (an engine's --max-input-len).
+    prefix_reuse: full pages with the same tokens before and in them are computed once and shared.
+    """
+
+    max_running: int = 32
+    token_budget: int = 1024
+    prefill_chunk: int = 512
+    prefix_reuse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_running < 1:
+            raise RequestError(f"max_running {self.max_running}: must be at least 1")
+        if self.prefill_chunk < 1:
+            raise RequestError(f"prefill_chunk {self.prefill_chunk}: must be at least 1")
+        if self.token_budget < self.max_running:
+            raise RequestError(f"token_budget {self.token_budget}: must be at least max_running, {self.max_running}")
+
+
+class Event(NamedTuple):  # made for every token: a frozen dataclass takes three times as long to make
+    """One new token of a request; `finished` says why it is the last. Stop tokens are given too.
+
+    logprob and the likeliest tokens, packed, are there where the request asked for them.
+    """
+
+    request: int
+    token: int
+    finished: FinishReason | None
+    logprob: float | None = None
+    likeliest: bytes = b""
+
+    @property
+    def top_logprobs(self) -> TopLogprobs:
+        return unpack(self.likeliest)
+
+
+@dataclass
+class Counters:
+    """What a scheduler has done so far, in tokens but for `preemptions`."""
+
+    prefilled: int = 0
+    decoded: int = 0
+    reused: int = 0
+    preemptions: int = 0
+
+
+@dataclass
+class _Request:
+    """tokens: prompt and answer; the first `cached` of them lie in `pages`. limit: tokens of the answer."""
+
+    id: int
+    tokens: list[int]
+    sampler: Sampler
+    limit: int
+    most_pages: int
+    stops: frozenset[int]
+    keys: PrefixKeys
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0
+    named: int = 0  # pages that the pool knows by key
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.tokens) - self.cached
+
+    @property
+    def decodes(self) -> bool:
+        return 0 < self.cached == len(self.tokens) - 1
+
+
+class _Work(NamedTuple):
+    """A row of a graph's batch: the request and how many of its tokens this step computes."""
+
+    request: _Request
+    new: int
+
+
+class Scheduler:
+    """Continuous batching by pages. Not for several threads at once.
+
+    Requests are admitted in order of arrival when their tokens have pages and one more is left for each that runs and
+    may grow. When a running request finds no page, the latest arrival is put back to the front of the queue; its
+    tokens are kept and computed again. The earliest is never put back, so every request ends.
+    """
+
+    def __init__(self, session: Session, config: ModelConfig, limits: SchedulerLimits | None = None) -> None:
+        self.limits = limits or SchedulerLimits()
+        self.counters = Counters()
+        self.pool = PagePool(session.pages)
+        self._session, self._config = session, config
+        library: Path | None = getattr(session, "library", None)
+        self._native = load_sampler(library, getattr(session, "threads", 1)) if library else None
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []  # in order of arrival, all earlier than those waiting
+        self._next_id = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, name: str = "the prompt") -> int:
+        """Queue a request and return its id. Raises RequestError, which calls the prompt `name`, where `check` does."""
+        self.check(prompt, params, name)
+        tokens = list(prompt)
+        stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._config.eos_token_ids)
+        sampler = Sampler(params, tokens, sorted(stops))
+        keys = PrefixKeys(self._session.cache.page_size)
+        limit, most = self._limit(prompt, params), self._most_pages(prompt, params)
+        request = _Request(self._next_id, tokens, sampler, limit, most, stops, keys)
+        self._next_id += 1
+        self._waiting.append(request)
+        return request.id
+
+    def check(self, prompt: Sequence[int], params: SamplingParams, name: str = "the prompt") -> None:
+        """RequestError for an empty prompt, an unknown token id, and a prompt too long for the model or the pool."""
+        vocab, longest = self._config.vocab_size, self._config.max_position_embeddings - 1
+        if not prompt:
+            raise RequestError(f"{name} is empty: give at least one token")
+        if not all(0 <= token < vocab for token in prompt):
+            raise RequestError(f"{name} holds a token id outside 0..{vocab - 1}")
+        unknown = [token for token in params.stop_token_ids if token >= vocab]
+        if unknown:
+            raise RequestError(f"stop_token_ids {unknown}: the model's token ids end at {vocab - 1}")
+        if len(prompt) > longest:
+            raise RequestError(f"{name} has {len(prompt)} tokens; the model takes at most {longest}")
+        pages = self._most_pages(prompt, params)
+        if pages > self.pool.pages - 1:
+            raise RequestError(
+                f"{name} has {len(prompt)} tokens and may get {self._limit(prompt, params)}: {pages} cache pages, but "
+                f"there are {self.pool.pages - 1}; give the session more pages or lower max_new_tokens"
+            )
+
+    def cancel(self, request: int) -> bool:
+        """Drop a request and free its pages at once; False when it has ended already."""
+        for queue in (self._running, self._waiting):
+            for candidate in queue:
+                if candidate.id == request:
+                    self._vacate(candidate)
+                    queue.remove(candidate)
+                    return True
+        return False
+
+    def step(self) -> list[Event]:
+        """Compute one step: the next token of every decoding request, and prefill within the budget.
+
+        Events come in order of arrival, at most one a request. When the session raises, no request has moved, and the
+        step can be tried again.
+        """
+        self._grow()
+        self._admit()
+        decoding = [_Work(request, 1) for request in self._running if request.decodes]
+        all_decode = len(decoding) == len(self._running)
+        prefilling = [] if all_decode else self._chunks(self.limits.token_budget - len(decoding))
+        prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
+        self._advance(prefilling, decoding)
+        if not prefilling:
+            return self._sample([w.request for w in decoding], decoded)
+        work = zip([*prefilling, *decoding], [*prefilled, *decoded], strict=True)
+        rows = {w.request.id: row for w, row in work}
+        ready = [request for request in self._running if request.id in rows and not request.left]
+        return self._sample(ready, [rows[request.id] for request in ready])
+
+    def check_pages(self) -> None:
+        """RuntimeError when a page is lost, owned twice without being shared, or scratch and owned; for tests."""
+        self.pool.check(request.pages for request in [*self._running, *self._waiting])
+
+    def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        return min(params.max_new_tokens, self._config.max_position_embeddings - len(prompt))
+
+    def _most_pages(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """The last token of an answer is never cached."""
+        return self._session.cache.pages_for(len(prompt) + self._limit(prompt, params) - 1)
+
+    def _grow(self) -> None:
+        """A page for the next token of every decoding request, from the latest arrival where none is free."""
+        for request in tuple(self._running):
+            if self._session.cache.pages_for(len(request.tokens)) <= len(request.pages) or not request.decodes:
+                continue
+            while request.pages and not self.pool.free:
+                self._preempt(self._running[-1])
+            if request.pages:
+                request.pages += self.pool.take(1)
+
+    def _preempt(self, request: _Request) -> None:
+        self._vacate(request)
+        self._running.remove(request)
+        self._waiting.appendleft(request)
+        self.counters.preemptions += 1
+
+    def _vacate(self, request: _Request) -> None:
+        self.pool.give_back(request.pages)
+        request.pages, request.cached, request.named = [], 0, 0
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self.limits.max_running:
+            request = self._waiting[0]
+            shared = self._shareable(request)
+            missing = self._session.cache.pages_for(len(request.tokens)) - len(shared)
+            reserve = sum(len(running.pages) < running.most_pages for running in self._running)
+            if self.pool.free - self.pool.unowned(shared) < missing + reserve:
+                return
+            self.pool.share(shared)
+            request.pages = shared + self.pool.take(missing)
+            request.named = len(shared)
+            request.cached = len(shared) * self._session.cache.page_size
+            self.counters.reused += request.cached
+            self._running.append(self._waiting.popleft())
+
+    def _shareable(self, request: _Request) -> list[int]:
+        """Known pages of the request's tokens; the last token is computed in any case, as its logits are needed."""
+        if not self.limits.prefix_reuse:
+            return []
+        full = (len(request.tokens) - 1) // self._session.cache.page_size
+        return self.pool.find(request.keys.of(request.tokens, full))
+
+    def _chunks(self, budget: int) -> list[_Work]:
+        """Chunks of prompts in order of arrival, while rows times the longest chunk stay within the budget."""
+        work: list[_Work] = []
+        longest = 0
+        for request in self._running:
+            share = budget // (len(work) + 1)
+            if request.decodes or share < max(longest, 1):
+                continue
+            count = min(request.left, self.limits.prefill_chunk, share)
+            longest = max(longest, count)
+            work.append(_Work(request, count))
+        return work
+
+    def _prefill(self, work: list[_Work]) -> Sequence[Floats] | Floats:
+        """Logits [vocab] at the end of each row's chunk."""
+        if not work:
+            return ()
+        ids = np.zeros((len(work), max(w.new for w in work)), dtype=np.int64)
+        for row, w in enumerate(work):
+            ids[row, : w.new] = w.request.tokens[w.request.cached : w.request.cached + w.new]
+        logits = self._session.prefill(ids, _int32([w.new for w in work]), *self._cached(work))
+        if logits.ndim == 3:  # exported with all logits
+            return [logits[row, w.new - 1] for row, w in enumerate(work)]
+        return logits
+
+    def _decode(self, work: list[_Work]) -> Sequence[Floats] | Floats:
+        if not work:
+            return ()
+        ids = np.array([[w.request.tokens[-1]] for w in work], dtype=np.int64)
+        return self._session.decode(ids, *self._cached(work))
+
+    def _cached(self, work: list[_Work]) -> tuple[Int32s, Int32s]:
+        """past_lengths [B] and page_table [B, M] of the pages that this step reaches: prefill expands all it gets."""
+        reached = [self._session.cache.pages_for(w.request.cached + w.new) for w in work]
+        tables = [w.request.pages[:count] for w, count in zip(work, reached, strict=True)]
+        return _int32([w.request.cached for w in work]), page_table(tables)
+
+    def _advance(self, prefilling: list[_Work], decoding: list[_Work]) -> None:
+        self.counters.prefilled += sum(w.new for w in prefilling)
+        self.counters.decoded += len(decoding)
+        for w in (*prefilling, *decoding):
+            w.request.cached += w.new
+            if self.limits.prefix_reuse:
+                self._name_full_pages(w.request)
+
+    def _name_full_pages(self, request: _Request) -> None:
+        full = request.cached // self._session.cache.page_size
+        if full == request.named:
+            return
+        keys = request.keys.of(request.tokens, full)
+        for index in range(request.named, full):
+            self.pool.name(request.pages[index], keys[index])
+        request.named = full
+
+    def _sample(self, requests: list[_Request], rows: Sequence[Floats] | Floats) -> list[Event]:
+        if not requests:
+            return []
+        logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
+        choices = sample_rows([request.sampler for request in requests], logits, self._native)
+        events: list[Event] = []
+        for request, (token, logprob, top) in zip(requests, choices, strict=True):
+            request.tokens.append(token)
+            finished = _finished(request, token)
+            events.append(Event(request.id, token, finished, logprob, top))
+            if finished:
+                self._vacate(request)
+                self._running.remove(request)
+        return events
+
+
+def _finished(request: _Request, token: int) -> FinishReason | None:
+    """Stop tokens cannot come before min_tokens: the sampler bans them."""
+    if token in request.stops:
+        return "stop"
+    return "length" if request.sampler.made == request.limit else None
+
+
+def _int32(values: list[int]) -> Int32s:
+    return np.array(values, dtype=np.int32)

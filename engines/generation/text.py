@@ -1,0 +1,110 @@
+"""Text: a bundle's tokenizer and chat template, and text that grows token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.errors import BundleError, RequestError
+
+Message = dict[str, str]  # role, content
+
+_LONG = 4096  # characters: encoding one text stops all other threads, encoding a batch lets them run
+
+
+class Text:
+    """The bundle's tokenizer.json, as it came."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """BundleError when the checkpoint had no tokenizer."""
+        if bundle.tokenizer_path is None:
+            raise BundleError(f"{bundle.path} has no tokenizer.json: give token ids instead of text")
+        self._tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+        self._root = bundle.path
+        longest = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
+        self._most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings  # twice: normalizers may shorten
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, special tokens as the tokenizer adds them (BOS first).
+
+        RequestError for a text that is longer than all tokens that the model can take.
+        """
+        return self._encode(text, special=True)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation rendered with the checkpoint's chat template, ready for the answer."""
+        rendered = render_chat(_tokenizer_config(self._root), messages)
+        return self._encode(rendered, special=False)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        if len(text) > self._most_bytes:
+            raise RequestError(f"the prompt has {len(text)} characters, more than the model has tokens for: shorten it")
+        if len(text) < _LONG:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        else:
+            ids = self._tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def stream(self) -> TextStream:
+        return TextStream(self._tokenizer)
+
+
+class TextStream:
+    """One answer's text as it grows; bytes of an unfinished character are held back."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, possibly none."""
+        return self._stream.step(self._tokenizer, token) or ""
+
+
+def render_chat(tokenizer_config: dict[str, Any], messages: Sequence[Message]) -> str:
+    """The conversation as the checkpoint's template writes it; templates run in jinja2's sandbox.
+
+    Raises RequestError when there is no template, or when it refuses the messages.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    template = tokenizer_config.get("chat_template")
+    if not template:
+        raise RequestError("the checkpoint has no chat template: leave out --chat")
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    tokens = {name: _token_text(tokenizer_config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+    try:
+        return environment.from_string(template).render(messages=list(messages), add_generation_prompt=True, **tokens)
+    except TemplateError as error:
+        raise RequestError(f"the chat template refuses these messages: {error}") from None
+
+
+def _tokenizer_config(root: Path) -> dict[str, Any]:
+    file, template = root / "tokenizer_config.json", root / "chat_template.jinja"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if template.is_file():  # newer checkpoints keep it apart
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    return config
+
+
+def _token_text(token: str | dict[str, Any] | None) -> str:
+    """tokenizer_config.json holds a token as text or as an object with its content."""
+    if isinstance(token, dict):
+        return str(token.get("content", ""))
+    return token or ""

@@ -1,0 +1,308 @@
+"""Build: from a bundle and a plugin library to prefill.plan and decode.plan, on a machine with no GPU."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
+from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, Profile
+from deepseek_trt.engines.plans.profiles import profile_of
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import DOMAIN, GraphSpec, TensorSpec
+from deepseek_trt.export.bundle.weights import reference_arrays
+from deepseek_trt.export.errors import BuildError, BundleError
+from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.passes.share_weights import ShareWeights
+from deepseek_trt.export.writing.weight_plan import too_large_for_tensorrt
+from deepseek_trt.plugins.tensorrt.loading import load_library
+
+BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan on disk, and whether it was built now or had been built of the same inputs before."""
+
+    path: Path
+    record: PlanRecord
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """A graph in TensorRT's hands; builder, parser and model must outlive the network."""
+
+    builder: Any
+    parser: Any
+    network: Any
+    model: bytes
+    weights: tuple[str, ...]
+    plugins: dict[str, int]
+
+
+def plan_path(bundle: Bundle, graph: str) -> Path:
+    return bundle.path / f"{graph}.plan"
+
+
+def build_plans(
+    bundle: Bundle, spec: BuildSpec, library: Path, progress: BuildProgress | None = None
+) -> tuple[BuiltPlan, ...]:
+    """Build every graph of the bundle; each plan has its PlanRecord beside it as JSON.
+
+    Raises BuildError where TensorRT refuses, where the library does not fit, and where an MLA or MoE node would not run
+    as a plugin.
+    """
+    if spec.weights == "embedded" and bundle.manifest.by_reference:
+        raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
+    large = too_large_for_tensorrt(record.recipe for record in bundle.manifest.weights)
+    if large:
+        raise BuildError(
+            f"{large[0].name} {list(large[0].shape)} holds 2^31 numbers or more, which TensorRT cannot take: "
+            "run this bundle with ONNX Runtime, deepseek-trt generate --backend ort"
+        )
+    messages: list[str] = []
+    flavour = open_flavour(spec.flavour, lambda severity, text: _keep(messages, severity, text))
+    manifest = load_library(library, flavour.trt)
+    if manifest.dtype != bundle.manifest.dtype:
+        raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
+    missing = [sm for sm in spec.sms if sm not in manifest.sms and not manifest.ptx_sms]
+    if missing:
+        raise BuildError(f"{library} has no kernels for SM {missing[0]}: run deepseek-trt plugins --sm {missing[0]}")
+    return tuple(
+        _build_one(bundle, graph, spec, flavour, library, manifest.sha256, messages, progress or (lambda *_: None))
+        for graph in bundle.manifest.graphs
+    )
+
+
+def _build_one(
+    bundle: Bundle,
+    graph: GraphSpec,
+    spec: BuildSpec,
+    flavour: Flavour,
+    library: Path,
+    library_sha256: str,
+    messages: list[str],
+    progress: BuildProgress,
+) -> BuiltPlan:
+    path = plan_path(bundle, graph.name)
+    source = _source_sha256(bundle, graph, spec, flavour, library_sha256)
+    done = _up_to_date(path, source)
+    if done is not None:
+        return BuiltPlan(path, done, fresh=False)
+    messages.clear()
+    parsed = _parse(bundle, graph, spec, flavour, messages)
+    profile = profile_of(graph, bundle.manifest.cache, spec)
+    config = _configure(parsed, profile, spec, flavour, library, progress)
+    aside = path.with_suffix(".plan.tmp")
+    try:
+        _serialize(parsed, config, flavour, aside, messages)
+        record = PlanRecord(
+            graph=graph.name,
+            spec=spec,
+            flavour_version=flavour.version,
+            inputs=_tensors(parsed.network, "input"),
+            weights=parsed.weights,
+            outputs=_tensors(parsed.network, "output"),
+            profile=profile,
+            layers=_layers(parsed.network),
+            plugins=parsed.plugins,
+            plugin_library=os.path.relpath(library, bundle.path),
+            plugin_library_sha256=library_sha256,
+            source_sha256=source,
+            plan_sha256=file_sha256(aside),
+            plan_bytes=aside.stat().st_size,
+        )
+        path.with_suffix(".plan.json").unlink(missing_ok=True)  # never a record beside another plan
+        aside.rename(path)
+        record.write(path.with_suffix(".plan.json"))
+    finally:
+        aside.unlink(missing_ok=True)
+    return BuiltPlan(path, record, fresh=True)
+
+
+def _source_sha256(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour, library_sha256: str) -> str:
+    """Of all that decides what the plan holds; its small weights, or all of them, come from one export."""
+    digest = hashlib.sha256(bundle.graph_path(graph.name).read_bytes())
+    facts = [dataclasses.astuple(spec), flavour.name, flavour.version, library_sha256, bundle.manifest.fingerprint]
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
+def _up_to_date(path: Path, source: str) -> PlanRecord | None:
+    if not path.is_file():
+        return None
+    try:
+        record = PlanRecord.read(path.with_suffix(".plan.json"))
+    except BundleError:
+        return None
+    same = record.source_sha256 == source and record.plan_bytes == path.stat().st_size
+    return record if same and record.plan_sha256 == file_sha256(path) else None
+
+
+def _parse(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour, messages: list[str]) -> _Parsed:
+    """Parse the graph with plugins in place of the custom ops' bodies, and make sure that none fell back."""
+    trt = flavour.trt
+    builder = trt.Builder(flavour.logger)
+    network = builder.create_network(flavour.network_flags())
+    parser = trt.OnnxParser(network, flavour.logger)
+    parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
+    model = onnx.load(bundle.graph_path(graph.name), load_external_data=False)
+    wanted = collections.Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+    weights: tuple[str, ...] = ()
+    data = b""
+    if spec.weights == "shared":
+        weights, data = _with_shared_weights(bundle, model)
+        parsed = parser.parse(data, str(bundle.graph_path(graph.name)))
+    else:
+        parsed = parser.parse_from_file(str(bundle.graph_path(graph.name)))
+    if not parsed:
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise BuildError(f"{flavour.name} cannot parse {graph.file}: {_first(errors, messages)}")
+    found = _plugins(network)
+    if found != dict(wanted):
+        raise BuildError(f"{graph.file}: plugins took over {found}, not {dict(wanted)}: build the plugin library again")
+    return _Parsed(builder, parser, network, data, weights, found)
+
+
+def _with_shared_weights(bundle: Bundle, model: onnx.ModelProto) -> tuple[tuple[str, ...], bytes]:
+    """The names of the weights that are inputs now, and the graph, small enough to travel as bytes."""
+    graph = ir.serde.deserialize_model(model)
+    for value in graph.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.base_dir = str(bundle.path)
+    share = ShareWeights()
+    share(graph)
+    if bundle.manifest.by_reference:
+        _embed_small(bundle, graph)
+    return tuple(share.names), ir.to_proto(graph).SerializeToString()
+
+
+def _embed_small(bundle: Bundle, model: ir.Model) -> None:
+    """Give the small initializers of a by-reference bundle their data: they have no weights file to point into."""
+    initializers = model.graph.initializers
+    small = [name for name, value in initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
+    for name, array in reference_arrays(bundle, small).items():
+        initializers[name].const_value = ir.tensor(array, name=name)
+
+
+def _configure(
+    parsed: _Parsed, profile: Profile, spec: BuildSpec, flavour: Flavour, library: Path, progress: BuildProgress
+) -> Any:
+    trt = flavour.trt
+    config = parsed.builder.create_builder_config()
+    shapes = parsed.builder.create_optimization_profile()
+    for name, (smallest, likeliest, largest) in profile.shapes.items():
+        shapes.set_shape(name, smallest, likeliest, largest)
+    if config.add_optimization_profile(shapes) < 0:
+        raise BuildError(f"{flavour.name} refuses the profile {profile.shapes}")
+    flavour.set_chips(config, spec.sms)
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
+    if spec.embed_plugins:
+        config.plugins_to_serialize = [str(library)]
+    config.progress_monitor = _monitor(trt, progress)
+    return config
+
+
+def _serialize(parsed: _Parsed, config: Any, flavour: Flavour, path: Path, messages: list[str]) -> None:
+    """Build, and write the plan as it is made where the flavour can stream."""
+    if hasattr(parsed.builder, "build_serialized_network_to_stream"):
+        with path.open("wb") as out:
+            built = parsed.builder.build_serialized_network_to_stream(
+                parsed.network, config, _writer(flavour.trt, out.write)
+            )
+    else:
+        plan = parsed.builder.build_serialized_network(parsed.network, config)
+        built = plan is not None
+        if built:
+            path.write_bytes(memoryview(plan))
+    if not built:
+        raise BuildError(f"{flavour.name} cannot build {path.stem}: {_first([], messages)}")
+
+
+def _writer(trt: Any, write: Callable[[Any], Any]) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: Any) -> int:
+            write(data)
+            return len(data)
+
+    return Writer()
+
+
+def _monitor(trt: Any, progress: BuildProgress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
+            self.steps[phase_name] = int(num_steps)
+            progress(phase_name, 0, int(num_steps))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(phase_name, int(step) + 1, self.steps.get(phase_name, 0))
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            steps = self.steps.get(phase_name, 0)
+            progress(phase_name, steps, steps)
+
+    return Monitor()
+
+
+def _plugins(network: Any) -> dict[str, int]:
+    """Plugin layers by the op that they run."""
+    names = (network.get_layer(i) for i in range(network.num_layers))
+    kinds = [layer for layer in names if layer.type.name == "PLUGIN_V3"]
+    return dict(collections.Counter(_op_of(layer.name) for layer in kinds))
+
+
+def _op_of(layer: str) -> str:
+    """The parser names a plugin's layer after its node, which export names <Op>_<n>."""
+    return layer.split("_", 1)[0]
+
+
+def _layers(network: Any) -> dict[str, int]:
+    kinds = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+    return dict(sorted(kinds.items()))
+
+
+def _tensors(network: Any, kind: str) -> tuple[TensorSpec, ...]:
+    count = getattr(network, f"num_{kind}s")
+    tensors = [getattr(network, f"get_{kind}")(i) for i in range(count)]
+    return tuple(TensorSpec(t.name, _DTYPES[t.dtype.name], tuple(int(d) for d in t.shape)) for t in tensors)
+
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT32": "int32",
+    "INT64": "int64",
+}
+
+
+def _keep(messages: list[str], severity: str, text: str) -> None:
+    """What can explain a failure; TensorRT logs every verbose line, too, and those would pile up with the layers."""
+    if severity in ("INTERNAL_ERROR", "ERROR"):
+        messages.append(f"{severity}: {text}")
+
+
+def _first(errors: Sequence[Any], messages: list[str]) -> str:
+    """What a person should read of a failure: the parser's first error, else the log's last error."""
+    if errors:
+        return f"{errors[0].node_name()} ({errors[0].node_operator()}): {errors[0].desc()}"
+    return messages[-1] if messages else "no reason was logged"

@@ -1,0 +1,155 @@
+"""Whether plans, plugin library, TensorRT and GPU belong together: asked before TensorRT reads a byte of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek_trt.engines.plans.flavour import MODULES, Flavour
+from deepseek_trt.engines.plans.plan import PlanRecord
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import GraphSpec, TensorSpec, past_name
+from deepseek_trt.export.errors import BackendError, BundleError
+from deepseek_trt.export.files import file_sha256
+from deepseek_trt.plugins.tensorrt.manifest import Manifest, read_manifest
+
+_CHUNK = 8 * 2**20  # bytes hashed at once
+AGAIN = "run deepseek-trt build again"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk, and what lies beside it."""
+
+    path: Path
+    record: PlanRecord
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What both engines were built for: rows, tokens a row and call, pages a row, pages in the pool."""
+
+    batch: int
+    input_len: int
+    table: int
+    pages: int
+
+
+def read_plans(bundle: Bundle) -> dict[str, Plan]:
+    """The plans of the bundle's graphs by name, as their records tell.
+
+    Raises BundleError where one is missing or damaged, BackendError where it is of another bundle or of another build
+    than the first.
+    """
+    plans: dict[str, Plan] = {}
+    for graph in bundle.manifest.graphs:
+        path = bundle.path / f"{graph.name}.plan"
+        record = PlanRecord.read(path.with_suffix(".plan.json"))
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: make it with deepseek-trt build")
+        plan = plans[graph.name] = Plan(path, record)
+        _check_inputs(plan, graph)
+        _check_weights(plan, bundle)
+    first, *others = plans.values()
+    for other in others:
+        if other.record.spec != first.record.spec or other.record.flavour_version != first.record.flavour_version:
+            raise BackendError(f"{first.path.name} and {other.path.name} were built with different options: {AGAIN}")
+    return plans
+
+
+def _check_inputs(plan: Plan, graph: GraphSpec) -> None:
+    found = [t for t in plan.record.inputs if t.name not in plan.record.weights]
+    same = len(found) == len(graph.inputs) and all(map(_alike, found, graph.inputs))
+    if not same:
+        raise BackendError(f"{plan.path} does not take the inputs of {graph.file}; the bundle has changed: {AGAIN}")
+
+
+def _alike(built: TensorSpec, exported: TensorSpec) -> bool:
+    """A plan's record has -1 where a graph has a symbol."""
+    dims = tuple(-1 if isinstance(dim, str) else dim for dim in exported.dims)
+    return (built.name, built.dtype, built.dims) == (exported.name, exported.dtype, dims)
+
+
+def _check_weights(plan: Plan, bundle: Bundle) -> None:
+    """The bundle's weights are those that the plan wants to be given, by name, shape and dtype."""
+    stored = {w.recipe.name: (w.recipe.shape, w.dtype) for w in bundle.manifest.weights}
+    for tensor in plan.record.inputs:
+        if tensor.name in plan.record.weights and stored.get(tensor.name) != (tensor.dims, tensor.dtype):
+            raise BackendError(
+                f"{plan.path} wants {tensor.name} as {tensor.dtype} {list(tensor.dims)}, the bundle has "
+                f"{stored.get(tensor.name, 'none')}: {AGAIN}"
+            )
+
+
+def check_version(plan: Plan, flavour: Flavour) -> None:
+    """A plan is read only by the TensorRT version that built it."""
+    built = plan.record.flavour_version
+    if built != flavour.version:
+        raise BackendError(
+            f"{plan.path} was built by {MODULES[flavour.name]} {built}, this is {flavour.version}: {AGAIN}, "
+            f"or install {built}"
+        )
+
+
+def is_for_chip(plan: Plan, sm: int) -> bool:
+    """Whether the plan was built for this chip; one without a list was built on the GPU that it is for."""
+    return not plan.record.spec.sms or sm in plan.record.spec.sms
+
+
+def wrong_chip(plan: Plan, sm: int, gpu: str) -> BackendError:
+    """What to say where `is_for_chip` is False, and TensorRT does not say that it runs even so."""
+    built = ", ".join(map(str, plan.record.spec.sms))
+    return BackendError(
+        f"{plan.path} was built for SM {built}; {gpu} is SM {sm}: run deepseek-trt build with --sm {sm}"
+    )
+
+
+def check_library(bundle: Bundle, plan: Plan, sm: int) -> Path | None:
+    """The plugin library that the plan was built with; None where the plan carries it.
+
+    Raises BuildError where it is missing or damaged, BackendError where it is another one, or has no kernels for the
+    GPU.
+    """
+    if plan.record.spec.embed_plugins:
+        return None
+    path = (bundle.path / plan.record.plugin_library).resolve()
+    manifest = read_manifest(path)
+    if manifest.sha256 != plan.record.plugin_library_sha256:
+        raise BackendError(f"{path} is not the library that {plan.path.name} was built with: {AGAIN}")
+    if not has_kernels(manifest, sm):
+        raise BackendError(
+            f"{path} has no kernels for SM {sm}; it has SM {', '.join(map(str, manifest.sms))}: "
+            f"run deepseek-trt plugins --sm {sm}, then deepseek-trt build"
+        )
+    return path
+
+
+def has_kernels(manifest: Manifest, sm: int) -> bool:
+    """The library's own rule: compiled code for this chip, or an earlier 8.x for a later one; else PTX."""
+    compiled = any(own == sm or (own // 10 == sm // 10 == 8 and own <= sm) for own in manifest.sms)
+    return compiled or any(ptx <= sm for ptx in manifest.ptx_sms)
+
+
+def check_file(plan: Plan) -> None:
+    """The plan's bytes are those that its record describes."""
+    size = plan.path.stat().st_size
+    if size != plan.record.plan_bytes:
+        raise BackendError(f"{plan.path} has {size} bytes, its record says {plan.record.plan_bytes}: {AGAIN}")
+    if file_sha256(plan.path) != plan.record.plan_sha256:
+        raise BackendError(f"{plan.path} is not the file that its record describes (sha256 differs): {AGAIN}")
+
+
+def limits_of(plans: dict[str, Plan]) -> Limits:
+    """The largest sizes of the plans' profiles; both plans have the same, as they were built with the same options."""
+    shapes = plans["prefill"].record.profile.shapes
+    batch, input_len = shapes["input_ids"][2]
+    return Limits(batch, input_len, shapes["page_table"][2][1], shapes[past_name(0)][2][0])
+
+
+def check_pages(limits: Limits, pages: int) -> None:
+    """BackendError where the pool would be larger than the engines take."""
+    if pages > limits.pages:
+        raise BackendError(
+            f"{pages} cache pages are needed, the engines take at most {limits.pages}: use fewer or shorter prompts, "
+            "or build with a larger --max-batch-size or --max-seq-len"
+        )

@@ -1,0 +1,52 @@
+"""Profiles: the shapes that an engine is built for, from a BuildSpec."""
+
+from __future__ import annotations
+
+from deepseek_trt.engines.plans.plan import BuildSpec, Profile
+from deepseek_trt.export.bundle.graph import (
+    BATCH,
+    PAGES,
+    PAST,
+    SEQUENCE,
+    TABLE,
+    TOTAL,
+    CacheSpec,
+    GraphSpec,
+    TensorSpec,
+)
+from deepseek_trt.export.errors import BuildError
+
+_TENSOR_LIMIT = 2**31 - 1  # elements of one tensor in TensorRT
+
+
+def profile_of(graph: GraphSpec, cache: CacheSpec, spec: BuildSpec) -> Profile:
+    """Every dynamic input's smallest, likeliest and largest shape.
+
+    Prefill is tuned for one full prompt, decode for a full batch. Raises BuildError where a size contradicts another.
+    """
+    if min(spec.max_batch_size, spec.max_input_len, spec.max_seq_len) < 1:
+        raise BuildError("--max-batch-size, --max-input-len and --max-seq-len must be at least 1")
+    if spec.max_input_len > spec.max_seq_len:
+        raise BuildError(f"--max-input-len {spec.max_input_len} is above --max-seq-len {spec.max_seq_len}")
+    table = cache.pages_for(spec.max_seq_len)
+    pages = 1 + spec.max_batch_size * table
+    if pages * cache.page_size * cache.latent_dim > _TENSOR_LIMIT:
+        raise BuildError(
+            f"{spec.max_batch_size} sequences of {spec.max_seq_len} tokens make a page pool of 2^31 numbers or more; "
+            "TensorRT takes fewer: lower --max-batch-size or --max-seq-len"
+        )
+    likely_batch = 1 if graph.name == "prefill" else spec.max_batch_size
+    sizes = {
+        BATCH: (1, likely_batch, spec.max_batch_size),
+        SEQUENCE: (1, spec.max_input_len, spec.max_input_len),
+        TABLE: (1, table, table),
+        PAGES: (2, pages, pages),
+        PAST: (0, spec.max_seq_len - 1, spec.max_seq_len),
+        TOTAL: (1, spec.max_seq_len, spec.max_seq_len),
+    }
+    dynamic = [tensor for tensor in graph.inputs if any(isinstance(d, str) for d in tensor.dims)]
+    return Profile({t.name: (_shape(t, sizes, 0), _shape(t, sizes, 1), _shape(t, sizes, 2)) for t in dynamic})
+
+
+def _shape(tensor: TensorSpec, sizes: dict[str, tuple[int, int, int]], which: int) -> tuple[int, ...]:
+    return tuple(sizes[d][which] if isinstance(d, str) else d for d in tensor.dims)

@@ -1,0 +1,1 @@
+"""Sessions: a bundle ready to run, one file or folder a backend."""

@@ -1,0 +1,158 @@
+"""Engine: one plan in TensorRT's hands, with one execution context. All memory that it works on is the caller's."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepseek_trt.engines.plans.check import AGAIN, Plan, is_for_chip, wrong_chip
+from deepseek_trt.engines.plans.flavour import Flavour
+from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.files import aside
+
+
+class TrtLog:
+    """TensorRT's last messages: it explains itself nowhere else."""
+
+    def __init__(self) -> None:
+        self._messages: collections.deque[tuple[str, str]] = collections.deque(maxlen=100)
+
+    def __call__(self, severity: str, message: str) -> None:
+        self._messages.append((severity, message))
+
+    def clear(self) -> None:
+        self._messages.clear()
+
+    def first_error(self) -> str:
+        """Since `clear`; later errors are mostly consequences of the first."""
+        errors = [message for severity, message in self._messages if severity.endswith("ERROR")]
+        return errors[0].strip() if errors else "no reason was logged"
+
+
+class Engine:
+    """A deserialised plan. Bind and shape everything, then enqueue; activation memory first."""
+
+    def __init__(self, plan: Plan, flavour: Flavour, log: TrtLog, sm: int, gpu: str, specialise: bool) -> None:
+        """`specialise`: compile for each new shape before it first runs, where the flavour compiles at run time.
+
+        Raises BackendError with TensorRT's own words where it does not take the plan.
+        """
+        self.note = ""
+        self._plan, self._flavour, self._log = plan, flavour, log
+        log.clear()
+        runtime = flavour.trt.Runtime(flavour.logger)
+        if plan.record.spec.embed_plugins:
+            runtime.engine_host_code_allowed = True
+        with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            self._check_valid(runtime, data, sm, gpu)
+            engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise BackendError(f"{flavour.name} does not take {plan.path} ({log.first_error()}): {AGAIN}")
+        self._runtime: Any = runtime
+        self._engine: Any = engine
+        self._cache: Any = None
+        self._context: Any = self._make_context(specialise)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Working memory of one run, for the largest shapes."""
+        return int(self._engine.device_memory_size_v2)
+
+    @property
+    def cache_path(self) -> Path:
+        """Where kernels compiled at run time are kept, where the flavour does that."""
+        return self._plan.path.with_suffix(".runtime-cache")
+
+    def use_memory(self, address: int, nbytes: int) -> None:
+        """Activation memory; runs of other engines may use it in between."""
+        self._context.set_device_memory(address, nbytes)
+
+    def bind(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise self._refusal(f"binding {name}")
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if not self._context.set_input_shape(name, shape):
+            raise self._refusal(f"{name} of shape {list(shape)}")
+
+    def enqueue(self, stream: int) -> None:
+        if not self._context.execute_async_v3(stream):
+            raise self._refusal("the run")
+
+    def can_be_captured(self, stream: int) -> bool:
+        """Whether CUDA may record a run now; a flavour that is not asked is taken to."""
+        ask: Callable[[int], bool] | None = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or ask(stream)
+
+    def close(self) -> None:
+        """Save what was compiled, and let go of the engine while its GPU is still there."""
+        self.save_cache()
+        self._cache = self._context = self._engine = self._runtime = None
+
+    def save_cache(self) -> None:
+        """Write the runtime cache beside the plan, where there is one and the folder can be written."""
+        blob = bytes(self._cache.serialize()) if self._cache is not None else b""
+        if not blob:
+            return
+        with contextlib.suppress(OSError):  # a read-only bundle compiles again next time
+            if not self.cache_path.is_file() or self.cache_path.read_bytes() != blob:
+                with aside(self.cache_path) as draft:
+                    draft.write_bytes(blob)
+
+    def _check_valid(self, runtime: Any, data: mmap.mmap, sm: int, gpu: str) -> None:
+        """Ask the runtime, where it can tell, whether it takes the plan on this GPU; else go by the record."""
+        listed = is_for_chip(self._plan, sm)
+        if not hasattr(runtime, "get_engine_validity"):
+            if not listed:
+                raise wrong_chip(self._plan, sm, gpu)
+            return
+        validity, bits = runtime.get_engine_validity(data)
+        reasons = self._reasons(bits)
+        if validity == self._flavour.trt.EngineValidity.INVALID:
+            if not listed:
+                raise wrong_chip(self._plan, sm, gpu)
+            words = ", ".join(reasons) or self._log.first_error()
+            raise BackendError(f"{self._flavour.name} does not take {self._plan.path} on {gpu} ({words}): {AGAIN}")
+        if validity != self._flavour.trt.EngineValidity.VALID or not listed:
+            built = ", ".join(map(str, self._plan.record.spec.sms))
+            why = f" ({', '.join(reasons)})" if reasons else ""
+            self.note = f"built for SM {built}, runs on SM {sm}, maybe slower{why}"
+
+    def _reasons(self, bits: int) -> list[str]:
+        """The names of the diagnostics that are set."""
+        known = self._flavour.trt.EngineInvalidityDiagnostics.__members__
+        return [name for name, value in known.items() if int(value) & int(bits)]
+
+    def _make_context(self, specialise: bool) -> Any:
+        trt, engine = self._flavour.trt, self._engine
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if hasattr(engine, "create_runtime_config"):
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            self._use_cache(config)
+            if specialise and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                config.dynamic_shapes_kernel_specialization_strategy = eager
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(strategy)
+        if context is None:
+            raise self._refusal("an execution context")
+        return context
+
+    def _use_cache(self, config: Any) -> None:
+        """Start from what earlier processes compiled; TensorRT leaves a cache of another GPU, driver or version be."""
+        if not hasattr(config, "create_runtime_cache"):
+            return
+        self._cache = config.create_runtime_cache()
+        if self.cache_path.is_file():
+            self._cache.deserialize(self.cache_path.read_bytes())
+        config.set_runtime_cache(self._cache)
+
+    def _refusal(self, what: str) -> BackendError:
+        name = f"{self._flavour.name} {self._flavour.version}"
+        return BackendError(f"{name} refuses {what} with {self._plan.path.name}: {self._log.first_error()}")

@@ -1,0 +1,243 @@
+"""TrtSession: prefill.plan and decode.plan on one GPU, through TensorRT or TensorRT-RTX."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deepseek_trt.engines.plans.check import (
+    Plan,
+    check_file,
+    check_library,
+    check_pages,
+    check_version,
+    limits_of,
+    read_plans,
+)
+from deepseek_trt.engines.plans.flavour import open_flavour
+from deepseek_trt.engines.sessions.tensorrt.device import Device, open_device
+from deepseek_trt.engines.sessions.tensorrt.engine import Engine, TrtLog
+from deepseek_trt.engines.sessions.tensorrt.staging import Arrays, Staging, aligned, given_inputs
+from deepseek_trt.engines.sessions.tensorrt.weight_upload import UploadProgress, upload_weights
+from deepseek_trt.export.arrays import Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import past_name, present_name
+from deepseek_trt.export.dtypes import dtype_bytes
+from deepseek_trt.export.errors import RequestError
+from deepseek_trt.plugins.cpu.library import cpu_library
+from deepseek_trt.plugins.tensorrt.loading import load_library
+
+_Key = tuple[str, tuple[tuple[int, ...], ...]]  # graph, and the shapes of its inputs
+
+
+class TrtSession:
+    """Both engines over one set of page pools and one copy of the weights, on one stream.
+
+    Decode is padded to powers of two of rows and of table width, so that a few CUDA graphs serve all: a bucket runs
+    once as it is and is captured the second time. Padding rows write to the scratch page. One thread at a time.
+
+    `limits` says what the engines were built for: more rows at once, or longer ones, are refused by name.
+    """
+
+    backend = "tensorrt"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        pages: int,
+        *,
+        cuda_graphs: bool = True,
+        progress: UploadProgress | None = None,
+        make_device: Callable[[], Device] = open_device,
+    ) -> None:
+        """Raises BackendError, BuildError or BundleError, saying what to do, where plans, plugin library, TensorRT and
+        GPU do not belong together; all of that is checked before TensorRT reads a plan.
+        """
+        plans = read_plans(bundle)
+        self.limits = limits_of(plans)
+        check_pages(self.limits, pages)
+        self.cache, self.pages = bundle.manifest.cache, pages
+        self.library = cpu_library(bundle.path).path  # samples on the CPU
+        self._pool_shape = (pages, self.cache.page_size, self.cache.latent_dim)
+        self.vocab_size = bundle.manifest.model.vocab_size
+        self._all_logits = bundle.manifest.all_logits
+        self._plans, self._cuda_graphs = plans, cuda_graphs
+        with contextlib.ExitStack() as stack:
+            self._open(bundle, make_device, stack, progress)
+            self._closing = weakref.finalize(self, stack.pop_all().close)
+
+    def _open(
+        self,
+        bundle: Bundle,
+        make_device: Callable[[], Device],
+        stack: contextlib.ExitStack,
+        progress: UploadProgress | None,
+    ) -> None:
+        log, plans = TrtLog(), list(self._plans.values())
+        flavour = open_flavour(plans[0].record.spec.flavour, log)
+        for plan in plans:
+            check_version(plan, flavour)
+        device = self._device = make_device()
+        stack.callback(device.close)
+        device.activate()
+        libraries = {check_library(bundle, plan, device.sm) for plan in plans} - {None}
+        for plan in plans:
+            check_file(plan)
+        for library in libraries:
+            load_library(library, flavour.trt)  # type: ignore[arg-type]
+        self._engines: dict[str, Engine] = {}
+        for name, plan in self._plans.items():
+            engine = Engine(plan, flavour, log, device.sm, device.name, self._cuda_graphs and name == "decode")
+            stack.callback(engine.close)
+            self._engines[name] = engine
+        notes = [f"{flavour.name} {flavour.version} on {device.name}", *(e.note for e in self._engines.values())]
+        self.note = "; ".join(dict.fromkeys(filter(None, notes)))
+        self._allocate(bundle, progress)
+
+    def _allocate(self, bundle: Bundle, progress: UploadProgress | None) -> None:
+        """All memory there will be: nothing is allocated while tokens are made."""
+        device, plans = self._device, self._plans.values()
+        working = max(engine.activation_bytes for engine in self._engines.values())
+        activations = device.allocate(working, "TensorRT's working memory")
+        slot = aligned(int(np.prod(self._pool_shape)) * dtype_bytes(self.cache.dtype))
+        pools = device.allocate(slot * self.cache.layers, f"the latent cache of {self.pages} pages")
+        device.zero(pools, slot * self.cache.layers)
+        self.pool_addresses = tuple(pools + slot * layer for layer in range(self.cache.layers))
+        self._staging = Staging(device, [plan.record for plan in plans])
+        rows = self.limits.batch * (self.limits.input_len if self._all_logits else 1)
+        logits_bytes = rows * self.vocab_size * 4
+        self._logits = device.allocate(logits_bytes, "the logits")
+        self._pinned_logits = device.pin(logits_bytes)
+        names = {name for plan in plans for name in plan.record.weights}
+        weights = upload_weights(device, bundle, names, progress)
+        for name, engine in self._engines.items():
+            engine.use_memory(activations, working)
+            self._bind(engine, self._plans[name], weights)
+        self._seen: set[_Key] = set()
+        self._graphs: dict[_Key, Any] = {}
+
+    def _bind(self, engine: Engine, plan: Plan, weights: dict[str, int]) -> None:
+        """What stays where it is: weights, pools (as past and present at once) and logits."""
+        for name in plan.record.weights:
+            engine.bind(name, weights[name])
+        for layer, address in enumerate(self.pool_addresses):
+            engine.bind(past_name(layer), address)
+            engine.bind(present_name(layer), address)
+            engine.shape(past_name(layer), self._pool_shape)
+        engine.bind("logits", self._logits)
+
+    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        """As Session's; more tokens than the engine takes at once are cached piece by piece."""
+        self._check_sizes(input_ids, page_table)
+        batch, steps = input_ids.shape
+        logits = np.zeros((*self._logits_rows(batch, steps), self.vocab_size), dtype=np.float32)
+        for start in range(0, max(steps, 1), self.limits.input_len):
+            rows = np.flatnonzero((sequence_lengths > start) | (start == 0))
+            if not rows.size:
+                break
+            ids = input_ids[rows, start : start + self.limits.input_len]
+            feeds: Arrays = {
+                "input_ids": ids,
+                "sequence_lengths": np.clip(sequence_lengths[rows] - start, 0, ids.shape[1]),
+                "past_lengths": past_lengths[rows] + start,
+                "page_table": page_table[rows],
+            }
+            part = self._run("prefill", feeds, self._logits_rows(*ids.shape))
+            if self._all_logits:
+                logits[rows, start : start + ids.shape[1]] = part
+            else:
+                logits[rows] = part  # of a row's last piece, in the end
+        return logits
+
+    def _logits_rows(self, batch: int, steps: int) -> tuple[int, ...]:
+        return (batch, steps) if self._all_logits else (batch,)
+
+    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        self._check_sizes(input_ids, page_table)
+        rows, width = page_table.shape
+        more = (0, bucket(rows, self.limits.batch) - rows)
+        wider = (0, bucket(width, self.limits.table) - width)
+        feeds: Arrays = {
+            "input_ids": np.pad(input_ids, (more, (0, 0))),
+            "past_lengths": np.pad(past_lengths, more),
+            "page_table": np.pad(page_table, (more, wider)),  # with page 0: scratch
+        }
+        return self._run("decode", feeds, (rows + more[1],))[:rows]
+
+    def pool(self, layer: int) -> npt.NDArray[Any]:
+        """A copy of the layer's pool."""
+        array = np.empty(self._pool_shape, dtype=numpy_dtype(self.cache.dtype))
+        self._device.activate()
+        self._device.read(self.pool_addresses[layer], array.view(np.uint8))
+        return array
+
+    def fill(self, value: float) -> None:
+        """Set every number of every pool."""
+        array = np.full(self._pool_shape, value, dtype=numpy_dtype(self.cache.dtype)).view(np.uint8)
+        self._device.activate()
+        for address in self.pool_addresses:
+            self._device.write(address, array)
+
+    def close(self) -> None:
+        """Give the GPU back; happens by itself when the session goes, or the process ends."""
+        self._engines.clear()
+        self._closing()
+
+    def _check_sizes(self, input_ids: Int64s, page_table: Int32s) -> None:
+        """RequestError where the engines take fewer rows or shorter sequences."""
+        rows, width = page_table.shape
+        if len(input_ids) > self.limits.batch:
+            raise RequestError(
+                f"{rows} prompts at once; the engines were built for {self.limits.batch}: "
+                f"give fewer, or build with --max-batch-size {rows}"
+            )
+        if width > self.limits.table:
+            tokens, most = width * self.cache.page_size, self.limits.table * self.cache.page_size
+            raise RequestError(
+                f"a sequence of up to {tokens} tokens; the engines were built for {most}: "
+                f"use a shorter prompt or fewer new tokens, or build with --max-seq-len {tokens}"
+            )
+
+    def _run(self, graph: str, feeds: Arrays, rows: tuple[int, ...]) -> Floats:
+        """Stage the inputs, run, and give logits [*rows, vocab]."""
+        engine, device = self._engines[graph], self._device
+        device.activate()
+        inputs = given_inputs(self._plans[graph].record)
+        addresses = self._staging.put(inputs, feeds)
+        nbytes = int(np.prod(rows)) * self.vocab_size * 4
+
+        def enqueue() -> None:
+            self._staging.upload()
+            engine.enqueue(device.stream)
+            device.download(self._pinned_logits.address, self._logits, nbytes)
+
+        key = (graph, tuple(feeds[tensor.name].shape for tensor in inputs))
+        if key not in self._graphs:
+            for name, address in addresses.items():
+                engine.shape(name, feeds[name].shape)
+                engine.bind(name, address)
+            if self._is_to_capture(key):
+                self._graphs[key] = device.capture(enqueue)
+        if key in self._graphs:
+            device.launch(self._graphs[key])
+        else:
+            enqueue()
+        self._seen.add(key)
+        device.synchronize()
+        logits: Floats = self._pinned_logits.array[:nbytes].view(np.float32).copy()
+        return logits.reshape(*rows, self.vocab_size)
+
+    def _is_to_capture(self, key: _Key) -> bool:
+        """Decode only, and only what has run before: the first run of a shape may allocate or compile."""
+        repeated = self._cuda_graphs and key[0] == "decode" and key in self._seen
+        return repeated and self._engines["decode"].can_be_captured(self._device.stream)
+
+
+def bucket(size: int, most: int) -> int:
+    """The next power of two, but not above `most`."""
+    return min(1 << (size - 1).bit_length(), most)

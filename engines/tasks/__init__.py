@@ -1,0 +1,1 @@
+"""Bundles that do not generate: embeddings and classes."""

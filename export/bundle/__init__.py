@@ -1,0 +1,1 @@
+"""The bundle: the folder that export writes and everything else reads; its graphs' IO, recipes and weights."""

@@ -1,0 +1,159 @@
+"""GraphSpec: the names, dtypes and dims of a graph's inputs and outputs, and the only place that knows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deepseek_trt.export.bundle.interface import CLASSIFICATION, DEFAULT, FEATURES, TRANSFORMERS, Interface
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.dtypes import dtype_bytes
+
+GraphName = Literal["prefill", "decode", "model"]
+Dim = int | str
+DEFAULT_PAGE_SIZE = 64
+DOMAIN = "deepseek_trt"  # of the custom ops, in torch and ONNX alike
+
+# Symbolic dims, and their names in ONNX.
+BATCH, SEQUENCE, PAGES, TABLE = "batch_size", "sequence_length", "pages", "pages_per_sequence"
+PAST, TOTAL, KEPT = "past_sequence_length", "total_sequence_length", "logits_kept"  # of contiguous caches
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: numpy-like dtype name and dims, symbolic ones by name."""
+
+    name: str
+    dtype: str
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The paged latent cache: one pool [pages, page_size, latent_dim] a layer, page 0 scratch."""
+
+    layers: int
+    page_size: int
+    latent_dim: int
+    dtype: str
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: str, page_size: int = DEFAULT_PAGE_SIZE) -> CacheSpec:
+        return cls(config.num_hidden_layers, page_size, config.latent_dim, dtype)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens of one sequence."""
+        return -(-tokens // self.page_size)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers together."""
+        return self.layers * self.latent_dim * dtype_bytes(self.dtype)
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A graph's IO, in order."""
+
+    name: GraphName
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.onnx"
+
+
+def past_name(layer: int) -> str:
+    return f"past_key_values.{layer}.latent"
+
+
+def present_name(layer: int) -> str:
+    return f"present.{layer}.latent"
+
+
+def contiguous_names(prefix: str, layer: int) -> tuple[str, str]:
+    """A layer's two cache tensors with --io transformers: the latents, then the rotated rope parts."""
+    return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
+
+
+def hidden_name(index: int) -> str:
+    """0 is the embeddings, i the output of layer i - 1; the last one is after the final norm, as in transformers."""
+    return f"hidden_states.{index}"
+
+
+def graphs_of(
+    config: ModelConfig, cache: CacheSpec, interface: Interface = DEFAULT, num_labels: int = 0
+) -> tuple[GraphSpec, ...]:
+    """Prefill and decode over the paged cache; or one graph "model", where there is no cache or a contiguous one."""
+    if interface.io == TRANSFORMERS:
+        return (_masked(config, cache, interface, num_labels),)
+    lengths = TensorSpec("sequence_lengths", "int32", (BATCH,))
+    outputs = _outputs(config, interface, num_labels, SEQUENCE)
+    if not interface.cache:
+        return (GraphSpec("model", (_tokens(config, cache, interface, SEQUENCE), lengths), outputs),)
+    pool = (PAGES, cache.page_size, cache.latent_dim)
+    past = tuple(TensorSpec(past_name(i), cache.dtype, pool) for i in range(cache.layers))
+    present = tuple(TensorSpec(present_name(i), cache.dtype, pool) for i in range(cache.layers))
+    cached = (TensorSpec("past_lengths", "int32", (BATCH,)), TensorSpec("page_table", "int32", (BATCH, TABLE)))
+    return (
+        GraphSpec(
+            "prefill",
+            (_tokens(config, cache, interface, SEQUENCE), lengths, *cached, *past),
+            (*outputs, *present),
+        ),
+        GraphSpec(
+            "decode",
+            (_tokens(config, cache, interface, 1), *cached, *past),
+            (*_outputs(config, interface, num_labels, 1), *present),
+        ),
+    )
+
+
+def _masked(config: ModelConfig, cache: CacheSpec, interface: Interface, num_labels: int) -> GraphSpec:
+    """The one graph of --io transformers, for prompts and single tokens alike."""
+    tokens = _tokens(config, cache, interface, SEQUENCE)
+    outputs = _outputs(config, interface, num_labels, SEQUENCE)
+    if not interface.cache:
+        return GraphSpec("model", (tokens, TensorSpec("attention_mask", "int64", (BATCH, SEQUENCE))), outputs)
+    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+
+    def pools(prefix: str, length: str) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(name, cache.dtype, (BATCH, 1, length, width))
+            for layer in range(cache.layers)
+            for name, width in zip(contiguous_names(prefix, layer), widths, strict=True)
+        )
+
+    mask = TensorSpec("attention_mask", "int64", (BATCH, TOTAL))
+    positions = TensorSpec("position_ids", "int64", (BATCH, SEQUENCE))
+    past = pools("past_key_values", PAST)
+    return GraphSpec("model", (tokens, mask, positions, *past), (*outputs, *pools("present", TOTAL)))
+
+
+def _tokens(config: ModelConfig, cache: CacheSpec, interface: Interface, steps: Dim) -> TensorSpec:
+    if interface.inputs_embeds:
+        return TensorSpec("inputs_embeds", cache.dtype, (BATCH, steps, config.hidden_size))
+    return TensorSpec("input_ids", "int64", (BATCH, steps))
+
+
+def _outputs(config: ModelConfig, interface: Interface, num_labels: int, steps: Dim) -> tuple[TensorSpec, ...]:
+    """What the head gives of `steps` tokens a row, in float32 whatever the model's dtype: numpy has no bfloat16."""
+    if interface.task == CLASSIFICATION:
+        return (TensorSpec("logits", "float32", (BATCH, num_labels)),)
+    if interface.task == FEATURES:
+        dims = (BATCH, steps, config.hidden_size)
+        count = config.num_hidden_layers + 1 if interface.hidden_states else 0
+        hidden = tuple(TensorSpec(hidden_name(i), "float32", dims) for i in range(count))
+        return (TensorSpec("last_hidden_state", "float32", dims), *hidden)
+    return (TensorSpec("logits", "float32", (BATCH, *_kept(interface, steps), config.vocab_size)),)
+
+
+def _kept(interface: Interface, steps: Dim) -> tuple[Dim, ...]:
+    """The tokens of a row that get logits, as dims."""
+    keep = interface.logits_to_keep
+    if interface.io == TRANSFORMERS:
+        return (KEPT,) if keep else (steps,)
+    if steps == 1 or keep is None:
+        return ()
+    return (keep or steps,)

@@ -1,0 +1,1 @@
+"""Writing a bundle: which tensors, into which files, safe from kills."""

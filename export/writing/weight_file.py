@@ -1,0 +1,203 @@
+"""Write the graph tensors into one safetensors file, in bounded memory, and go on where a killed run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from deepseek_trt.export.arrays import Array, numpy_dtype
+from deepseek_trt.export.bundle.assemble import chunks
+from deepseek_trt.export.checkpoint import StoredTensor
+from deepseek_trt.export.dtypes import WEIGHT_DTYPES, dtype_bytes
+from deepseek_trt.export.files import stream_sha256
+from deepseek_trt.export.writing.weight_plan import Recipe
+
+WEIGHTS_FILE = "weights.safetensors"
+JOURNAL_FILE = "weights.journal"  # one line for each finished tensor
+_ALIGNMENT = 4096  # of the first tensor, so that the file can be mapped
+_FLUSH_SECONDS = 0.5
+Progress = Callable[[int], None]  # called with the bytes done since the last call
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A graph tensor in the weights file. `overflows` counts values that float16 turned into infinity."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    sha256: str
+    overflows: int
+
+
+def write_weights(
+    recipes: tuple[Recipe, ...], tensors: Mapping[str, StoredTensor], dtype: str, path: Path, progress: Progress
+) -> tuple[WrittenTensor, ...]:
+    """Write all tensors, in the model's dtype `dtype`, holding a few chunks in memory at a time.
+
+    A file that an earlier run of the same recipes left half done at `path` is continued: tensors that its journal calls
+    finished are hashed, not written again. The journal stays, for whoever is killed later: `forget_journal` it.
+    """
+    header, places = _layout(recipes, dtype)
+    journal = path.with_name(JOURNAL_FILE)
+    written = _finished(path, journal, header, places, progress)
+    end = written[-1].offset + written[-1].nbytes if written else len(header)
+    with (
+        _open(path, header, end) as out,
+        journal.open("w") as log,
+        ThreadPoolExecutor(1) as hasher,
+        _flushing(out.fileno()),
+    ):
+        log.writelines(_line(w) for w in written)
+        for recipe, place in list(zip(recipes, places, strict=True))[len(written) :]:
+            digest, overflows = _write_tensor(out, recipe, tensors, place.dtype, hasher, progress)
+            written.append(_with_digest(place, digest, overflows))
+            out.flush()  # a journal must not be ahead of what it describes
+            log.write(_line(written[-1]))
+            log.flush()
+    return tuple(written)
+
+
+def forget_journal(folder: Path) -> None:
+    """Remove what only a continued run reads."""
+    (folder / JOURNAL_FILE).unlink(missing_ok=True)
+
+
+def weight_bytes(recipes: tuple[Recipe, ...], dtype: str) -> int:
+    """Size of the weights file, but for its header."""
+    return sum(recipe.size * dtype_bytes(recipe.dtype(dtype)) for recipe in recipes)
+
+
+@contextmanager
+def _flushing(descriptor: int) -> Iterator[None]:
+    """Keep the disk busy: send it what is written at once, not when the page cache is full; at the end, all of it."""
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(_FLUSH_SECONDS):
+            os.fsync(descriptor)
+
+    with ThreadPoolExecutor(1) as flusher:
+        flushing = flusher.submit(flush)
+        try:
+            yield
+        finally:
+            done.set()
+        flushing.result()
+    os.fsync(descriptor)
+
+
+def _write_tensor(
+    out: BinaryIO,
+    recipe: Recipe,
+    tensors: Mapping[str, StoredTensor],
+    dtype: str,
+    hasher: ThreadPoolExecutor,
+    progress: Progress,
+) -> tuple[str, int]:
+    """sha256 and overflows. A chunk is hashed by another thread while it is written and the next one is read."""
+    digest, overflows = hashlib.sha256(), 0
+    hashing: Future[None] | None = None
+    for chunk in chunks(recipe, tensors):
+        data, lost = _convert(chunk, dtype)
+        if hashing is not None:
+            hashing.result()
+        hashing = hasher.submit(digest.update, data)
+        out.write(data)
+        overflows += lost
+        progress(len(data))
+    if hashing is not None:
+        hashing.result()
+    return digest.hexdigest(), overflows
+
+
+def _layout(recipes: tuple[Recipe, ...], dtype: str) -> tuple[bytes, list[WrittenTensor]]:
+    """The file's header, padded to a page, and where each tensor goes (sha256 still empty)."""
+    names = {ours: theirs for theirs, ours in WEIGHT_DTYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    sizes, offset = [], 0
+    for recipe in recipes:
+        kind = recipe.dtype(dtype)
+        sizes.append(recipe.size * dtype_bytes(kind))
+        entries[recipe.name] = {
+            "dtype": names[kind],
+            "shape": recipe.shape,
+            "data_offsets": [offset, offset + sizes[-1]],
+        }
+        offset += sizes[-1]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    header, at = struct.pack("<Q", len(text)) + text, 8 + len(text)
+    places = []
+    for recipe, size in zip(recipes, sizes, strict=True):
+        places.append(WrittenTensor(recipe.name, recipe.dtype(dtype), recipe.shape, at, size, "", 0))
+        at += size
+    return header, places
+
+
+def _open(path: Path, header: bytes, end: int) -> BinaryIO:
+    """The file for writing at `end`; new, with its header, where `end` is the header's."""
+    out = path.open("r+b" if end > len(header) else "wb")
+    if end == len(header):
+        out.write(header)
+    out.truncate(end)
+    out.seek(end)
+    return out
+
+
+def _finished(
+    path: Path, journal: Path, header: bytes, places: list[WrittenTensor], progress: Progress
+) -> list[WrittenTensor]:
+    """The tensors that an earlier run finished: those whose bytes have the hash that its journal says."""
+    if not path.is_file() or not journal.is_file():
+        return []
+    with path.open("rb") as stream:
+        if stream.read(len(header)) != header:
+            return []
+        found = []
+        for place, line in zip(places, _read_journal(journal), strict=False):
+            if line.get("name") != place.name or line.get("sha256") != stream_sha256(stream, place.nbytes):
+                break
+            found.append(_with_digest(place, line["sha256"], line["overflows"]))
+            progress(place.nbytes)
+        return found
+
+
+def _read_journal(journal: Path) -> Iterator[dict[str, Any]]:
+    for line in journal.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # killed while it was written
+            return
+
+
+def _line(tensor: WrittenTensor) -> str:
+    return json.dumps({"name": tensor.name, "sha256": tensor.sha256, "overflows": tensor.overflows}) + "\n"
+
+
+def _with_digest(place: WrittenTensor, sha256: str, overflows: int) -> WrittenTensor:
+    return WrittenTensor(place.name, place.dtype, place.shape, place.offset, place.nbytes, sha256, overflows)
+
+
+def _convert(chunk: Array, dtype: str) -> tuple[memoryview, int]:
+    """The chunk's bytes as `dtype`, and how many finite numbers became infinite."""
+    target = np.dtype(numpy_dtype(dtype))
+    if chunk.dtype == target:
+        return chunk.view(np.uint8).data, 0
+    with np.errstate(over="ignore"):
+        converted = chunk.astype(target)
+    lost = int(np.isinf(converted).sum() - np.isinf(chunk).sum()) if dtype == "float16" else 0
+    return converted.view(np.uint8).data, lost

@@ -1,0 +1,202 @@
+"""From variants to binaries, ahead of time and with no GPU: cubins for known chips, and one PTX fallback.
+
+Each of `jobs` compiler processes has a clean environment, a private cache folder that goes with it, and the ptxas of a
+pinned wheel (Triton's own is newer than many drivers). Without line information the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.errors import BuildError
+from deepseek_trt.plugins.aot.records import Binary, Variant
+from deepseek_trt.plugins.aot.variants import variants_for
+from deepseek_trt.plugins.aot.worker import Compiled, Request
+from deepseek_trt.plugins.kernels.chips import shared_limit
+
+PTXAS_WHEEL = "nvidia-cuda-nvcc"
+PTXAS_VERSION = "13.0.88"
+FALLBACK_SM = 80  # what the PTX asks for: every chip from SM 80 on runs it
+FALLBACK_TILES_SM = 86  # whose tiles it has: the smallest shared memory of all chips
+
+Progress = Callable[[int, int, Binary], None]
+
+
+def compile_variant(variant: Variant, sm: int) -> Binary:
+    """Compile one variant for one chip, as `compile_all` does."""
+    return checked(*_compile_without_spills([Request(variant, sm)], jobs=1))
+
+
+def compile_all(
+    config: ModelConfig,
+    dtype: str,
+    sms: Sequence[int],
+    jobs: int = 1,
+    on_progress: Progress | None = None,
+    fallback: bool = True,
+) -> tuple[Binary, ...]:
+    """Compile all variants of `config` for all `sms`, in their order, then the PTX fallback.
+
+    A variant that spills registers is compiled once more with twice its warps, which halves what a thread holds; the
+    binary's variant says so. on_progress(done, total, binary) is called after each, in the caller's thread, in no
+    fixed order. Raises BuildError where a variant spills even so, or does not fit a chip.
+    """
+    requests = [Request(variant, sm) for sm in dict.fromkeys(sms) for variant in variants_for(config, dtype, sm)]
+    if fallback:
+        small = variants_for(config, dtype, FALLBACK_TILES_SM)
+        requests += [Request(variant, FALLBACK_SM, as_ptx=True) for variant in small]
+    return tuple(checked(c) for c in _compile_without_spills(requests, jobs, on_progress))
+
+
+def _compile_without_spills(
+    requests: Sequence[Request], jobs: int, on_progress: Progress | None = None
+) -> tuple[Compiled, ...]:
+    compiled = list(compile_requests(requests, jobs, on_progress))
+    spilled = [i for i, c in enumerate(compiled) if _spills(c)]
+    relaxed = [dataclasses.replace(requests[i], variant=_with_twice_the_warps(requests[i].variant)) for i in spilled]
+    for i, again in zip(spilled, compile_requests(relaxed, jobs), strict=True):
+        compiled[i] = again
+    return tuple(compiled)
+
+
+def _spills(compiled: Compiled) -> bool:
+    """Whether it will spill where it runs; the driver allocates the registers of PTX anew, on a chip not known here."""
+    return compiled.spill_bytes > 0 and not compiled.binary.is_ptx
+
+
+def _with_twice_the_warps(variant: Variant) -> Variant:
+    return dataclasses.replace(variant, num_warps=2 * variant.num_warps)
+
+
+def compile_requests(
+    requests: Sequence[Request], jobs: int, on_progress: Progress | None = None
+) -> tuple[Compiled, ...]:
+    """Compile each request, unchecked, in order of `requests`, on `jobs` processes."""
+    done: dict[int, Compiled] = {}
+    finished: queue.Queue[int] = queue.Queue()
+
+    def compile_at(index: int) -> Compiled:
+        process = idle.get()
+        try:
+            return _ask(process, requests[index])
+        finally:
+            idle.put(process)
+            finished.put(index)
+
+    with _compilers(min(jobs, len(requests))) as processes, ThreadPoolExecutor(max(1, len(processes))) as pool:
+        idle: queue.Queue[subprocess.Popen[bytes]] = queue.Queue()
+        for process in processes:
+            idle.put(process)
+        futures = [pool.submit(compile_at, i) for i in range(len(requests))]
+        try:
+            for _ in requests:
+                index = finished.get()
+                done[index] = futures[index].result()
+                if on_progress:
+                    on_progress(len(done), len(requests), done[index].binary)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return tuple(done[i] for i in range(len(requests)))
+
+
+def checked(compiled: Compiled) -> Binary:
+    """The binary, when it runs on its chip as it should. Raises BuildError naming kernel, chip, tile and figure."""
+    binary = compiled.binary
+    limit = shared_limit(FALLBACK_TILES_SM if binary.is_ptx else binary.sm)
+    if binary.shared_bytes > limit:
+        raise _refusal(binary, f"needs {binary.shared_bytes} bytes of shared memory; a block has {limit}")
+    if _spills(compiled):
+        raise _refusal(binary, f"spills {compiled.spill_bytes} bytes a thread ({compiled.registers} registers)")
+    if compiled.scratch_bytes:
+        raise _refusal(binary, f"wants {compiled.scratch_bytes} bytes of scratch memory, which the launcher has not")
+    return binary
+
+
+def _refusal(binary: Binary, what: str) -> BuildError:
+    variant = binary.variant
+    sizes = ", ".join(f"{name} {size}" for name, size in variant.constexprs)
+    return BuildError(
+        f"{variant.kernel} in {variant.dtype} for SM {binary.sm} {what}, with {sizes}, {variant.num_warps} warps and "
+        f"{variant.num_stages} stages: give that chip a smaller tile in plugins/kernels/tiles.py"
+    )
+
+
+def find_ptxas() -> Path:
+    """The ptxas of the pinned wheel. Raises BuildError where it, or Triton, is not installed."""
+    mend = f"pip install {PTXAS_WHEEL}=={PTXAS_VERSION}"
+    if importlib.util.find_spec("triton") is None:
+        raise BuildError("compiling the kernels needs Triton, which is not installed: pip install triton==3.7.1")
+    try:
+        files = importlib.metadata.files(PTXAS_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise BuildError(f"compiling the kernels needs ptxas, which is not installed: {mend}") from None
+    paths = [Path(str(file.locate())) for file in files if file.name == "ptxas"]
+    if not paths or not os.access(paths[0], os.X_OK):
+        raise BuildError(f"{PTXAS_WHEEL} is installed, but without a ptxas that can be run: {mend} --force-reinstall")
+    return paths[0]
+
+
+def _environment(ptxas: Path, cache: str) -> dict[str, str]:
+    """Ours without any of Triton's settings, then those we want."""
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "PTXAS_", "DISABLE_PTXAS"))
+    }
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "TRITON_CACHE_DIR": cache,
+        "TRITON_PTXAS_PATH": str(ptxas),
+        "TRITON_PTXAS_BLACKWELL_PATH": str(ptxas),
+        "TRITON_DISABLE_LINE_INFO": "1",
+        "TRITON_DUMP_PTXAS_LOG": "1",  # registers and spills
+    }
+
+
+@contextlib.contextmanager
+def _compilers(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """`count` compiler processes, ended and their caches removed afterwards."""
+    command = [sys.executable, "-c", "from deepseek_trt.plugins.aot.worker import main; main()"]
+    with tempfile.TemporaryDirectory(prefix="deepseek-trt-") as cache, contextlib.ExitStack() as stack:
+        processes = []
+        for index in range(count):
+            environment = _environment(find_ptxas(), os.path.join(cache, str(index)))
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            processes.append(stack.enter_context(process))
+            stack.callback(_end, process)
+        yield processes
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait()
+
+
+def _ask(process: subprocess.Popen[bytes], request: Request) -> Compiled:
+    """One request, one reply. Raises BuildError with the compiler's words when it fails."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    what = f"{request.variant.kernel} in {request.variant.dtype} for SM {request.sm}"
+    try:
+        pickle.dump(request, process.stdin)
+        process.stdin.flush()
+        reply = pickle.load(process.stdout)
+    except (EOFError, BrokenPipeError):
+        raise BuildError(f"the compiler process died at {what}; its last words are on stderr") from None
+    if isinstance(reply, str):
+        raise BuildError(f"{what} does not compile: {reply}")
+    assert isinstance(reply, Compiled)
+    return reply

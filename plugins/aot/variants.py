@@ -1,0 +1,154 @@
+"""The table of what gets compiled: for one model, dtype and chip, each kernel with its constants and tiles.
+
+Row dtype is that of the op's T (float32 for MoeRouter, whose logits are float32 in every model). max_tokens is 0, any
+count, everywhere but for moe_gate_up and moe_down, where it counts T, the tokens of one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.errors import BuildError
+from deepseek_trt.plugins.aot.records import KernelArg, Variant
+from deepseek_trt.plugins.kernels import constants, tiles
+from deepseek_trt.plugins.kernels.chips import shared_limit
+
+ROUTED = ("greedy", "group_limited_greedy")  # the topk_methods that MoeRouter computes
+TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+# Each kernel's module (in plugins/kernels) and the arguments it takes at launch, in order; T is the op's dtype.
+_WRITE = (
+    "pool *T, latent *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, steps i32, table_width i32, "
+    "page_size i32"
+)
+_SPLIT = (
+    "query *T, pool *T, page_table *i32, past_lengths *i32, partial *fp32, partial_lse *fp32, scale_log2 fp32, "
+    "num_splits i32, table_width i32, page_size i32"
+)
+_EXPAND = (
+    "pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T, w_uv *T, k_nope *T, value *T, "
+    "first_head i32, capacity i32, table_width i32, page_size i32"
+)
+_ATTEND = (
+    "query *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, k_nope *T, value *T, attended *T, "
+    "scale_log2 fp32, first_head i32, steps i32, capacity i32, table_width i32, page_size i32"
+)
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """Where a kernel is written, and its launch arguments as "name type, name type"."""
+
+    module: str
+    args: str
+
+
+KERNELS = {
+    "latent_write": KernelSource("latent_write", _WRITE),
+    "mla_decode_split": KernelSource("mla_decode", _SPLIT),
+    "mla_decode_combine": KernelSource(
+        "mla_decode", "partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T, num_splits i32"
+    ),
+    "mla_prefill_expand": KernelSource("mla_prefill", _EXPAND),
+    "mla_prefill_attend": KernelSource("mla_prefill", _ATTEND),
+    "moe_router": KernelSource("moe_router", "logits *fp32, weights *fp32, ids *i32, tokens i32, scale fp32"),
+    "moe_dispatch_count": KernelSource(
+        "moe_dispatch", "ids *i32, counts *i32, sorted_slots *i32, slots i32, sorted_size i32"
+    ),
+    "moe_dispatch_offsets": KernelSource(
+        "moe_dispatch", "counts *i32, offsets *i32, block_expert *i32, chunks i32, max_blocks i32, block i32"
+    ),
+    "moe_dispatch_scatter": KernelSource("moe_dispatch", "ids *i32, offsets *i32, sorted_slots *i32, slots i32"),
+    "moe_gate_up": KernelSource(
+        "moe_experts",
+        "hidden *T, gate_proj *T, up_proj *T, inner *T, sorted_slots *i32, block_expert *i32, slots i32",
+    ),
+    "moe_down": KernelSource(
+        "moe_experts", "inner *T, down_proj *T, outer *T, sorted_slots *i32, block_expert *i32, slots i32"
+    ),
+    "moe_combine": KernelSource("moe_experts", "outer *T, weights *fp32, output *T, tokens i32"),
+}
+
+
+def variants_for(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
+    """All variants that `config` needs in `dtype` on the chip `sm`, in a fixed order.
+
+    Raises BuildError where a dtype, chip, activation or topk_method has no kernels.
+    """
+    shared_limit(sm)
+    if dtype not in TRITON_TYPES:
+        raise BuildError(f"the kernels have no dtype {dtype!r}; export the bundle as one of: {', '.join(TRITON_TYPES)}")
+    rows = _mla_rows(config, dtype, sm)
+    if config.n_routed_experts and config.num_experts_per_tok:
+        rows += _router_rows(config, sm) + _experts_rows(config, dtype, sm)
+    return rows
+
+
+def _mla_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
+    heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+    decode = constants.decode_constants(heads, rank, rope)
+    prefill = constants.prefill_constants(heads, rank, rope, config.qk_nope_head_dim, config.v_head_dim)
+    split = tiles.decode_tile(dtype, heads, sm, 0)
+    combine = {**decode.combine, "BLOCK_N": split["BLOCK_N"]}
+    write = tiles.write_tile(1, sm)
+    return (
+        _row("MlaDecode", "latent_write", dtype, constants.write_constants(config.latent_dim, False), write),
+        _row("MlaDecode", "mla_decode_split", dtype, decode.split, split),
+        _row("MlaDecode", "mla_decode_combine", dtype, combine, tiles.decode_combine_tile(rank, sm)),
+        _row("MlaPrefill", "latent_write", dtype, constants.write_constants(config.latent_dim, True), write),
+        _row("MlaPrefill", "mla_prefill_expand", dtype, prefill.expand, tiles.prefill_expand_tile(dtype, rank, 0, sm)),
+        _row("MlaPrefill", "mla_prefill_attend", dtype, prefill.attend, tiles.prefill_attend_tile(dtype, 0, 0, sm)),
+    )
+
+
+def _router_rows(config: ModelConfig, sm: int) -> tuple[Variant, ...]:
+    if config.topk_method not in ROUTED:
+        raise BuildError(f"topk_method {config.topk_method!r} has no kernel, only {', '.join(ROUTED)}: run it with ort")
+    limited = config.topk_method == "group_limited_greedy"
+    router = constants.router_constants(
+        config.n_routed_experts,
+        config.n_group if limited else 1,
+        config.topk_group if limited else 1,
+        config.num_experts_per_tok,
+        int(config.norm_topk_prob),
+    )
+    return (_row("MoeRouter", "moe_router", "float32", router, tiles.router_tile(1, sm)),)
+
+
+def _experts_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
+    if config.hidden_act != "silu":
+        raise BuildError(f"hidden_act is {config.hidden_act!r}; MoeExperts' kernels know silu only: run it with ort")
+    experts, top_k, width = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
+    sort = constants.dispatch_constants(experts)
+    gemm = constants.experts_constants(width, config.moe_intermediate_size, top_k)
+    rows = [
+        _row("MoeExperts", "moe_dispatch_count", dtype, sort.count, tiles.tile()),
+        _row("MoeExperts", "moe_dispatch_offsets", dtype, sort.offsets, tiles.dispatch_tile(sm)),
+        _row("MoeExperts", "moe_dispatch_scatter", dtype, sort.scatter, tiles.tile()),
+    ]
+    for bucket in tiles.gemm_buckets(dtype, top_k, experts, sm):
+        most = bucket.max_tokens
+        rows.append(_row("MoeExperts", "moe_gate_up", dtype, gemm.gate_up, bucket.tiles.gate_up, most))
+        rows.append(_row("MoeExperts", "moe_down", dtype, gemm.down, bucket.tiles.down, most))
+    rows.append(_row("MoeExperts", "moe_combine", dtype, gemm.combine, tiles.combine_tile(1, width, sm)))
+    return tuple(rows)
+
+
+def _row(op: str, kernel: str, dtype: str, dims: constants.Constants, size: tiles.Tile, max_tokens: int = 0) -> Variant:
+    return Variant(
+        kernel=kernel,
+        op=op,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        constexprs=(*dims.items(), *size.sizes),
+        args=_args(KERNELS[kernel].args, TRITON_TYPES[dtype]),
+        num_warps=size.num_warps,
+        num_stages=size.num_stages,
+    )
+
+
+def _args(text: str, dtype: str) -> tuple[KernelArg, ...]:
+    """From "pool *T, steps i32" to arguments, T replaced."""
+    pairs = (part.split() for part in text.split(", "))
+    return tuple(KernelArg(name, kind.replace("T", dtype)) for name, kind in pairs)

@@ -1,0 +1,1 @@
+"""The compiled operators and sampler for ONNX Runtime on a CPU."""

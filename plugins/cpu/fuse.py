@@ -1,0 +1,248 @@
+"""A graph pass: halves of decoder layers become single operators of the compiled CPU library (plugins/cpu/csrc).
+
+It works on the decode graph. What it does not recognise stays as it was exported; `left` says what that is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from deepseek_trt.export.bundle.graph import DOMAIN
+from deepseek_trt.export.passes.widen import WidenBfloat16
+from deepseek_trt.plugins.cpu.patterns import Found, OneOf, Op, match, uncast
+
+CPU_DOMAIN = "deepseek_trt.cpu"
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_pytorch_tanh")  # by their numbers in csrc/args.h
+# By the cache's type.
+_OPERATORS: dict[ir.DataType | None, str] = {ir.DataType.FLOAT: "Attention", ir.DataType.FLOAT16: "AttentionFloat16"}
+_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+_ADJACENT = {"interleaved": 1}
+
+
+def _linear(x: str | Op | OneOf, name: str) -> Op:
+    return Op("Gemm", (x, name), _GEMM, optional=f"{name}_bias")
+
+
+def _norm(x: str | Op, name: str) -> Op:
+    return Op("RMSNormalization", (x, f"{name}_weight"), {"axis": -1}, name=name)
+
+
+_X = _norm("x", "norm")
+_QUERY = Op(
+    "Reshape",
+    (OneOf((Op("Gemm", (_norm(_linear(_X, "q_a"), "q_norm"), "q"), _GEMM), Op("Gemm", (_X, "q"), _GEMM))), None),
+    name="query",
+)
+_Q_NOPE = Op("Slice", (_QUERY, None, None, None, None), name="q_nope")
+_Q_ROPE = Op("Slice", (_QUERY, None, None, None, None), name="q_rope")
+_ABSORBED = Op("Transpose", (Op("MatMul", (Op("Transpose", (Op("Squeeze", (_Q_NOPE, None)),)), "w_uk")),))
+_ROTATED = Op("RotaryEmbedding", (Op("Reshape", (_Q_ROPE, None)), "cos", "sin"), _ADJACENT)
+_ABSORBED_QUERY = Op("Concat", (_ABSORBED, Op("Squeeze", (Op("Reshape", (_ROTATED, None)), None))), {"axis": -1})
+_KV = Op("Reshape", (_linear(_X, "kv_a"), None))
+_LATENT = Op(
+    "Concat",
+    (
+        _norm(Op("Slice", (_KV, None, None, None, None)), "kv_norm"),
+        Op("RotaryEmbedding", (Op("Slice", (_KV, None, None, None, None)), "cos", "sin"), _ADJACENT),
+    ),
+    {"axis": -1},
+)
+_MLA = Op("MlaDecode", (_ABSORBED_QUERY, _LATENT, "past", "page_table", "past_lengths"), name="attended")
+_VALUE = Op("MatMul", (Op("Transpose", (_MLA,), {"perm": (1, 0, 2)}), Op("Transpose", ("w_uv",), {"perm": (0, 2, 1)})))
+_ATTENTION = Op("Add", ("x", _linear(Op("Reshape", (Op("Transpose", (_VALUE,), {"perm": (1, 0, 2)}), None)), "o")))
+
+_GATE, _UP = _linear(_X, "shared_gate"), _linear(_X, "shared_up")
+_ACTIVATED = OneOf(
+    (
+        Op("Mul", (_GATE, Op("Sigmoid", (_GATE,))), name="silu"),
+        Op("Relu", (_GATE,), name="relu"),
+        Op("Gelu", (_GATE,), {"approximate": "tanh"}, name="gelu_pytorch_tanh"),
+        Op("Gelu", (_GATE,), name="gelu"),
+    )
+)
+_MLP = _linear(Op("Mul", (_ACTIVATED, _UP)), "shared_down")
+_LOGITS = Op("Gemm", (_X, "router"), _GEMM)
+_BIASED = Op("MoeBiasedRouter", (_LOGITS, "correction"), name="routed")
+_ROUTER = OneOf((Op("MoeRouter", (_LOGITS,), name="routed"), _BIASED))
+_MOE = Op("MoeExperts", (_X, _ROUTER, None, "gate", "up", "down"), name="experts")
+_FEED_FORWARD = Op("Add", ("x", OneOf((Op("Add", (_MOE, _MLP)), _MOE, _MLP))))
+_HEAD = Op("Gemm", (_X, "head"), _GEMM)
+
+
+def fused_bytes(path: Path) -> tuple[bytes, list[str]]:
+    """The decode graph at `path` with fused operators, in float32 where it is bfloat16, and what stays as exported."""
+    model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
+    WidenBfloat16()(model)
+    fuse = FuseForCpu()
+    fuse(model)
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data, fuse.left
+
+
+@dataclass
+class FuseForCpu(ir.passes.InPlacePass):
+    """Replaces what it recognises, and counts it; `left` names the custom operators that it did not."""
+
+    fused: int = 0
+    left: list[str] = field(default_factory=list)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        for node in list(graph):
+            if node.op_type == "Add":
+                self._fuse_half(graph, node)
+        self._fuse_head(graph)
+        if self.fused:
+            graph.opset_imports[CPU_DOMAIN] = 1
+            common.RemoveUnusedNodesPass()(model)
+        self.left = [node.name or node.op_type for node in graph if node.domain == DOMAIN]
+        return ir.passes.PassResult(model, modified=self.fused > 0)
+
+    def _fuse_half(self, graph: ir.Graph, node: ir.Node) -> None:
+        out = node.outputs[0]
+        if (found := match(_ATTENTION, out)) and found["past"].dtype in _OPERATORS and _same_dims(found):
+            self._attention(graph, node, found)
+        elif (found := match(_FEED_FORWARD, out)) and _routed_together(found):
+            self._feed_forward(graph, node, found)
+
+    def _attention(self, graph: ir.Graph, at: ir.Node, f: Found) -> None:
+        mla = _producer(f["attended"])
+        names = ["past", "page_table", "past_lengths", "norm_weight", "kv_a", "kv_norm_weight"]
+        names += ["w_uk", "w_uv", "o", "q"]
+        names += ["q_a", "q_norm_weight"] if "q_a" in f else []
+        biases = ["kv_a_bias", "o_bias"] + (["q_a_bias"] if "q_a" in f else [])
+        has_bias = all(name in f for name in biases)
+        if not has_bias and any(name in f for name in biases):
+            return
+        inputs = [self._float(graph, at, f[name]) for name in ("x", "cos", "sin")]
+        inputs += [f[name] for name in names + (biases if has_bias else [])]
+        attributes = {
+            "query_compression": int("q_a" in f),
+            "bias": int(has_bias),
+            "scale": mla.attributes["scale"].as_float(),
+            "eps": _epsilon(f["norm"]),
+            "latent_eps": _epsilon(f["kv_norm"]),
+        }
+        node = self._insert(graph, at, _OPERATORS[f["past"].dtype], inputs, attributes, outputs=2)
+        _move(mla.outputs[1], node.outputs[1])
+
+    def _feed_forward(self, graph: ir.Graph, at: ir.Node, f: Found) -> None:
+        shared = "shared_down" in f
+        biases = ["shared_gate_bias", "shared_up_bias", "shared_down_bias"]
+        has_bias = all(name in f for name in biases)
+        if not has_bias and any(name in f for name in biases):
+            return
+        inputs = [self._float(graph, at, f["x"]), f["norm_weight"]]
+        attributes: dict[str, float | int] = {"eps": _epsilon(f["norm"]), "shared": int(shared), "bias": int(has_bias)}
+        activation = next((name for name in ACTIVATIONS if name in f), None)
+        if "experts" in f:
+            chosen = _producer(f["experts"]).attributes["activation"].as_string()
+            if activation not in (None, chosen):
+                return
+            activation = chosen
+            inputs += [f[name] for name in ("router", "gate", "up", "down", "correction") if name in f]
+            attributes |= _routing(_producer(f["routed"]))
+        assert activation is not None
+        attributes["activation"] = ACTIVATIONS.index(activation)
+        inputs += [f[f"shared_{name}"] for name in ("gate", "up", "down")] if shared else []
+        inputs += [f[name] for name in biases] if has_bias else []
+        self._insert(graph, at, "FeedForward", inputs, attributes)
+
+    def _fuse_head(self, graph: ir.Graph) -> None:
+        found = match(_HEAD, graph.outputs[0])
+        if found is None:
+            return
+        at = _producer(graph.outputs[0])
+        inputs = [self._float(graph, at, found["x"]), found["norm_weight"], found["head"]]
+        node = ir.node("Head", inputs, {"eps": _epsilon(found["norm"])}, domain=CPU_DOMAIN)
+        node.outputs[0].dtype = ir.DataType.FLOAT
+        graph.insert_after(at, node)
+        _move(graph.outputs[0], node.outputs[0])
+        self.fused += 1
+
+    def _insert(
+        self,
+        graph: ir.Graph,
+        at: ir.Node,
+        operator: str,
+        inputs: list[ir.Value],
+        attributes: dict[str, float | int],
+        outputs: int = 1,
+    ) -> ir.Node:
+        """Put the operator in the place of `at`, whose output goes on in its own type."""
+        node = ir.node(operator, inputs, attributes, domain=CPU_DOMAIN, num_outputs=outputs, name=f"cpu_{at.name}")
+        old, new = at.outputs[0], node.outputs[0]
+        new.name, new.dtype, new.shape = f"{old.name}.cpu", ir.DataType.FLOAT, old.shape
+        graph.insert_after(at, node)
+        self.fused += 1
+        if old.dtype not in (None, ir.DataType.FLOAT):
+            cast = ir.node("Cast", [new], {"to": int(old.dtype)})
+            graph.insert_after(node, cast)
+            new = cast.outputs[0]
+        _move(old, new)
+        return node
+
+    @staticmethod
+    def _float(graph: ir.Graph, at: ir.Node, value: ir.Value) -> ir.Value:
+        """The value in float32."""
+        value = uncast(value)
+        if value.dtype == ir.DataType.FLOAT:
+            return value
+        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+        cast.outputs[0].name, cast.outputs[0].dtype = f"{value.name}.cpu_{at.name}", ir.DataType.FLOAT
+        graph.insert_before(at, cast)
+        return cast.outputs[0]
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = uncast(value).producer()
+    assert node is not None
+    return node
+
+
+def _epsilon(norm: ir.Value) -> float:
+    return _producer(norm).attributes["epsilon"].as_float()
+
+
+def _routing(router: ir.Node) -> dict[str, float | int]:
+    a = router.attributes
+    return {
+        "experts": 1,
+        "biased": int(router.op_type == "MoeBiasedRouter"),
+        "top_k": a["top_k"].as_int(),
+        "groups": a["n_group"].as_int(),
+        "top_groups": a["topk_group"].as_int(),
+        "normalised": a["norm_topk_prob"].as_int(),
+        "factor": a["routed_scaling_factor"].as_float(),
+    }
+
+
+def _same_dims(f: Found) -> bool:
+    """Whether the slices of the query are its parts without and with rope, in this order."""
+    query, w_uk, nope = f["query"].shape, f["w_uk"].shape, f["q_nope"].shape
+    rope, past = f["q_rope"].shape, f["past"].shape
+    if query is None or w_uk is None or nope is None or rope is None or past is None:
+        return False
+    same_heads = query[2] == w_uk[0]
+    return same_heads and nope[3] == w_uk[1] and rope[3] == past[2] - w_uk[2] and query[3] == nope[3] + rope[3]
+
+
+def _routed_together(f: Found) -> bool:
+    """Whether weights and ids of the experts come from one router."""
+    if "experts" not in f:
+        return True
+    ids = _producer(f["experts"]).inputs[2]
+    return ids is not None and ids.producer() is _producer(f["routed"])
+
+
+def _move(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` stand wherever `old` does, under its name, be it an output of the graph."""
+    name = old.name
+    new.dtype, new.shape = old.dtype or ir.DataType.FLOAT, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name, new.name = f"{name}.exported", name

@@ -1,0 +1,1 @@
+"""The plugin library for TensorRT: C++ sources, generated tables, build and loading."""

@@ -1,0 +1,52 @@
+"""Hands a plugin library to TensorRT's registry."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from deepseek_trt.export.errors import BackendError
+from deepseek_trt.plugins.tensorrt import rtx_shim
+from deepseek_trt.plugins.tensorrt.manifest import Manifest, read_manifest
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The library that a registry holds, and the registry's handle of it."""
+
+    sha256: str
+    handle: Any
+
+
+_held: dict[str, _Held] = {}  # by the TensorRT module's name: each has one registry a process
+_opened: dict[Path, str] = {}  # sha256 of each file opened: the dynamic loader never opens a path a second time
+
+
+def load_library(path: Path, trt_module: ModuleType) -> Manifest:
+    """Make the plugins in `path` those of `trt_module` (tensorrt or tensorrt_rtx), and give the library's manifest.
+
+    Once a process does; more calls do nothing. A registry knows one plugin a name, so another library takes the place
+    of the one before, whose engines go on with it: call this before parsing or deserialising for that library's model.
+    Raises BuildError where the file is not what its manifest says, and BackendError where TensorRT refuses it.
+    """
+    manifest = read_manifest(path)
+    held = _held.get(trt_module.__name__)
+    if held is not None and held.sha256 == manifest.sha256:
+        return manifest
+    path = path.resolve()
+    if _opened.setdefault(path, manifest.sha256) != manifest.sha256:
+        raise BackendError(f"{path} was built anew after this process loaded it: start a new process")
+    rtx_shim.prepare(trt_module)
+    registry = trt_module.get_plugin_registry()
+    if held is not None:
+        registry.deregister_library(held.handle)
+        del _held[trt_module.__name__]
+    ctypes.CDLL(str(path))  # never unloaded: engines may still run its code after it is deregistered
+    handle = registry.load_library(str(path))
+    if handle is None:
+        raise BackendError(f"{trt_module.__name__} does not take {path} (its log says why): is another one loaded?")
+    _held[trt_module.__name__] = _Held(manifest.sha256, handle)
+    return manifest

@@ -1,0 +1,100 @@
+"""The manifest beside a plugin library: what went in, for which model and chips, and the library's sha256."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek_trt.export.errors import BuildError
+from deepseek_trt.plugins.aot.records import Binary
+
+if TYPE_CHECKING:
+    from deepseek_trt.plugins.tensorrt.codegen import KernelTable  # imports torch
+
+PLUGINS_FOLDER = "plugins"  # in the bundle
+LIBRARY = "libdeepseek_trt_plugins.so"
+MANIFEST = "libdeepseek_trt_plugins.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a plugin library holds.
+
+    `library_id` is in the library too, and in the plans built with it; it follows from `inputs_sha256`. `sizes` are the
+    model's, by the ops' size symbols. `binaries` has one row for each compiled kernel, images by sha256.
+    """
+
+    schema: int
+    made_by: str
+    sha256: str
+    library_id: str
+    inputs_sha256: str
+    dtype: str
+    sizes: Mapping[str, int]
+    ops: Sequence[str]
+    sms: Sequence[int]
+    ptx_sms: Sequence[int]
+    versions: Mapping[str, str]
+    binaries: Sequence[Mapping[str, Any]]
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(library: Path) -> Manifest:
+    """The manifest of `library`. Raises BuildError where it is missing or does not describe this very file."""
+    path = library.with_name(MANIFEST)
+    try:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        found = hashlib.sha256(library.read_bytes()).hexdigest()
+    except FileNotFoundError as error:
+        raise BuildError(f"{error.filename} is missing: run `deepseek-trt plugins`") from None
+    except (ValueError, TypeError) as error:
+        raise BuildError(f"{path} is damaged ({error}): run `deepseek-trt plugins` again") from None
+    if manifest.schema != SCHEMA:
+        raise BuildError(f"{path} has schema {manifest.schema}, not {SCHEMA}: run `deepseek-trt plugins` again")
+    if found != manifest.sha256:
+        raise BuildError(
+            f"{library} is not the file that {path.name} describes (sha256 {found}, not {manifest.sha256}): "
+            "run `deepseek-trt plugins` again"
+        )
+    return manifest
+
+
+def binary_rows(tables: Sequence[KernelTable]) -> list[dict[str, Any]]:
+    """One row a binary, without its image."""
+    return [_row(binary) for table in tables for binary in table.binaries]
+
+
+def _row(binary: Binary) -> dict[str, Any]:
+    v = binary.variant
+    return {
+        "op": v.op,
+        "kernel": v.kernel,
+        "dtype": v.dtype,
+        "max_tokens": v.max_tokens,
+        "sm": binary.sm,
+        "is_ptx": binary.is_ptx,
+        "entry": binary.entry,
+        "shared_bytes": binary.shared_bytes,
+        "threads": binary.threads,
+        "bytes": len(binary.image),
+        "sha256": binary.sha256,
+        "constants": dict(v.constexprs),
+    }
+
+
+def version_of(distribution: str) -> str:
+    """The installed version, or "unknown"."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,266 @@
+"""The repository on disk: complete in itself, described, written once; and its runtime without this package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from deepseek_trt.cli.main import main
+from deepseek_trt.engines.model_repository.runtime import runtime_files
+from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
+from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
+from deepseek_trt.engines.plans.profiles import profile_of
+from deepseek_trt.engines.serving.tensors import INPUTS, OUTPUTS
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import TensorSpec
+from deepseek_trt.export.errors import RequestError
+from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST
+
+PAGE = 8
+SPEC = BuildSpec(max_batch_size=4, max_input_len=16, max_seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def bundle(small_v2, bundle_of, demo_checkpoint, tmp_path_factory):
+    """The small model with the demo's tokenizer beside it, whose ids it does not have: nothing is generated here."""
+    folder = tmp_path_factory.mktemp("with_tokenizer") / "bundle"
+    shutil.copytree(bundle_of(small_v2.checkpoint, page_size=PAGE).path, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_checkpoint / name, folder)
+    return Bundle.open(folder)
+
+
+@pytest.fixture(scope="module")
+def planned(bundle, tmp_path_factory):
+    """The bundle with plans that nobody built, their library elsewhere."""
+    folder = tmp_path_factory.mktemp("planned")
+    own = Bundle.open(Path(shutil.copytree(bundle.path, folder / "bundle")))
+    (folder / "library").mkdir()
+    (folder / "library" / LIBRARY).write_bytes(b"library")
+    (folder / "library" / MANIFEST).write_text("{}")
+    for graph in own.manifest.graphs:
+        dims = [
+            TensorSpec(t.name, t.dtype, tuple(-1 if isinstance(d, str) else d for d in t.dims)) for t in graph.inputs
+        ]
+        profile = profile_of(graph, own.manifest.cache, SPEC)
+        library = (f"../library/{LIBRARY}", hashlib.sha256(b"library").hexdigest())
+        record = PlanRecord(
+            graph.name, SPEC, "1.0", tuple(dims), (), graph.outputs, profile, {}, {}, *library, "", "", 4
+        )
+        (own.path / f"{graph.name}.plan").write_bytes(b"plan")
+        record.write(own.path / f"{graph.name}.plan.json")
+    return own
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["model-repository", *map(str, arguments)])
+
+
+def written(*arguments):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def repository(bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository") / "models"
+    assert written(bundle.path, folder, "--max-inflight", 9)["fresh"]
+    return folder
+
+
+def test_everything_is_described_and_real(repository, bundle):
+    version = repository / "deepseek_v2" / "1"
+    manifest = json.loads((version / "manifest.json").read_text())
+    found = {p.relative_to(version).as_posix() for p in version.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert manifest["files"].keys() == found
+    assert {"model.py", "bundle/weights.safetensors", "bundle/tokenizer.json", "bundle/prefill.onnx"} <= found
+    assert not [p for p in repository.rglob("*") if p.is_symlink()]
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((version / name).read_bytes()).hexdigest() == digest
+    weights = version / "bundle" / "weights.safetensors"
+    assert weights.samefile(bundle.path / "weights.safetensors")
+    assert (repository / "serve.sh").stat().st_mode & 0o111
+    assert all(name in manifest["requirements"][0] for name in ("numpy", "<2"))
+
+
+def test_config_says_everything(repository):
+    text = (repository / "deepseek_v2" / "config.pbtxt").read_text()
+    assert "${" not in text
+    for field in INPUTS + OUTPUTS:
+        dims = ", ".join(map(str, field.dims))
+        assert f'name: "{field.name}" data_type: {field.data_type} dims: [ {dims} ]' in text
+    parameters = dict(re.findall(r'key: "(\w+)" value \{ string_value: "([^"]*)"', text))
+    assert parameters["backend"] == "ort"
+    assert (parameters["max_inflight"], parameters["max_running"]) == ("9", "9")
+    assert (parameters["max_model_len"], parameters["page_size"], parameters["vocab_size"]) == ("2560", "8", "256")
+    assert "decoupled: true" in text
+
+
+def test_the_same_again_does_nothing_and_a_change_replaces_all(bundle, tmp_path):
+    first = written(bundle.path, tmp_path / "r")
+    stray = tmp_path / "r" / "deepseek_v2" / "1" / "stray"
+    stray.write_text("")
+    again = written(bundle.path, tmp_path / "r")
+    assert (first["fresh"], again["fresh"], stray.exists()) == (True, False, True)
+    changed = written(bundle.path, tmp_path / "r", "--max-model-len", 100)
+    assert (changed["fresh"], changed["max_model_len"], stray.exists()) == (True, 100, False)
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
+        "README.md", "client.py", "deepseek_v2", "serve.sh", "supervise.py",
+    ]  # fmt: skip
+
+
+def test_models_side_by_side(bundle, tmp_path):
+    written(bundle.path, tmp_path)
+    before = (tmp_path / "deepseek_v2" / "config.pbtxt").stat().st_mtime_ns
+    written(bundle.path, tmp_path, "--name", "other")
+    assert (tmp_path / "deepseek_v2" / "config.pbtxt").stat().st_mtime_ns == before
+    assert 'name: "other"' in (tmp_path / "other" / "config.pbtxt").read_text()
+    assert "`deepseek_v2`, `other`" in (tmp_path / "README.md").read_text()
+    assert "@" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_by_reference_bundle_is_refused(small_v2, bundle_of, tmp_path):
+    result = run(bundle_of(small_v2.checkpoint, by_reference=True).path, tmp_path)
+    assert result.exit_code == 1
+    assert "without --by-reference" in result.stderr
+
+
+def test_a_bundle_without_tokenizer_is_refused(small_v2, bundle_of, tmp_path):
+    result = run(bundle_of(small_v2.checkpoint, page_size=PAGE).path, tmp_path)
+    assert (result.exit_code, "tokenizer.json" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["../out", "a b", ".hidden", ""])
+def test_names_that_are_no_folder(bundle, tmp_path, name):
+    result = run(bundle.path, tmp_path, "--name", name)
+    assert (result.exit_code, "name" in result.stderr) == (1, True)
+
+
+def test_what_somebody_else_wrote_is_left_alone(bundle, tmp_path):
+    (tmp_path / "deepseek_v2").mkdir()
+    (tmp_path / "deepseek_v2" / "theirs").write_text("")
+    result = run(bundle.path, tmp_path)
+    assert (result.exit_code, "move it away" in result.stderr) == (1, True)
+    assert (tmp_path / "deepseek_v2" / "theirs").exists()
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        ({}, {"max_model_len": 2560, "max_running": 32, "pages": 1 + 32 * 320}),
+        ({"max_inflight": 2}, {"max_running": 2, "pages": 1 + 2 * 320}),
+        ({"max_model_len": 17}, {"pages": 1 + 32 * 2}),  # 16 cached tokens: the last is never cached
+        ({"max_model_len": 18}, {"pages": 1 + 32 * 3}),
+        ({"pages": 400}, {"pages": 400}),
+        ({"cache_mib": 1}, {"pages": 2**20 // (3 * 48 * 2 * PAGE)}),
+        ({"threads": 3, "prefix_reuse": False}, {"threads": 3, "prefix_reuse": False}),
+    ],
+)
+def test_sizes(bundle, request_, expected):
+    settings = settings_for(bundle, SizeRequest(**request_))
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"max_model_len": 2561}, "between 2 and the model's 2560"),
+        ({"max_model_len": 1}, "max_model_len 1"),
+        ({"pages": 100}, "--pages 321"),
+        ({"max_inflight": 0}, "max_inflight 0"),
+        ({"max_running": 0}, "max_running 0"),
+        ({"threads": -1}, "threads -1"),
+    ],
+)
+def test_sizes_that_cannot_be_had(bundle, request_, words):
+    with pytest.raises(RequestError, match=words):
+        settings_for(bundle, SizeRequest(**request_))
+
+
+def test_plans_come_with_their_library_and_limits(planned, tmp_path):
+    facts = written(planned.path, tmp_path)
+    assert facts["backend"] == "tensorrt"
+    assert (facts["max_running"], facts["prefill_chunk"], facts["max_model_len"]) == (4, 16, 64)
+    placed = tmp_path / "deepseek_v2" / "1" / "bundle"
+    assert (placed / "plugins" / LIBRARY).read_bytes() == b"library"
+    assert (placed / "plugins" / MANIFEST).is_file()
+    assert PlanRecord.read(placed / "decode.plan.json").plugin_library == f"plugins/{LIBRARY}"
+    assert "KIND_GPU" in (tmp_path / "deepseek_v2" / "config.pbtxt").read_text()
+    assert written(planned.path, tmp_path, "--backend", "ort", "--name", "cpu")["backend"] == "ort"
+    assert not list((tmp_path / "cpu").rglob("*.plan"))
+
+
+# What the server's Python does not have, or need not.
+ABSENT = ("torch", "onnx", "onnx_ir", "safetensors", "triton", "polygraphy", "click", "rich", "tensorrt", "cuda")
+
+
+@pytest.mark.parametrize(("backend", "also"), [("ort", ()), ("tensorrt", ("onnxruntime",))])
+def test_the_runtime_imports_nothing_else(tmp_path, backend, also):
+    """Every module, in an interpreter that has neither this package nor what it depends on."""
+    names = []
+    for relative, source in runtime_files(backend).items():
+        (tmp_path / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, tmp_path / relative)
+        names.append(relative.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    (tmp_path / "triton_python_backend_utils.py").write_text("")
+    code = f"""
+import sys
+sys.path = [{str(tmp_path)!r}] + [p for p in sys.path if p not in ("", {str(Path.cwd())!r})]
+sys.modules.update(dict.fromkeys({(*ABSENT, *also)!r}))
+import importlib
+for name in {names!r}:
+    assert importlib.import_module(name).__file__.startswith({str(tmp_path)!r}), name
+"""
+    result = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def script(name):
+    path = Path(str(files("deepseek_trt.engines.model_repository") / "files" / name))
+    spec = importlib.util.spec_from_file_location(f"served_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_flags_of_serve_sh():
+    supervise = script("supervise.py")
+    flags, server = supervise.split_flags(
+        ["--http-port=81", "--log-verbose", "--grpc-port", "82", "--tritonserver=true"]
+    )
+    assert (flags, server) == ({"http-port": ["81"], "log-verbose": [None], "grpc-port": ["82"]}, "true")
+    assert supervise.own_shared_memory(flags) in flags["backend-config"][0]
+    command = supervise.command_of(server, flags, ["a", "b"])
+    assert {"--http-port=81", "--grpc-port=82", "--metrics-port=8002", "--log-verbose"} <= set(command)
+    assert {"--http-address=127.0.0.1", "--load-model=a", "--load-model=b"} <= set(command)
+    assert "--disable-auto-complete-config" in command
+    with pytest.raises(SystemExit, match="no such-server"):
+        supervise.command_of("such-server", {}, ["a"])
+    with pytest.raises(SystemExit, match="is no flag"):
+        supervise.split_flags(["8000"])
+
+
+def test_a_spoiled_file_is_named(repository, tmp_path):
+    version = Path(shutil.copytree(repository / "deepseek_v2" / "1", tmp_path / "1"))
+    code = (version / "model.py").read_text().split("check_all()\nsys.path")[0] + "check_all()\n"
+    (version / "check.py").write_text(code)
+
+    def check():
+        return subprocess.run([sys.executable, version / "check.py"], capture_output=True, text=True, check=False)
+
+    assert check().returncode == 0
+    (version / "bundle" / "config.json").write_text("{}")
+    assert "config.json is not the file that was written" in check().stderr
+    (version / "bundle" / "config.json").unlink()
+    assert "config.json is missing" in check().stderr

@@ -1,0 +1,165 @@
+"""Plans: real TensorRT-RTX builds with no GPU, every custom op a plugin, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from deepseek_trt.engines.plans.build import build_plans, plan_path
+from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
+from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
+from deepseek_trt.engines.plans.profiles import profile_of
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import graphs_of
+from deepseek_trt.export.errors import BuildError, BundleError
+from deepseek_trt.plugins.aot.compile import compile_all
+from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
+
+SPEC = BuildSpec(sms=(86, 89, 120), max_batch_size=4, max_input_len=128, max_seq_len=512)
+
+
+@pytest.fixture(scope="module")
+def bundle(demo_checkpoint, bundle_of, tmp_path_factory) -> Bundle:
+    """A copy that plans may be written into."""
+    exported = bundle_of(demo_checkpoint)
+    return Bundle.open(Path(shutil.copytree(exported.path, tmp_path_factory.mktemp("plans") / "bundle")))
+
+
+@pytest.fixture(scope="module")
+def library(bundle) -> PluginLibrary:
+    binaries = compile_all(bundle.manifest.model, bundle.manifest.dtype, [86, 89, 120], jobs=2, fallback=False)
+    return build_library(binaries, bundle.manifest.model, bundle.manifest.dtype, bundle.path / "plugins")
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("weights", ["shared", "embedded"])
+def test_plans_build_and_a_rerun_does_nothing(bundle, library, weights):
+    spec = dataclasses.replace(SPEC, weights=weights)
+    phases: set[str] = set()
+    plans = build_plans(bundle, spec, library.path, lambda phase, done, steps: phases.add(phase))
+    assert [p.fresh for p in plans] == [True, True]
+    assert phases
+    layers = bundle.manifest.model.num_hidden_layers
+    for plan, attention in zip(plans, ("MlaPrefill", "MlaDecode"), strict=True):
+        assert plan.record.plugins == {attention: layers, "MoeRouter": layers - 1, "MoeExperts": layers - 1}
+        assert plan.record.layers["PLUGIN_V3"] == 3 * layers - 2
+        assert plan.path.stat().st_size == plan.record.plan_bytes
+        assert PlanRecord.read(plan.path.with_suffix(".plan.json")) == plan.record
+        names = [t.name for t in plan.record.inputs]
+        assert set(plan.record.weights) <= set(names)
+        assert [n for n in names if n not in plan.record.weights] == [
+            t.name for t in bundle.graph(plan.record.graph).inputs
+        ]
+        assert ("model.embed_tokens.weight" in plan.record.weights) == (weights == "shared")
+    stamps = [plan_path(bundle, g).stat().st_mtime_ns for g in ("prefill", "decode")]
+    assert [p.fresh for p in build_plans(bundle, spec, library.path)] == [False, False]
+    assert [plan_path(bundle, g).stat().st_mtime_ns for g in ("prefill", "decode")] == stamps
+
+
+@pytest.mark.tensorrt
+def test_shared_plans_are_smaller_by_the_weights(bundle, library):
+    shared = build_plans(bundle, dataclasses.replace(SPEC, sms=(86,)), library.path)
+    embedded = build_plans(bundle, dataclasses.replace(SPEC, sms=(86,), weights="embedded"), library.path)
+    for small, large in zip(shared, embedded, strict=True):
+        moved = sum(w.recipe.size * 2 for w in bundle.manifest.weights if w.recipe.name in small.record.weights)
+        assert large.record.plan_bytes - small.record.plan_bytes > 0.8 * moved
+
+
+@pytest.mark.tensorrt
+def test_without_plugins_it_is_an_error(bundle, library, monkeypatch):
+    """What a build would do whose plugins were not taken: run the function bodies, quietly. Ours refuses."""
+    monkeypatch.setattr("deepseek_trt.engines.plans.build._plugins", lambda network: {})
+    with pytest.raises(BuildError, match="plugins took over"):
+        build_plans(bundle, dataclasses.replace(SPEC, max_batch_size=3), library.path)
+
+
+@pytest.mark.tensorrt
+def test_library_without_the_chip_is_refused(bundle, library):
+    with pytest.raises(BuildError, match="no kernels for SM 75"):
+        build_plans(bundle, dataclasses.replace(SPEC, sms=(75,)), library.path)
+
+
+@pytest.mark.tensorrt
+def test_library_of_another_dtype_is_refused(bundle, library, demo_checkpoint, bundle_of):
+    other = bundle_of(demo_checkpoint, dtype="float32")
+    with pytest.raises(BuildError, match="is for bfloat16, the bundle is float32"):
+        build_plans(other, SPEC, library.path)
+
+
+@pytest.mark.tensorrt
+def test_a_tensor_of_2_to_the_31_numbers_never_reaches_tensorrt(bundle, library):
+    """V3's stacked experts: 256 x 2048 x 7168."""
+    record = bundle.manifest.weights[0]
+    large = dataclasses.replace(record, recipe=dataclasses.replace(record.recipe, shape=(256, 2048, 7168)))
+    manifest = dataclasses.replace(bundle.manifest, weights=(large, *bundle.manifest.weights[1:]))
+    with pytest.raises(BuildError, match=r"\[256, 2048, 7168\] holds 2\^31 numbers or more"):
+        build_plans(dataclasses.replace(bundle, manifest=manifest), SPEC, library.path)
+
+
+def test_damaged_library_is_refused(bundle, library, tmp_path):
+    copy = Path(shutil.copytree(library.path.parent, tmp_path / "plugins")) / library.path.name
+    copy.write_bytes(copy.read_bytes()[:-1] + b"x")
+    with pytest.raises(BuildError, match="is not the file that"):
+        build_plans(bundle, SPEC, copy)
+
+
+@pytest.mark.tensorrt
+def test_chips_must_be_named_and_known():
+    import tensorrt_rtx as trt
+
+    flavour = open_flavour("rtx")
+    config = trt.Builder(flavour.logger).create_builder_config()
+    with pytest.raises(BuildError, match="say which chips"):
+        flavour.set_chips(config, ())
+    with pytest.raises(BuildError, match="does not build for SM 90; it builds for"):
+        flavour.set_chips(config, (90,))
+
+
+def test_a_flavour_without_chips_takes_the_gpu_of_the_machine():
+    class Trt:
+        __version__ = "10.15"
+
+    flavour = Flavour("tensorrt", Trt, None)  # type: ignore[arg-type]
+    flavour.set_chips(None, ())
+    with pytest.raises(BuildError, match="leave out --sm 90"):
+        flavour.set_chips(None, (90,))
+
+
+def test_absent_tensorrt_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(BuildError, match=r"pip install 'deepseek-trt\[tensorrt\]'"):
+        open_flavour("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_input_len": 600}, "--max-input-len 600 is above --max-seq-len 512"),
+        ({"max_batch_size": 0}, "at least 1"),
+        ({"max_batch_size": 4096, "max_seq_len": 163840}, "2\\^31"),
+    ],
+)
+def test_profiles_that_cannot_be(bundle, changes, words):
+    with pytest.raises(BuildError, match=words):
+        profile_of(bundle.graph("prefill"), bundle.manifest.cache, dataclasses.replace(SPEC, **changes))
+
+
+def test_profiles_come_from_the_three_sizes(bundle):
+    cache = bundle.manifest.cache
+    prefill, decode = graphs_of(bundle.manifest.model, cache)
+    shapes = profile_of(prefill, cache, SPEC).shapes
+    assert shapes["input_ids"] == ((1, 1), (1, 128), (4, 128))
+    assert shapes["page_table"] == ((1, 1), (1, 8), (4, 8))
+    assert shapes["past_key_values.0.latent"][2] == (33, 64, cache.latent_dim)
+    assert profile_of(decode, cache, SPEC).shapes["input_ids"] == ((1, 1), (4, 1), (4, 1))
+
+
+def test_a_missing_or_damaged_record_is_named(tmp_path):
+    with pytest.raises(BundleError, match="deepseek-trt build"):
+        PlanRecord.read(tmp_path / "prefill.plan.json")
+    (tmp_path / "prefill.plan.json").write_text('{"schema_version": 1}')
+    with pytest.raises(BundleError, match="is damaged"):
+        PlanRecord.read(tmp_path / "prefill.plan.json")

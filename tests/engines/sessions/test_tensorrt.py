@@ -1,0 +1,459 @@
+"""TrtSession above the driver: what it checks, binds, stages and captures, over a GPU and a TensorRT that stand in."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deepseek_trt.engines.generation.generate import generate, pages_needed
+from deepseek_trt.engines.generation.pages import page_table
+from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.plans.flavour import Flavour
+from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
+from deepseek_trt.engines.plans.profiles import profile_of
+from deepseek_trt.engines.sessions.session import row_latents
+from deepseek_trt.engines.sessions.tensorrt import session as trt_module
+from deepseek_trt.engines.sessions.tensorrt import weight_upload
+from deepseek_trt.engines.sessions.tensorrt.session import TrtSession, bucket
+from deepseek_trt.engines.sessions.torch import TorchSession
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import TensorSpec, past_name
+from deepseek_trt.export.bundle.weights import weight_arrays
+from deepseek_trt.export.errors import BackendError, BuildError, BundleError, RequestError
+from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, SCHEMA, Manifest
+
+_SPEC = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).parents[1] / "fake_gpu.py")
+fake_gpu = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fake_gpu)
+
+PAGE = 8
+SPEC = BuildSpec(flavour="rtx", sms=(86, 120), max_batch_size=4, max_input_len=16, max_seq_len=64)
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]]
+NEW = 12
+
+
+class World:
+    """A bundle with plans and a library that nobody built, and a TensorRT and a GPU to run them."""
+
+    def __init__(self, folder: Path, bundle: Bundle, monkeypatch, spec: BuildSpec = SPEC):
+        self.bundle = Bundle.open(Path(shutil.copytree(bundle.path, folder / "bundle")))
+        self.monkeypatch, self.spec = monkeypatch, spec
+        self.device = fake_gpu.FakeDevice()
+        self.library = self.bundle.path / "plugins" / LIBRARY
+        self.library.parent.mkdir()
+        self.write_library()
+        self.records = {g.name: self.record(g) for g in self.bundle.manifest.graphs}
+        for name, record in self.records.items():
+            self.plan(name).write_bytes(name.encode())
+            self.write(record)
+        weights = {name: torch.from_numpy(array.copy()) for name, array in weight_arrays(self.bundle).items()}
+        name = {"rtx": "fake_rtx", "tensorrt": "fake"}[spec.flavour]
+        self.trt = fake_gpu.fake_trt(name, self.bundle, self.records, self.device, weights)
+        self.trt.__version__ = "1.0"
+        self.loaded = []
+        monkeypatch.setattr(trt_module, "open_flavour", lambda flavour, log: Flavour(flavour, self.trt, log))
+        monkeypatch.setattr(trt_module, "load_library", lambda path, trt: self.loaded.append(path))
+
+    def plan(self, graph):
+        return self.bundle.path / f"{graph}.plan"
+
+    def write(self, record):
+        record.write(self.plan(record.graph).with_suffix(".plan.json"))
+
+    def change(self, graph="prefill", **changes):
+        self.write(dataclasses.replace(self.records[graph], **changes))
+
+    def record(self, graph):
+        given = [
+            TensorSpec(t.name, t.dtype, tuple(-1 if isinstance(d, str) else d for d in t.dims)) for t in graph.inputs
+        ]
+        large = [w for w in self.bundle.manifest.weights if self.spec.weights == "shared" and len(w.recipe.shape) > 1]
+        shared = [TensorSpec(w.recipe.name, w.dtype, w.recipe.shape) for w in large]
+        return PlanRecord(
+            graph=graph.name,
+            spec=self.spec,
+            flavour_version="1.0",
+            inputs=(*given, *shared),
+            weights=tuple(t.name for t in shared),
+            outputs=graph.outputs,
+            profile=profile_of(graph, self.bundle.manifest.cache, self.spec),
+            layers={},
+            plugins={},
+            plugin_library=f"plugins/{LIBRARY}",
+            plugin_library_sha256=hashlib.sha256(b"library").hexdigest(),
+            source_sha256="",
+            plan_sha256=hashlib.sha256(graph.name.encode()).hexdigest(),
+            plan_bytes=len(graph.name),
+        )
+
+    def write_library(self, data=b"library", sms=(86, 120), ptx_sms=()):
+        self.library.write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        Manifest(SCHEMA, "a test", digest, "", "", "float32", {}, [], sms, ptx_sms, {}, []).write(
+            self.library.with_name(MANIFEST)
+        )
+
+    def session(self, pages=24, **options):
+        return TrtSession(self.bundle, pages, make_device=lambda: self.device, **options)
+
+
+@pytest.fixture(scope="module")
+def bundle(small_v2, bundle_of):
+    return bundle_of(small_v2.checkpoint, dtype="float32", page_size=PAGE)
+
+
+@pytest.fixture
+def make_world(tmp_path, monkeypatch):
+    return lambda bundle, **changes: World(tmp_path, bundle, monkeypatch, dataclasses.replace(SPEC, **changes))
+
+
+@pytest.fixture
+def world(make_world, bundle):
+    return make_world(bundle)
+
+
+def tokens_of(session, config, prompts=PROMPTS, new=NEW):
+    made = [[] for _ in prompts]
+    for step in generate(session, dataclasses.replace(config, eos_token_ids=()), prompts, SamplingParams(new)):
+        made[step.row].append(step.token)
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(bundle):
+    config = bundle.manifest.model
+    return tokens_of(TorchSession(bundle, pages_needed(config, PAGE, PROMPTS, NEW)), config)
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("flavour", ["rtx", "tensorrt"])
+@pytest.mark.parametrize("weights", ["shared", "embedded"])
+def test_gives_the_tokens_of_torch(make_world, bundle, expected, flavour, weights, cuda_graphs):
+    sms = SPEC.sms if flavour == "rtx" else ()
+    world = make_world(bundle, flavour=flavour, weights=weights, sms=sms)
+    session = world.session(cuda_graphs=cuda_graphs)
+    assert tokens_of(session, bundle.manifest.model) == expected
+    assert world.loaded == [world.library]
+    assert session.note == f"{flavour} 1.0 on a stand-in"
+    assert ("launch" in world.device.calls) == cuda_graphs
+    assert not world.device.queue, "a step must be over when its logits are given"
+
+
+def test_by_reference_gives_the_same_tokens(make_world, small_v2, bundle_of, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(weight_upload, "ASSEMBLED_BYTES", 40_000)
+    checkpoint = Path(shutil.copytree(small_v2.checkpoint, tmp_path / "checkpoint"))
+    for shard in checkpoint.glob("*.safetensors"):
+        save_file({name: tensor.float() for name, tensor in load_file(shard).items()}, shard)
+    reference = bundle_of(checkpoint, page_size=PAGE, by_reference=True)
+    assert tokens_of(make_world(reference).session(), reference.manifest.model) == expected
+
+
+def test_one_copy_of_everything(world):
+    session = world.session()
+    prefill, decode = (world.trt.contexts[name] for name in ("prefill", "decode"))
+    names = world.records["prefill"].weights
+    assert names
+    assert [prefill.addresses[n] for n in names] == [decode.addresses[n] for n in names]
+    assert prefill.memory == decode.memory
+    assert prefill.config.strategy is fake_gpu.Strategy.USER_MANAGED
+    assert [prefill.addresses[past_name(i)] for i in range(session.cache.layers)] == list(session.pool_addresses)
+    assert all((session.pool(layer) == 0).all() for layer in range(session.cache.layers))
+    before = set(world.device.memory)
+    tokens_of(session, world.bundle.manifest.model)
+    assert set(world.device.memory) == before, "memory was allocated while tokens were made"
+
+
+def test_weights_go_up_in_the_order_of_the_file(world, monkeypatch):
+    monkeypatch.setattr(weight_upload, "STAGING_BYTES", 4096)  # so that tensors take several pieces, in two buffers
+    seen = []
+    session = world.session(progress=lambda done, total: seen.append((done, total)))
+    stored = {w.recipe.name: w.recipe.size * 4 for w in world.bundle.manifest.weights}
+    total = sum(stored[name] for name in world.records["prefill"].weights)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (total, total)
+    context = world.trt.contexts["decode"]
+    addresses = [context.addresses[n] for n in stored if n in world.records["prefill"].weights]
+    assert addresses == sorted(addresses)
+    arrays = weight_arrays(world.bundle)
+    for name in world.records["prefill"].weights:
+        raw = world.device.bytes_at(context.addresses[name], arrays[name].nbytes)
+        np.testing.assert_array_equal(raw.view(np.float32).reshape(arrays[name].shape), arrays[name])
+    assert len(world.device.pinned) == 2, "the staging buffers were kept"
+    del session
+
+
+def decode_once(session, rows, pages_a_row=1):
+    owned = [list(range(1 + r * pages_a_row, 1 + (r + 1) * pages_a_row)) for r in range(rows)]
+    ids = np.full((rows, 1), 7, dtype=np.int64)
+    return session.decode(ids, np.zeros(rows, dtype=np.int32), page_table(owned))
+
+
+def test_a_bucket_is_captured_once_and_used_again(world):
+    session = world.session()
+
+    def calls(rows, pages_a_row=1):
+        world.device.calls.clear()
+        logits = decode_once(session, rows, pages_a_row)
+        assert logits.shape == (rows, session.vocab_size)
+        return world.device.calls
+
+    run = ["upload", "run", "download"]
+    assert calls(3) == run, "the first time a shape runs it may compile: not captured"
+    assert calls(4) == ["capture", *run, "launch"], "3 and 4 rows share a bucket"
+    assert calls(3) == ["launch"]
+    assert calls(4) == ["launch"]
+    assert calls(2) == run
+    assert calls(4, pages_a_row=3) == run, "another table width"
+    assert calls(4, pages_a_row=4) == ["capture", *run, "launch"]
+    assert calls(3) == ["launch"], "graphs of other buckets stay"
+
+
+def test_graphs_give_the_same_bits(world, make_world):
+    graphs, plain = world.session(), world.session(cuda_graphs=False)
+    for rows in (1, 3, 3, 3, 2, 3, 1, 1):
+        np.testing.assert_array_equal(decode_once(graphs, rows), decode_once(plain, rows))
+
+
+def test_a_context_that_cannot_be_captured_runs_plain(world):
+    session = world.session()
+    world.trt.contexts["decode"].is_stream_capturable = lambda stream: False
+    for _ in range(3):
+        world.device.calls.clear()
+        decode_once(session, 2)
+        assert world.device.calls == ["upload", "run", "download"]
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "padded"), [(1, 8, 1), (2, 8, 2), (3, 8, 4), (5, 6, 6), (6, 6, 6), (64, 64, 64)]
+)
+def test_buckets(size, most, padded):
+    assert bucket(size, most) == padded
+
+
+def test_padding_rows_touch_the_scratch_page_only(world):
+    session = world.session()
+    session.fill(np.nan)
+    assert np.isfinite(decode_once(session, 3)).all()
+    for layer in range(session.cache.layers):
+        pool = session.pool(layer)
+        assert np.isnan(pool[4:]).all()
+        assert [int(np.isfinite(page).all(-1).sum()) for page in pool[1:4]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("all_logits", [False, True])
+def test_long_and_ragged_prompts_go_in_pieces(make_world, small_v2, bundle_of, all_logits):
+    """Up to 45 tokens through an engine for 16: as if in one piece."""
+    options = {"all_logits": True} if all_logits else {}
+    bundle = bundle_of(small_v2.checkpoint, dtype="float32", page_size=PAGE, **options)
+    lengths = np.array([45, 0, 16, 17], dtype=np.int32)
+    ids = np.arange(4 * 45).reshape(4, 45) % 250
+    owned = [list(range(1 + 6 * row, 7 + 6 * row)) for row in range(4)]
+    given = (ids, lengths, np.zeros(4, dtype=np.int32), page_table(owned))
+    session, torch_session = make_world(bundle).session(pages=25), TorchSession(bundle, 25)
+    actual, wanted = session.prefill(*given), torch_session.prefill(*given)
+    assert actual.shape == wanted.shape
+    real = np.arange(45) < lengths[:, None] if all_logits else lengths > 0
+    np.testing.assert_allclose(actual[real], wanted[real], atol=2e-4)  # float32 sums in another order
+    for layer in range(session.cache.layers):
+        for row, length in enumerate(lengths):
+            latents = [row_latents(s, layer, np.array(owned[row]), length) for s in (session, torch_session)]
+            np.testing.assert_allclose(*latents, atol=2e-4)
+
+
+def test_more_rows_than_the_engines_take(world):
+    with pytest.raises(RequestError, match=r"5 prompts at once; the engines were built for 4: .*--max-batch-size 5"):
+        tokens_of(world.session(), world.bundle.manifest.model, [[1]] * 5, new=2)
+
+
+def test_longer_than_the_engines_take(world):
+    with pytest.raises(RequestError, match=r"up to 72 tokens; the engines were built for 64: .*--max-seq-len 72"):
+        tokens_of(world.session(), world.bundle.manifest.model, [[1] * 60], new=12)
+
+
+def test_more_pages_than_the_engines_take(world):
+    with pytest.raises(BackendError, match=r"34 cache pages are needed, the engines take at most 33: .*--max-seq-len"):
+        world.session(pages=34)
+
+
+def remove(path):
+    return lambda world: (world.bundle.path / path).unlink()
+
+
+REFUSED = {
+    "no record": (remove("decode.plan.json"), BundleError, "deepseek-trt build"),
+    "no plan": (remove("decode.plan"), BundleError, r"decode\.plan is missing: .*deepseek-trt build"),
+    "another length": (lambda w: w.plan("prefill").write_bytes(b"prefill+"), BackendError, "has 8 bytes, .* says 7"),
+    "other bytes": (lambda w: w.plan("prefill").write_bytes(b"PREFILL"), BackendError, "sha256 differs.*build again"),
+    "other options": (
+        lambda w: w.change(spec=dataclasses.replace(SPEC, max_batch_size=3)),
+        BackendError,
+        "built with different options: run deepseek-trt build again",
+    ),
+    "another version": (
+        lambda w: setattr(w.trt, "__version__", "2.0"),
+        BackendError,
+        "built by tensorrt_rtx 1.0, this is 2.0: .* or install 1.0",
+    ),
+    "no library": (remove(f"plugins/{LIBRARY}"), BuildError, "is missing: run `deepseek-trt plugins`"),
+    "no manifest": (remove(f"plugins/{MANIFEST}"), BuildError, "is missing: run `deepseek-trt plugins`"),
+    "another library": (lambda w: w.write_library(b"another"), BackendError, "not the library that prefill.plan was"),
+    "damaged library": (lambda w: w.library.write_bytes(b"x"), BuildError, "is not the file that"),
+    "no kernels": (
+        lambda w: w.write_library(sms=(90,)),
+        BackendError,
+        "no kernels for SM 86; it has SM 90: run deepseek-trt plugins --sm 86",
+    ),
+    "another bundle": (
+        lambda w: w.change(inputs=w.records["prefill"].inputs[1:]),
+        BackendError,
+        "does not take the inputs of prefill.onnx",
+    ),
+    "other weights": (
+        lambda w: w.change(
+            inputs=tuple(
+                dataclasses.replace(t, dims=(3, 3)) if t.name == "lm_head.weight" else t
+                for t in w.records["prefill"].inputs
+            )
+        ),
+        BackendError,
+        r"wants lm_head.weight as float32 \[3, 3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "error", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_does_not_belong_together_is_refused_before_tensorrt_reads_it(world, damage, error, words):
+    damage(world)
+    with pytest.raises(error, match=words):
+        world.session()
+    assert world.trt.deserialised == []
+    assert world.loaded == []
+
+
+@pytest.mark.parametrize(
+    ("sm", "sms", "ptx", "runs"),
+    [
+        (86, (86,), (), True),
+        (89, (86,), (), True),
+        (86, (89,), (), False),
+        (121, (120,), (), False),
+        (121, (), (80,), True),
+    ],
+)
+def test_which_kernels_run_on_which_chip(world, sm, sms, ptx, runs):
+    world.device.sm = sm
+    world.change("prefill", spec=dataclasses.replace(SPEC, sms=(sm,)))
+    world.change("decode", spec=dataclasses.replace(SPEC, sms=(sm,)))
+    world.write_library(sms=sms, ptx_sms=ptx)
+    if runs:
+        world.session()
+    else:
+        with pytest.raises(BackendError, match=f"no kernels for SM {sm}"):
+            world.session()
+
+
+VALIDITY = fake_gpu.EngineValidity
+
+
+def test_a_chip_that_was_not_named(make_world, bundle):
+    """TensorRT-RTX says itself whether a plan runs; the full TensorRT does not, so the record decides."""
+    world = make_world(bundle)
+    world.write_library(ptx_sms=(80,))
+    world.device.sm = 90
+    assert "built for SM 86, 120, runs on SM 90, maybe slower" in world.session().note
+    world.trt.validity = (VALIDITY.INVALID, 2)
+    with pytest.raises(BackendError, match=r"was built for SM 86, 120; a stand-in is SM 90: .*build with --sm 90"):
+        world.session()
+
+
+def test_what_tensorrt_says_of_a_plan(world):
+    world.trt.validity = (VALIDITY.SUBOPTIMAL, 2)
+    assert "maybe slower (UNSUPPORTED_CC)" in world.session().note
+    world.trt.validity = (VALIDITY.INVALID, 4)
+    with pytest.raises(BackendError, match=r"does not take .*prefill.plan on a stand-in \(OLD_CUDA_DRIVER\)"):
+        world.session()
+
+
+def test_the_full_tensorrt_needs_the_named_chip(make_world, bundle):
+    world = make_world(bundle, flavour="tensorrt", sms=(86,))
+    world.write_library(ptx_sms=(80,))
+    world.device.sm = 90
+    with pytest.raises(BackendError, match="build with --sm 90"):
+        world.session()
+
+
+def test_a_plan_that_tensorrt_does_not_take_is_reported_in_its_words(world):
+    world.plan("prefill").write_bytes(b"garbage")
+    world.change(plan_sha256=hashlib.sha256(b"garbage").hexdigest())
+    with pytest.raises(
+        BackendError, match=r"does not take .*prefill.plan \(magicTag differs\): run deepseek-trt build"
+    ):
+        world.session()
+    assert world.device.closed
+
+
+def test_a_run_that_fails_is_reported_in_its_words(world):
+    session = world.session()
+    world.trt.refuse_runs = True
+    with pytest.raises(BackendError, match=r"refuses the run with decode.plan: the first cause"):
+        decode_once(session, 1)
+
+
+def test_a_gpu_that_is_too_small_is_given_back(world):
+    world.device.room = 4096
+    with pytest.raises(BackendError, match="no room for the latent cache of 24 pages"):
+        world.session()
+    assert world.device.closed
+
+
+def test_compiled_kernels_are_kept_beside_the_plans(world):
+    caches = [world.bundle.path / f"{name}.runtime-cache" for name in ("prefill", "decode")]
+    world.session().close()
+    assert [cache.read_bytes() for cache in caches] == [b"compiled"] * 2
+    world.device.closed = False
+    world.session().close()
+    assert [cache.read_bytes() for cache in caches] == [b"compiled+"] * 2, "the second session started from it"
+    assert not list(world.bundle.path.glob("*.tmp*"))
+
+
+def test_only_what_is_captured_is_compiled_before_it_runs(world):
+    world.session()
+    kinds = {n: c.config.dynamic_shapes_kernel_specialization_strategy for n, c in world.trt.contexts.items()}
+    assert kinds == {"prefill": fake_gpu.Specialisation.LAZY, "decode": fake_gpu.Specialisation.EAGER}
+
+
+def test_a_session_that_goes_gives_the_gpu_back(world):
+    session = world.session()
+    del session
+    gc.collect()
+    assert world.device.closed
+
+
+def test_imports_no_torch():
+    module = "deepseek_trt.engines.sessions.tensorrt.session"
+    code = f"import sys, {module}; print([m for m in ('torch', 'onnx', 'triton') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.tensorrt
+def test_the_real_tensorrt_refuses_what_is_not_a_plan(world, monkeypatch):
+    from deepseek_trt.engines.plans.flavour import open_flavour
+
+    monkeypatch.setattr(trt_module, "open_flavour", open_flavour)
+    version = open_flavour("rtx").version
+    for graph in ("prefill", "decode"):
+        world.change(graph, flavour_version=version)
+    with pytest.raises(BackendError, match=r"rtx does not take .*prefill.plan on a stand-in \(MALFORMED_ENGINE\)"):
+        world.session()

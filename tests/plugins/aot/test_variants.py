@@ -1,0 +1,138 @@
+"""The table of variants: complete, unambiguous, and in step with the kernels' modules."""
+
+import ast
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.errors import BuildError
+from deepseek_trt.plugins.aot import variants
+from deepseek_trt.plugins.aot.variants import KERNELS, variants_for
+from deepseek_trt.plugins.kernels import KERNEL_OPS
+from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
+
+SMALL = ModelConfig(
+    hidden_size=128,
+    num_attention_heads=4,
+    kv_lora_rank=64,
+    qk_rope_head_dim=16,
+    qk_nope_head_dim=32,
+    v_head_dim=32,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    moe_intermediate_size=64,
+)
+V2_LITE = ModelConfig(
+    hidden_size=2048, num_attention_heads=16, n_routed_experts=64, num_experts_per_tok=6, moe_intermediate_size=1408
+)
+V2 = ModelConfig(
+    hidden_size=5120,
+    num_attention_heads=128,
+    n_routed_experts=160,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1536,
+    topk_method="group_limited_greedy",
+    n_group=8,
+    topk_group=3,
+)
+MODELS = pytest.mark.parametrize("config", [SMALL, V2_LITE, V2], ids=["small", "V2-Lite", "V2"])
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+CHIPS = pytest.mark.parametrize("sm", SHARED_LIMITS)
+
+SOURCES = Path(variants.__file__).parents[1] / "kernels"
+
+
+@MODELS
+@DTYPES
+@CHIPS
+def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
+    rows = variants_for(config, dtype, sm)
+    assert {row.op for row in rows} == set(KERNEL_OPS)
+    assert {row.kernel for row in rows} == set(KERNELS)
+    assert set(Counter((row.op, row.kernel, row.max_tokens) for row in rows).values()) == {1}
+    for op, kernel in {(row.op, row.kernel) for row in rows}:
+        buckets = [row.max_tokens for row in rows if (row.op, row.kernel) == (op, kernel)]
+        assert buckets[-1] == 0, "the last bucket must take any count"
+        assert buckets[:-1] == sorted(buckets[:-1])
+
+
+@MODELS
+@DTYPES
+@CHIPS
+def test_both_grouped_gemms_of_a_bucket_share_the_block(config, dtype, sm):
+    blocks = {}
+    for row in variants_for(config, dtype, sm):
+        if row.kernel in ("moe_gate_up", "moe_down"):
+            blocks.setdefault(row.max_tokens, []).append(dict(row.constexprs)["BLOCK_M"])
+    assert blocks
+    assert all(len(pair) == 2 and len(set(pair)) == 1 for pair in blocks.values())
+
+
+@MODELS
+@CHIPS
+def test_both_decode_kernels_split_alike(config, sm):
+    rows = {row.kernel: dict(row.constexprs) for row in variants_for(config, "bfloat16", sm)}
+    shared = ("BLOCK_N", "MIN_TILES", "H", "LAT")
+    split, combine = rows["mla_decode_split"], rows["mla_decode_combine"]
+    assert [split[name] for name in shared] == [combine[name] for name in shared]
+
+
+def parameters(kernel):
+    """(arguments, constants) in the order of the kernel's source, read without importing Triton."""
+    tree = ast.parse((SOURCES / f"{KERNELS[kernel].module}.py").read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == kernel)
+    args = function.args.args
+    return [a.arg for a in args if a.annotation is None], [a.arg for a in args if a.annotation is not None]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_give_what_the_kernel_takes(kernel):
+    arguments, constants = parameters(kernel)
+    for row in variants_for(V2, "bfloat16", 90):
+        if row.kernel == kernel:
+            assert [arg.name for arg in row.args] == arguments
+            assert sorted(name for name, _ in row.constexprs) == sorted(constants)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_docstrings_tell_each_launch(kernel):
+    """The C++ launcher is written from the docstring: arguments and types must be those of the table."""
+    text = ast.get_docstring(ast.parse((SOURCES / f"{KERNELS[kernel].module}.py").read_text(encoding="utf-8")))
+    launch = re.search(rf"^ +{kernel} +grid.*?\n((?: {{8}}.*\n?)+)", text, re.MULTILINE)
+    assert launch, f"{kernel}'s launch is not described"
+    told = re.findall(r"\b(\w+) (\*?(?:T|fp32|i32))\b", launch.group(1))
+    full = re.findall(r"\b(\w+) \*(?:T|fp32|i32)\b|\b(\w+) (?:i32|fp32)\b", launch.group(1))
+    assert [first or second for first, second in full] == [name for name, _ in told]
+    assert told == [tuple(part.split()) for part in KERNELS[kernel].args.split(", ")]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "*fp32"), ("float16", "*fp16"), ("bfloat16", "*bf16")])
+def test_types_follow_the_dtype(dtype, kind):
+    for row in variants_for(SMALL, dtype, 86):
+        types = {arg.name: arg.type for arg in row.args}
+        assert types.get("pool", kind) == kind
+        assert types.get("weights", "*fp32") == "*fp32"
+        assert "T" not in "".join(types.values())
+        assert row.dtype == ("float32" if row.op == "MoeRouter" else dtype)
+
+
+def test_a_dense_model_has_no_expert_kernels():
+    rows = variants_for(ModelConfig(n_routed_experts=0), "bfloat16", 86)
+    assert {row.op for row in rows} == {"MlaPrefill", "MlaDecode"}
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "sm", "words"),
+    [
+        (SMALL, "float64", 86, "float64"),
+        (SMALL, "float32", 75, "SM 75 .*80"),
+        (ModelConfig(num_experts_per_tok=2, hidden_act="gelu"), "float32", 86, "gelu.*silu"),
+        (ModelConfig(num_experts_per_tok=2, topk_method="noaux_tc"), "float32", 86, "noaux_tc.*ort"),
+    ],
+)
+def test_refuses_by_name(config, dtype, sm, words):
+    with pytest.raises(BuildError, match=words):
+        variants_for(config, dtype, sm)

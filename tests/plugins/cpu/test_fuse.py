@@ -1,0 +1,133 @@
+"""The graph pass over every variant of the model: nothing is left as exported, and it computes the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from deepseek_trt.engines.sessions.ort import OrtSession
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.plugins.cpu.fuse import CPU_DOMAIN, FuseForCpu, fused_bytes
+
+# Widths that are no multiples of 16, so that every kernel meets its rest.
+BASE: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "torch_dtype": "float32",
+    "vocab_size": 60,
+    "hidden_size": 40,
+    "intermediate_size": 36,
+    "moe_intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "topk_method": "greedy",
+    "hidden_act": "silu",
+}
+GROUPS = {"n_group": 4, "topk_group": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases, query compression": {"q_lora_rank": 12, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "tied, relu, no shared experts": {"tie_word_embeddings": True, "hidden_act": "relu", "n_shared_experts": None},
+    "groups, tanh": {**GROUPS, "topk_method": "group_limited_greedy", "hidden_act": "gelu_pytorch_tanh"},
+    "sigmoid routing": {**GROUPS, "model_type": "deepseek_v3", "topk_method": "noaux_tc", "norm_topk_prob": True},
+    "float16": {"torch_dtype": "float16", "norm_topk_prob": True},
+    "bfloat16": {"torch_dtype": "bfloat16"},
+    "dense, ten heads, dynamic rope": {
+        "n_routed_experts": None,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 10,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "max_position_embeddings": 8,
+    },
+}
+# Of the largest logit. float32: sums in another order. Else the exported bodies round what they compute to float16
+# (2^-11) or, where weights alone are narrow, compute in float32 too.
+TOLERANCE = {"float16": 8 * 2.0**-11}
+
+
+@pytest.fixture(scope="module")
+def weights() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("weights", Path(__file__).parents[2] / "export" / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def variant(weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    def make(name: str) -> Bundle:
+
+        raw = {**BASE, **VARIANTS[name]}
+        folder = tmp_path_factory.mktemp("variant")
+        tensors = weights.random_weights(dict(weights.shapes_of(raw)))
+        dtype = getattr(torch, raw["torch_dtype"])
+        save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(raw))
+        return export_checkpoint(ExportRequest(folder, folder / "out", page_size=4)).bundle
+
+    return make
+
+
+def decode_twice(session: OrtSession) -> list[np.ndarray[Any, Any]]:
+    """Two steps of three rows whose caches hold random latents."""
+    rng = np.random.default_rng(0)
+    for layer in range(session.cache.layers):
+        session.pool(layer)[:] = rng.standard_normal(session.pool(layer).shape) * 0.5
+    table = rng.permutation(np.arange(1, 40, dtype=np.int32))[:36].reshape(3, 12)
+    lengths = np.array([0, 9, 40], dtype=np.int32)
+    return [session.decode(rng.integers(0, 60, (3, 1)), lengths + step, table) for step in range(2)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_fused_and_right(variant: Callable[[str], Bundle], name: str) -> None:
+    bundle = variant(name)
+    exported, compiled = OrtSession(bundle, 40, 1, compiled=False), OrtSession(bundle, 40, 2)
+    assert "as exported" not in compiled.note
+    tolerance = TOLERANCE.get(bundle.manifest.dtype, 1e-5)
+    for wanted, got in zip(decode_twice(exported), decode_twice(compiled), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+    for layer in range(exported.cache.layers):
+        a, b = (s.pool(layer).astype(np.float32) for s in (exported, compiled))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(a).max())
+
+
+def test_what_is_not_recognised_stays_and_is_named(variant: Callable[[str], Bundle]) -> None:
+    path = variant("plain").graph_path("decode")
+    model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
+    mla = next(node for node in model.graph if node.op_type == "MlaDecode")
+    node = next(n for n in model.graph if n.op_type == "Transpose" and n.inputs[0] is mla.outputs[0])
+    node.attributes["perm"] = ir.AttrInt64s("perm", [1, 2, 0])
+    fuse = FuseForCpu()
+    fuse(model)
+    assert fuse.left == ["MlaDecode_0"]
+    assert sum(n.domain == CPU_DOMAIN for n in model.graph) == fuse.fused == 4
+
+
+def test_no_weight_is_in_the_fused_graph(variant: Callable[[str], Bundle]) -> None:
+    data, left = fused_bytes(variant("plain").graph_path("decode"))
+    assert left == []
+    initializers = onnx.load_from_string(data).graph.initializer
+    assert all(t.data_location == onnx.TensorProto.EXTERNAL for t in initializers if t.name != "model.rope.inv_freq")

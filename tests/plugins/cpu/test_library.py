@@ -1,0 +1,66 @@
+"""The compiled CPU operators against the exported bodies, and what they promise beyond."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deepseek_trt.engines.sessions.ort import OrtSession
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.plugins.cpu.library import CPU_LIBRARY_FILE, cpu_library
+
+Decoded = list[np.ndarray[Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def bundle(small: Any, bundle_of: Callable[..., Bundle]) -> Bundle:
+    return bundle_of(small.checkpoint, dtype="float32", page_size=8)
+
+
+def decode_after_prefill(session: OrtSession, rows: int, tokens: int = 21, steps: int = 3, first: int = 0) -> Decoded:
+    """Logits of each step of rows first..first + rows; row r holds tokens + r tokens, the same whatever the others."""
+    page, vocab = session.cache.page_size, session.vocab_size
+    width = -(-(tokens + 8 + steps) // page)
+    table = 1 + np.arange(rows * width, dtype=np.int32).reshape(rows, width)
+    rng = [np.random.default_rng(first + r) for r in range(rows)]
+    lengths = np.array([tokens + first + r for r in range(rows)], dtype=np.int32)
+    ids = np.zeros((rows, lengths.max()), dtype=np.int64)
+    for r in range(rows):
+        ids[r, : lengths[r]] = rng[r].integers(0, vocab, lengths[r])
+        # row by row, so that what is cached does not depend on the others either
+        none = np.zeros(1, dtype=np.int32)
+        session.prefill(ids[r : r + 1, : lengths[r]], lengths[r : r + 1], none, table[r : r + 1])
+    out = []
+    for step in range(steps):
+        new = np.array([[g.integers(0, vocab)] for g in rng], dtype=np.int64)
+        out.append(session.decode(new, lengths + step, table))
+    return out
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_equals_the_exported_bodies(bundle: Bundle, rows: int) -> None:
+    exported = decode_after_prefill(OrtSession(bundle, 64, 1, compiled=False), rows)
+    session = OrtSession(bundle, 64, 1)
+    assert session.note == ""
+    for wanted, got in zip(exported, decode_after_prefill(session, rows), strict=True):
+        # Sums of up to some hundred float32 products in another order, through three layers: 1e-5 of the logits' size.
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(bundle: Bundle) -> None:
+    together = decode_after_prefill(OrtSession(bundle, 64, 1), 5)
+    alone = decode_after_prefill(OrtSession(bundle, 64, 2), 1, first=3)
+    for several, one in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(several[3], one[0])
+
+
+def test_the_library_beside_the_bundle_is_taken(bundle: Bundle, tmp_path: Path) -> None:
+    built = cpu_library()
+    assert built.path is not None
+    shutil.copy(built.path, tmp_path / CPU_LIBRARY_FILE)
+    assert cpu_library(tmp_path).path == tmp_path / CPU_LIBRARY_FILE

@@ -1,0 +1,338 @@
+"""What the plugins launch, by a driver that records: which binary, grid, block, shared memory, and every argument."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.ops import OPS
+from deepseek_trt.export.ops.spec import OpSpec
+from deepseek_trt.plugins.aot.records import Variant
+from deepseek_trt.plugins.aot.variants import variants_for
+from deepseek_trt.plugins.kernels import launches
+from deepseek_trt.plugins.kernels.launches import cdiv
+from deepseek_trt.plugins.tensorrt.library import PluginLibrary
+from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes
+
+DTYPE = "bfloat16"
+ELEMENT = 2
+WORKSPACE = 0x900000000  # drive.cpp's
+STREAM = 0x57
+SCALE = 0.125
+FIELDS = {
+    "MlaPrefill": ["scale:f:1:0.125"],
+    "MlaDecode": ["scale:f:1:0.125", "kv_lora_rank:i:1:32"],
+    "MoeRouter": [
+        "top_k:i:1:3",
+        "n_group:i:1:4",
+        "topk_group:i:1:2",
+        "norm_topk_prob:i:1:0",
+        "routed_scaling_factor:f:1:16.0",
+    ],
+    "MoeExperts": ["activation:s:4:silu"],
+}
+SPECS = {op.name: op for op in OPS if op.name in FIELDS}
+TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "i32"}
+
+Drive = Callable[..., list[str]]
+Sizes = Mapping[str, int]
+
+
+def address_of(op: OpSpec, name: str) -> int:
+    """A made-up address for each tensor; present_latent lies where past_latent does."""
+    names = [t.name for t in op.inputs + op.outputs]
+    return 0x1000000 * (1 + names.index(name.replace("present_", "past_")))
+
+
+def tensors(op: OpSpec, config: ModelConfig, sizes: Sizes) -> list[str]:
+    """The commands that describe the op's tensors to drive.cpp."""
+    table = OpTable(op, DTYPE, {**fixed_sizes(config), **sizes})
+    lines = []
+    for tensor in table.tensors:
+        side = "in" if tensor in op.inputs else "out"
+        dims = [str(table.size_of(d)) for d in tensor.dims]
+        lines.append(f"tensor {side} {TYPES[table.dtype_of(tensor)]} {address_of(op, tensor.name):x} {' '.join(dims)}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Which SM plays, and which binaries it must run."""
+
+    sm: int
+    tiles: int
+    label: str
+
+
+CHIPS = [
+    Chip(86, 86, "sm86"),
+    Chip(89, 86, "sm86"),  # compiled code for 8.6 runs on later 8.x
+    Chip(90, 90, "sm90"),
+    Chip(100, 86, "ptx80"),  # from 9.0 on, compiled code runs on its own chip only
+]
+
+
+class Expected:
+    """The launches of one op on one chip, written down in order."""
+
+    def __init__(self, op: OpSpec, config: ModelConfig, chip: Chip) -> None:
+        self.op = op
+        self.chip = chip
+        self.variants = [v for v in variants_for(config, DTYPE, chip.tiles) if v.op == op.name]
+        self.lines: list[str] = []
+        self._next = WORKSPACE
+
+    def variant(self, kernel: str, tokens: int = 1) -> Variant:
+        fits = [v for v in self.variants if v.kernel == kernel and (not v.max_tokens or tokens <= v.max_tokens)]
+        return min(fits, key=lambda v: v.max_tokens or math.inf)
+
+    def tile(self, kernel: str, name: str, tokens: int = 1) -> int:
+        return dict(self.variant(kernel, tokens).constexprs)[name]
+
+    def take(self, size: int) -> int:
+        """The address of the next `size` bytes of the workspace."""
+        taken, self._next = self._next, self._next + cdiv(size, 256) * 256
+        return taken
+
+    @property
+    def workspace(self) -> int:
+        return self._next - WORKSPACE
+
+    def launch(self, kernel: str, grid: Sequence[int], args: Sequence[int | float | str], tokens: int = 1) -> None:
+        """Strings among args name the op's tensors."""
+        v = self.variant(kernel, tokens)
+        shared = 60000 if kernel == "mla_decode_split" else 1000 + v.max_tokens
+        params = [self._param(a, arg.type) for a, arg in zip(args, v.args, strict=True)] + ["8:0", "8:0"]
+        image = f"{self.op.name}/{kernel}/{self.chip.label}/{v.max_tokens}"
+        blocks = " ".join(map(str, [*grid, 1, 1][:3]))
+        how = f"{blocks} | {32 * v.num_warps} 1 1 | {shared} | {STREAM:#x}"
+        self.lines.append(f"launch {kernel} | {image} | {how} | {' '.join(params)}")
+
+    def _param(self, value: int | float | str, kind: str) -> str:
+        if isinstance(value, str):
+            value = address_of(self.op, value)
+        if kind.startswith("*"):
+            return f"8:{value:x}"
+        (bits,) = struct.unpack("I", struct.pack("f" if kind == "fp32" else "i", value))
+        return f"4:{bits:x}"
+
+
+def decode(e: Expected, n: Sizes) -> None:
+    heads, rank, capacity = n["H"], n["L"], n["M"] * n["page"]
+    tiles = cdiv(heads, e.tile("mla_decode_split", "BLOCK_H"))
+    splits = launches.decode_splits(n["B"], tiles, capacity, e.tile("mla_decode_split", "BLOCK_N"))
+    partial = e.take(n["B"] * heads * splits * rank * 4)
+    lse = e.take(n["B"] * heads * splits * 4)
+    paging = [n["M"], n["page"]]
+    written: list[int | str] = ["present_latent", "latent", "page_table", "past_lengths", 0, 1, *paging]
+    e.launch("latent_write", [cdiv(1, e.tile("latent_write", "BLOCK_S")), n["B"]], written)
+    cached: list[int | str] = ["query", "present_latent", "page_table", "past_lengths"]
+    scale = SCALE * math.log2(math.e)
+    e.launch("mla_decode_split", [tiles, splits, n["B"]], [*cached, partial, lse, scale, splits, *paging])
+    columns = cdiv(rank, e.tile("mla_decode_combine", "BLOCK_D"))
+    e.launch("mla_decode_combine", [n["B"] * heads, columns], [partial, lse, "past_lengths", "attended", splits])
+
+
+def prefill(e: Expected, n: Sizes) -> None:
+    capacity, paging = n["M"] * n["page"], [n["M"], n["page"]]
+    chunk = launches.prefill_chunk_heads(n["B"], capacity, n["H"], (n["N"] + n["V"]) * ELEMENT)
+    k_nope = e.take(n["B"] * chunk * capacity * n["N"] * ELEMENT)
+    value = e.take(n["B"] * chunk * capacity * n["V"] * ELEMENT)
+    lengths = ["page_table", "past_lengths", "sequence_lengths"]
+    rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
+    e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", *lengths, n["S"], *paging])
+    for part in launches.head_chunks(n["H"], chunk):
+        expand = ["present_latent", *lengths, "w_uk", "w_uv", k_nope, value, part.first, capacity, *paging]
+        tokens = cdiv(capacity, e.tile("mla_prefill_expand", "BLOCK_T"))
+        e.launch("mla_prefill_expand", [tokens, part.count, n["B"]], expand)
+        attend = ["query", "present_latent", *lengths, k_nope, value, "attended", SCALE * math.log2(math.e)]
+        steps = cdiv(n["S"], e.tile("mla_prefill_attend", "BLOCK_M"))
+        args = [*attend, part.first, n["S"], capacity, *paging]
+        e.launch("mla_prefill_attend", [steps, part.count, n["B"]], args)
+
+
+def router(e: Expected, n: Sizes) -> None:
+    grid = [cdiv(n["T"], e.tile("moe_router", "BLOCK_T"))]
+    e.launch("moe_router", grid, ["logits", "weights", "ids", n["T"], 16.0])
+
+
+def experts(e: Expected, n: Sizes) -> None:
+    T, slots = n["T"], n["T"] * n["K"]
+    block = e.tile("moe_gate_up", "BLOCK_M", T)
+    chunks, blocks = cdiv(slots, launches.DISPATCH_CHUNK), launches.dispatch_blocks(slots, n["E"], block)
+    counts, offsets = e.take(chunks * n["E"] * 4), e.take(chunks * n["E"] * 4)
+    block_expert, sorted_slots = e.take(blocks * 4), e.take(blocks * block * 4)
+    inner, outer = e.take(slots * n["I"] * ELEMENT), e.take(slots * n["hidden"] * ELEMENT)
+    count_grid = [cdiv(blocks * block, launches.DISPATCH_CHUNK)]
+    e.launch("moe_dispatch_count", count_grid, ["ids", counts, sorted_slots, slots, blocks * block])
+    e.launch("moe_dispatch_offsets", [1], [counts, offsets, block_expert, chunks, blocks, block])
+    e.launch("moe_dispatch_scatter", [chunks], ["ids", offsets, sorted_slots, slots])
+    columns = cdiv(n["I"], e.tile("moe_gate_up", "BLOCK_N", T))
+    order = [sorted_slots, block_expert, slots]
+    e.launch("moe_gate_up", [blocks * columns], ["hidden", "gate_proj", "up_proj", inner, *order], T)
+    columns = cdiv(n["hidden"], e.tile("moe_down", "BLOCK_N", T))
+    e.launch("moe_down", [blocks * columns], [inner, "down_proj", outer, *order], T)
+    grid = [cdiv(T, e.tile("moe_combine", "BLOCK_T")), cdiv(n["hidden"], e.tile("moe_combine", "BLOCK_D"))]
+    e.launch("moe_combine", grid, [outer, "weights", "output", T])
+
+
+WRITERS = {"MlaDecode": decode, "MlaPrefill": prefill, "MoeRouter": router, "MoeExperts": experts}
+CASES: list[tuple[str, Sizes]] = [
+    ("MlaDecode", {"B": 1, "P": 40, "page": 64, "M": 4}),
+    ("MlaDecode", {"B": 1, "P": 5000, "page": 64, "M": 2000}),
+    ("MlaDecode", {"B": 8, "P": 300, "page": 64, "M": 32}),
+    ("MlaDecode", {"B": 512, "P": 2000, "page": 16, "M": 3}),
+    ("MlaPrefill", {"B": 1, "S": 1, "P": 9, "page": 64, "M": 1}),
+    ("MlaPrefill", {"B": 8, "S": 300, "P": 300, "page": 64, "M": 32}),
+    ("MlaPrefill", {"B": 8, "S": 77, "P": 300, "page": 64, "M": 10000}),  # heads in chunks
+    ("MoeRouter", {"T": 1}),
+    ("MoeRouter", {"T": 257}),
+    ("MoeExperts", {"T": 1}),
+    ("MoeExperts", {"T": 8}),
+    ("MoeExperts", {"T": 85}),
+    ("MoeExperts", {"T": 86}),  # 16 rows an expert, and the next bucket
+    ("MoeExperts", {"T": 5000}),
+]
+
+
+def expected(op: OpSpec, config: ModelConfig, chip: Chip, sizes: Sizes) -> Expected:
+    written = Expected(op, config, chip)
+    WRITERS[op.name](written, {**fixed_sizes(config), **sizes})
+    return written
+
+
+def create(op: str) -> str:
+    return " ".join(["create", op, "build", *FIELDS[op]])
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
+def test_launches(drive: Drive, plugin_config: ModelConfig, chip: Chip) -> None:
+    """All cases in one process: each plugin is attached anew, but the kernels of an op are loaded once."""
+    commands: list[str] = []
+    for name, sizes in CASES:
+        shapes = tensors(SPECS[name], plugin_config, sizes)
+        commands += ["clear", create(name), *shapes, "workspace", "attach", "reshape", "enqueue"]
+    output = drive(commands, sm=chip.sm)
+
+    cases = [expected(SPECS[name], plugin_config, chip, sizes) for name, sizes in CASES]
+    assert [line for line in output if line.startswith("launch ")] == [line for case in cases for line in case.lines]
+    workspaces = [int(line.split()[1]) for line in output if line.startswith("workspace ")]
+    for (name, sizes), case, size in zip(CASES, cases, workspaces, strict=True):
+        assert case.workspace <= size, (name, sizes)
+    assert not [line for line in output if line.startswith("log ")]
+    loads = [line for line in output if line.startswith("load ")]
+    assert len(loads) == len(set(loads)) == len(variants_for(plugin_config, DTYPE, chip.tiles))
+
+
+def test_large_shared_memory_is_asked_for(drive: Drive, plugin_config: ModelConfig) -> None:
+    output = drive([create("MlaDecode"), "attach"])
+    assert [line for line in output if line.startswith("attribute ")] == [
+        "attribute MlaDecode/mla_decode_split/sm86/0 8 = 60000 on device 0"
+    ]
+
+
+def test_all_loading_is_over_before_enqueue(drive: Drive, plugin_config: ModelConfig) -> None:
+    shapes = tensors(SPECS["MoeExperts"], plugin_config, {"T": 8})
+    output = drive([create("MoeExperts"), *shapes, "attach", "reshape", "enqueue", "enqueue"])
+    loads = [line.split()[1] for line in output if line.startswith("load ")]
+    assert [line.split()[1] for line in output if line.startswith("ready ")] == loads
+    after = output[output.index("reshape 0") + 1 :]
+    runs = [line for line in after if line.startswith("launch ")]
+    assert after == [*runs[:6], "enqueue 0", *runs[6:], "enqueue 0"]
+    assert runs[:6] == runs[6:]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_workspace_covers_all_smaller_sizes(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
+    """The plan's workspace is sized once, for the largest shapes; no smaller shape may need more."""
+    op, largest = SPECS[name], {"B": 9, "S": 70, "P": 99, "page": 64, "M": 7000, "T": 700}
+    smaller = [{k: max(1, v * part // 100) for k, v in largest.items()} for part in (1, 2, 5, 11, 12, 13, 34, 67, 100)]
+    smaller += [{**largest, "B": 1}, {**largest, "M": 1}, {**largest, "B": 2, "M": 6000}]
+    output = drive([create(name), *tensors(op, plugin_config, largest), "workspace"])
+    size = int(output[-1].split()[1])
+    needs = [expected(op, plugin_config, chip, s).workspace for s in smaller for chip in CHIPS]
+    assert max(needs) <= size
+    assert size <= 1.3 * max(needs) + 1024
+
+
+def test_kernels_are_loaded_once_a_device(drive: Drive) -> None:
+    router, second = create("MoeRouter"), ["set FAKE_DEVICE 1", "set FAKE_SM 90"]
+    output = drive([router, "attach", "attach", *second, "attach", router, "attach", "set FAKE_DEVICE 0", "attach"])
+    assert [line for line in output if not line.startswith("ready ")] == [
+        "create ok",
+        "load MoeRouter/moe_router/sm86/0",
+        *["attach 0"] * 2,
+        "load MoeRouter/moe_router/sm90/0",
+        "attach 0",
+        "create ok",
+        *["attach 0"] * 2,
+    ]
+
+
+def test_missing_driver_is_said(drive: Drive, plugin_config: ModelConfig) -> None:
+    shapes = tensors(SPECS["MoeRouter"], plugin_config, {"T": 8})
+    output = drive([create("MoeRouter"), *shapes, "attach", "reshape", "enqueue"], driver=False)
+    assert output[1] == "attach 0"  # TensorRT attaches while it builds without a GPU
+    assert output[2].startswith("log 1 MoeRouter: there is no NVIDIA driver (libcuda.so.1: cannot open")
+    assert output[3] == "reshape 1"
+
+
+@pytest.mark.parametrize(
+    ("fakes", "sm", "message"),
+    [
+        (
+            {},
+            75,
+            "has no moe_router for this GPU (sm_75, 232448 bytes of shared memory a block); run `deepseek-trt plugins",
+        ),
+        ({"FAKE_SHARED": "900"}, 86, "has no moe_router for this GPU (sm_86, 900 bytes"),
+        ({"FAKE_BAD_IMAGE": "moe_router"}, 86, "CUDA driver: cuLibraryLoadData failed: as the test asked (209)"),
+        ({"FAKE_NO_CONTEXT": "1"}, 86, "CUDA driver: cuCtxGetDevice failed: as the test asked (201)"),
+    ],
+)
+def test_unusable_chips_are_said(
+    drive: Drive, plugin_config: ModelConfig, fakes: dict[str, str], sm: int, message: str
+) -> None:
+    shapes = tensors(SPECS["MoeRouter"], plugin_config, {"T": 8})
+    output = drive([create("MoeRouter"), *shapes, "attach", "reshape"], sm=sm, **fakes)
+    assert output[-1] == "reshape 1"
+    assert message in output[-2]
+
+
+def test_ptx_steps_in_where_compiled_code_needs_too_much_shared_memory(
+    drive: Drive, plugin_config: ModelConfig
+) -> None:
+    output = drive([create("MoeExperts"), "attach"], sm=90, FAKE_SHARED="1085")
+    loads = {line.split("/")[2] for line in output if line.startswith("load ")}
+    assert loads == {"ptx80"}
+
+
+def test_failed_load_leaves_nothing_behind(drive: Drive) -> None:
+    output = drive([create("MlaDecode"), "attach"], FAKE_BAD_IMAGE="mla_decode_combine")
+    loaded = {line.split()[1] for line in output if line.startswith("ready ")}
+    assert loaded
+    assert loaded == {line.split()[1] for line in output if line.startswith("unload ")}
+
+
+def test_failed_launch_is_said(drive: Drive, plugin_config: ModelConfig) -> None:
+    shapes = tensors(SPECS["MoeRouter"], plugin_config, {"T": 8})
+    output = drive([create("MoeRouter"), *shapes, "attach", "reshape", "enqueue"], FAKE_LAUNCH_FAILS="1")
+    assert output[-2:] == ["log 1 MoeRouter: CUDA driver: moe_router failed: as the test asked (700)", "enqueue 1"]
+
+
+def test_cache_must_be_updated_in_place(drive: Drive, plugin_config: ModelConfig) -> None:
+    shapes = tensors(SPECS["MlaDecode"], plugin_config, {"B": 1, "P": 9, "page": 64, "M": 2})
+    shapes[-1] = shapes[-1].replace(f"{address_of(SPECS['MlaDecode'], 'past_latent'):x}", "abc000")
+    output = drive([create("MlaDecode"), *shapes, "attach", "reshape", "enqueue"])
+    assert "output present_latent must be the memory of input past_latent" in output[-2]
+    assert output[-1] == "enqueue 1"
+
+
+def test_old_loggers_are_understood(drive: Drive, plugin_library: PluginLibrary) -> None:
+    output = drive(["finder old", "create MoeRouter build"])
+    assert output[0].startswith('log 1 MoeRouter: attribute "top_k" is missing')

@@ -1,0 +1,98 @@
+"""The report's files: the same for the same command, and complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from deepseek_trt.export.errors import RequestError
+from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
+from deepseek_trt.validate.findings.baseline import compare_reports, read_report
+from deepseek_trt.validate.report.files import write_report
+from deepseek_trt.validate.report.html import render_html
+
+
+@pytest.fixture(scope="module")
+def validation(good):
+    return validate_bundle(ValidateRequest(good("float16").path, ("ort", "torch"), threads=1, command="<command> & co"))
+
+
+def without_times(report):
+    plain = report.to_dict()
+    for name in ("started", "seconds"):
+        del plain["provenance"][name]
+    for backend in plain["backends"]:
+        del backend["milliseconds"], backend["reference_milliseconds"]
+    return plain
+
+
+def test_the_same_command_gives_the_same_report(validation, good):
+    again = validate_bundle(
+        ValidateRequest(good("float16").path, ("ort", "torch"), threads=1, command="<command> & co")
+    )
+    assert without_times(again.report) == without_times(validation.report)
+
+
+def test_every_number_asked_for_is_there(validation):
+    report = validation.report
+    for backend in report.backends:
+        assert {o.output for o in backend.outputs} == {"logits", "latents.0", "latents.1", "latents.2"}
+        assert all(o.tolerance_reason for o in backend.outputs)
+        assert [d.layer for d in backend.drift] == [0, 1, 2, 3]
+        assert [r.layer for r in backend.routers] == [1, 2]
+        assert all(sum(c.tokens) for c in backend.coverage)
+        assert all(v.max_relative <= v.tolerance for v in backend.inner)
+        assert [g.tokens for g in backend.greedy] == [33] * 4
+        assert backend.tokens.kl_max <= backend.tokens.kl_limit
+        assert backend.unused_pages_were_nan
+    assert len(report.provenance.sha256["weights.safetensors"]) == 64
+    parts = report.provenance.checkpoint_files
+    assert [len(part.sha256) for part in parts] == [64, 64]
+    assert {"torch", "onnx", "polygraphy"} <= report.provenance.versions.keys()
+
+
+def test_the_measured_floor_is_the_tolerance_of_narrow_dtypes(validation):
+    ort, torch = validation.report.backends
+    assert any("rounding floor" in o.tolerance_reason for o in ort.outputs)
+    assert all(o.tolerance <= t.tolerance for o, t in zip(ort.outputs, torch.outputs, strict=True))
+
+
+def test_an_unchanged_report_has_not_moved(validation, tmp_path):
+    write_report(validation.report, validation.pairs, tmp_path)
+    assert compare_reports(read_report(tmp_path / "report.json"), validation.report) == ()
+
+
+def test_a_larger_error_is_a_regression(validation, tmp_path):
+    write_report(validation.report, validation.pairs, tmp_path)
+    old = read_report(tmp_path / "report.json")
+    old["backends"][0]["outputs"][0]["max_relative"] /= 3
+    old["backends"][1]["outputs"][0]["max_relative"] /= 1.5
+    worse, moved = compare_reports(old, validation.report)
+    assert (worse.backend, worse.what, worse.worse) == ("ort", "logits: max relative", True)
+    assert (moved.backend, moved.worse) == ("torch", False)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema_version": 0}'])
+def test_what_is_no_report_is_refused(tmp_path, content):
+    (tmp_path / "old.json").write_text(content)
+    with pytest.raises(RequestError):
+        read_report(tmp_path / "old.json")
+
+
+def test_nan_is_written_as_text(validation):
+    output = validation.report.backends[0].outputs[0]
+    bad = dataclasses.replace(output, max_relative=float("inf"), cosine=float("nan"))
+    backend = dataclasses.replace(validation.report.backends[0], outputs=(bad,))
+    report = dataclasses.replace(validation.report, backends=(backend,))
+    written = json.loads(report.to_json())["backends"][0]["outputs"][0]
+    assert (written["max_relative"], written["cosine"]) == ("inf", "nan")
+
+
+def test_the_page_needs_no_network_and_escapes(validation):
+    page = render_html(validation.report)
+    assert "&lt;command&gt; &amp; co" in page
+    assert not re.search(r"(src|href)=|url\(|@import|https?://", page)
+    assert page.count("<svg") == 2 * 6  # drift, errors, routers, coverage, and the times of two graphs

@@ -1,0 +1,104 @@
+"""Backends that can be validated: how each makes its Session, and how it is watched, if it can be.
+
+"ort" runs the graphs as exported; "ort-compiled" is ONNX Runtime as everything else here runs it, decode through the
+compiled CPU operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.export.errors import BackendError
+from deepseek_trt.validate.backends.probes import Probes, Watcher
+
+if TYPE_CHECKING:  # imports torch
+    from deepseek_trt.engines.sessions.torch import Weights
+    from deepseek_trt.validate.backends.torch import FillableTorchSession
+
+Make = Callable[[SessionRequest], Session]
+Watch = Callable[[SessionRequest, Probes], Watcher]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`watch` is None where inner values cannot be seen: then near-tie router choices cannot be followed.
+
+    A slow one takes seconds a step, and is spared the long cases.
+    """
+
+    make: Make
+    watch: Watch | None = None
+    is_slow: bool = False
+
+
+def make_reference(request: SessionRequest, weights: Weights | None = None) -> FillableTorchSession:
+    """Torch in float32, with the bundle's weights or those given."""
+    return _torch(request, "float32", weights)
+
+
+def _torch(request: SessionRequest, dtype: str | None = None, weights: Weights | None = None) -> FillableTorchSession:
+    """Torch, in the bundle's dtype unless told otherwise."""
+    import torch
+
+    from deepseek_trt.validate.backends.torch import torch_session
+
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    return torch_session(request.bundle, request.pages, dtype or request.bundle.manifest.dtype, weights)
+
+
+def _kernels(request: SessionRequest) -> Session:
+    from deepseek_trt.validate.backends.kernels import KernelSession
+
+    return KernelSession(request.bundle, request.pages)
+
+
+def _engine(name: str) -> Make:
+    """A backend of the engines."""
+
+    def make(request: SessionRequest) -> Session:
+        from deepseek_trt.engines.sessions.backends import BACKENDS as ENGINES
+
+        if name not in ENGINES:
+            raise BackendError(f"backend {name} is not in this build; it has: {', '.join(ENGINES)}")
+        return ENGINES[name](request)
+
+    return make
+
+
+def _watch_torch(request: SessionRequest, probes: Probes) -> Watcher:
+    from deepseek_trt.validate.backends.torch_watch import TorchWatcher
+
+    return TorchWatcher(probes)
+
+
+def _exported(request: SessionRequest) -> Session:
+    from deepseek_trt.validate.backends.exported import ExportedSession
+
+    return ExportedSession(request)
+
+
+def _watch_exported(request: SessionRequest, probes: Probes) -> Watcher:
+    from deepseek_trt.validate.backends.exported import OrtWatcher
+
+    return OrtWatcher(probes)
+
+
+def _transformers(request: SessionRequest) -> Session:
+    from deepseek_trt.validate.backends.transformers import TransformersSession
+
+    return TransformersSession(request)
+
+
+BACKENDS: dict[str, Backend] = {
+    "ort": Backend(_exported, _watch_exported),
+    "ort-compiled": Backend(_engine("ort")),
+    "torch": Backend(_torch, _watch_torch),
+    "transformers": Backend(_transformers, is_slow=True),
+    "kernels": Backend(_kernels, _watch_torch, is_slow=True),
+    "tensorrt": Backend(_engine("tensorrt")),
+}

@@ -1,0 +1,172 @@
+"""ExportedSession: ONNX Runtime over the graphs as they were exported, with inner values as further outputs.
+
+The session that is compared and the one that is watched are the same: in narrow dtypes a second one, optimised for
+other outputs, may round otherwise and route otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.ort import _supply_references
+from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.export.arrays import Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import DOMAIN, past_name
+from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.passes.widen import WidenBfloat16
+from deepseek_trt.validate.backends.probes import Arrays, Probes
+from deepseek_trt.validate.cases.cases import Step
+
+
+class ExportedSession:
+    """Custom ops by their function bodies; bfloat16 bundles are computed in float32.
+
+    `seen` holds the inner values of the last call, of the places that `show` named, by probe name.
+    """
+
+    backend = "ort"
+
+    def __init__(self, request: SessionRequest) -> None:
+        manifest = request.bundle.manifest
+        widened = manifest.dtype == "bfloat16"
+        self.note = "bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)" if widened else ""
+        self.cache = dataclasses.replace(manifest.cache, dtype="float32") if widened else manifest.cache
+        self.pages = request.pages
+        self.seen: Arrays = {}
+        self._request = request
+        self._graphs: dict[str, _Graph] = {}
+        shape, dtype = (self.pages, self.cache.page_size, self.cache.latent_dim), numpy_dtype(self.cache.dtype)
+        self._pools: Arrays = {past_name(i): np.zeros(shape, dtype) for i in range(self.cache.layers)}
+        self._places: tuple[str, ...] = ()
+
+    def show(self, places: tuple[str, ...]) -> None:
+        """Name the places of probes.PLACES to see, and load the graphs so that they show; before the first call."""
+        self._places = places
+        for graph in ("prefill", "decode"):
+            self._loaded(graph)
+
+    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        feeds: Arrays = {"input_ids": input_ids, "sequence_lengths": sequence_lengths}
+        return self._run("prefill", feeds | {"past_lengths": past_lengths, "page_table": page_table})
+
+    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        feeds: Arrays = {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table}
+        return self._run("decode", feeds)
+
+    def pool(self, layer: int) -> npt.NDArray[Any]:
+        return self._pools[past_name(layer)]
+
+    def _run(self, graph: str, feeds: Arrays) -> Floats:
+        logits, self.seen, presents = self._loaded(graph).run(feeds | self._pools)
+        self._pools = dict(zip(self._pools, presents, strict=True))
+        return logits
+
+    def _loaded(self, graph: str) -> _Graph:
+        if graph not in self._graphs:
+            self._graphs[graph] = _Graph(self._request, graph, self._places)
+        return self._graphs[graph]
+
+
+class OrtWatcher:
+    """Fills `probes` from what an ExportedSession shows."""
+
+    def __init__(self, probes: Probes) -> None:
+        self.probes = probes
+
+    @contextmanager
+    def watch(self, session: Session, index: int, step: Step) -> Iterator[None]:
+        shown: Any = session  # an ExportedSession
+        shown.show(self.probes.places)
+        yield
+        for name, value in shown.seen.items():
+            self.probes.keep(index, step, name, value)
+
+
+class _Graph:
+    """One graph with the values at `places` as outputs beside its own."""
+
+    def __init__(self, request: SessionRequest, name: str, places: tuple[str, ...]) -> None:
+        path = request.bundle.graph_path(name)
+        model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
+        if request.bundle.manifest.dtype == "bfloat16":
+            WidenBfloat16()(model)
+        self._outputs = [value.name or "" for value in model.graph.outputs]  # logits, then a pool a layer
+        found = {name: value for name, value in inner_values(model).items() if name.rpartition(".")[0] in places}
+        model.graph.outputs.extend(v for v in dict.fromkeys(found.values()) if not v.is_graph_output())
+        self._names = {name: value.name or "" for name, value in found.items()}
+        try:
+            self._session = _open(request, ir.to_proto(model).SerializeToString())
+        except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
+            raise BackendError(f"ONNX Runtime cannot load {path} ({error}): export the checkpoint again") from None
+
+    def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[npt.NDArray[Any]]]:
+        """Logits, the values by probe name, and the new pools."""
+        wanted = [*self._outputs, *sorted(set(self._names.values()) - set(self._outputs))]
+        by_value = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+        logits, *presents = (by_value[name] for name in self._outputs)
+        return logits, {name: by_value[value] for name, value in self._names.items()}, presents
+
+
+def inner_values(model: ir.Model) -> dict[str, ir.Value]:
+    """The graph's values at each of probes.PLACES, found by what stands around them.
+
+    A norm is known by its weight, a custom op by its type; layers are counted by their attention.
+    """
+    found: dict[str, ir.Value | None] = {}
+    layer = -1
+    for node in model.graph:
+        if node.op_type == "RMSNormalization":
+            name = _weight_name(node)
+            if name.endswith(".input_layernorm.weight"):
+                found[f"hidden.{layer + 1}"] = node.inputs[0]
+            elif name.endswith(".post_attention_layernorm.weight"):
+                found[f"after_attention.{layer}"] = node.inputs[0]
+        elif node.domain == DOMAIN and node.op_type.startswith("Mla"):
+            layer += 1
+            found |= {f"query.{layer}": node.inputs[0], f"latent.{layer}": node.inputs[1]}
+            found[f"attended.{layer}"] = node.outputs[0]
+        elif node.domain == DOMAIN and node.op_type.startswith(("MoeRouter", "MoeBiasedRouter")):
+            found[f"router_logits.{layer}"] = node.inputs[0]
+            found |= {f"router_weights.{layer}": node.outputs[0], f"router_ids.{layer}": node.outputs[1]}
+        elif node.domain == DOMAIN and node.op_type.startswith("MoeExperts"):
+            found[f"experts.{layer}"] = node.outputs[0]
+    found[f"hidden.{layer + 1}"] = _last_output(found[f"after_attention.{layer}"])
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _last_output(after_attention: ir.Value | None) -> ir.Value | None:
+    """The residual sum of the last layer: the Add that takes the state after its attention."""
+    users = [node for node, _ in after_attention.uses() if node.op_type == "Add"] if after_attention else []
+    return users[0].outputs[0] if users else None
+
+
+def _weight_name(node: ir.Node) -> str:
+    """The initializer behind the norm's weight, through a cast where the graph was widened."""
+    value = node.inputs[1]
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Cast":
+        value = producer.inputs[0]
+    return (value.name or "") if value is not None else ""
+
+
+def _open(request: SessionRequest, model: bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = request.threads
+    options.log_severity_level = 3
+    bundle: Bundle = request.bundle
+    kept = _supply_references(options, bundle) if bundle.manifest.by_reference else None
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    del kept
+    return session

@@ -1,0 +1,104 @@
+"""Torch sessions for validation: their pools can be filled, and models larger than memory run layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from deepseek_trt.engines.sessions.torch import TorchSession, Weights
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.weights import weight_source
+from deepseek_trt.export.dtypes import dtype_bytes
+from deepseek_trt.export.model import DeepseekV2, Rope
+
+
+class FillableTorchSession(TorchSession):
+    """pool() gives a copy where the dtype is narrow, so filling goes through here."""
+
+    is_slow = False
+
+    def fill(self, value: float) -> None:
+        """Set every number of every pool."""
+        self._pools = [torch.full_like(pool, value) for pool in self._pools]
+
+
+class StreamedTorchSession(FillableTorchSession):
+    """Reads each layer's weights when its turn comes and drops them after it: memory for one layer, much reading.
+
+    Embeddings, the last norm and the head stay.
+    """
+
+    is_slow = True
+
+    def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32", weights: Weights | None = None) -> None:
+        self.note = f"{bundle.manifest.dtype} weights, computed in {dtype}, one layer in memory at a time"
+        self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
+        self.pages = pages
+        self._weights, self._dtype = weights or _of_bundle(bundle), getattr(torch, dtype)
+        self._own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}
+        with torch.device("meta"):
+            self.model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
+        self.model.model.rope = Rope(bundle.manifest.model)
+        shape = (pages, self.cache.page_size, self.cache.latent_dim)
+        self._pools = [torch.zeros(shape, dtype=self._dtype) for _ in range(self.cache.layers)]
+        kept = [name for name, _ in self.model.named_parameters() if not name.startswith("model.layers.")]
+        self.model.load_state_dict({name: self._load(name) for name in kept}, strict=False, assign=True)
+        for index, layer in enumerate(self.model.model.layers):
+            self._stream(layer, f"model.layers.{index}.")
+        self.model.eval()
+
+    def _stream(self, layer: Any, prefix: str) -> None:
+        """Load before the layer's first module, drop after its last."""
+        names = [name for name, _ in layer.named_parameters()]
+
+        def load(*_: object) -> None:
+            layer.load_state_dict({name: self._load(prefix + name) for name in names}, assign=True)
+
+        layer.input_layernorm.register_forward_pre_hook(load)
+        layer.mlp.register_forward_hook(lambda *_: _drop(layer))
+
+    def _load(self, name: str) -> Tensor:
+        tensor = self._weights(name)
+        return tensor if name in self._own else tensor.to(self._dtype)
+
+
+def torch_session(bundle: Bundle, pages: int, dtype: str, weights: Weights | None = None) -> FillableTorchSession:
+    """Layer by layer where the weights in `dtype` would take more than half of the free memory.
+
+    `weights` gives a graph tensor by its name; None takes the bundle's own.
+    """
+    needed = sum(w.recipe.size for w in bundle.manifest.weights) * dtype_bytes(dtype)
+    kind = StreamedTorchSession if needed > _free_memory() / 2 else FillableTorchSession
+    return kind(bundle, pages, dtype, weights)
+
+
+def _of_bundle(bundle: Bundle) -> Weights:
+    source = weight_source(bundle)
+    return lambda name: _tensor(source(name))
+
+
+def _drop(layer: nn.Module) -> None:
+    empty = {name: torch.empty_like(parameter, device="meta") for name, parameter in layer.named_parameters()}
+    layer.load_state_dict(empty, assign=True)
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    """A copy; ml_dtypes' bfloat16 goes through its bits, as torch does not know it."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,91 @@
+"""TransformersSession: Hugging Face's model of the checkpoint as a second oracle, without any cache.
+
+It shares neither code nor converted weights with the reference, so it also checks the export of the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.export.arrays import Floats, Int32s, Int64s
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.weights import unchanged_checkpoint
+from deepseek_trt.export.errors import BackendError
+
+MINIMUM = (5, 15)  # earlier versions leave out YaRN's factor on the softmax scale
+
+
+class TransformersSession:
+    """Runs each row's whole history anew at every step, in float32. It has no latents: `cache.layers` is 0."""
+
+    backend = "transformers"
+    note = "the checkpoint's weights, computed in float32 without a cache"
+
+    def __init__(self, request: SessionRequest) -> None:
+        bundle = request.bundle
+        self.cache = dataclasses.replace(bundle.manifest.cache, dtype="float32", layers=0)
+        self.pages = request.pages
+        self._model, self._all_logits = _load(bundle), bundle.manifest.all_logits
+        self._histories: dict[int, list[int]] = {}  # by the first page of a sequence
+
+    def fill(self, value: float) -> None:
+        """There are no pages to fill."""
+        self._histories.clear()
+
+    def pool(self, layer: int) -> npt.NDArray[Any]:
+        raise IndexError(f"no pool {layer}: transformers keeps no latents")
+
+    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        rows = zip(input_ids, sequence_lengths, past_lengths, page_table[:, 0], strict=True)
+        found = [self._row(ids[:new].tolist(), int(past), int(page)) for ids, new, past, page in rows]
+        if not self._all_logits:
+            return np.stack([logits[-1] for logits in found])
+        every = np.zeros((*input_ids.shape, found[0].shape[-1]), dtype=np.float32)
+        for row, (logits, past) in enumerate(zip(found, past_lengths, strict=True)):
+            every[row, : len(logits) - past] = logits[past:]
+        return every
+
+    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        logits = self.prefill(input_ids, np.ones_like(past_lengths), past_lengths, page_table)
+        return logits[:, 0] if self._all_logits else logits
+
+    @torch.inference_mode()
+    def _row(self, new: list[int], past: int, page: int) -> Floats:
+        """Logits of the sequence's whole history [tokens, vocab]."""
+        history = self._histories.get(page, [])[:past] + new
+        self._histories[page] = history
+        logits: Floats = self._model(torch.tensor([history]), use_cache=False).logits[0].float().numpy()
+        return logits
+
+
+def _load(bundle: Bundle) -> Any:
+    """Load the checkpoint that the bundle was made of; BackendError where that cannot be compared."""
+    try:
+        import transformers
+    except ImportError:
+        raise BackendError("transformers is not installed: pip install 'transformers>=5.15'") from None
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < MINIMUM:
+        raise BackendError(f"transformers {transformers.__version__} computes YaRN models wrongly: use 5.15 or later")
+    folder = unchanged_checkpoint(bundle)
+    if bundle.manifest.dtype not in ("float32", _stored_dtype(folder)):
+        raise BackendError(
+            f"export rounded the weights to {bundle.manifest.dtype}: compare with transformers after an export with "
+            f"--dtype float32 or {_stored_dtype(folder)}"
+        )
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+def _stored_dtype(folder: Path) -> str:
+    from deepseek_trt.export.checkpoint import Checkpoint
+
+    return next(iter(Checkpoint.open(folder).tensors.values())).dtype

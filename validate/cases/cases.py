@@ -1,0 +1,156 @@
+"""Scripts: the steps of one comparison, fed alike to every runner.
+
+A case is a ragged batch of four sequences: a right-padded prefill, a second chunk on top of it, then teacher-forced
+decode steps. Lengths lie around the page size, so that a page boundary is crossed inside the prefill (row 0), by the
+second chunk (row 1) and while decoding (row 2); row 3 starts with one token and has no second chunk. Longer cases are
+made by long_cases.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from deepseek_trt.export.arrays import Int32s, Int64s
+from deepseek_trt.export.bundle.graph import CacheSpec, GraphName
+from deepseek_trt.export.errors import RequestError
+from deepseek_trt.validate.numbers.loss import IGNORED
+
+DECODE_STEPS = 16
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a graph. `targets` [B, S] is the token that follows each input token, or IGNORED.
+
+    Where `is_watched` is False, only router choices are kept of what was computed on the way.
+    """
+
+    case: str
+    name: str
+    graph: GraphName
+    input_ids: Int64s  # [B, S]
+    sequence_lengths: Int32s  # [B], 0 for a row that takes no part
+    past_lengths: Int32s  # [B]
+    page_table: Int32s  # [B, M]
+    targets: Int64s
+    starts_case: bool
+    compares_cache: bool
+    is_watched: bool = True
+
+    @property
+    def label(self) -> str:
+        return f"{self.case}: {self.name}"
+
+    @property
+    def live(self) -> npt.NDArray[np.bool_]:
+        """[B, S], which tokens are real."""
+        steps = np.arange(self.input_ids.shape[1])
+        live: npt.NDArray[np.bool_] = steps < self.sequence_lengths[:, None]
+        return live
+
+    def cached(self) -> list[tuple[Int32s, int]]:
+        """Each row's pages and the tokens it holds after this step."""
+        totals = self.past_lengths + self.sequence_lengths
+        return [(pages, int(total)) for pages, total in zip(self.page_table, totals, strict=True)]
+
+
+@dataclass(frozen=True)
+class Script:
+    """All steps, and the pages that they need; page 0 is scratch, a case's last is poison: listed but not written."""
+
+    steps: tuple[Step, ...]
+    pages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tokens that each row of a case takes in its one or two prefills, and the decode steps after them."""
+
+    prefills: tuple[tuple[int, ...], ...]
+    decode_steps: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens that each row reads, the target of the last step included."""
+        return [sum(row) + self.decode_steps + 1 for row in zip(*self.prefills, strict=True)]
+
+    def pages(self, cache: CacheSpec) -> int:
+        """Scratch, each row's pages, and poison."""
+        return 2 + sum(cache.pages_for(tokens) for tokens in self.tokens)
+
+
+def case_plan(page_size: int, decode_steps: int = DECODE_STEPS) -> Plan:
+    """The plan of a case."""
+    near = max(page_size - 9, 2)
+    return Plan(((page_size + 5, max(page_size - 2, 1), near, 1), (7, 5, 1, 0)), decode_steps)
+
+
+def build_case(
+    case: str, tokens: Sequence[Int64s], plan: Plan, cache: CacheSpec, seed: int, is_watched: bool = True
+) -> tuple[Step, ...]:
+    """The steps over `tokens`, one array a row, as long as the plan says; pages are dealt out in seeded order.
+
+    A token that is IGNORED is fed as 0, and no target.
+    """
+    table = _page_table(plan, cache, seed)
+    past: Int32s = np.zeros(len(tokens), dtype=np.int32)
+    ones = np.ones(len(tokens), dtype=np.int32)
+    prefills = zip(("prefill", "chunk"), plan.prefills, strict=False)
+    calls = [(name, np.array(row, dtype=np.int32)) for name, row in prefills]
+    calls += [(f"decode {i}", ones) for i in range(plan.decode_steps)]
+    steps = []
+    for index, (name, new) in enumerate(calls):
+        ids, targets = _windows(tokens, past, new)
+        graph: GraphName = "prefill" if index < len(plan.prefills) else "decode"
+        cached = index < len(plan.prefills) or index == len(calls) - 1
+        step = Step(case, name, graph, ids, new, past.copy(), table, targets, index == 0, cached, is_watched)
+        steps.append(step)
+        past = past + new
+    return tuple(steps)
+
+
+def seeded_tokens(vocab_size: int, lengths: Sequence[int], seed: int) -> list[Int64s]:
+    """Tokens drawn evenly from the vocabulary."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, length, dtype=np.int64) for length in lengths]
+
+
+def text_tokens(ids: Sequence[int], lengths: Sequence[int]) -> list[Int64s]:
+    """Rows cut from the text one after the other; RequestError where it is too short for that."""
+    if len(ids) < sum(lengths):
+        raise RequestError(f"the text has {len(ids)} tokens, {sum(lengths)} are needed: give a longer --text")
+    ends = itertools.accumulate(lengths)
+    return [np.array(ids[end - length : end], dtype=np.int64) for end, length in zip(ends, lengths, strict=True)]
+
+
+def prefill_case(case: str, cache: CacheSpec, vocab_size: int, seed: int) -> tuple[Step, ...]:
+    """Both prefill steps of a case over drawn tokens, without decode steps."""
+    plan = case_plan(cache.page_size, 0)
+    return build_case(case, seeded_tokens(vocab_size, plan.tokens, seed), plan, cache, seed)
+
+
+def _page_table(plan: Plan, cache: CacheSpec, seed: int) -> Int32s:
+    """Shuffled pages; entries that a row does not need name the poison page."""
+    counts = [cache.pages_for(tokens) for tokens in plan.tokens]
+    total = plan.pages(cache)
+    order = list(np.random.default_rng(seed).permutation(np.arange(1, total - 1)))
+    table = np.full((len(counts), max(counts) + 1), total - 1, dtype=np.int32)
+    for row, count in enumerate(counts):
+        table[row, :count] = [order.pop() for _ in range(count)]
+    return table
+
+
+def _windows(tokens: Sequence[Int64s], past: Int32s, new: Int32s) -> tuple[Int64s, Int64s]:
+    """Each row's next `new` tokens, right-padded, and the tokens that follow them."""
+    shape = (len(tokens), int(new.max()))
+    ids, targets = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    for row, (start, count) in enumerate(zip(past, new, strict=True)):
+        ids[row, :count] = np.maximum(tokens[row][start : start + count], 0)
+        targets[row, :count] = tokens[row][start + 1 : start + count + 1]
+    return ids, targets

@@ -1,0 +1,56 @@
+"""Greedy agreement: how many tokens candidate and reference generate alike, each left alone with the same prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepseek_trt.validate.cases.long_cases import GREEDY
+from deepseek_trt.validate.pair import Pair
+
+
+@dataclass(frozen=True)
+class GreedyAgreement:
+    """One prompt. `agreed` of `tokens` were generated alike before the first difference.
+
+    There the reference puts its own token before the candidate's by `margin`, relative to its largest |logit|; rounding
+    explains `allowed`, as both logits may move by their tolerance. Both are 0 where nothing differs.
+    """
+
+    prompt: int
+    prompt_tokens: int
+    agreed: int
+    tokens: int
+    margin: float
+    allowed: float
+
+    @property
+    def near_tie(self) -> bool:
+        return self.margin <= self.allowed
+
+
+def greedy_agreement(pair: Pair) -> tuple[GreedyAgreement, ...]:
+    """Of each prompt of the greedy case; empty where the script has none."""
+    steps = [i for i, step in enumerate(pair.script.steps) if step.case == GREEDY]
+    rows = len(pair.script.steps[steps[0]].input_ids) if steps else 0
+    return tuple(_of_prompt(pair, steps, row) for row in range(rows))
+
+
+def _of_prompt(pair: Pair, steps: list[int], row: int) -> GreedyAgreement:
+    prompt = int(pair.script.steps[steps[0]].sequence_lengths[row])
+    for agreed, index in enumerate(steps):
+        step = pair.script.steps[index]
+        last = _line(step.sequence_lengths.tolist(), row, len(pair.reference[index]["logits"]))
+        chosen = int(np.argmax(np.nan_to_num(pair.results[index]["logits"][last], nan=-np.inf)))
+        expected = int(step.targets[row, step.sequence_lengths[row] - 1])
+        if chosen != expected:
+            theirs = pair.reference[index]["logits"][last].astype(np.float64)
+            gap = max(float(theirs[expected] - theirs[chosen]), 0.0) / float(np.abs(theirs).max())
+            return GreedyAgreement(row, prompt, agreed, len(steps), gap, 2 * pair.policy("logits").relative)
+    return GreedyAgreement(row, prompt, len(steps), len(steps), 0.0, 0.0)
+
+
+def _line(lengths: list[int], row: int, lines: int) -> int:
+    """The line of a row's last logits: the row itself, or where all tokens have logits, its last token."""
+    return row if lines == len(lengths) else sum(lengths[: row + 1]) - 1

@@ -1,0 +1,1 @@
+"""One part of the model in memory at a time."""

@@ -1,0 +1,137 @@
+"""OrtPart: one part of the exported graphs in ONNX Runtime, cut out of them, with its weights alone in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import onnxruntime as ort
+
+from deepseek_trt.export.arrays import numpy_dtype
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import past_name, present_name
+from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.passes.widen import WidenBfloat16
+from deepseek_trt.validate.backends.exported import inner_values
+from deepseek_trt.validate.backends.probes import PLACES, Arrays
+from deepseek_trt.validate.cases.cases import Step
+from deepseek_trt.validate.layerwise.parts import Part
+from deepseek_trt.validate.layerwise.weights import BundleWeights
+
+Array = npt.NDArray[Any]
+HIDDEN = "hidden_states"  # the cut graph's input
+_STEP_INPUTS = ("input_ids", "sequence_lengths", "past_lengths", "page_table")
+
+
+class OrtPart:
+    """Runs the part as TorchPart does; one of the two graphs is loaded at a time. bfloat16 is computed in float32."""
+
+    def __init__(self, bundle: Bundle, part: Part, threads: int) -> None:
+        self.dtype = "float32" if bundle.manifest.dtype == "bfloat16" else bundle.manifest.dtype
+        self._bundle, self._part, self._threads = bundle, part, threads
+        self._weights = BundleWeights(bundle)
+        self._read: dict[tuple[str, int | None], Array] = {}  # by name and place in the weights file
+        self._experts: Arrays = {}
+        self._loaded = ""
+
+    def run(self, step: Step, hidden: Array | None, pool: Array | None) -> Arrays:
+        if self._loaded != step.graph:
+            self._load(step.graph)
+        feeds = {**self._experts, **{name: getattr(step, name) for name in _STEP_INPUTS}}
+        if hidden is not None:
+            feeds[HIDDEN] = hidden.astype(numpy_dtype(self.dtype))
+        if pool is not None:
+            feeds[past_name(self._part.index)] = pool.astype(numpy_dtype(self.dtype))
+        wanted = sorted(set(self._names.values()))
+        out = self._session.run(wanted, {name: feeds[name] for name in self._inputs})
+        by_value = dict(zip(wanted, out, strict=True))
+        return {name: by_value[value] for name, value in self._names.items()}
+
+    def _load(self, graph: str) -> None:
+        self._session: Any = None  # the other graph goes first
+        model = ir.serde.deserialize_model(onnx.load(self._bundle.graph_path(graph), load_external_data=False))
+        self._names = cut(model, self._part)
+        weights = self._give_weights(model)
+        self._experts = {name: weights.pop(name) for name in _feed_experts(model)}
+        WidenBfloat16()(model)
+        self._inputs = [value.name or "" for value in model.graph.inputs]
+        try:
+            self._session = _open(ir.to_proto(model).SerializeToString(), weights, self._threads)
+        except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
+            path, part = self._bundle.graph_path(graph), self._part.name
+            raise BackendError(f"ONNX Runtime cannot load {part} of {path} ({error}): export again") from None
+        self._loaded = graph
+
+    def _give_weights(self, model: ir.Model) -> Arrays:
+        """What lies where the graph points to, in the dtype of the computation; the graph then asks for it by name.
+
+        Of what the other graph used, the same is taken again and the rest dropped.
+        """
+        read = {}
+        for name, value in model.graph.initializers.items():
+            stored = value.const_value
+            if not isinstance(stored, ir.ExternalTensor):
+                continue
+            kind = ir.DataType.FLOAT if stored.dtype == ir.DataType.BFLOAT16 else stored.dtype
+            dtype = "float16" if kind == ir.DataType.FLOAT16 else "float32"
+            key = (name, stored.offset)
+            read[key] = self._read[key] if key in self._read else self._weights.array(name, dtype, stored.offset)
+            value.const_value = ir.ExternalTensor("given", None, None, kind, shape=stored.shape, name=name)
+            value.dtype = kind
+        self._read = read
+        return {name: array for (name, _), array in read.items()}
+
+
+def cut(model: ir.Model, part: Part) -> dict[str, str]:
+    """Leave nothing in `model` but the part; gives the names of its outputs by probe name, "present" and "logits".
+
+    What enters the part becomes the input HIDDEN.
+    """
+    found = inner_values(model)
+    if not part.is_embedding:
+        _enter(model.graph, found[f"hidden.{part.index}"])
+    exits = {f"hidden.{part.index + 1}": found[f"hidden.{part.index + 1}"]} if not part.is_head else {}
+    if part.is_head:
+        exits["logits"] = model.graph.outputs[0]
+    if part.is_layer:
+        inside = [f"{place}.{part.index}" for place in PLACES if place != "hidden"]
+        exits |= {name: found[name] for name in inside if name in found}
+        exits["present"] = next(v for v in model.graph.outputs if v.name == present_name(part.index))
+    model.graph.outputs[:] = list(dict.fromkeys(exits.values()))
+    passes.RemoveUnusedNodesPass()(model)
+    model.graph.inputs[:] = [value for value in model.graph.inputs if value.uses()]
+    return {name: value.name or "" for name, value in exits.items()}
+
+
+def _feed_experts(model: ir.Model) -> list[str]:
+    """Make inputs of the experts' weights, by far the largest: initializers ONNX Runtime copies, inputs it does not."""
+    values = list(model.graph.initializers.values())
+    fed = [v for v in values if all(node.op_type.startswith("MoeExperts") for node in v.consumers())]
+    for value in fed:
+        name = value.name or ""
+        del model.graph.initializers[name]
+        value.const_value = None
+        model.graph.inputs.append(value)
+    return [value.name or "" for value in fed]
+
+
+def _enter(graph: ir.Graph, hidden: ir.Value) -> None:
+    entry = ir.Value(name=HIDDEN, type=hidden.type, shape=ir.Shape([None, None]))
+    hidden.replace_all_uses_with(entry)
+    graph.inputs.append(entry)
+
+
+def _open(model: bytes, weights: Arrays, threads: int) -> ort.InferenceSession:
+    """A session that holds the weights once: no packed copies, no arena that keeps what a step needed."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+    options.add_external_initializers(list(weights), values)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

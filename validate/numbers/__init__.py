@@ -1,0 +1,1 @@
+"""How far apart two results lie, and how far they may."""

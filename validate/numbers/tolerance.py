@@ -1,0 +1,69 @@
+"""Tolerances: how far an output may lie from the float32 reference, from how it is rounded on its way.
+
+Errors are measured relative to the largest magnitude of the reference's output. A rounding in a dtype with unit
+roundoff u moves a number by at most u times its size, and independent roundings add up like a random walk: R of them
+give an error of about u * sqrt(R) times the number's size. A dot product of length n is summed in float32: n more
+roundings of 2^-24. The largest of N errors lies as many standard deviations out as the largest of N outputs, so that
+the ratio of the two, which is what is measured, does not depend on N.
+
+Where the dtype's own torch run is at hand, its error is the measured rounding floor, and the tolerance is the smaller
+of the derived one and FLOOR_FACTOR times that floor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from deepseek_trt.export.dtypes import UNIT_ROUNDOFF
+
+# What a layer rounds in its dtype on the way of one number. Attention: norm, q down, norm, q up, rope, W_UK, scores,
+# softmax, attended, W_UV, output, residual; MLP: norm, gate, up, activation, product, down, shared sum, residual.
+ROUNDINGS_PER_LAYER = 20
+ROUNDINGS_OF_LOGITS = 2  # norm, head
+# Chance, and layers that enlarge a relative error (softmax, cancellation in residuals) beyond the random walk.
+SAFETY = 2.0
+# Same roundings in another order: errors of one distribution. Twice for chance, twice for four times as many roundings.
+FLOOR_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest |difference| allowed, relative to the largest |reference| of the output, and how it came about."""
+
+    relative: float
+    reason: str
+
+
+def derive_tolerance(hidden_size: int, dtype: str, roundings: int) -> Tolerance:
+    """The tolerance after `roundings` roundings in `dtype`, each after a float32 dot product of length hidden_size."""
+    u, u32 = UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF["float32"]
+    walk = math.sqrt(roundings * (u**2 + hidden_size * u32**2))
+    reason = f"{dtype}: sqrt({roundings} roundings * (u^2 + {hidden_size} * 2^-48)), u = 2^{math.log2(u):.0f}"
+    if dtype == "float32":
+        walk *= math.sqrt(2.0)
+        reason += ", * sqrt(2) as the reference rounds alike"
+    return Tolerance(SAFETY * walk, f"{reason}, * {SAFETY:g} for safety")
+
+
+def tighten(derived: Tolerance, floor: float | None) -> Tolerance:
+    """The smaller of the derived tolerance and FLOOR_FACTOR times the measured rounding floor."""
+    if not floor:
+        return derived
+    reason = f"{FLOOR_FACTOR:g} * the rounding floor {floor:.2e} (torch in this dtype against torch in float32)"
+    if FLOOR_FACTOR * floor >= derived.relative:
+        return Tolerance(derived.relative, f"{derived.reason}; {reason} would allow more")
+    return Tolerance(FLOOR_FACTOR * floor, f"{reason}; derived limit {derived.relative:.2e}")
+
+
+# Roundings since the layer's input, by probe or output.
+_WITHIN_LAYER = {"hidden": 0, "query": 5, "latent": 4, "latents": 4, "attended": 9, "after_attention": 12}
+_WITHIN_LAYER |= {"router_logits": 14, "router_weights": 15, "experts": 18}
+
+
+def roundings_of(output: str, layers: int) -> int:
+    """Roundings on the way to an output: "logits", or "<place>.<layer>" of latents and probes."""
+    if output == "logits":
+        return layers * ROUNDINGS_PER_LAYER + ROUNDINGS_OF_LOGITS
+    place, _, layer = output.rpartition(".")
+    return 1 + int(layer) * ROUNDINGS_PER_LAYER + _WITHIN_LAYER[place]

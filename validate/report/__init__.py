@@ -1,0 +1,1 @@
+"""The accuracy report: JSON, page, files."""
