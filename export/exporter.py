@@ -14,9 +14,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from deepseek_trt.export.bundle.folder import MANIFEST_FILE, Bundle, Manifest, SourceFile, WeightRecord
+from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle, Manifest, SourceFile, WeightRecord
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
+from deepseek_trt.export.bundle.recipes import LM_HEAD, too_large_for_tensorrt
 from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.classifier import Classifier
 from deepseek_trt.export.config import ModelConfig, read_config
@@ -27,14 +28,8 @@ from deepseek_trt.export.infer import config_of_tensors, task_of, written_keys
 from deepseek_trt.export.writing.partial import finish, forget_inputs, partial_folder
 from deepseek_trt.export.writing.tokenizer_files import carry_files
 from deepseek_trt.export.writing.transformers_files import write_export_json
-from deepseek_trt.export.writing.weight_file import (
-    WEIGHTS_FILE,
-    WrittenTensor,
-    forget_journal,
-    weight_bytes,
-    write_weights,
-)
-from deepseek_trt.export.writing.weight_plan import LM_HEAD, WeightPlan, plan_weights, too_large_for_tensorrt
+from deepseek_trt.export.writing.weight_file import WrittenTensor, forget_journal, weight_bytes, write_weights
+from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")

@@ -9,13 +9,14 @@ from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, Interface
+from deepseek_trt.export.bundle.recipes import Dropped, too_large_for_tensorrt
 from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.classifier import Classifier
 from deepseek_trt.export.config import ModelConfig, read_config, unsupported_features
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.infer import config_of_tensors, task_of, written_keys
-from deepseek_trt.export.writing.weight_plan import Dropped, WeightPlan, plan_weights, too_large_for_tensorrt
+from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
 
 GIB = 2**30
 CONTEXTS = (4096, 32768, 131072)

@@ -29,7 +29,6 @@ MANIFEST = "manifest.json"
 VERSION = "1"
 _SERVING = ("serve.sh", "supervise.py")
 _SCRIPTS = (*_SERVING, "client.py", "README.md")
-_CHUNK = 8 * 2**20  # bytes hashed at once
 
 
 @dataclass(frozen=True)

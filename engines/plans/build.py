@@ -19,11 +19,11 @@ from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, Profile
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import DOMAIN, GraphSpec, TensorSpec
+from deepseek_trt.export.bundle.recipes import too_large_for_tensorrt
 from deepseek_trt.export.bundle.weights import reference_arrays
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.passes.share_weights import ShareWeights
-from deepseek_trt.export.writing.weight_plan import too_large_for_tensorrt
 from deepseek_trt.plugins.tensorrt.loading import load_library
 
 BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps

@@ -13,7 +13,6 @@ from deepseek_trt.export.errors import BackendError, BundleError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.tensorrt.manifest import Manifest, read_manifest
 
-_CHUNK = 8 * 2**20  # bytes hashed at once
 AGAIN = "run deepseek-trt build again"
 
 

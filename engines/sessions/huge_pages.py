@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from deepseek_trt.export.arrays import numpy_dtype
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.checkpoint import read_header
-from deepseek_trt.export.writing.weight_file import WEIGHTS_FILE
 
 Arrays = dict[str, npt.NDArray[Any]]
 _ALIGNMENT = 64  # bytes of a cache line

@@ -10,12 +10,13 @@ from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, TensorSpec
 from deepseek_trt.export.bundle.interface import Interface
+from deepseek_trt.export.bundle.recipes import Dropped, Piece, Recipe
 from deepseek_trt.export.classifier import Classifier
 from deepseek_trt.export.config import ModelConfig, RopeConfig
 from deepseek_trt.export.errors import BundleError
-from deepseek_trt.export.writing.weight_plan import Dropped, Piece, Recipe
 
 MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
 SCHEMA_VERSION = 2
 
 

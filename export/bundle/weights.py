@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from deepseek_trt.export.arrays import numpy_dtype
 from deepseek_trt.export.bundle.assemble import assemble
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.checkpoint import Checkpoint, read_header
 from deepseek_trt.export.errors import BundleError
-from deepseek_trt.export.writing.weight_file import WEIGHTS_FILE
 
 
 def weight_arrays(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
 from deepseek_trt.export.bundle.graph import GraphSpec, TensorSpec
-from deepseek_trt.export.writing.weight_file import WEIGHTS_FILE
 
 EXPORT_FILE = "export.json"
 _SCHEMA_VERSION = 1

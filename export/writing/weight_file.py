@@ -18,12 +18,11 @@ import numpy as np
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
 from deepseek_trt.export.bundle.assemble import chunks
+from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.checkpoint import StoredTensor
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES, dtype_bytes
 from deepseek_trt.export.files import stream_sha256
-from deepseek_trt.export.writing.weight_plan import Recipe
 
-WEIGHTS_FILE = "weights.safetensors"
 JOURNAL_FILE = "weights.journal"  # one line for each finished tensor
 _ALIGNMENT = 4096  # of the first tensor, so that the file can be mapped
 _FLUSH_SECONDS = 0.5

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from deepseek_trt.export.bundle.assemble import assemble
+from deepseek_trt.export.bundle.recipes import Piece, Recipe, too_large_for_tensorrt
 from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.config import ModelConfig, RopeConfig, unsupported_features
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.infer import config_of_tensors
-from deepseek_trt.export.writing.weight_plan import Piece, Recipe, WeightPlan, plan_weights, too_large_for_tensorrt
+from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
 
 RAW: dict[str, Any] = {
     "model_type": "deepseek_v2",

@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.checkpoint import read_header
-from deepseek_trt.export.writing.weight_file import WEIGHTS_FILE
 from deepseek_trt.validate.cases import long_cases
 
 PAGE = 8

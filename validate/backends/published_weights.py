@@ -15,12 +15,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.recipes import CORRECTION_BIAS, SCALE_SUFFIX
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.config import FP8_BLOCK, ModelConfig, read_config
 from deepseek_trt.export.errors import BundleError, RequestError
 from deepseek_trt.export.infer import config_of_tensors
-from deepseek_trt.export.writing.weight_plan import CORRECTION_BIAS, SCALE_SUFFIX, plan_weights
+from deepseek_trt.export.writing.weight_plan import plan_weights
 
 _HALVES = ("w_uk", "w_uv")  # of each head's rows in kv_b_proj
 _EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.files import file_sha256
-from deepseek_trt.export.writing.weight_file import WEIGHTS_FILE
 from deepseek_trt.validate.accuracy import ValidateRequest, Validation
 from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
 from deepseek_trt.validate.cases.inputs import read_inputs

@@ -8,12 +8,11 @@ from torch import Tensor
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
 from deepseek_trt.export.bundle.assemble import assemble
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.checkpoint import Checkpoint, StoredTensor, read_header
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.files import stream_sha256
-from deepseek_trt.export.writing.weight_file import WEIGHTS_FILE
 from deepseek_trt.validate.layerwise.parts import Part
 
 

@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.bundle.weights import weight_arrays
 from deepseek_trt.export.files import file_sha256
-from deepseek_trt.export.writing.weight_file import WEIGHTS_FILE
-
-_CHUNK = 2**24
 
 
 @dataclass(frozen=True)

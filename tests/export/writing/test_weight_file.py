@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
 from deepseek_trt.export.checkpoint import Checkpoint, read_header
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import OutputError
 from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
 from deepseek_trt.export.writing.partial import finish, forget_inputs, partial_folder
-from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WEIGHTS_FILE, write_weights
+from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, write_weights
 from deepseek_trt.export.writing.weight_plan import plan_weights
 
 RAW = {
@@ -200,7 +201,7 @@ def test_a_chunk_at_a_time(tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
     from deepseek_trt.export.bundle import assemble as source_reader
-    from deepseek_trt.export.writing.weight_plan import Piece, Recipe
+    from deepseek_trt.export.bundle.recipes import Piece, Recipe
 
     save_file({"w": torch.randn(37, 29)}, tmp_path / "model.safetensors")
     tensors = Checkpoint.open(tmp_path).tensors

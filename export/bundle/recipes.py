@@ -1,0 +1,66 @@
+"""Recipes: of which checkpoint tensors a graph tensor is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+EMBEDDINGS, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+CORRECTION_BIAS = "e_score_correction_bias"
+SCALE_SUFFIX = "_scale_inv"  # weight_scale_inv [ceil(rows/128), ceil(columns/128)] beside an fp8 weight
+FP8 = "F8_E4M3"
+_TENSORRT_MAX_ELEMENTS = 2**31 - 1  # TensorRT counts a tensor's elements in 31 bits
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Strips of rows of one checkpoint tensor, its leading dims flattened: `times` strips of `rows`, `step` apart.
+
+    `scale` names the tensor that holds an fp8 source's block scales.
+    """
+
+    source: str
+    start: int
+    rows: int
+    step: int
+    times: int
+    scale: str | None = None
+
+    def strips(self) -> Iterator[tuple[int, int]]:
+        """(first row, rows) of each strip; strips that touch are one."""
+        if self.step == self.rows:
+            yield self.start, self.rows * self.times
+            return
+        for i in range(self.times):
+            yield self.start + i * self.step, self.rows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One graph tensor: its name, its shape, and the pieces that lie one after the other in it."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    def dtype(self, model: str) -> str:
+        """What the graphs hold it as, where the model's dtype is `model`."""
+        return "float32" if self.name.endswith(CORRECTION_BIAS) else model
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A checkpoint tensor that no graph needs, and why."""
+
+    name: str
+    reason: str
+
+
+def too_large_for_tensorrt(recipes: Iterable[Recipe]) -> tuple[Recipe, ...]:
+    """The graph tensors that TensorRT cannot hold; V2 has none, V3's stacked experts are."""
+    return tuple(recipe for recipe in recipes if recipe.size > _TENSORRT_MAX_ELEMENTS)
