@@ -11,16 +11,16 @@ from deepseek_trt.export.errors import DeepseekTrtError
 
 # Command: the file that holds it, and its line in --help.
 COMMANDS = {
-    "check": ("check_command", "Say what a checkpoint is, and what each step needs, from its headers alone."),
-    "export": ("export_command", "Write a bundle: ONNX graphs for prefill and decode, weights, tokenizer."),
-    "validate": ("validate_command", "Compare the bundle with PyTorch."),
-    "plugins": ("plugins_command", "Build the plugin library of a bundle, with no GPU."),
-    "build": ("build_command", "Build prefill.plan and decode.plan with TensorRT-RTX or TensorRT."),
-    "generate": ("generate_command", "Stream text from a bundle."),
-    "bench": ("bench_command", "Measure speed, and how near it is to the memory's."),
-    "model-repository": ("model_repository_command", "Write a tritonserver model repository that serves a bundle."),
-    "classify": ("classify_command", "Label texts with a text-classification bundle."),
-    "demo": ("demo_command", "Run the whole line on the small model that ships with the package."),
+    "check": ("check", "Say what a checkpoint is, and what each step needs, from its headers alone."),
+    "export": ("export", "Write a bundle: ONNX graphs for prefill and decode, weights, tokenizer."),
+    "validate": ("validate", "Compare the bundle with PyTorch."),
+    "plugins": ("plugins", "Build the plugin library of a bundle, with no GPU."),
+    "build": ("build", "Build prefill.plan and decode.plan with TensorRT-RTX or TensorRT."),
+    "generate": ("generate", "Stream text from a bundle."),
+    "bench": ("bench", "Measure speed, and how near it is to the memory's."),
+    "model-repository": ("model_repository", "Write a tritonserver model repository that serves a bundle."),
+    "classify": ("classify", "Label texts with a text-classification bundle."),
+    "demo": ("demo", "Run the whole line on the small model that ships with the package."),
 }
 
 
