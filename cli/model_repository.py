@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.classifier_repository import classifies, write_classifier
-
 if TYPE_CHECKING:
+    from deepseek_trt.engines.model_repository.served import ClassifierSettings
     from deepseek_trt.engines.model_repository.writer import Repository
+    from deepseek_trt.engines.serving.settings import ServingSettings
+
+Result = tuple[dict[str, Any], list[str]]  # for machines, and lines for people
 
 
 @click.command("model-repository", short_help="Write a tritonserver model repository.")
@@ -52,31 +54,41 @@ def command(
 
     Example: deepseek-trt model-repository ./v2-lite ./repository --max-inflight 128
     """
+    from deepseek_trt.engines.model_repository.served import ClassifierSettings
     from deepseek_trt.engines.model_repository.sizes import SizeRequest
     from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_model_repository
 
-    if classifies(bundle):
-        write_classifier(bundle, repository, name, as_json)
-        return
     if pages is not None and cache_mib is not None:
         raise click.UsageError("give either --pages or --cache-mib")
     sizes = SizeRequest(backend, max_inflight, max_running, max_model_len, pages, cache_mib, threads, prefix_reuse)
     written = write_model_repository(RepositoryRequest(bundle, repository, name, sizes))
-    if as_json:
-        facts = {"repository": str(repository), "name": name, "fresh": written.fresh}
-        click.echo(json.dumps({**facts, **dataclasses.asdict(written.settings), "requires": written.requirements}))
+    settings = written.model.settings
+    if isinstance(settings, ClassifierSettings):
+        facts, lines = _classifier(written, settings)
     else:
-        click.echo(_summary(written))
-
-
-def _summary(written: Repository) -> str:
-    settings, model = written.settings, written.path / written.name
+        facts, lines = _generator(written, settings)
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
     done = "wrote" if written.fresh else "nothing to do, same inputs as"
-    return "\n".join(
-        [
-            f"{done} {model}",
-            f"{settings.backend}, {settings.max_model_len} tokens a request, {settings.max_inflight} requests in "
-            f"flight, {settings.max_running} running, {settings.pages} cache pages",
-            f"serve it: {written.path}/serve.sh (tritonserver, and for its Python {', '.join(written.requirements)})",
-        ]
-    )
+    click.echo("\n".join([f"{done} {repository / name}", *lines]))
+
+
+def _generator(written: Repository, settings: ServingSettings) -> Result:
+    requires = written.model.requirements
+    facts = {"repository": str(written.path), "name": written.model.name, "fresh": written.fresh}
+    return {**facts, **dataclasses.asdict(settings), "requires": requires}, [
+        f"{settings.backend}, {settings.max_model_len} tokens a request, {settings.max_inflight} requests in "
+        f"flight, {settings.max_running} running, {settings.pages} cache pages",
+        f"serve it: {written.path}/serve.sh (tritonserver, and for its Python {', '.join(requires)})",
+    ]
+
+
+def _classifier(written: Repository, settings: ClassifierSettings) -> Result:
+    requires = written.model.requirements
+    facts = {"path": str(written.path), "name": written.model.name, "labels": settings.labels}
+    rest = {"max_batch_size": settings.max_batch_size, "requirements": requires, "fresh": written.fresh}
+    return {**facts, **rest}, [
+        f"labels {', '.join(settings.labels)}; up to {settings.max_batch_size} texts at once",
+        f"serve it: {written.path}/serve.sh (tritonserver, and its Python {', '.join(requires)})",
+    ]
