@@ -54,7 +54,7 @@ def plan_path(bundle: Bundle, graph: str) -> Path:
     return bundle.path / f"{graph}.plan"
 
 
-def build_plans(
+def build_with_library(
     bundle: Bundle, spec: BuildSpec, library: Path, progress: BuildProgress | None = None
 ) -> tuple[BuiltPlan, ...]:
     """Build every graph of the bundle; each plan has its PlanRecord beside it as JSON.
