@@ -1,4 +1,4 @@
-"""How much of everything a served model gets: what was asked for, within what the bundle and its plans allow."""
+"""Sizes of a served model: what was asked for, within what the bundle and its plans allow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SizeRequest:
 
 
 def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
-    """RequestError for what cannot be had: e.g. a cache that does not hold one sequence of max_model_len."""
+    """The settings of a generator. RequestError where it cannot be so: a cache too small for one sequence, e.g."""
     for name in ("max_inflight", "max_running"):
         if getattr(request, name) < 1:
             raise RequestError(f"{name} {getattr(request, name)}: must be at least 1")

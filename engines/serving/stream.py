@@ -18,7 +18,7 @@ FailureKind = Literal["invalid", "refused", "cancelled", "timeout", "failed"]
 
 @dataclass(frozen=True)
 class Response:
-    """What one response says; num_output_tokens and logprobs are of the tokens since the response before.
+    """One response; num_output_tokens and logprobs are of the tokens since the response before.
 
     finish_reason is "stop" or "length" on the last response, else empty.
     """
@@ -50,7 +50,7 @@ class Channel(Protocol):
 
 
 class Stream:
-    """`put` belongs to the thread that computes, all else, text too, to the thread that sends."""
+    """One request with its answer so far. The computing thread calls `put`, the sending thread all else, text too."""
 
     def __init__(self, channel: Channel, request: GenerateRequest, answer: Answer, arrived: float) -> None:
         self.channel, self.request, self._answer = channel, request, answer
