@@ -198,9 +198,7 @@ class Moe(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        limited = c.topk_method != "greedy"
-        self.top_k = c.num_experts_per_tok
-        self.groups = (c.n_group, c.topk_group) if limited else (1, 1)
+        self.top_k, self.groups = c.num_experts_per_tok, c.routing_groups
         self.norm_topk_prob, self.scaling = int(c.norm_topk_prob), float(c.routed_scaling_factor)
         self.activation = c.hidden_act
         self.gate = Gate(c)
