@@ -10,7 +10,7 @@ import numpy.typing as npt
 from cpu_point import Files, Floats, Job, Point, difference, measure, serve
 
 from deepseek_trt.engines.generation.pages import page_table
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.engines.sessions.backends import BACKENDS, SessionRequest
 from deepseek_trt.engines.sessions.session import Session, row_latents

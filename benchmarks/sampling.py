@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_checkpoint

@@ -12,7 +12,7 @@ import click
 from deepseek_trt.cli.progress import weight_progress
 from deepseek_trt.engines.generation.generate import PREFILL_CHUNK, check_generates, pages_needed
 from deepseek_trt.engines.generation.llm import LLM, Result
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.sessions.backends import SessionRequest

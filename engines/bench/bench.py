@@ -13,7 +13,7 @@ import numpy as np
 from deepseek_trt.engines.bench.bandwidth import copy_bandwidth, read_bandwidth
 from deepseek_trt.engines.bench.roofline import decode_traffic, distinct_experts
 from deepseek_trt.engines.generation.generate import PREFILL_CHUNK, check_generates, pages_needed
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.engines.sessions.backends import SessionRequest
 from deepseek_trt.engines.sessions.opening import AUTO, Choice, Opened, choose_backend, open_session

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import FinishReason, Scheduler, SchedulerLimits
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.bundle.folder import Bundle

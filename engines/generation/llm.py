@@ -14,7 +14,7 @@ from types import TracebackType
 
 from deepseek_trt.engines.generation.generate import check_generates
 from deepseek_trt.engines.generation.loop import EngineLoop, Ticket
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Event, FinishReason, Scheduler, SchedulerLimits
 from deepseek_trt.engines.generation.stops import StopText
 from deepseek_trt.engines.generation.text import Text

@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from deepseek_trt.engines.generation.pages import PagePool, page_table
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config import ModelConfig

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from deepseek_trt.engines.generation.llm import LLM
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.sessions.backends import SessionRequest

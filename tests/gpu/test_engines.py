@@ -12,7 +12,7 @@ import pytest
 from deepseek_trt.engines.bench.bench import BenchRequest, bench
 from deepseek_trt.engines.generation.generate import generate
 from deepseek_trt.engines.generation.pages import page_table
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.plans.build import build_plans
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.engines.sessions.opening import choose_backend

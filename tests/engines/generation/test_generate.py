@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from deepseek_trt.engines.generation.generate import generate, pages_needed
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler
 from deepseek_trt.engines.generation.text import Text, render_chat
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession

@@ -23,7 +23,8 @@ from hypothesis.stateful import (
 )
 
 from deepseek_trt.engines.generation.generate import generate
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.likeliest import unpack

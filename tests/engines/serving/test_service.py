@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deepseek_trt.engines.generation.llm import LLM
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.serving import metrics as m
 from deepseek_trt.engines.serving.request import parse_request

@@ -14,7 +14,7 @@ import pytest
 from deepseek_trt.cli.options import BACKENDS as CLI_CHOICES
 from deepseek_trt.engines.generation.generate import check_generates, generate
 from deepseek_trt.engines.generation.llm import LLM
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.sessions.backends import SessionRequest
 from deepseek_trt.engines.sessions.opening import CHOICES, Surroundings, choose_backend, open_session
 from deepseek_trt.engines.sessions.ort import OrtSession
@@ -125,7 +125,7 @@ def test_imports_no_torch(modules):
 def test_generating_through_ort_imports_no_torch(demo):
     code = (
         "import sys\nfrom deepseek_trt.engines.generation.llm import LLM\n"
-        "from deepseek_trt.engines.generation.sampling import SamplingParams\n"
+        "from deepseek_trt.engines.generation.params import SamplingParams\n"
         f"with LLM({str(demo.path)!r}, threads=1, cache_mib=8) as llm:\n"
         "    llm.generate([[5, 6]], SamplingParams(2, temperature=1.0))\nprint('torch' in sys.modules)"
     )

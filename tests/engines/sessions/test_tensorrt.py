@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_trt.engines.generation.generate import generate, pages_needed
 from deepseek_trt.engines.generation.pages import page_table
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
