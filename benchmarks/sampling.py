@@ -61,7 +61,7 @@ def _shipped(folder: Path) -> Bundle:
 
 def _table(bundle: Bundle, threads: int, options: argparse.Namespace) -> None:
     decode = Decode(bundle, threads)
-    library = options.library or getattr(decode.session, "library", None)
+    library = options.library or decode.session.library
     names = (["compiled"] if library else []) + (["numpy"] if options.numpy or not library else [])
     loads = [partial(load_sampler, library, threads) if name == "compiled" else lambda: None for name in names]
     modes = [_Mode(decode, fields, [load() for load in loads]) for fields in MODES.values()]  # as a batch that stays

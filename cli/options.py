@@ -10,7 +10,7 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "ort", "tensorrt", "torch")
+BACKENDS = ("auto", "ort", "ort-cuda", "tensorrt", "torch")
 backend_option = click.option(
     "--backend",
     type=click.Choice(BACKENDS),

@@ -10,13 +10,12 @@ from typing import Any
 import click
 
 from deepseek_trt.cli.progress import weight_progress
-from deepseek_trt.engines.generation.generate import PREFILL_CHUNK, check_generates, pages_needed
+from deepseek_trt.engines.generation.generate import PREFILL_CHUNK, pages_needed
 from deepseek_trt.engines.generation.llm import LLM, Result
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.generation.text import Text
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.opening import open_session
+from deepseek_trt.engines.sessions.opening import SessionRequest, check_generates, open_session
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
 

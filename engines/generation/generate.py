@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import FinishReason, Scheduler, SchedulerLimits
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.errors import RequestError
 
 PREFILL_CHUNK = 512  # tokens of one prompt that prefill takes at once
 
@@ -23,13 +22,6 @@ class Step:
     row: int
     token: int
     finished: FinishReason | None
-
-
-def check_generates(bundle: Bundle) -> None:
-    """BundleError where the bundle's graphs do not give the next token's logits from token ids."""
-    why_not = bundle.manifest.generation_refusal
-    if why_not:
-        raise BundleError(f"{bundle.path} cannot generate text: {why_not}")
 
 
 def pages_needed(config: ModelConfig, page_size: int, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:

@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from deepseek_trt.engines.generation.generate import check_generates
 from deepseek_trt.engines.generation.loop import EngineLoop, Ticket
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Event, FinishReason, Scheduler, SchedulerLimits
 from deepseek_trt.engines.generation.stops import StopText
 from deepseek_trt.engines.generation.text import Text
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.opening import AUTO, CHOICES, Choice, open_session
+from deepseek_trt.engines.sessions.opening import (
+    AUTO,
+    Choice,
+    SessionRequest,
+    check_backend,
+    check_generates,
+    open_session,
+)
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.bundle.folder import Bundle, Manifest
 from deepseek_trt.export.config import ModelConfig
@@ -85,8 +90,7 @@ class LLM:
         """`pages` sets the cache's size, else `cache_mib` bounds it (in the bundle's dtype) where limits.max_running
         sequences of full length would take more. `choice` says which backend runs, and why.
         """
-        if backend not in CHOICES:
-            raise RequestError(f"backend {backend!r}: must be one of {', '.join(CHOICES)}")
+        check_backend(backend)
         opened = Bundle.open(Path(bundle))
         check_generates(opened)
         limits = limits or SchedulerLimits()
@@ -108,7 +112,7 @@ class LLM:
 
     def _set_up(self, session: Session, config: ModelConfig, text: Text | None, limits: SchedulerLimits) -> None:
         self.session, self.text = session, text
-        self.choice = Choice(session.backend, "", "it was given")
+        self.choice = Choice(session.backend, "it was given")
         self.scheduler = Scheduler(session, config, limits)
         self._loop = EngineLoop(self.scheduler)
         self._closing = weakref.finalize(self, self._loop.close)

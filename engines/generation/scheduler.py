@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -119,8 +118,7 @@ class Scheduler:
         self.counters = Counters()
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
-        library: Path | None = getattr(session, "library", None)
-        self._native = load_sampler(library, getattr(session, "threads", 1)) if library else None
+        self._native = load_sampler(session.library, session.threads) if session.library else None
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []  # in order of arrival, all earlier than those waiting
         self._next_id = 0

@@ -119,7 +119,7 @@ def _place_widened(bundle: Bundle, placed: Path) -> None:
     """The graph that computes bfloat16 in float32, made now: the server's Python has no onnx."""
     if bundle.manifest.dtype != "bfloat16":
         return
-    from deepseek_trt.engines.sessions.ort import widened_path
+    from deepseek_trt.engines.sessions.prepared import widened_path
     from deepseek_trt.export.passes.widen import widened_bytes
 
     target = widened_path(Bundle(placed, bundle.manifest), "model")

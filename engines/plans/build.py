@@ -15,12 +15,12 @@ import onnx
 import onnx_ir as ir
 
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
-from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, Profile
+from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, Profile, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import DOMAIN, GraphSpec, TensorSpec
 from deepseek_trt.export.bundle.recipes import too_large_for_tensorrt
-from deepseek_trt.export.bundle.weights import reference_arrays
+from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.passes.share_weights import ShareWeights
@@ -48,10 +48,6 @@ class _Parsed:
     model: bytes
     weights: tuple[str, ...]
     plugins: dict[str, int]
-
-
-def plan_path(bundle: Bundle, graph: str) -> Path:
-    return bundle.path / f"{graph}.plan"
 
 
 def build_plans(
@@ -189,10 +185,10 @@ def _with_shared_weights(bundle: Bundle, model: onnx.ModelProto) -> tuple[tuple[
 
 def _embed_small(bundle: Bundle, model: ir.Model) -> None:
     """Give the small initializers of a by-reference bundle their data: they have no weights file to point into."""
-    initializers = model.graph.initializers
-    small = [name for name, value in initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
-    for name, array in reference_arrays(bundle, small).items():
-        initializers[name].const_value = ir.tensor(array, name=name)
+    reader = WeightReader(bundle)
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.tensor(reader.view(name), name=name)
 
 
 def _configure(

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepseek_trt.engines.sessions.graphs import Arrays
-from deepseek_trt.export.arrays import Int32s, Int64s
+from deepseek_trt.export.arrays import Arrays, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import TRANSFORMERS
 from deepseek_trt.export.config import ModelConfig

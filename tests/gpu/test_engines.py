@@ -16,8 +16,7 @@ from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.plans.build import build_plans
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.engines.sessions.opening import choose_backend
-from deepseek_trt.engines.sessions.ort import OrtSession
-from deepseek_trt.engines.sessions.ort_cuda import OrtCudaSession
+from deepseek_trt.engines.sessions.ort import OrtCudaSession, OrtSession
 from deepseek_trt.engines.sessions.session import row_latents
 from deepseek_trt.engines.sessions.tensorrt.session import TrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession

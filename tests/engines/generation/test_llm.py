@@ -254,7 +254,7 @@ def test_text_needs_a_tokenizer():
 
 
 def test_unknown_backend_names_those_there_are(tmp_path):
-    with pytest.raises(RequestError, match="auto, ort, torch, tensorrt"):
+    with pytest.raises(RequestError, match="auto, ort, ort-cuda, torch, tensorrt"):
         LLM(tmp_path, backend="magic")
 
 

@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 
 from deepseek_trt.cli.options import BACKENDS as CLI_CHOICES
-from deepseek_trt.engines.generation.generate import check_generates, generate
+from deepseek_trt.engines.generation.generate import generate
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.opening import CHOICES, Surroundings, choose_backend, open_session
-from deepseek_trt.engines.sessions.ort import OrtSession
-from deepseek_trt.engines.sessions.ort_cuda import OrtCudaSession, Place
+from deepseek_trt.engines.sessions.opening import (
+    CHOICES,
+    SessionRequest,
+    Surroundings,
+    check_generates,
+    choose_backend,
+    open_session,
+)
+from deepseek_trt.engines.sessions.ort import OrtCudaSession, OrtSession, Place
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
@@ -40,12 +45,13 @@ def around(gpu, providers=WITH_CUDA):
     [
         ("auto", True, "A GPU", WITH_CUDA, "tensorrt", "cuda", "the bundle has plans and A GPU is visible"),
         ("auto", True, None, WITH_CUDA, "ort", "cpu", "no GPU is visible"),
-        ("auto", False, "A GPU", WITH_CUDA, "ort", "cuda", "A GPU is visible and the bundle has no decode.plan"),
+        ("auto", False, "A GPU", WITH_CUDA, "ort-cuda", "cuda", "A GPU is visible and the bundle has no decode.plan"),
         ("auto", False, "A GPU", WITHOUT, "ort", "cpu", "this ONNX Runtime has no CUDAExecutionProvider and the"),
-        ("ort", True, "A GPU", WITH_CUDA, "ort", "cuda", "A GPU is visible"),
+        ("ort", True, "A GPU", WITH_CUDA, "ort-cuda", "cuda", "A GPU is visible"),
         ("ort", True, None, WITH_CUDA, "ort", "cpu", "no GPU is visible"),
         ("torch", True, "A GPU", WITH_CUDA, "torch", "cpu", "it was asked for"),
         ("tensorrt", False, None, WITHOUT, "tensorrt", "cuda", "it was asked for"),
+        ("ort-cuda", True, None, WITHOUT, "ort-cuda", "cuda", "it was asked for"),
     ],
 )
 def test_choice(demo, tmp_path, wanted, plans, gpu, providers, backend, device, why):
@@ -77,6 +83,8 @@ def test_a_cuda_provider_that_does_not_start_is_said_and_the_cpu_takes_over(demo
     if opened.choice.device == "cpu":  # a machine without a GPU
         assert isinstance(opened.session, OrtSession)
         assert opened.choice.why.startswith("the GPU cannot be used: ")
+        with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+            open_session(SessionRequest(demo, 4, 1), "ort-cuda")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -110,8 +118,8 @@ def test_a_bundle_of_another_task_is_refused_by_name():
 @pytest.mark.parametrize(
     "modules",
     [
-        ("llm", "ort", "ort_cuda", "choose_backend", "generate", "bench"),
-        ("trt", "trt_engine", "weight_upload", "choose_backend"),
+        ("generation.llm", "sessions.ort", "sessions.opening", "bench.bench"),
+        ("sessions.tensorrt.session", "sessions.opening"),
     ],
     ids=["ort", "tensorrt"],
 )
