@@ -12,7 +12,7 @@ import numpy as np
 
 from deepseek_trt.engines.bench.bandwidth import copy_bandwidth, read_bandwidth
 from deepseek_trt.engines.bench.roofline import decode_traffic, distinct_experts
-from deepseek_trt.engines.generation.generate import PREFILL_CHUNK, pages_needed
+from deepseek_trt.engines.generation.pages import pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.engines.sessions.opening import (
@@ -106,7 +106,7 @@ def bench(request: BenchRequest, say: Say = lambda line: None) -> BenchReport:
         )
     choice = choose_backend(bundle, request.backend)
     bandwidth = _bandwidth(choice, request.threads)
-    pages = pages_needed(bundle.manifest.model, bundle.manifest.cache.page_size, *_largest(request))
+    pages = pages_needed(bundle.manifest.cache, [request.context + request.new_tokens] * max(request.batch_sizes))
     opened = open_session(SessionRequest(bundle, pages, request.threads), request.backend)
     say(opened.line)
     points = []
@@ -163,8 +163,7 @@ def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, ba
 
 def _run(opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Times:
     rows = len(prompts)
-    limits = SchedulerLimits(rows, rows * PREFILL_CHUNK, PREFILL_CHUNK, prefix_reuse=False)
-    scheduler = Scheduler(opened.session, bundle.manifest.model, limits)
+    scheduler = Scheduler(opened.session, bundle.manifest.model, SchedulerLimits.for_batch(rows))
     start = time.perf_counter()
     for prompt in prompts:
         scheduler.add(prompt, SamplingParams(new_tokens, ignore_eos=True))
@@ -193,10 +192,6 @@ def _experts_hit(model: ModelConfig, times: _Times) -> float | None:
 def _prompts(vocab: int, batch: int, context: int) -> list[list[int]]:
     ids = np.random.default_rng(0).integers(0, vocab, (batch, context))
     return [row.tolist() for row in ids]
-
-
-def _largest(request: BenchRequest) -> tuple[list[range], int]:
-    return [range(request.context)] * max(request.batch_sizes), request.new_tokens
 
 
 def _bandwidth(choice: Choice, threads: int, make_device: Callable[[], Device] = open_device) -> float:

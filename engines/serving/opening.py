@@ -18,8 +18,7 @@ def open_llm(path: Path, settings: ServingSettings) -> LLM:
     bundle = Bundle.open(path)
     started = open_session(SessionRequest(bundle, settings.pages, settings.threads), settings.backend)
     config = dataclasses.replace(bundle.manifest.model, max_position_embeddings=settings.max_model_len)
-    llm = LLM.over(started.session, config, Text(bundle), settings.limits)
-    llm.choice = started.choice
+    llm = LLM(started.session, config, Text(bundle), settings.limits, started.choice)
     if settings.max_model_len > 2:
         llm.generate([[0]], SamplingParams(max_new_tokens=2, ignore_eos=True))
     return llm

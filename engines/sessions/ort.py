@@ -48,7 +48,7 @@ class Memory:
 
 
 CPU, CUDA = Place(), Place("CUDAExecutionProvider", "cuda")
-AS_IT_LIKES, NO_COPIES = Memory(), Memory(packed=False, folded=False)
+USUAL, LEAN = Memory(), Memory(packed=False, folded=False)
 
 
 def open_graph(
@@ -62,7 +62,7 @@ def open_graph(
     shared: OrtValues | None = None,
     library: Path | None = None,
     place: Place = CPU,
-    memory: Memory = AS_IT_LIKES,
+    memory: Memory = USUAL,
 ) -> ort.InferenceSession:
     """A graph of the bundle ready to run, or the `model` that was made of it; errors call it `name`, else by its file.
 
@@ -162,7 +162,7 @@ class OrtSession(_BoundSession):
         mapped = not weights_fit(bundle) if mapped is None else mapped
         copied = not mapped and not bundle.manifest.by_reference  # what is assembled is a copy already
         self._weights = ort_values(weights_in_memory(bundle) if copied else WeightReader(bundle).views())
-        memory = NO_COPIES if mapped else AS_IT_LIKES
+        memory = LEAN if mapped else USUAL
         graphs = {"prefill": open_graph(bundle, "prefill", threads, shared=self._weights, memory=memory)}
         graphs["decode"], left = self._open_decode(bundle, threads, memory)
         narrow = library.path is not None and not left  # compiled operators widen numbers as they go

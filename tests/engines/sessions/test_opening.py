@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from deepseek_trt.cli.options import BACKENDS as CLI_CHOICES
-from deepseek_trt.engines.generation.generate import generate
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.sessions.opening import (
@@ -93,10 +92,7 @@ def test_the_cuda_session_on_the_cpu_provider_gives_the_tokens_of_ort(demo_check
     bundle = bundle_of(demo_checkpoint, dtype=dtype)
     sessions = OrtSession(bundle, 8, 1), OrtCudaSession(bundle, 8, 1, Place("CPUExecutionProvider", "cpu"))
     prompts = [[5, 6, 7, 8], [9, 10]]
-    made = [
-        [(s.row, s.token) for s in generate(session, bundle.manifest.model, prompts, SamplingParams(6))]
-        for session in sessions
-    ]
+    made = [LLM(session, bundle.manifest.model).generate(prompts, SamplingParams(6)) for session in sessions]
     assert made[0] == made[1]
     np.testing.assert_allclose(
         np.asarray(sessions[0].pool(0)[1:3], np.float32), sessions[1].pool(0)[1:3].astype(np.float32), atol=1e-2
@@ -104,7 +100,7 @@ def test_the_cuda_session_on_the_cpu_provider_gives_the_tokens_of_ort(demo_check
 
 
 def test_llm_says_what_it_chose(demo):
-    with LLM(demo.path, threads=1, cache_mib=8) as llm:
+    with LLM.open(demo.path, threads=1, cache_mib=8) as llm:
         assert llm.choice == choose_backend(demo)
 
 
@@ -134,7 +130,7 @@ def test_generating_through_ort_imports_no_torch(demo):
     code = (
         "import sys\nfrom deepseek_trt.engines.generation.llm import LLM\n"
         "from deepseek_trt.engines.generation.params import SamplingParams\n"
-        f"with LLM({str(demo.path)!r}, threads=1, cache_mib=8) as llm:\n"
+        f"with LLM.open({str(demo.path)!r}, threads=1, cache_mib=8) as llm:\n"
         "    llm.generate([[5, 6]], SamplingParams(2, temperature=1.0))\nprint('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepseek_trt.engines.generation.generate import generate, pages_needed
-from deepseek_trt.engines.generation.pages import page_table
+from deepseek_trt.engines.generation.llm import LLM
+from deepseek_trt.engines.generation.pages import answer_lengths, page_table, pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
@@ -124,16 +125,15 @@ def world(make_world, bundle):
 
 
 def tokens_of(session, config, prompts=PROMPTS, new=NEW):
-    made = [[] for _ in prompts]
-    for step in generate(session, dataclasses.replace(config, eos_token_ids=()), prompts, SamplingParams(new)):
-        made[step.row].append(step.token)
-    return made
+    llm = LLM(session, dataclasses.replace(config, eos_token_ids=()), limits=SchedulerLimits.for_batch(len(prompts)))
+    return [result.token_ids for result in llm.generate(prompts, SamplingParams(new))]
 
 
 @pytest.fixture(scope="module")
 def expected(bundle):
     config = bundle.manifest.model
-    return tokens_of(TorchSession(bundle, pages_needed(config, PAGE, PROMPTS, NEW)), config)
+    pages = pages_needed(bundle.manifest.cache, answer_lengths(config, PROMPTS, NEW))
+    return tokens_of(TorchSession(bundle, pages), config)
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
