@@ -24,7 +24,8 @@ from deepseek_trt.engines.sessions.opening import (
     choose_backend,
     open_session,
 )
-from deepseek_trt.engines.sessions.tensorrt.device import Device, open_device
+from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
+from deepseek_trt.engines.sessions.tensorrt.device import Device
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deepseek_trt.engines.plans.plan import plan_path
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.engines.sessions.tensorrt.device import visible_gpu
+from deepseek_trt.engines.sessions.tensorrt.cuda import visible_gpu
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 

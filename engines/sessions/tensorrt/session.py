@@ -20,7 +20,8 @@ from deepseek_trt.engines.plans.check import (
 )
 from deepseek_trt.engines.plans.flavour import open_flavour
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.engines.sessions.tensorrt.device import Device, open_device
+from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
+from deepseek_trt.engines.sessions.tensorrt.device import Device
 from deepseek_trt.engines.sessions.tensorrt.engine import Engine, TrtLog
 from deepseek_trt.engines.sessions.tensorrt.staging import Staging, aligned, given_inputs
 from deepseek_trt.engines.sessions.tensorrt.weight_upload import UploadProgress, upload_weights
