@@ -22,7 +22,7 @@ from deepseek_trt.engines.sessions.opening import (
     choose_backend,
     open_session,
 )
-from deepseek_trt.engines.sessions.ort import OrtCudaSession, OrtSession, Place
+from deepseek_trt.engines.sessions.ort import CUDA, OrtCudaSession, OrtSession, Place
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
@@ -77,7 +77,7 @@ def test_the_line_names_backend_note_and_reason(demo):
 def test_a_cuda_provider_that_does_not_start_is_said_and_the_cpu_takes_over(demo):
     """Real ONNX Runtime, which lists CUDA in its GPU build and cannot start it without the libraries or a GPU."""
     with pytest.raises(BackendError, match="CUDAExecutionProvider"):
-        OrtCudaSession(demo, 4, place=Place(ordinal=99))
+        OrtCudaSession(demo, 4, place=dataclasses.replace(CUDA, ordinal=99))
     opened = open_session(SessionRequest(demo, 4, 1), "ort", around("A GPU"))
     if opened.choice.device == "cpu":  # a machine without a GPU
         assert isinstance(opened.session, OrtSession)
