@@ -20,7 +20,7 @@ from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.plugins.cpu.sampler import NativeSampler, load_sampler
 
 BATCH, CONTEXT, WARM, ROUNDS = 32, 128, 9, 100
@@ -56,7 +56,7 @@ def main() -> None:
 
 def _shipped(folder: Path) -> Bundle:
     checkpoint = Path(str(files("deepseek_trt.cli") / "demo_model"))
-    return export_checkpoint(ExportRequest(checkpoint, folder / "bundle")).bundle
+    return export_bundle(ExportRequest(checkpoint, folder / "bundle")).bundle
 
 
 def _table(bundle: Bundle, threads: int, options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ class BuiltPlan:
     fresh: bool
 
 
-def build_plans(
+def build_with_library(
     bundle: Bundle, spec: BuildSpec, library: Path, progress: BuildProgress | None = None
 ) -> tuple[BuiltPlan, ...]:
     """Build every graph of the bundle; each plan has its PlanRecord beside it as JSON.

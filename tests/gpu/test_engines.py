@@ -13,7 +13,7 @@ from deepseek_trt.engines.bench.bench import BenchRequest, bench
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.pages import page_table
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.plans.build import build_plans
+from deepseek_trt.engines.plans.build import build_with_library
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.engines.sessions.opening import choose_backend
 from deepseek_trt.engines.sessions.ort import OrtCudaSession, OrtSession
@@ -58,7 +58,9 @@ def built(request, gpu, flavour, demo_checkpoint, bundle_of, tmp_path_factory) -
     cubins = [gpu] if gpu in SHARED_LIMITS else []
     library = build_library(compile_all(model, dtype, cubins, jobs=4), model, dtype, bundle.path / "plugins")
     sms = (gpu,) if flavour.targets_chips else ()
-    build_plans(bundle, BuildSpec(flavour.name, sms, max_batch_size=4, max_input_len=64, max_seq_len=512), library.path)
+    build_with_library(
+        bundle, BuildSpec(flavour.name, sms, max_batch_size=4, max_input_len=64, max_seq_len=512), library.path
+    )
     return bundle
 
 
