@@ -11,7 +11,7 @@ import click
 from deepseek_trt.cli.options import backend_option, sampling_options, threads_option
 
 if TYPE_CHECKING:
-    from deepseek_trt.engines.generation.sampling import SamplingParams
+    from deepseek_trt.engines.generation.params import SamplingParams
 
 
 @click.command("generate")

@@ -77,7 +77,7 @@ def _place_prepared(bundle: Bundle, target: Path) -> None:
 
     Decode goes through the compiled operators where they take over all of it; bfloat16 is computed in float32.
     """
-    from deepseek_trt.engines.sessions.ort import fused_path, widened_path
+    from deepseek_trt.engines.sessions.prepared import fused_path, widened_path
     from deepseek_trt.export.passes.widen import widened_bytes
     from deepseek_trt.plugins.cpu.fuse import fused_bytes
 

@@ -28,7 +28,7 @@ _LEFT_OUT = {
             "engines.sessions.tensorrt.session",
         )
     ),
-    "tensorrt": tuple(f"{PACKAGE}.engines.sessions.{name}" for name in ("torch", "ort", "ort_cuda")),
+    "tensorrt": tuple(f"{PACKAGE}.engines.sessions.{name}" for name in ("torch", "ort")),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.text import Message, Text
 from deepseek_trt.engines.serving.tensors import INPUTS
 from deepseek_trt.export.errors import RequestError

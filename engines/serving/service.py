@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from deepseek_trt.engines.generation.llm import LLM, Answer
-from deepseek_trt.engines.generation.scheduler import Event
+from deepseek_trt.engines.generation.answer import Answer
+from deepseek_trt.engines.generation.llm import LLM
+from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.serving.metrics import Ended, Gauges, Metrics
 from deepseek_trt.engines.serving.request import Tensors, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from deepseek_trt.engines.generation.llm import Answer, Piece
+from deepseek_trt.engines.generation.answer import Answer, Piece
 from deepseek_trt.engines.generation.loop import Ticket
-from deepseek_trt.engines.generation.scheduler import Event
+from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.serving.request import GenerateRequest
 
 FailureKind = Literal["invalid", "refused", "cancelled", "timeout", "failed"]
