@@ -47,8 +47,9 @@ struct FeedForwardArgs {
     Matrix norm;
     Mlp shared;  // of all tokens; may be missing where there are experts
     // Routing; experts is 0 for a dense layer.
-    Matrix router, gate, up, down;  // gate, up: [experts * expert_width, hidden]; down: [experts * hidden, expert_width]
-    const float* bias;              // of biased routing, else null
+    // gate, up: [experts * expert_width, hidden]; down: [experts * hidden, expert_width]
+    Matrix router, gate, up, down;
+    const float* bias;  // of biased routing, else null
     int64_t top_k, groups, top_groups;
     bool normalised;
     float factor;

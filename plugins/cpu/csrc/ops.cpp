@@ -1,8 +1,8 @@
 // ONNX Runtime's view of the kernels: four operators of the domain deepseek_trt.cpu, each with one list of inputs.
-#include <memory>
-#include <new>
 #include <cstring>
 #include <exception>
+#include <memory>
+#include <new>
 
 #include "args.h"
 #include "ort_api.h"
@@ -20,7 +20,7 @@ ExpertsHit experts_hit;
 
 // Reads one call's inputs in order.
 class Inputs {
-  public:
+public:
     Inputs(const ort::Api& api, ort::KernelContext* context) : api_(api), context_(context) {}
 
     // The next input as rows of its last dimension; the shape is in dims() after it.
@@ -32,8 +32,8 @@ class Inputs {
         size_t rank = 0;
         api_.call<ort::Status*, const ort::KernelContext*, size_t, const ort::Value**>(
             ort::Place::KernelContext_GetInput, context_, next_++, &value);
-        api_.call<ort::Status*, const ort::Value*, void**>(ort::Place::GetTensorMutableData, value,
-                                                           reinterpret_cast<void**>(const_cast<char**>(&m.data)));
+        api_.call<ort::Status*, const ort::Value*, void**>(
+            ort::Place::GetTensorMutableData, value, reinterpret_cast<void**>(const_cast<char**>(&m.data)));
         api_.call<ort::Status*, const ort::Value*, ort::ShapeInfo**>(ort::Place::GetTensorTypeAndShape, value, &info);
         api_.call<ort::Status*, const ort::ShapeInfo*, int*>(ort::Place::GetTensorElementType, info, &type);
         api_.call<ort::Status*, const ort::ShapeInfo*, size_t*>(ort::Place::GetDimensionsCount, info, &rank);
@@ -63,7 +63,7 @@ class Inputs {
         return static_cast<char*>(data);
     }
 
-  private:
+private:
     static constexpr size_t MOST = 8;
     const ort::Api& api_;
     ort::KernelContext* context_;
@@ -244,21 +244,19 @@ EXPORTED void deepseek_trt_cpu_experts_hit(int64_t* layers, int64_t* experts) {
     *experts = experts_hit.experts.load(std::memory_order_relaxed);
 }
 
-EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options,
-                                                                                const ort::ApiBase* base) {
+EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
     static const Operator operators[] = {make("Attention", attention, ort::FLOAT),
-                                         make("AttentionFloat16", attention, ort::FLOAT16),
-                                         make("FeedForward", feed_forward), make("Head", head)};
+        make("AttentionFloat16", attention, ort::FLOAT16), make("FeedForward", feed_forward), make("Head", head)};
     const ort::Table table = base->get_api(ort::API_VERSION);
     const ort::Api api(table);
-    if (!processor::supports_v3())
-        return api.error("deepseek_trt.cpu: this processor has no AVX2");
+    if (!processor::supports_v3()) return api.error("deepseek_trt.cpu: this processor has no AVX2");
     ort::Domain* domain = nullptr;
-    ort::Status* status = api.call<ort::Status*, const char*, ort::Domain**>(ort::Place::CreateCustomOpDomain,
-                                                                            "deepseek_trt.cpu", &domain);
+    ort::Status* status = api.call<ort::Status*, const char*, ort::Domain**>(
+        ort::Place::CreateCustomOpDomain, "deepseek_trt.cpu", &domain);
     for (const Operator& op : operators) {
         if (status != nullptr) return status;
-        status = api.call<ort::Status*, ort::Domain*, const ort::CustomOp*>(ort::Place::CustomOpDomain_Add, domain, &op);
+        status =
+            api.call<ort::Status*, ort::Domain*, const ort::CustomOp*>(ort::Place::CustomOpDomain_Add, domain, &op);
     }
     if (status != nullptr) return status;
     return api.call<ort::Status*, ort::SessionOptions*, ort::Domain*>(ort::Place::AddCustomOpDomain, options, domain);

@@ -1,14 +1,14 @@
 // Memory that a call needs and the next one can use again.
 #pragma once
 
-#include <cstdlib>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 namespace ISA {
 
 class Scratch {
-  public:
+public:
     Scratch() = default;
     Scratch(const Scratch&) = delete;
     ~Scratch() {
@@ -47,7 +47,7 @@ class Scratch {
         return table;
     }
 
-  private:
+private:
     static constexpr size_t SMALLEST = 1 << 20;
     struct Block {
         char* data;

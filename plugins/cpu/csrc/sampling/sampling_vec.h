@@ -88,7 +88,8 @@ float maximum(const float* x, int64_t n, std::vector<float>& maxima) {
 
 int64_t first_equal(const float* x, int64_t n, float value) {
     int64_t i = 0;
-    for (; i + LANES <= n && !any(load(x + i) == all(value)); i += LANES) {}
+    for (; i + LANES <= n && !any(load(x + i) == all(value)); i += LANES) {
+    }
     while (i < n && x[i] != value) ++i;
     return i < n ? i : 0;
 }
