@@ -4,10 +4,10 @@
 #include <atomic>
 #include <cstdint>
 
+#include "activation.h"  // generated
 #include "team.h"
 
 enum class Type : int { FLOAT32 = 1, FLOAT16 = 10, BFLOAT16 = 16 };  // ONNX's numbers
-enum class Activation : int { SILU = 0, RELU = 1, GELU = 2, GELU_TANH = 3 };
 
 // Of all calls: layers that had experts, and the experts that each read, once however many tokens chose it.
 struct ExpertsHit {

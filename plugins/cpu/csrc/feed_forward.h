@@ -16,7 +16,7 @@ inline float activate(Activation kind, float x) {
     switch (kind) {
     case Activation::RELU: return x > 0.0f ? x : 0.0f;
     case Activation::GELU: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
-    case Activation::GELU_TANH:
+    case Activation::GELU_PYTORCH_TANH:
         return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
     default: return x;
     }
