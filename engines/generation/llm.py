@@ -24,7 +24,7 @@ from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.bundle.folder import Bundle, Manifest
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.plugins.cpu.likeliest import TopLogprobs, unpack
+from deepseek_trt.plugins.cpu.sampling_row import TopLogprobs, unpack
 
 Prompt = str | Sequence[int]
 ParamsOrMany = SamplingParams | Sequence[SamplingParams] | None

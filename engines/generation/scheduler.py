@@ -17,8 +17,8 @@ from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.plugins.cpu.likeliest import TopLogprobs, unpack
 from deepseek_trt.plugins.cpu.sampler import load_sampler
+from deepseek_trt.plugins.cpu.sampling_row import TopLogprobs, unpack
 
 FinishReason = Literal["stop", "length"]
 

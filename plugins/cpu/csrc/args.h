@@ -9,7 +9,7 @@
 
 enum class Type : int { FLOAT32 = 1, FLOAT16 = 10, BFLOAT16 = 16 };  // ONNX's numbers
 
-// Of all calls: layers that had experts, and the experts that each read, once however many tokens chose it.
+// Counts over all calls: layers that had experts, and experts read in them, each once however many tokens chose it.
 struct ExpertsHit {
     std::atomic<int64_t> layers{0}, experts{0};
 };

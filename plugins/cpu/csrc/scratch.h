@@ -57,7 +57,7 @@ private:
     size_t current_ = 0, used_ = 0;
 };
 
-// Of the calling thread: one for what a whole team shares, made by its first thread, one for a thread's own.
+// The calling thread's memory: one for what a whole team shares, made by its first thread, one for its own.
 inline Scratch& shared_scratch() {
     static thread_local Scratch scratch;
     scratch.reset();
