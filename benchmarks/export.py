@@ -46,11 +46,11 @@ class Row:
 
 def child(checkpoint: Path, out: Path, by_reference: bool) -> None:
     """Export in this process, and print the seconds of the step that writes weights."""
-    from deepseek_trt.export.exporter import ExportRequest, Reporter, export_checkpoint
+    from deepseek_trt.export.exporter import ExportRequest, Reporter, export_bundle
 
     steps: list[tuple[str, float]] = []
     report = Reporter(step=lambda text, total: steps.append((text, time.perf_counter())))
-    export_checkpoint(ExportRequest(checkpoint, out, by_reference=by_reference), report)
+    export_bundle(ExportRequest(checkpoint, out, by_reference=by_reference), report)
     ends = [at for _, at in steps[1:]] + [time.perf_counter()]
     spent = {text: stop - start for (text, start), stop in zip(steps, ends, strict=True)}
     print(next((seconds for text, seconds in spent.items() if text.startswith("writing")), 0.0))

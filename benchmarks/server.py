@@ -34,9 +34,10 @@ import server_leaving
 import server_load
 from server_client import Answer, Connection
 
+from deepseek_trt.engines.model_repository.folder import write_manifest
 from deepseek_trt.engines.model_repository.sizes import SizeRequest
-from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_manifest, write_model_repository
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_model_repository
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 ROOT = Path(__file__).parents[1]
 STEP_SECONDS = 0.005
@@ -147,7 +148,7 @@ def main() -> None:
     tables = []
     with tempfile.TemporaryDirectory() as name, as_file(files("deepseek_trt.cli") / "demo_model") as checkpoint:
         folder = Path(name)
-        bundle = export_checkpoint(ExportRequest(checkpoint, folder / "bundle")).bundle.path
+        bundle = export_bundle(ExportRequest(checkpoint, folder / "bundle")).bundle.path
         if args.only in (None, "rate"):
             tables.append(rate_table(bundle, folder))
         if args.only in (None, "load"):

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deepseek_trt.cli.options import backend_option, threads_option
+from deepseek_trt.cli.output import print_json, say
+
+if TYPE_CHECKING:
+    from deepseek_trt.engines.bench.bench import BenchReport, Point
+
+_MB, _MS = 1e6, 1e3
+_ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
+    ("tokens/s", lambda p: f"{p.tokens_per_second:,.1f}"),
+    ("time to first token, ms", lambda p: f"{_MS * p.time_to_first_token:.1f}"),
+    ("prefill tokens/s", lambda p: f"{p.prefill_tokens_per_second:,.0f}"),
+    *((f"time per token, {q}, ms", lambda p, q=q: f"{_MS * p.time_per_token[q]:.2f}") for q in ("p50", "p95", "p99")),
+    *((f"MB a step, {k}", lambda p, k=k: f"{p.bytes_a_step[k] / _MB:.2f}") for k in ("weights", "experts", "cache")),
+    ("experts hit a layer", lambda p: f"{p.experts_hit:.1f} ({p.experts})"),
+    ("of memory bandwidth", lambda p: f"{100 * p.bandwidth_fraction:.1f} %"),
+)
 
 
-@click.command("bench", short_help="Measure speed, and how near it is to the memory's.")
+@click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @backend_option
 @click.option("--batch-size", "batch_sizes", type=int, multiple=True, default=(1,), show_default=True)
@@ -19,16 +35,32 @@ from deepseek_trt.cli.options import backend_option, threads_option
 @click.option("--new-tokens", default=64, show_default=True, help="Of each row, at least 3.")
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(as_json: bool, bundle: Path, **options: object) -> None:
+def command(as_json: bool, bundle: Path, **options: Any) -> None:
     """Generate from random prompts with the model in BUNDLE and say how fast that was.
 
     Example: deepseek-trt bench ./v2-lite --batch-size 1 --batch-size 8 --context 512
     """
-    from deepseek_trt.cli.bench_table import print_table
     from deepseek_trt.engines.bench.bench import BenchRequest, bench
 
-    report = bench(BenchRequest(bundle, **options), lambda line: click.echo(line, err=True))  # type: ignore[arg-type]
+    report = bench(BenchRequest(bundle, **options), say)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(report)))
+        print_json(dataclasses.asdict(report))
     else:
-        print_table(report)
+        _print_table(report)
+
+
+def _print_table(report: BenchReport) -> None:
+    """Print a column a batch size; a step gives every row one token."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = report.points[0]
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"context {first.context}, {first.new_tokens} new tokens")
+    for point in report.points:
+        table.add_column(f"batch {point.batch_size}", justify="right")
+    for name, cell in _ROWS:
+        table.add_row(name, *map(cell, report.points))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"memory bandwidth, measured: {report.bandwidth / 1e9:.1f} GB/s; weights in {report.weights_dtype}")

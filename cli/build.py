@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import click
 
+from deepseek_trt.cli.output import json_option, print_json, wrote
 from deepseek_trt.engines.plans.plan import BuildSpec
 
 _DEFAULTS = BuildSpec()
 
 
-@click.command("build", short_help="Build prefill.plan and decode.plan.")
+@click.command("build")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--flavour", type=click.Choice(["rtx", "tensorrt"]), default=_DEFAULTS.flavour, show_default=True)
 @click.option("--sm", "sms", type=int, multiple=True, help="Chips to build for (rtx: needed, no GPU is).")
@@ -22,28 +22,21 @@ _DEFAULTS = BuildSpec()
 @click.option("--max-seq-len", default=_DEFAULTS.max_seq_len, show_default=True, help="Prompt and answer together.")
 @click.option("--weights", type=click.Choice(["shared", "embedded"]), default=_DEFAULTS.weights, show_default=True)
 @click.option("--embed-plugins", is_flag=True, help="Put the plugin library into the plans.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(
-    bundle: Path,
-    flavour: str,
-    sms: tuple[int, ...],
-    max_batch_size: int,
-    max_input_len: int,
-    max_seq_len: int,
-    weights: Literal["shared", "embedded"],
-    embed_plugins: bool,
-    as_json: bool,
-) -> None:
+@json_option
+def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Turn the graphs of BUNDLE into TensorRT engines, MLA and MoE as plugins.
 
     Example: deepseek-trt build ./v2-lite --sm 86 --sm 120 --max-batch-size 16
     """
-    from deepseek_trt.cli.building import build_with_progress
+    from deepseek_trt.cli.progress import build_progress, plugin_reporter
+    from deepseek_trt.engines.plans.request import BuildRequest, build_plans
 
-    spec = BuildSpec(flavour, sms, max_batch_size, max_input_len, max_seq_len, weights, embed_plugins)
-    for plan in build_with_progress(bundle, spec):
+    with plugin_reporter() as plugins, build_progress() as progress:
+        plans = build_plans(BuildRequest(bundle, BuildSpec(**options)), progress, plugins)
+    for plan in plans:
         r = plan.record
-        facts = {"plan": str(plan.path), "bytes": r.plan_bytes, "plugins": r.plugins, "fresh": plan.fresh}
-        done = "wrote" if plan.fresh else "nothing to do, same inputs as"
         counts = ", ".join(f"{count} {op}" for op, count in r.plugins.items())
-        click.echo(json.dumps(facts) if as_json else f"{done} {plan.path} ({r.plan_bytes:,} bytes; {counts})")
+        if as_json:
+            print_json({"plan": str(plan.path), "bytes": r.plan_bytes, "plugins": r.plugins, "fresh": plan.fresh})
+        else:
+            click.echo(f"{wrote(plan.fresh, plan.path)} ({r.plan_bytes:,} bytes; {counts})")

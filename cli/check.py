@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,15 +9,16 @@ from pathlib import Path
 
 import click
 
+from deepseek_trt.cli.output import json_option, print_json, say
 from deepseek_trt.export.config import DTYPES, ModelConfig
 from deepseek_trt.export.survey import GIB, Facts, survey
 
 
-@click.command("check", short_help="Say what a checkpoint is and needs.")
+@click.command("check")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the export.  [default: the checkpoint's]")
 @click.option("--gpu-memory", type=float, default=80.0, show_default=True, help="GiB of the GPU it is to run on.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def command(checkpoint: Path, dtype: str | None, gpu_memory: float, as_json: bool) -> None:
     """Read config.json and the shards' headers of CHECKPOINT: what the model is, what each step needs, what is refused.
 
@@ -28,11 +28,11 @@ def command(checkpoint: Path, dtype: str | None, gpu_memory: float, as_json: boo
     """
     result = survey(checkpoint, dtype, int(gpu_memory * GIB))
     if as_json:
-        click.echo(json.dumps(result.to_dict()))
+        print_json(result.to_dict())
     elif result.facts is not None:
         _print_tables(result.facts, gpu_memory)
     for sentence in (*result.unsupported, *([result.problem] if result.problem else [])):
-        click.echo(f"error: {sentence}", err=True)
+        say(f"error: {sentence}")
     if result.facts is None:
         sys.exit(1)
 
@@ -84,7 +84,8 @@ def _router(c: ModelConfig) -> str:
     moe = sum(c.is_moe_layer(i) for i in range(c.num_hidden_layers))
     if not moe:
         return "none, every layer is dense"
-    groups = f", best {c.topk_group} of {c.n_group} groups" if c.topk_method != "greedy" and c.n_group > 1 else ""
+    of, best = c.routing_groups
+    groups = f", best {best} of {of} groups" if of > 1 else ""
     experts = f"{c.num_experts_per_tok} of {c.n_routed_experts} experts + {c.n_shared_experts} shared"
     return f"{c.topk_method}, {experts}{groups}, in {moe} layers"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
+from deepseek_trt.cli.output import print_json, say
 
-@click.command("classify", short_help="Label texts with a text-classification bundle.")
+
+@click.command("classify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--text", "texts", multiple=True, required=True, help="Text to label; give it as often as you like.")
 @click.option("--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True)
@@ -23,11 +24,10 @@ def command(bundle: Path, texts: tuple[str, ...], backend: str, as_json: bool) -
 
     classifier = TextClassifier(Bundle.open(bundle), backend)
     if classifier.session.note:
-        click.echo(f"backend: {backend} ({classifier.session.note})", err=True)
+        say(f"backend: {backend} ({classifier.session.note})")
     for text, result in zip(texts, classifier.classify(texts), strict=True):
         if as_json:
-            facts = {"text": text, "label": result.label, "score": result.score, "scores": dict(result.scores)}
-            click.echo(json.dumps(facts, ensure_ascii=False))
+            print_json({"text": text, "label": result.label, "score": result.score, "scores": dict(result.scores)})
         else:
             scores = ", ".join(f"{label} {score:.4f}" for label, score in result.scores)
             click.echo(f"{scores}: {text}")

@@ -1,19 +1,46 @@
-"""deepseek-trt demo"""
+"""deepseek-trt demo: the commands a user would type, one after the other, on the model that ships with the package."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import click
 
+PROMPT = "Return the number of"
 
-@click.command("demo", short_help="Run the whole line on the small model that ships with the package.")
+
+@click.command("demo")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("out/demo"))
 def command(folder: Path) -> None:
     """Export, prove, build and run the small trained DeepSeek-V2 that ships with the package.
 
     Everything it makes lies in FOLDER afterwards. Example: deepseek-trt demo ./my-demo
     """
-    from deepseek_trt.cli.demo_run import run_demo
+    from deepseek_trt.cli.main import main
 
-    run_demo(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with as_file(files("deepseek_trt.cli") / "demo_model") as checkpoint:
+        for step in demo_steps(checkpoint, folder):
+            click.secho(f"\n$ deepseek-trt {shlex.join(step)}", bold=True, err=True)
+            try:
+                main.main(args=list(step), prog_name="deepseek-trt", standalone_mode=True)
+            except SystemExit as exit_:  # the first that fails ends the demo, with its exit code
+                if exit_.code:
+                    sys.exit(exit_.code)
+    click.echo(f"\nThe bundle, the engines, the report and the model repository lie in {folder}.", err=True)
+
+
+def demo_steps(checkpoint: Path, folder: Path) -> tuple[tuple[str, ...], ...]:
+    """The arguments of each command, in order."""
+    bundle, report, repository = (str(folder / name) for name in ("bundle", "report", "repository"))
+    return (
+        ("export", str(checkpoint), bundle),
+        ("validate", bundle, "--report", report),
+        ("build", bundle, "--sm", "86", "--max-batch-size", "4", "--max-input-len", "256", "--max-seq-len", "1024"),
+        ("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", "48"),
+        ("bench", bundle, "--context", "64", "--new-tokens", "32"),
+        ("model-repository", bundle, repository, "--backend", "ort"),  # serves without a GPU, too
+    )

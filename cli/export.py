@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from deepseek_trt.cli.output import json_option, print_json, say, wrote
 from deepseek_trt.export.bundle.interface import GENERATION, IOS, NATIVE, TASKS
 from deepseek_trt.export.config import DTYPES
 
 
-@click.command("export", short_help="Write a bundle.")
+@click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--task", type=click.Choice(TASKS), default=GENERATION, show_default=True)
@@ -25,23 +25,22 @@ from deepseek_trt.export.config import DTYPES
 @click.option("--logits-to-keep", type=int, help="Prefill gives the logits of the last K tokens; 0 is all.")
 @click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
 @click.option("--num-layers", type=int, help="Export only the first layers, to debug accuracy.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@json_option
 def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Trace CHECKPOINT (config.json and safetensors) into ONNX graphs in OUT: prefill and decode, or one model.
 
     Example: deepseek-trt export ./DeepSeek-V2-Lite ./v2-lite --dtype bfloat16
     """
     from deepseek_trt.cli.progress import export_reporter
-    from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+    from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
     with export_reporter() as report:
-        result = export_checkpoint(ExportRequest(checkpoint, out, **options), report)
+        result = export_bundle(ExportRequest(checkpoint, out, **options), report)
     manifest = result.bundle.manifest
     for note in (*manifest.notes, *(f"dropped {d.name}: {d.reason}" for d in manifest.dropped)):
-        click.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
+    tensors = len(manifest.weights)
     if as_json:
-        facts = {"bundle": str(out), "fresh": result.fresh, "dtype": manifest.dtype, "tensors": len(manifest.weights)}
-        click.echo(json.dumps(facts))
+        print_json({"bundle": str(out), "fresh": result.fresh, "dtype": manifest.dtype, "tensors": tensors})
     else:
-        done = "wrote" if result.fresh else "nothing to do, same inputs as"
-        click.echo(f"{done} {out} ({manifest.dtype}, {len(manifest.weights)} tensors)")
+        click.echo(f"{wrote(result.fresh, out)} ({manifest.dtype}, {tensors} tensors)")

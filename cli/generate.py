@@ -11,10 +11,10 @@ import click
 from deepseek_trt.cli.options import backend_option, sampling_options, threads_option
 
 if TYPE_CHECKING:
-    from deepseek_trt.engines.generation.sampling import SamplingParams
+    from deepseek_trt.engines.generation.params import SamplingParams
 
 
-@click.command("generate", short_help="Stream text from a bundle.")
+@click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", multiple=True, help="Text to continue; several are run as one batch.")
 @click.option("--token-ids", multiple=True, help="A prompt as numbers with commas between.")

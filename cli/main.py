@@ -9,18 +9,18 @@ import click
 
 from deepseek_trt.export.errors import DeepseekTrtError
 
-# Command: the file that holds it, and its line in --help.
+# Each command's line in --help; its file has its name.
 COMMANDS = {
-    "check": ("check_command", "Say what a checkpoint is, and what each step needs, from its headers alone."),
-    "export": ("export_command", "Write a bundle: ONNX graphs for prefill and decode, weights, tokenizer."),
-    "validate": ("validate_command", "Compare the bundle with PyTorch."),
-    "plugins": ("plugins_command", "Build the plugin library of a bundle, with no GPU."),
-    "build": ("build_command", "Build prefill.plan and decode.plan with TensorRT-RTX or TensorRT."),
-    "generate": ("generate_command", "Stream text from a bundle."),
-    "bench": ("bench_command", "Measure speed, and how near it is to the memory's."),
-    "model-repository": ("model_repository_command", "Write a tritonserver model repository that serves a bundle."),
-    "classify": ("classify_command", "Label texts with a text-classification bundle."),
-    "demo": ("demo_command", "Run the whole line on the small model that ships with the package."),
+    "check": "Say what a checkpoint is, and what each step needs, from its headers alone.",
+    "export": "Write a bundle: ONNX graphs for prefill and decode, weights, tokenizer.",
+    "validate": "Compare the bundle with PyTorch.",
+    "plugins": "Build the plugin library of a bundle, with no GPU.",
+    "build": "Build prefill.plan and decode.plan with TensorRT-RTX or TensorRT.",
+    "generate": "Stream text from a bundle.",
+    "bench": "Measure speed, and how near it is to the memory's.",
+    "model-repository": "Write a tritonserver model repository that serves a bundle.",
+    "classify": "Label texts with a text-classification bundle.",
+    "demo": "Run the whole line on the small model that ships with the package.",
 }
 
 
@@ -33,14 +33,14 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"deepseek_trt.cli.{COMMANDS[cmd_name][0]}")
+        module = importlib.import_module(f"deepseek_trt.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
         """A user's mistake is one sentence on stderr and exit code 1."""

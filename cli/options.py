@@ -10,7 +10,7 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "ort", "tensorrt", "torch")
+BACKENDS = ("auto", "ort", "ort-cuda", "tensorrt", "torch")
 backend_option = click.option(
     "--backend",
     type=click.Choice(BACKENDS),
@@ -60,7 +60,7 @@ def sampling_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_params(**options: Any) -> Any:
-        from deepseek_trt.engines.generation.sampling import SamplingParams
+        from deepseek_trt.engines.generation.params import SamplingParams
 
         params = SamplingParams(**{name: options.pop(name) for name in _FIELDS})
         return command(params=params, **options)

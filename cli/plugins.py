@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import click
 
+from deepseek_trt.cli.output import json_option, print_json, wrote
 
-@click.command("plugins", short_help="Build the plugin library of a bundle, with no GPU.")
+
+@click.command("plugins")
 @click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The bundle to build for.")
 @click.option("--sm", "sms", type=int, multiple=True, default=(80, 86, 89, 90, 100, 120), show_default=True)
 @click.option("--no-fallback", is_flag=True, help="Leave out the PTX that unknown chips compile for themselves.")
 @click.option("--cxx", help="A C++ compiler to use instead of ziglang's.")
 @click.option("--jobs", default=2, show_default=True, help="Kernels compiled at once.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(bundle: Path, sms: tuple[int, ...], no_fallback: bool, cxx: str | None, jobs: int, as_json: bool) -> None:
+@json_option
+def command(as_json: bool, no_fallback: bool, **options: Any) -> None:
     """Compile the kernels of the bundle's model for these chips and link them into its plugin library.
 
     Example: deepseek-trt plugins --bundle ./v2-lite --sm 86 --sm 90 --sm 120
     """
-    from deepseek_trt.cli.plugins_run import make_library
+    from deepseek_trt.cli.progress import plugin_reporter
+    from deepseek_trt.plugins.tensorrt.for_bundle import PluginRequest, build_plugins
 
-    library = make_library(bundle, sms, fallback=not no_fallback, cxx=cxx, jobs=jobs)
+    with plugin_reporter() as report:
+        library = build_plugins(PluginRequest(fallback=not no_fallback, **options), report)
     if as_json:
-        click.echo(json.dumps({"library": str(library.path), "sha256": library.sha256, "built": library.built}))
+        print_json({"library": str(library.path), "sha256": library.sha256, "built": library.built})
     else:
-        click.echo(f"{'wrote' if library.built else 'nothing to do, same inputs as'} {library.path}")
+        click.echo(wrote(library.built, library.path))

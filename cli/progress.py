@@ -1,26 +1,36 @@
-"""Progress on stderr: a line a step, with a bar of bytes where their number is known."""
+"""Progress on stderr: a line a step, and bars that appear with the first number and go away at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from deepseek_trt.export.exporter import Reporter
+if TYPE_CHECKING:
+    from deepseek_trt.export.exporter import Reporter
+    from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter
+
+_NAME = TextColumn("{task.description}")
 
 
 @contextmanager
 def export_reporter(quiet: bool = False) -> Iterator[Reporter]:
-    """A Reporter that draws on stderr."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    """Give an export's Reporter: steps as lines, bytes as bars."""
+    from deepseek_trt.export.exporter import Reporter
+
+    columns = (_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True, quiet=quiet)
     with Progress(*columns, console=console, disable=quiet) as bars:
         current = [bars.add_task("", visible=False, total=None)]
@@ -29,26 +39,46 @@ def export_reporter(quiet: bool = False) -> Iterator[Reporter]:
             bars.stop_task(current[0])
             if total is None:
                 console.print(text)
-                current[0] = bars.add_task(text, visible=False, total=None)
-            else:
-                current[0] = bars.add_task(text, total=total)
+            current[0] = bars.add_task(text, visible=total is not None, total=total)
 
-        def advance(done: int) -> None:
-            bars.advance(current[0], done)
+        yield Reporter(step, lambda done: bars.advance(current[0], done))
 
-        yield Reporter(step, advance)
+
+@contextmanager
+def plugin_reporter() -> Iterator[PluginReporter]:
+    """Give the plugin library's reporter: a bar of kernels, and lines."""
+    from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter
+
+    with _bars(_NAME, BarColumn(), MofNCompleteColumn()) as advance:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        yield PluginReporter(console.print, lambda done, total: advance("compiling kernels", done, total))
+
+
+@contextmanager
+def build_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function (phase, steps done, steps) that draws TensorRT's own progress."""
+    with _bars(*Progress.get_default_columns()) as advance:
+        yield advance
 
 
 @contextmanager
 def weight_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr of the weights' way to the GPU; nothing is drawn before the first call (bytes done, in all)."""
-    columns = (TextColumn("weights to the GPU"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bars = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bars.add_task("")
+    """Give a function (bytes done, bytes in all) that draws the weights' way to the GPU."""
+    with _bars(_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn()) as advance:
+        yield lambda done, total: advance("weights to the GPU", done, total)
 
-    def advance(done: int, total: int) -> None:
+
+@contextmanager
+def _bars(*columns: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function (name, done, in all) that draws a bar a name; nothing is drawn before its first call."""
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    tasks = {}
+
+    def advance(name: str, done: int, total: int) -> None:
         bars.start()
-        bars.update(task, completed=done, total=total)
+        if name not in tasks:
+            tasks[name] = bars.add_task(name)
+        bars.update(tasks[name], completed=done, total=total, visible=done < total)
 
     try:
         yield advance

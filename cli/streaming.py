@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from deepseek_trt.cli.progress import weight_progress
-from deepseek_trt.engines.generation.generate import PREFILL_CHUNK, check_generates, pages_needed
-from deepseek_trt.engines.generation.llm import LLM, Result
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.answer import Result
+from deepseek_trt.engines.generation.llm import LLM
+from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.generation.text import Text
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.opening import open_session
+from deepseek_trt.engines.sessions.opening import SessionRequest, check_generates, open_session
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
 
@@ -52,13 +52,12 @@ def _open(
     bundle: Bundle, ids: list[list[int]], params: SamplingParams, backend: str, threads: int, text: Text | None
 ) -> LLM:
     """An LLM with room for all prompts at once; says on stderr what runs it, and why."""
-    config, rows = bundle.manifest.model, len(ids)
-    pages = pages_needed(config, bundle.manifest.cache.page_size, ids, params.max_new_tokens)
+    config = bundle.manifest.model
+    pages = pages_needed(bundle.manifest.cache, answer_lengths(config, ids, params.max_new_tokens))
     with weight_progress() as progress:
         started = open_session(SessionRequest(bundle, pages, threads, progress=progress), backend)
     click.echo(started.line, err=True)
-    limits = SchedulerLimits(rows, rows * PREFILL_CHUNK, PREFILL_CHUNK, prefix_reuse=False)
-    return LLM.over(started.session, config, text, limits)
+    return LLM(started.session, config, text, SchedulerLimits.for_batch(len(ids)), started.choice)
 
 
 def _encode(prompts: Prompts, text: Text | None) -> list[list[int]]:

@@ -1,15 +1,13 @@
-"""From a checkpoint folder to a bundle: the first arrow of the line."""
+"""Export: a checkpoint folder becomes a bundle."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -17,19 +15,15 @@ import onnx_ir as ir
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle, Manifest, SourceFile, WeightRecord
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
-from deepseek_trt.export.bundle.recipes import LM_HEAD, too_large_for_tensorrt
 from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.classifier import Classifier
-from deepseek_trt.export.config import ModelConfig, read_config
 from deepseek_trt.export.dtypes import dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
-from deepseek_trt.export.infer import config_of_tensors, task_of, written_keys
+from deepseek_trt.export.source import Source, read_source
 from deepseek_trt.export.writing.partial import finish, forget_inputs, partial_folder
 from deepseek_trt.export.writing.tokenizer_files import carry_files
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import WrittenTensor, forget_journal, weight_bytes, write_weights
-from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
@@ -92,103 +86,59 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What is to be exported, as the headers and config.json show it."""
+class _Job:
+    """One export: what was asked for, what the checkpoint is, and what follows from both."""
 
-    checkpoint: Checkpoint
-    interface: Interface
-    config: ModelConfig
-    classifier: Classifier | None
-    plan: WeightPlan
+    request: ExportRequest
+    source: Source
     dtype: str
-    notes: tuple[str, ...]
     fingerprint: str
 
     @property
-    def num_labels(self) -> int:
-        return len(self.classifier.labels) if self.classifier else 0
+    def cache(self) -> CacheSpec:
+        return CacheSpec.of(self.source.config, self.dtype, self.request.page_size)
+
+    @property
+    def graphs(self) -> tuple[GraphSpec, ...]:
+        return graphs_of(self.source.config, self.cache, self.source.interface, self.source.num_labels)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights file: none where the bundle refers to the checkpoint."""
+        return 0 if self.request.by_reference else weight_bytes(self.source.plan.recipes, self.dtype)
 
 
-def export_checkpoint(request: ExportRequest, report: Reporter = Reporter()) -> ExportResult:
+def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> ExportResult:
     """Write the bundle aside, then rename it to `request.out`; on failure nothing is left behind.
 
     A run that was killed is continued by the next one with the same inputs. Raises ConfigError, CheckpointError or
     OutputError, each before anything large is written where that is possible.
     """
     report.step("reading headers", None)
-    source = _read(request)
-    existing = _existing(request.out, source.fingerprint)
+    job = _plan(request)
+    existing = _existing(request.out, job.fingerprint)
     if existing is not None:
         return ExportResult(existing, fresh=False)
-    weights = 0 if request.by_reference else weight_bytes(source.plan.recipes, source.dtype)
-    with partial_folder(request.out, source.fingerprint, weights + _GRAPH_BYTES) as folder:
-        notes = source.notes + carry_files(request.checkpoint, folder)
-        shutil.copyfile(request.checkpoint / "config.json", folder / "config.json")
-        if not request.by_reference:
-            report.step(f"writing {WEIGHTS_FILE}", weights)
-        written = () if request.by_reference else _write(source, folder, report)
-        cache = CacheSpec.of(source.config, source.dtype, request.page_size)
-        graphs = graphs_of(source.config, cache, source.interface, source.num_labels)
-        for graph in graphs:
-            report.step(f"tracing {graph.name}", None)
-            _trace_to_file(source, graph, written, folder)
-            if source.interface.io == TRANSFORMERS:
-                write_export_json(folder, graph, source.dtype)
-        forget_journal(folder)
-        forget_inputs(folder)
-        manifest = _manifest(request, source, cache, graphs, written, notes, folder)
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    with partial_folder(request.out, job.fingerprint, job.weight_bytes + _GRAPH_BYTES) as folder:
+        _fill(folder, job, report)
         finish(folder, request.out)
     return ExportResult(Bundle.open(request.out), fresh=True)
 
 
-def _read(request: ExportRequest) -> _Source:
-    interface = request.interface
-    checkpoint = Checkpoint.open(request.checkpoint)
-    raw = read_config(request.checkpoint / "config.json")
-    declared, notes = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, written_keys(raw, interface.task))
-    classifier = Classifier.from_hf(raw, checkpoint) if interface.task == CLASSIFICATION else None
-    _check_lm_head(interface, raw, checkpoint)
-    config = _cut(declared, request.num_layers)
-    labels = classifier.labels if classifier else ()
-    plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, len(labels))
-    dtype = _dtype(request, plan)
-    large = too_large_for_tensorrt(plan.recipes)
-    if large:
-        notes += (f"{len(large)} tensors hold 2^31 numbers or more, e.g. {large[0].name}: TensorRT cannot take them",)
-    fingerprint = _fingerprint(request, checkpoint, dtype)
-    return _Source(checkpoint, interface, config, classifier, plan, dtype, notes, fingerprint)
-
-
-def _check_lm_head(interface: Interface, raw: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """A checkpoint of another class has no lm_head.weight either, but its embeddings are no head."""
-    if interface.task != GENERATION or task_of(raw, checkpoint) == GENERATION:
-        return
-    name = next(iter(raw.get("architectures") or ()), "a classifier")
-    raise CheckpointError(
-        f"tensor {LM_HEAD} is missing: this is {name}; export it with --task {task_of(raw, checkpoint)}"
-    )
-
-
-def _cut(config: ModelConfig, num_layers: int | None) -> ModelConfig:
-    if num_layers is None:
-        return config
-    if not 1 <= num_layers <= config.num_hidden_layers:
-        raise ConfigError(f"--num-layers {num_layers}: the model has {config.num_hidden_layers} layers")
-    return dataclasses.replace(config, num_hidden_layers=num_layers)
-
-
-def _dtype(request: ExportRequest, plan: WeightPlan) -> str:
-    if request.by_reference and request.dtype not in (None, plan.dtype):
+def _plan(request: ExportRequest) -> _Job:
+    source = read_source(request.checkpoint, request.interface, request.num_layers)
+    stored = source.plan.dtype
+    if request.by_reference and request.dtype not in (None, stored):
         raise ConfigError(
-            f"--by-reference keeps the checkpoint's dtype {plan.dtype}: leave out --dtype {request.dtype}, "
+            f"--by-reference keeps the checkpoint's dtype {stored}: leave out --dtype {request.dtype}, "
             "or export with weights"
         )
-    return request.dtype or plan.dtype
+    dtype = request.dtype or stored
+    return _Job(request, source, dtype, _fingerprint(request, source.checkpoint, dtype))
 
 
 def _fingerprint(request: ExportRequest, checkpoint: Checkpoint, dtype: str) -> str:
-    """Of everything that decides what the bundle holds."""
+    """The sha256 of everything that decides what the bundle holds."""
     options = (request.interface, dtype, request.by_reference, request.num_layers, request.page_size)
     facts = [repr(options), importlib.metadata.version("deepseek-trt"), str(request.checkpoint.resolve())]
     facts += [repr(source) for source in _sources(checkpoint)]
@@ -214,9 +164,26 @@ def _existing(out: Path, fingerprint: str) -> Bundle | None:
     return bundle
 
 
-def _write(source: _Source, folder: Path, report: Reporter) -> tuple[WrittenTensor, ...]:
-    tensors = source.checkpoint.tensors
-    written = write_weights(source.plan.recipes, tensors, source.dtype, folder / WEIGHTS_FILE, report.advance)
+def _fill(folder: Path, job: _Job, report: Reporter) -> None:
+    """Write all files of the bundle, its manifest last."""
+    checkpoint = job.request.checkpoint
+    notes = job.source.notes + carry_files(checkpoint, folder)
+    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+    written = () if job.request.by_reference else _write_weights(job, folder, report)
+    for graph in job.graphs:
+        report.step(f"tracing {graph.name}", None)
+        _trace_to_file(job, graph, written, folder)
+        if job.source.interface.io == TRANSFORMERS:
+            write_export_json(folder, graph, job.dtype)
+    forget_journal(folder)
+    forget_inputs(folder)
+    (folder / MANIFEST_FILE).write_text(_manifest(job, written, notes, folder).to_json(), encoding="utf-8")
+
+
+def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[WrittenTensor, ...]:
+    report.step(f"writing {WEIGHTS_FILE}", job.weight_bytes)
+    recipes, tensors = job.source.plan.recipes, job.source.checkpoint.tensors
+    written = write_weights(recipes, tensors, job.dtype, folder / WEIGHTS_FILE, report.advance)
     lost = [w for w in written if w.overflows]
     if lost:
         raise CheckpointError(
@@ -225,19 +192,18 @@ def _write(source: _Source, folder: Path, report: Reporter) -> tuple[WrittenTens
     return written
 
 
-def _trace_to_file(source: _Source, graph: GraphSpec, written: tuple[WrittenTensor, ...], folder: Path) -> None:
+def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ...], folder: Path) -> None:
     from deepseek_trt.export.trace import INV_FREQ, trace  # torch, and seconds to import
 
-    model = trace(source.config, graph, source.dtype, source.interface, source.num_labels)
-    places = {w.name: w for w in written}
+    source, places = job.source, {w.name: w for w in written}
+    model = trace(source.config, graph, job.dtype, source.interface, source.num_labels)
     for recipe in source.plan.recipes:
         place = places.get(recipe.name)
-        value = model.graph.initializers[recipe.name]
-        value.const_value = ir.ExternalTensor(
+        model.graph.initializers[recipe.name].const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
             place.offset if place else None,
             place.nbytes if place else None,
-            ir.DataType(dtype_of(recipe.dtype(source.dtype)).onnx),
+            ir.DataType(dtype_of(recipe.dtype(job.dtype)).onnx),
             shape=ir.Shape(recipe.shape),
             name=recipe.name,
             base_dir=str(folder),
@@ -248,28 +214,20 @@ def _trace_to_file(source: _Source, graph: GraphSpec, written: tuple[WrittenTens
     onnx.save(ir.to_proto(model), folder / graph.file)
 
 
-def _manifest(
-    request: ExportRequest,
-    source: _Source,
-    cache: CacheSpec,
-    graphs: tuple[GraphSpec, ...],
-    written: tuple[WrittenTensor, ...],
-    notes: tuple[str, ...],
-    folder: Path,
-) -> Manifest:
+def _manifest(job: _Job, written: tuple[WrittenTensor, ...], notes: tuple[str, ...], folder: Path) -> Manifest:
     digests = {w.name: w.sha256 for w in written}
     files = sorted(p for p in folder.iterdir() if p.name != WEIGHTS_FILE and not p.is_symlink())
-    recipes = source.plan.recipes
+    source = job.source
     return Manifest(
         interface=source.interface,
-        dtype=source.dtype,
-        by_reference=request.by_reference,
-        checkpoint=str(request.checkpoint.resolve()),
-        fingerprint=source.fingerprint,
+        dtype=job.dtype,
+        by_reference=job.request.by_reference,
+        checkpoint=str(job.request.checkpoint.resolve()),
+        fingerprint=job.fingerprint,
         model=source.config,
-        cache=cache,
-        graphs=graphs,
-        weights=tuple(WeightRecord(r, r.dtype(source.dtype), digests.get(r.name)) for r in recipes),
+        cache=job.cache,
+        graphs=job.graphs,
+        weights=tuple(WeightRecord(r, r.dtype(job.dtype), digests.get(r.name)) for r in source.plan.recipes),
         sources=_sources(source.checkpoint),
         dropped=source.plan.dropped,
         notes=notes,

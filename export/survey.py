@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec
-from deepseek_trt.export.bundle.interface import CLASSIFICATION, Interface
-from deepseek_trt.export.bundle.recipes import Dropped, too_large_for_tensorrt
+from deepseek_trt.export.bundle.recipes import Dropped
 from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.classifier import Classifier
 from deepseek_trt.export.config import ModelConfig, read_config, unsupported_features
-from deepseek_trt.export.dtypes import dtype_bytes
+from deepseek_trt.export.dtypes import computed_in, dtype_bytes
 from deepseek_trt.export.errors import CheckpointError, ConfigError
-from deepseek_trt.export.infer import config_of_tensors, task_of, written_keys
-from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
+from deepseek_trt.export.source import Source, read_source
+from deepseek_trt.export.writing.weight_plan import WeightPlan
 
 GIB = 2**30
 CONTEXTS = (4096, 32768, 131072)
@@ -78,7 +76,7 @@ class Survey:
     facts: Facts | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Give what JSON can hold."""
         raw = dataclasses.asdict(self)
         if self.facts is not None:
             raw["facts"]["cache_saving"] = self.facts.cache_saving
@@ -94,33 +92,22 @@ def survey(checkpoint: Path, dtype: str | None = None, gpu_bytes: int = 80 * GIB
     unsupported = unsupported_features(raw)
     if unsupported:
         return Survey(str(checkpoint), unsupported, None, None)
-    files = Checkpoint.open(checkpoint)
+    Checkpoint.open(checkpoint)  # where there is none, that is no finding but an error
     try:
-        task = task_of(raw, files)
-        config, notes = config_of_tensors(ModelConfig.from_hf(raw), files, written_keys(raw, task))
-        classifier = Classifier.from_hf(raw, files) if task == CLASSIFICATION else None
-        labels = classifier.labels if classifier else ()
-        plan = plan_weights(config, files, config.num_hidden_layers, Interface(task), len(labels))
+        source = read_source(checkpoint)
     except (ConfigError, CheckpointError) as error:
         return Survey(str(checkpoint), (), str(error), None)
-    return Survey(str(checkpoint), (), None, _facts(config, task, files, plan, notes, dtype or plan.dtype, gpu_bytes))
+    return Survey(str(checkpoint), (), None, _facts(source, dtype or source.plan.dtype, gpu_bytes))
 
 
-def _facts(
-    config: ModelConfig,
-    task: str,
-    files: Checkpoint,
-    plan: WeightPlan,
-    notes: tuple[str, ...],
-    dtype: str,
-    gpu_bytes: int,
-) -> Facts:
+def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
+    config, plan, files = source.config, source.plan, source.checkpoint
     cache = CacheSpec.of(config, dtype)
     weights = sum(recipe.size * dtype_bytes(recipe.dtype(dtype)) for recipe in plan.recipes)
     parameters = sum(recipe.size for recipe in plan.recipes)
     return Facts(
         config=config,
-        task=task,
+        task=source.interface.task,
         dtype=dtype,
         stored_bytes=sum(t.nbytes for t in files.tensors.values()),
         shards=len(files.files),
@@ -132,7 +119,7 @@ def _facts(
         needs=_needs(weights, parameters, dtype),
         capacities=_capacities(cache, config, weights, gpu_bytes),
         dropped=plan.dropped,
-        notes=notes + _large(plan),
+        notes=source.notes,
     )
 
 
@@ -151,7 +138,7 @@ def _expanded(config: ModelConfig, dtype: str) -> int:
 
 
 def _needs(weights: int, parameters: int, dtype: str) -> tuple[Need, ...]:
-    on_cpu = parameters * 4 if dtype == "bfloat16" else weights  # ONNX Runtime's CPU provider widens bfloat16
+    on_cpu = parameters * 4 if computed_in(dtype) != dtype else weights  # ONNX Runtime's CPU provider widens bfloat16
     return (
         Need("export", weights + _GRAPH_DISK, _EXPORT_MEMORY),
         Need("export --by-reference", _GRAPH_DISK, _EXPORT_MEMORY),
@@ -165,10 +152,3 @@ def _capacities(cache: CacheSpec, config: ModelConfig, weights: int, gpu_bytes: 
     pages = left // (cache.page_size * cache.bytes_per_token)
     contexts = [c for c in CONTEXTS if c <= config.max_position_embeddings] or [config.max_position_embeddings]
     return tuple(Capacity(context, pages // cache.pages_for(context)) for context in contexts)
-
-
-def _large(plan: WeightPlan) -> tuple[str, ...]:
-    large = too_large_for_tensorrt(plan.recipes)
-    if not large:
-        return ()
-    return (f"{len(large)} tensors hold 2^31 numbers or more, e.g. {large[0].name}: TensorRT cannot take them",)

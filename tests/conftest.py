@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 torch.set_num_threads(2)
 
@@ -157,7 +157,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]
         key = repr((checkpoint, sorted(options.items())))
         if key not in made:
             out = tmp_path_factory.mktemp("bundle") / "out"
-            made[key] = export_checkpoint(ExportRequest(checkpoint, out, **options)).bundle
+            made[key] = export_bundle(ExportRequest(checkpoint, out, **options)).bundle
         return made[key]
 
     return make

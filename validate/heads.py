@@ -15,8 +15,8 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import AccuracyResults, Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS, Arrays, GraphSession, TorchGraphs
-from deepseek_trt.export.arrays import numpy_dtype
+from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS, GraphSession, TorchGraphs
+from deepseek_trt.export.arrays import Arrays, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.validate.accuracy import Progress, ValidateRequest

@@ -10,7 +10,7 @@ from functools import cached_property
 from polygraphy.comparator import AccuracyResults, Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.validate.backends.backends import BACKENDS

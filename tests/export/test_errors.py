@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_trt.export import exporter
 from deepseek_trt.export.errors import CheckpointError, ConfigError, DeepseekTrtError, OutputError
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 FIRST = "model-00001-of-000002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -81,7 +81,7 @@ def test_mistake_is_named_and_leaves_nothing(checkpoint, tmp_path, name):
     make, kind, words = MISTAKES[name]
     make(checkpoint)
     with pytest.raises(kind) as caught:
-        export_checkpoint(ExportRequest(checkpoint, tmp_path / "out"))
+        export_bundle(ExportRequest(checkpoint, tmp_path / "out"))
     message = str(caught.value)
     assert words in message
     assert "\n" not in message
@@ -93,7 +93,7 @@ def test_out_is_not_empty(checkpoint, tmp_path):
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputError, match="is not empty"):
-        export_checkpoint(ExportRequest(checkpoint, out))
+        export_bundle(ExportRequest(checkpoint, out))
     assert [p.name for p in out.iterdir()] == ["thesis.tex"]
 
 
@@ -101,7 +101,7 @@ def test_no_space(checkpoint, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(exporter.shutil, "disk_usage", lambda path: usage(1, 1, 0))
     with pytest.raises(OutputError, match=r"0\.0 GB free, 0\.1 GB are needed"):
-        export_checkpoint(ExportRequest(checkpoint, tmp_path / "out"))
+        export_bundle(ExportRequest(checkpoint, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -111,28 +111,28 @@ def test_failure_while_writing_leaves_nothing(checkpoint, tmp_path, monkeypatch)
 
     monkeypatch.setattr(exporter, "_trace_to_file", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        export_checkpoint(ExportRequest(checkpoint, tmp_path / "out"))
+        export_bundle(ExportRequest(checkpoint, tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_same_inputs_do_nothing_and_others_are_refused(checkpoint, tmp_path):
     out = tmp_path / "out"
-    assert export_checkpoint(ExportRequest(checkpoint, out)).fresh
+    assert export_bundle(ExportRequest(checkpoint, out)).fresh
     stamps = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    assert not export_checkpoint(ExportRequest(checkpoint, out)).fresh
+    assert not export_bundle(ExportRequest(checkpoint, out)).fresh
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == stamps
     with pytest.raises(OutputError, match="is not empty"):
-        export_checkpoint(ExportRequest(checkpoint, out, dtype="float32"))
+        export_bundle(ExportRequest(checkpoint, out, dtype="float32"))
 
 
 def test_checkpoint_without_tokenizer_exports_and_says_so(checkpoint, tmp_path):
-    result = export_checkpoint(ExportRequest(checkpoint, tmp_path / "out"))
+    result = export_bundle(ExportRequest(checkpoint, tmp_path / "out"))
     assert any("--token-ids" in note for note in result.bundle.manifest.notes)
 
 
 def test_num_layers(checkpoint, tmp_path):
-    result = export_checkpoint(ExportRequest(checkpoint, tmp_path / "out", num_layers=2))
+    result = export_bundle(ExportRequest(checkpoint, tmp_path / "out", num_layers=2))
     assert result.bundle.manifest.model.num_hidden_layers == 2
     assert {d.reason for d in result.bundle.manifest.dropped} == {"only the first 2 layers are exported"}
     with pytest.raises(ConfigError, match="--num-layers 9"):
-        export_checkpoint(ExportRequest(checkpoint, tmp_path / "other", num_layers=9))
+        export_bundle(ExportRequest(checkpoint, tmp_path / "other", num_layers=9))

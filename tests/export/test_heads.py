@@ -16,7 +16,7 @@ from transformers import DeepseekV2ForCausalLM, DeepseekV2ForSequenceClassificat
 
 from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
 from deepseek_trt.export.errors import CheckpointError, ConfigError
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 # float32 keeps 2**-24 a rounding; some hundred roundings in a row over three layers stay below 1e-5 of the largest
 # number, which is what two right implementations may differ by.
@@ -332,7 +332,7 @@ def test_graphs_are_valid_and_have_one_node_an_op(checkpoint_of, bundle_of, kind
 )
 def test_options_that_contradict_each_other(checkpoint_of, tmp_path, options, words):
     with pytest.raises(ConfigError, match=words):
-        export_checkpoint(ExportRequest(checkpoint_of("causal").folder, tmp_path / "out", **options))
+        export_bundle(ExportRequest(checkpoint_of("causal").folder, tmp_path / "out", **options))
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_options_that_contradict_each_other(checkpoint_of, tmp_path, options, wo
 )
 def test_a_checkpoint_of_another_class_is_refused_by_name(checkpoint_of, tmp_path, kind, task, words):
     with pytest.raises(CheckpointError, match=words):
-        export_checkpoint(ExportRequest(checkpoint_of(kind).folder, tmp_path / "out", task))
+        export_bundle(ExportRequest(checkpoint_of(kind).folder, tmp_path / "out", task))
     assert not (tmp_path / "out").exists()
 
 
@@ -361,7 +361,7 @@ def test_labels_that_contradict_the_head(tmp_path, weights_of, save, changes, wo
     tensors = class_tensors("classifier", weights_of(RAW))
     folder = save(tmp_path / "x", {**RAW, **changes}, {"model.safetensors": tensors}, index=False)
     with pytest.raises(ConfigError, match=words):
-        export_checkpoint(ExportRequest(folder, tmp_path / "out", "text-classification"))
+        export_bundle(ExportRequest(folder, tmp_path / "out", "text-classification"))
 
 
 def test_which_bundles_generate(checkpoint_of, bundle_of):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from deepseek_trt.engines.sessions.ort import OrtSession
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 _spec = importlib.util.spec_from_file_location("semantics", Path(__file__).with_name("test_semantics.py"))
 semantics = importlib.util.module_from_spec(_spec)
@@ -89,6 +89,6 @@ def test_random_configuration(tmp_path_factory, reference, weights_of, save, flo
     tensors = weights_of(raw, seed)
     folder = tmp_path_factory.mktemp("random")
     checkpoint = save(folder / "checkpoint", raw, {"model.safetensors": tensors}, index=False)
-    bundle = export_checkpoint(ExportRequest(checkpoint, folder / "out", page_size=4)).bundle
+    bundle = export_bundle(ExportRequest(checkpoint, folder / "out", page_size=4)).bundle
     session = OrtSession(bundle, pages=12, threads=1)
     semantics.assert_equals_reference(session, reference, raw, float64_of(tensors))

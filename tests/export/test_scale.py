@@ -12,7 +12,7 @@ import pytest
 _EXPORT = r"""
 import json, re, sys
 from pathlib import Path
-from deepseek_trt.export.exporter import ExportRequest, Reporter, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, Reporter, export_bundle
 
 too_early = []
 def step(text, total):
@@ -21,7 +21,7 @@ def step(text, total):
 
 checkpoint, out, by_reference = sys.argv[1:]
 request = ExportRequest(Path(checkpoint), Path(out), by_reference=by_reference == "yes")
-result = export_checkpoint(request, Reporter(step))
+result = export_bundle(request, Reporter(step))
 # Not ru_maxrss, which begins at the parent's.
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(json.dumps({"peak": peak, "too_early": too_early, "weights": len(result.bundle.manifest.weights)}))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.validate.backends.probes import Probes, Watcher
@@ -61,7 +61,7 @@ def _engine(name: str) -> Make:
     """A backend of the engines."""
 
     def make(request: SessionRequest) -> Session:
-        from deepseek_trt.engines.sessions.backends import BACKENDS as ENGINES
+        from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
 
         if name not in ENGINES:
             raise BackendError(f"backend {name} is not in this build; it has: {', '.join(ENGINES)}")

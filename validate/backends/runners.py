@@ -71,12 +71,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # polygraphy is untyped
 
 def poison(session: Session) -> bool:
     """Fill all pages with NaN, so that a stray read is loud; False where the session gives no way to."""
-    fill = getattr(session, "fill", None)
-    if fill is not None:
-        fill(float("nan"))
-    else:
-        for layer in range(session.cache.layers):
-            session.pool(layer)[:] = np.nan
+    session.fill(float("nan"))
     return all(bool(np.isnan(session.pool(layer).astype(np.float32)).all()) for layer in range(session.cache.layers))
 
 

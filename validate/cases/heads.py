@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek_trt.engines.sessions.graphs import Arrays
-from deepseek_trt.export.arrays import Int64s
+from deepseek_trt.export.arrays import Arrays, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphName
 from deepseek_trt.export.bundle.interface import NATIVE

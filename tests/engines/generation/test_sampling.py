@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows, with_logprobs
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows, with_logprobs
 from deepseek_trt.engines.generation.sampling_numpy import adjusted
 from deepseek_trt.engines.generation.stops import StopText
 from deepseek_trt.export.errors import RequestError

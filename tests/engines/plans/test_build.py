@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_trt.engines.plans.build import build_plans, plan_path
+from deepseek_trt.engines.plans.build import build_with_library
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
-from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
+from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import graphs_of
@@ -39,7 +39,7 @@ def library(bundle) -> PluginLibrary:
 def test_plans_build_and_a_rerun_does_nothing(bundle, library, weights):
     spec = dataclasses.replace(SPEC, weights=weights)
     phases: set[str] = set()
-    plans = build_plans(bundle, spec, library.path, lambda phase, done, steps: phases.add(phase))
+    plans = build_with_library(bundle, spec, library.path, lambda phase, done, steps: phases.add(phase))
     assert [p.fresh for p in plans] == [True, True]
     assert phases
     layers = bundle.manifest.model.num_hidden_layers
@@ -55,14 +55,14 @@ def test_plans_build_and_a_rerun_does_nothing(bundle, library, weights):
         ]
         assert ("model.embed_tokens.weight" in plan.record.weights) == (weights == "shared")
     stamps = [plan_path(bundle, g).stat().st_mtime_ns for g in ("prefill", "decode")]
-    assert [p.fresh for p in build_plans(bundle, spec, library.path)] == [False, False]
+    assert [p.fresh for p in build_with_library(bundle, spec, library.path)] == [False, False]
     assert [plan_path(bundle, g).stat().st_mtime_ns for g in ("prefill", "decode")] == stamps
 
 
 @pytest.mark.tensorrt
 def test_shared_plans_are_smaller_by_the_weights(bundle, library):
-    shared = build_plans(bundle, dataclasses.replace(SPEC, sms=(86,)), library.path)
-    embedded = build_plans(bundle, dataclasses.replace(SPEC, sms=(86,), weights="embedded"), library.path)
+    shared = build_with_library(bundle, dataclasses.replace(SPEC, sms=(86,)), library.path)
+    embedded = build_with_library(bundle, dataclasses.replace(SPEC, sms=(86,), weights="embedded"), library.path)
     for small, large in zip(shared, embedded, strict=True):
         moved = sum(w.recipe.size * 2 for w in bundle.manifest.weights if w.recipe.name in small.record.weights)
         assert large.record.plan_bytes - small.record.plan_bytes > 0.8 * moved
@@ -73,20 +73,20 @@ def test_without_plugins_it_is_an_error(bundle, library, monkeypatch):
     """What a build would do whose plugins were not taken: run the function bodies, quietly. Ours refuses."""
     monkeypatch.setattr("deepseek_trt.engines.plans.build._plugins", lambda network: {})
     with pytest.raises(BuildError, match="plugins took over"):
-        build_plans(bundle, dataclasses.replace(SPEC, max_batch_size=3), library.path)
+        build_with_library(bundle, dataclasses.replace(SPEC, max_batch_size=3), library.path)
 
 
 @pytest.mark.tensorrt
 def test_library_without_the_chip_is_refused(bundle, library):
     with pytest.raises(BuildError, match="no kernels for SM 75"):
-        build_plans(bundle, dataclasses.replace(SPEC, sms=(75,)), library.path)
+        build_with_library(bundle, dataclasses.replace(SPEC, sms=(75,)), library.path)
 
 
 @pytest.mark.tensorrt
 def test_library_of_another_dtype_is_refused(bundle, library, demo_checkpoint, bundle_of):
     other = bundle_of(demo_checkpoint, dtype="float32")
     with pytest.raises(BuildError, match="is for bfloat16, the bundle is float32"):
-        build_plans(other, SPEC, library.path)
+        build_with_library(other, SPEC, library.path)
 
 
 @pytest.mark.tensorrt
@@ -96,14 +96,14 @@ def test_a_tensor_of_2_to_the_31_numbers_never_reaches_tensorrt(bundle, library)
     large = dataclasses.replace(record, recipe=dataclasses.replace(record.recipe, shape=(256, 2048, 7168)))
     manifest = dataclasses.replace(bundle.manifest, weights=(large, *bundle.manifest.weights[1:]))
     with pytest.raises(BuildError, match=r"\[256, 2048, 7168\] holds 2\^31 numbers or more"):
-        build_plans(dataclasses.replace(bundle, manifest=manifest), SPEC, library.path)
+        build_with_library(dataclasses.replace(bundle, manifest=manifest), SPEC, library.path)
 
 
 def test_damaged_library_is_refused(bundle, library, tmp_path):
     copy = Path(shutil.copytree(library.path.parent, tmp_path / "plugins")) / library.path.name
     copy.write_bytes(copy.read_bytes()[:-1] + b"x")
     with pytest.raises(BuildError, match="is not the file that"):
-        build_plans(bundle, SPEC, copy)
+        build_with_library(bundle, SPEC, copy)
 
 
 @pytest.mark.tensorrt

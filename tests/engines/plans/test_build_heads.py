@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deepseek_trt.engines.plans.build import build_plans
+from deepseek_trt.engines.plans.build import build_with_library
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.plugins.aot.compile import compile_all
@@ -100,7 +100,7 @@ def test_plans_of_every_interface(checkpoint_of, bundle_of, library, tmp_path, n
     kind, options, graphs = EXPORTS[name]
     exported = bundle_of(checkpoint_of(kind), **options)
     bundle = Bundle.open(Path(shutil.copytree(exported.path, tmp_path / "bundle", symlinks=True)))
-    plans = build_plans(bundle, SPEC, library.path)
+    plans = build_with_library(bundle, SPEC, library.path)
     assert [plan.path.name for plan in plans] == [f"{graph}.plan" for graph in graphs]
     for plan, (graph, (plugins, outputs)) in zip(plans, graphs.items(), strict=True):
         record = plan.record

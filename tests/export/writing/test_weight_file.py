@@ -16,7 +16,7 @@ from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
 from deepseek_trt.export.checkpoint import Checkpoint, read_header
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import OutputError
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.export.writing.partial import finish, forget_inputs, partial_folder
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, write_weights
 from deepseek_trt.export.writing.weight_plan import plan_weights
@@ -170,7 +170,7 @@ def test_two_runs_with_one_target(tmp_path):
 _HANG = """
 import sys, time
 from pathlib import Path
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.export.writing.partial import partial_folder
 with partial_folder(Path(sys.argv[1]), "inputs", 0) as folder:
     (folder / "file").write_text("kept")
@@ -214,11 +214,11 @@ def test_a_chunk_at_a_time(tmp_path, monkeypatch):
 _KILLED_EXPORT = """
 import os, signal, sys
 from pathlib import Path
-from deepseek_trt.export.exporter import ExportRequest, Reporter, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, Reporter, export_bundle
 def step(text, total):
     if text.startswith("tracing"):
         os.kill(os.getpid(), signal.SIGKILL)
-export_checkpoint(ExportRequest(Path(sys.argv[1]), Path(sys.argv[2])), Reporter(step))
+export_bundle(ExportRequest(Path(sys.argv[1]), Path(sys.argv[2])), Reporter(step))
 """
 
 
@@ -229,7 +229,7 @@ def test_export_after_a_kill(tmp_path, weights_of, save):
     done = subprocess.run([sys.executable, "-c", _KILLED_EXPORT, str(checkpoint), str(out)], check=False)
     assert done.returncode == -signal.SIGKILL
     weights = (partial / WEIGHTS_FILE).read_bytes()
-    bundle = export_checkpoint(ExportRequest(checkpoint, out)).bundle
+    bundle = export_bundle(ExportRequest(checkpoint, out)).bundle
     assert (out / WEIGHTS_FILE).read_bytes() == weights
     assert not partial.exists()
     assert {file.name for file in out.iterdir()} == {*bundle.manifest.files, "manifest.json", WEIGHTS_FILE}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.plugins.cpu.fuse import FuseForCpu, fused_bytes
 from deepseek_trt.plugins.cpu.operators import CPU_DOMAIN, FEED_FORWARD, Operator
 
@@ -88,7 +88,7 @@ def variant(weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ca
         dtype = getattr(torch, raw["torch_dtype"])
         save_file({n: t.to(dtype).contiguous() for n, t in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(raw))
-        return export_checkpoint(ExportRequest(folder, folder / "out", page_size=4)).bundle
+        return export_bundle(ExportRequest(folder, folder / "out", page_size=4)).bundle
 
     return make
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.library import cpu_library
 from deepseek_trt.plugins.cpu.sampler import load_sampler

@@ -20,7 +20,6 @@ from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.cxx import Compiler, find_compiler
 from deepseek_trt.plugins.kernels import KERNEL_OPS
-from deepseek_trt.plugins.tensorrt import library
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, read_manifest
 

@@ -8,7 +8,7 @@ import pytest
 
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BackendError, BundleError
-from deepseek_trt.export.exporter import ExportRequest, export_checkpoint
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
 
 pytest.importorskip("transformers", reason="transformers is the test extra's")
@@ -38,7 +38,7 @@ def test_rounded_weights_are_refused(good):
 def test_another_checkpoint_is_refused(small_v2, tmp_path):
     moved = tmp_path / "checkpoint"
     shutil.copytree(small_v2.checkpoint, moved)
-    bundle = export_checkpoint(ExportRequest(moved, tmp_path / "out", dtype="float32", page_size=8)).bundle
+    bundle = export_bundle(ExportRequest(moved, tmp_path / "out", dtype="float32", page_size=8)).bundle
     (moved / bundle.manifest.sources[0].name).touch()
     with pytest.raises(BundleError, match="has changed since export"):
         validate_bundle(ValidateRequest(Bundle.open(tmp_path / "out").path, ("transformers",), threads=1))

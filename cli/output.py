@@ -1,0 +1,25 @@
+"""What commands print: a line for people, or JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def say(line: str) -> None:
+    """Print progress or a note, on stderr."""
+    click.echo(line, err=True)
+
+
+def print_json(facts: Any) -> None:
+    """Print one line of JSON, on stdout."""
+    click.echo(json.dumps(facts, ensure_ascii=False))
+
+
+def wrote(fresh: bool, what: object) -> str:
+    """Say that a step wrote `what`, or that it was there, made of the same inputs."""
+    return f"{'wrote' if fresh else 'nothing to do, same inputs as'} {what}"

@@ -1,0 +1,52 @@
+"""The plugin library of a bundle: its kernels compiled for some chips, linked into its plugins folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.plugins.aot.compile import compile_all
+from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
+from deepseek_trt.plugins.tensorrt.manifest import PLUGINS_FOLDER
+
+DEFAULT_SMS = (80, 86, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class PluginRequest:
+    """Build the library of the bundle in the folder `bundle` for the chips `sms`.
+
+    fallback adds PTX, which other chips compile for themselves; cxx names a compiler to use instead of zig; `jobs`
+    kernels are compiled at once.
+    """
+
+    bundle: Path
+    sms: tuple[int, ...] = DEFAULT_SMS
+    fallback: bool = True
+    cxx: str | None = None
+    jobs: int = 2
+
+
+@dataclass(frozen=True)
+class PluginReporter:
+    """Where progress goes: `say` takes a line, `advance` kernels compiled and in all."""
+
+    say: Callable[[str], None] = lambda line: None
+    advance: Callable[[int, int], None] = lambda done, total: None
+
+
+def build_plugins(request: PluginRequest, report: PluginReporter = PluginReporter()) -> PluginLibrary:
+    """Compile and link; nothing where the library is there, made of the same inputs. Raises BundleError, BuildError."""
+    manifest = Bundle.open(request.bundle).manifest
+    binaries = compile_all(
+        manifest.model,
+        manifest.dtype,
+        request.sms,
+        jobs=request.jobs,
+        on_progress=lambda done, total, _: report.advance(done, total),
+        fallback=request.fallback,
+    )
+    folder = request.bundle / PLUGINS_FOLDER
+    return build_library(binaries, manifest.model, manifest.dtype, folder, cxx=request.cxx, progress=report.say)
