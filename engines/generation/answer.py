@@ -9,7 +9,7 @@ from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.request import Event, FinishReason
 from deepseek_trt.engines.generation.stops import StopText
 from deepseek_trt.engines.generation.text import Text
-from deepseek_trt.plugins.cpu.likeliest import TopLogprobs, unpack
+from deepseek_trt.plugins.cpu.sampling_row import TopLogprobs, unpack
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.sampling import Sampler
-from deepseek_trt.plugins.cpu.likeliest import TopLogprobs, unpack
+from deepseek_trt.plugins.cpu.sampling_row import TopLogprobs, unpack
 
 FinishReason = Literal["stop", "length"]
 

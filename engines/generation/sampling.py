@@ -14,12 +14,11 @@ import numpy as np
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling_numpy import log_probabilities, pick_rows
 from deepseek_trt.export.arrays import Floats
-from deepseek_trt.plugins.cpu.likeliest import PAIR, pack
 from deepseek_trt.plugins.cpu.sampler import NativeSampler
-from deepseek_trt.plugins.cpu.sampling_row import History, SamplingRow, key_of, steepness
+from deepseek_trt.plugins.cpu.sampling_row import PAIR, History, SamplingRow, key_of, pack, steepness
 
-# A picked token, and where they were asked for its log-probability and the likeliest tokens (see likeliest.unpack). A
-# class of its own would take five times as long to make as a tuple, once a token.
+# A picked token, and where they were asked for its log-probability and the likeliest tokens (see sampling_row.unpack).
+# A class of its own would take five times as long to make as a tuple, once a token.
 Choice = tuple[int, float | None, bytes]
 
 

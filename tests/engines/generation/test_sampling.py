@@ -16,7 +16,7 @@ from deepseek_trt.engines.generation.sampling import Sampler, sample_rows, with_
 from deepseek_trt.engines.generation.sampling_numpy import adjusted
 from deepseek_trt.engines.generation.stops import StopText
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.plugins.cpu.likeliest import unpack
+from deepseek_trt.plugins.cpu.sampling_row import unpack
 
 RNG = np.random.default_rng(7)
 DRAWS = 6000

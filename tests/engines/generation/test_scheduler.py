@@ -27,7 +27,7 @@ from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.plugins.cpu.likeliest import unpack
+from deepseek_trt.plugins.cpu.sampling_row import unpack
 
 _SPEC = importlib.util.spec_from_file_location("fake_session", Path(__file__).parents[1] / "fake_session.py")
 fake = importlib.util.module_from_spec(_SPEC)
