@@ -71,7 +71,7 @@ def test_shared_plans_are_smaller_by_the_weights(bundle, library):
 @pytest.mark.tensorrt
 def test_without_plugins_it_is_an_error(bundle, library, monkeypatch):
     """What a build would do whose plugins were not taken: run the function bodies, quietly. Ours refuses."""
-    monkeypatch.setattr("deepseek_trt.engines.plans.build._plugins", lambda network: {})
+    monkeypatch.setattr("deepseek_trt.engines.plans.parse._plugins", lambda network: {})
     with pytest.raises(BuildError, match="plugins took over"):
         build_with_library(bundle, dataclasses.replace(SPEC, max_batch_size=3), library.path)
 
