@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
@@ -20,13 +19,13 @@ import onnxruntime as ort
 from deepseek_trt.engines.sessions.backends import SessionRequest
 from deepseek_trt.engines.sessions.ort import _supply_references
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.export.arrays import Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import DOMAIN, past_name
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.passes.widen import WidenBfloat16
-from deepseek_trt.validate.backends.probes import Arrays, Probes
-from deepseek_trt.validate.cases.cases import Step
+from deepseek_trt.validate.backends.probes import Probes
+from deepseek_trt.validate.steps import Step
 
 
 class ExportedSession:
@@ -35,7 +34,7 @@ class ExportedSession:
     `seen` holds the inner values of the last call, of the places that `show` named, by probe name.
     """
 
-    backend = "ort"
+    backend = "exported"
 
     def __init__(self, request: SessionRequest) -> None:
         manifest = request.bundle.manifest
@@ -64,7 +63,7 @@ class ExportedSession:
         feeds: Arrays = {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table}
         return self._run("decode", feeds)
 
-    def pool(self, layer: int) -> npt.NDArray[Any]:
+    def pool(self, layer: int) -> Array:
         return self._pools[past_name(layer)]
 
     def _run(self, graph: str, feeds: Arrays) -> Floats:
@@ -110,7 +109,7 @@ class _Graph:
         except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
             raise BackendError(f"ONNX Runtime cannot load {path} ({error}): export the checkpoint again") from None
 
-    def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[npt.NDArray[Any]]]:
+    def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[Array]]:
         """Logits, the values by probe name, and the new pools."""
         wanted = [*self._outputs, *sorted(set(self._names.values()) - set(self._outputs))]
         by_value = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))

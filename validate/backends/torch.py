@@ -7,11 +7,11 @@ import os
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from deepseek_trt.engines.sessions.torch import TorchSession, Weights
+from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import weight_source
 from deepseek_trt.export.dtypes import dtype_bytes
@@ -80,7 +80,7 @@ def torch_session(bundle: Bundle, pages: int, dtype: str, weights: Weights | Non
 
 def _of_bundle(bundle: Bundle) -> Weights:
     source = weight_source(bundle)
-    return lambda name: _tensor(source(name))
+    return lambda name: tensor_of(source(name).copy())
 
 
 def _drop(layer: nn.Module) -> None:
@@ -88,11 +88,11 @@ def _drop(layer: nn.Module) -> None:
     layer.load_state_dict(empty, assign=True)
 
 
-def _tensor(array: npt.NDArray[Any]) -> Tensor:
-    """A copy; ml_dtypes' bfloat16 goes through its bits, as torch does not know it."""
+def tensor_of(array: Array) -> Tensor:
+    """The same memory as a tensor; ml_dtypes' bfloat16 goes through its bits, as torch does not know it."""
     if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _free_memory() -> int:

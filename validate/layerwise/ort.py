@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import onnxruntime as ort
 
-from deepseek_trt.export.arrays import numpy_dtype
+from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.validate.backends.exported import inner_values
-from deepseek_trt.validate.backends.probes import PLACES, Arrays
-from deepseek_trt.validate.cases.cases import Step
-from deepseek_trt.validate.layerwise.parts import Part
+from deepseek_trt.validate.backends.probes import PLACES
 from deepseek_trt.validate.layerwise.weights import BundleWeights
+from deepseek_trt.validate.steps import Part, Step
 
-Array = npt.NDArray[Any]
 HIDDEN = "hidden_states"  # the cut graph's input
-_STEP_INPUTS = ("input_ids", "sequence_lengths", "past_lengths", "page_table")
 
 
 class OrtPart:
@@ -40,7 +36,7 @@ class OrtPart:
     def run(self, step: Step, hidden: Array | None, pool: Array | None) -> Arrays:
         if self._loaded != step.graph:
             self._load(step.graph)
-        feeds = {**self._experts, **{name: getattr(step, name) for name in _STEP_INPUTS}}
+        feeds = {**self._experts, **step.feeds}
         if hidden is not None:
             feeds[HIDDEN] = hidden.astype(numpy_dtype(self.dtype))
         if pool is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
@@ -13,7 +12,8 @@ from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.checkpoint import Checkpoint, StoredTensor, read_header
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.files import stream_sha256
-from deepseek_trt.validate.layerwise.parts import Part
+from deepseek_trt.validate.backends.torch import tensor_of
+from deepseek_trt.validate.steps import Part
 
 
 class BundleWeights:
@@ -47,10 +47,7 @@ class BundleWeights:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in the bundle's own dtype."""
-        array = self.array(name, self._records[name].dtype)
-        if array.dtype.name == "bfloat16":  # torch does not know ml_dtypes'
-            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
+        return tensor_of(self.array(name, self._records[name].dtype))
 
     def changed(self, part: Part) -> tuple[tuple[str, ...], int]:
         """The part's tensors whose sha256 is not the one that export recorded, and how many were looked at."""

@@ -6,11 +6,10 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.bundle.weights import weight_arrays
 from deepseek_trt.export.files import file_sha256
@@ -73,5 +72,5 @@ def _files(bundle: Bundle) -> dict[str, Path]:
     return found
 
 
-def _sha256(array: npt.NDArray[Any]) -> str:
+def _sha256(array: Array) -> str:
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
