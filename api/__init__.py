@@ -23,10 +23,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepseek_trt.engines.generation.answer import Piece as Piece
+    from deepseek_trt.engines.generation.answer import Result as Result
     from deepseek_trt.engines.generation.llm import LLM as LLM
-    from deepseek_trt.engines.generation.llm import Piece as Piece
-    from deepseek_trt.engines.generation.llm import Result as Result
-    from deepseek_trt.engines.generation.sampling import SamplingParams as SamplingParams
+    from deepseek_trt.engines.generation.params import SamplingParams as SamplingParams
     from deepseek_trt.engines.generation.scheduler import SchedulerLimits as SchedulerLimits
     from deepseek_trt.engines.plans.plan import BuildSpec as BuildSpec
     from deepseek_trt.engines.plans.request import BuildRequest as BuildRequest
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 # Where each name lives.
 _HOMES = {
     "LLM": "engines.generation.llm",
-    "Piece": "engines.generation.llm",
-    "Result": "engines.generation.llm",
-    "SamplingParams": "engines.generation.sampling",
+    "Piece": "engines.generation.answer",
+    "Result": "engines.generation.answer",
+    "SamplingParams": "engines.generation.params",
     "SchedulerLimits": "engines.generation.scheduler",
     "Embedder": "engines.tasks.embed",
     "TextClassifier": "engines.tasks.classify",

@@ -10,9 +10,9 @@ import numpy.typing as npt
 from cpu_point import Files, Floats, Job, Point, difference, measure, serve
 
 from deepseek_trt.engines.generation.pages import page_table
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
-from deepseek_trt.engines.sessions.backends import BACKENDS, SessionRequest
+from deepseek_trt.engines.sessions.opening import BACKENDS, SessionRequest
 from deepseek_trt.engines.sessions.session import Session, row_latents
 from deepseek_trt.export.arrays import Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
@@ -24,7 +24,7 @@ _ANSWER = 80  # tokens at most
 _GREEDY = SamplingParams(max_new_tokens=_ANSWER, ignore_eos=True)
 
 
-class Restored:
+class Restored(Session):
     """A session that copies the latents of known prompts into its pages where it is asked to prefill them.
 
     The scheduler does all that it does after a prefill. Its answer begins with the prompt's next token, so that the
@@ -34,10 +34,13 @@ class Restored:
     def __init__(self, session: Session, prompts: Int64s, latents: npt.NDArray[np.float32]) -> None:
         """Shapes: prompts [rows, length], latents [layers, rows, length - 1, D]."""
         self.backend, self.note, self.cache, self.pages = session.backend, session.note, session.cache, session.pages
-        self.library = getattr(session, "library", None)  # the scheduler looks for its compiled sampler there
-        self.pool, self.decoded = session.pool, np.empty(0, np.float32)
+        self.library = session.library  # the compiled sampler is there
+        self.decoded = np.empty(0, np.float32)
         self._session, self._prompts, self._latents = session, prompts, latents
         self._vocab = int(prompts.max()) + 1
+
+    def pool(self, layer: int) -> npt.NDArray[Any]:
+        return self._session.pool(layer)
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, table: Int32s) -> Floats:
         logits = np.zeros((len(input_ids), self._vocab), np.float32)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
@@ -60,7 +61,7 @@ def _shipped(folder: Path) -> Bundle:
 
 def _table(bundle: Bundle, threads: int, options: argparse.Namespace) -> None:
     decode = Decode(bundle, threads)
-    library = options.library or getattr(decode.session, "library", None)
+    library = options.library or decode.session.library
     names = (["compiled"] if library else []) + (["numpy"] if options.numpy or not library else [])
     loads = [partial(load_sampler, library, threads) if name == "compiled" else lambda: None for name in names]
     modes = [_Mode(decode, fields, [load() for load in loads]) for fields in MODES.values()]  # as a batch that stays

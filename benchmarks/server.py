@@ -34,8 +34,9 @@ import server_leaving
 import server_load
 from server_client import Answer, Connection
 
+from deepseek_trt.engines.model_repository.folder import write_manifest
 from deepseek_trt.engines.model_repository.sizes import SizeRequest
-from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_manifest, write_model_repository
+from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_model_repository
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 ROOT = Path(__file__).parents[1]

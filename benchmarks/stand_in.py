@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.plugins.cpu.library import cpu_library
 
 STEP_SECONDS = 0.005
@@ -20,7 +21,7 @@ _SET_TIMER_SLACK = 29  # prctl: Linux may round a thread's sleeps up by this man
 _thread = threading.local()
 
 
-class OrtSession:
+class OrtSession(Session):
     """Sleeps as an engine on a GPU would let the processor sleep; the likeliest token is always the same."""
 
     backend = "stand-in"

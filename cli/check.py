@@ -84,7 +84,8 @@ def _router(c: ModelConfig) -> str:
     moe = sum(c.is_moe_layer(i) for i in range(c.num_hidden_layers))
     if not moe:
         return "none, every layer is dense"
-    groups = f", best {c.topk_group} of {c.n_group} groups" if c.topk_method != "greedy" and c.n_group > 1 else ""
+    of, best = c.routing_groups
+    groups = f", best {best} of {of} groups" if of > 1 else ""
     experts = f"{c.num_experts_per_tok} of {c.n_routed_experts} experts + {c.n_shared_experts} shared"
     return f"{c.topk_method}, {experts}{groups}, in {moe} layers"
 

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 import click
 
+from deepseek_trt.engines.generation.params import SamplingParams
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-BACKENDS = ("auto", "ort", "tensorrt", "torch")
+BACKENDS = ("auto", "ort", "ort-cuda", "tensorrt", "torch")
 backend_option = click.option(
     "--backend",
     type=click.Choice(BACKENDS),
@@ -20,39 +22,25 @@ backend_option = click.option(
 )
 threads_option = click.option("--threads", default=0, show_default=True, help="0 lets the backend choose.")
 
-# Option and field of SamplingParams alike, but for --stop-token-id.
-_SAMPLING = (
-    click.option("--max-new-tokens", default=128, show_default=True),
-    click.option("--temperature", default=0.0, show_default=True, help="0 is greedy."),
-    click.option("--top-k", default=0, show_default=True, help="0 keeps all tokens."),
-    click.option("--top-p", default=1.0, show_default=True, help="Keep the likeliest that hold this share."),
-    click.option("--min-p", default=0.0, show_default=True, help="Keep those with this share of the likeliest's."),
-    click.option("--seed", default=0, show_default=True, help="Prompt i samples with seed + i."),
-    click.option("--repetition-penalty", default=1.0, show_default=True, help="On tokens of prompt and answer."),
-    click.option("--presence-penalty", default=0.0, show_default=True, help="Once a token of the answer."),
-    click.option("--frequency-penalty", default=0.0, show_default=True, help="Once an occurrence in the answer."),
-    click.option("--stop", multiple=True, help="End before this text; may be given several times."),
-    click.option("--stop-token-id", "stop_token_ids", type=int, multiple=True, help="End with this token, too."),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the model's own stop tokens."),
-    click.option("--min-tokens", default=0, show_default=True, help="No stop counts before."),
-    click.option("--logprobs", type=int, help="Give log-probabilities, and those of this many likeliest tokens."),
-)
-_FIELDS = (
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "min_tokens",
-    "logprobs",
-)
+# Help of each field of SamplingParams, whose defaults the options have.
+_SAMPLING_HELP = {
+    "max_new_tokens": None,
+    "temperature": "0 is greedy.",
+    "top_k": "0 keeps all tokens.",
+    "top_p": "Keep the likeliest that hold this share.",
+    "min_p": "Keep those with this share of the likeliest's.",
+    "seed": "Prompt i samples with seed + i.",
+    "repetition_penalty": "On tokens of prompt and answer.",
+    "presence_penalty": "Once a token of the answer.",
+    "frequency_penalty": "Once an occurrence in the answer.",
+    "stop": "End before this text; may be given several times.",
+    "stop_token_ids": "End with this token, too.",
+    "ignore_eos": "Go on after the model's own stop tokens.",
+    "min_tokens": "No stop counts before.",
+    "logprobs": "Give log-probabilities, and those of this many likeliest tokens.",
+}
+_NAMES = {"stop_token_ids": "--stop-token-id"}  # given once a token
+_TYPES = {"stop": str, "stop_token_ids": int, "logprobs": int}  # which the defaults do not show
 
 
 def sampling_options(command: Command) -> Command:
@@ -60,9 +48,23 @@ def sampling_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_params(**options: Any) -> Any:
-        from deepseek_trt.engines.generation.sampling import SamplingParams
-
-        params = SamplingParams(**{name: options.pop(name) for name in _FIELDS})
+        params = SamplingParams(**{name: options.pop(name) for name in _SAMPLING_HELP})
         return command(params=params, **options)
 
-    return functools.reduce(lambda function, option: option(function), reversed(_SAMPLING), with_params)  # type: ignore[return-value]
+    return functools.reduce(
+        lambda function, name: _sampling_option(name)(function), reversed(_SAMPLING_HELP), with_params
+    )  # type: ignore[return-value]
+
+
+def _sampling_option(name: str) -> Callable[[Any], Any]:
+    default = getattr(SamplingParams, name)
+    return click.option(
+        _NAMES.get(name, f"--{name.replace('_', '-')}"),
+        name,
+        default=default,
+        type=_TYPES.get(name),
+        is_flag=default is False,
+        multiple=isinstance(default, tuple),
+        show_default=type(default) in (int, float),
+        help=_SAMPLING_HELP[name],
+    )

@@ -22,7 +22,7 @@ class Classifier:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], checkpoint: Checkpoint) -> Classifier:
-        """From config.json's id2label and problem_type; labels that it does not name are LABEL_0, LABEL_1, ...
+        """Read config.json's id2label and problem_type; labels that it does not name are LABEL_0, LABEL_1, ...
 
         Raises CheckpointError where there is no score head, ConfigError where config.json contradicts it.
         """
@@ -43,7 +43,7 @@ class Classifier:
 
     @property
     def activation(self) -> str:
-        """From logits to scores, as transformers' pipeline decides: softmax, sigmoid or none."""
+        """The function from logits to scores, as transformers' pipeline chooses it: softmax, sigmoid or none."""
         if self.problem_type == "regression":
             return "none"
         if self.problem_type == "multi_label_classification" or len(self.labels) == 1:

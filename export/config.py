@@ -197,6 +197,11 @@ class ModelConfig:
         """Whether a learned bias takes part in the choice of experts (V3 family)."""
         return self.topk_method == "noaux_tc"
 
+    @property
+    def routing_groups(self) -> tuple[int, int]:
+        """Groups of experts, and how many of them a token may choose from; (1, 1) where routing is not limited."""
+        return (1, 1) if self.topk_method == "greedy" else (self.n_group, self.topk_group)
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         """Translate a config.json of transformers or of the original model code, whatever its spelling.

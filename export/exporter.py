@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a bundle: the first arrow of the line."""
+"""Export: a checkpoint folder becomes a bundle."""
 
 from __future__ import annotations
 

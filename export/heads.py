@@ -81,7 +81,7 @@ class Features(nn.Module):
         return self.features(without_cache(self.model, tokens, sequence_lengths))
 
     def features(self, x: Tensor) -> Tensor:
-        """What leaves the graphs, of the last layer's output."""
+        """Make the graph's outputs of the last layer's output."""
         normed: Tensor = self.model.norm(x)
         return normed.float()
 
@@ -110,12 +110,12 @@ class Scores(nn.Module):
         self.score = Linear(config.hidden_size, num_labels)
 
     def whole(self, tokens: Tensor, sequence_lengths: Tensor) -> Tensor:
-        """Of right-padded rows."""
+        """Classify right-padded rows."""
         lengths = sequence_lengths.clamp(min=1)
         return self.pooled(last_tokens(without_cache(self.model, tokens, lengths), lengths)[:, 0])
 
     def masked_whole(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """Of rows padded on either side; as in transformers, padding tokens at the end of a row are not pooled."""
+        """Classify rows padded on either side; padding at the end of a row is not pooled, as in transformers."""
         x, _ = run_masked(self.model, tokens, attention_mask, positions_of(attention_mask), ())
         real = attention_mask != 0
         if self.config.pad_token_id is not None and not tokens.is_floating_point():

@@ -1,4 +1,4 @@
-"""What the tensors say where config.json says nothing: a key that is absent has a default, and a shape beats a default.
+"""Infer: where config.json lacks a key, a tensor's shape decides before the key's default does.
 
 A value that config.json does write is never changed here: where a shape contradicts it, plan_weights refuses it.
 """

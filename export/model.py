@@ -102,7 +102,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * c.v_head_dim, c.hidden_size, c.attention_bias)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of x [T, hidden]: q_nope [B, S, H, N], rotated q_rope [B, S, H, R] and the row to cache [B, S, D]."""
+        """Project x [T, hidden] to q_nope [B, S, H, N], rotated q_rope [B, S, H, R] and the row to cache [B, S, D]."""
         batch, seq = cos.shape[:2]
         q = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.view(batch, seq, self.heads, self.nope + self.rope_dim)
@@ -198,9 +198,7 @@ class Moe(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        limited = c.topk_method != "greedy"
-        self.top_k = c.num_experts_per_tok
-        self.groups = (c.n_group, c.topk_group) if limited else (1, 1)
+        self.top_k, self.groups = c.num_experts_per_tok, c.routing_groups
         self.norm_topk_prob, self.scaling = int(c.norm_topk_prob), float(c.routed_scaling_factor)
         self.activation = c.hidden_act
         self.gate = Gate(c)

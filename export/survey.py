@@ -76,7 +76,7 @@ class Survey:
     facts: Facts | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Give what JSON can hold."""
         raw = dataclasses.asdict(self)
         if self.facts is not None:
             raw["facts"]["cache_saving"] = self.facts.cache_saving

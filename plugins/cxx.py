@@ -1,4 +1,4 @@
-"""The C++ compiler for the plugin library: zig from PyPI, or one of the machine's own."""
+"""The C++ compiler for both libraries: zig from PyPI, or one of the machine's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ERROR_LINES = 30
 
 @dataclass(frozen=True)
 class Compiler:
-    """A command that takes g++'s options, what it is, and the folder where it may keep its cache."""
+    """A command that takes g++'s options, its name and version, and the folder where it may keep its cache."""
 
     command: tuple[str, ...]
     identity: str

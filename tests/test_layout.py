@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("export", "plugins", "engines", "validate", "cli")
+MOST_FILES = 16  # of Python and C++ in a folder
+OTHER_TESTS = ("gpu", "server", "api")  # folders of tests that need a GPU, a tritonserver, or go by the public names
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "polygraphy", "triton", "numpy")
 
 
@@ -33,8 +36,9 @@ def test_packages_are_the_folders():
         for folder in ORDER
         for init in (ROOT / folder).rglob("__init__.py")
     }
-    assert set(setuptools["packages"]) == found
-    assert setuptools["package-dir"] == {f"deepseek_trt.{folder}": folder for folder in ORDER}
+    assert set(setuptools["packages"]) == {"deepseek_trt", *found}
+    folders = {f"deepseek_trt.{folder}": folder for folder in ORDER}
+    assert setuptools["package-dir"] == {"deepseek_trt": "api", **folders}
 
 
 def test_triton_is_the_one_that_torch_requires():
@@ -46,25 +50,73 @@ def test_triton_is_the_one_that_torch_requires():
     assert pinned.specifier == required[0].specifier
 
 
-def imported_modules(file: Path) -> list[str]:
-    names: list[str] = []
+def sources() -> dict[str, Path]:
+    """The product's Python files by module name; what is copied into a repository is no module of ours."""
+    found = {}
+    for folder in (*ORDER, "api"):
+        for file in (ROOT / folder).rglob("*.py"):
+            if "files" not in file.relative_to(ROOT).parts:
+                parts = file.relative_to(ROOT).with_suffix("").parts
+                name = ".".join(("deepseek_trt", *(parts if folder != "api" else parts[1:])))
+                found[name.removesuffix(".__init__")] = file
+    return found
+
+
+def imported_names(file: Path) -> Iterator[tuple[str, str]]:
+    """(module, name) of every import in the file, at its top or in a function."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            names.append(node.module or "")
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return names
+            yield from ((node.module or "", alias.name) for alias in node.names)
+
+
+def imported_modules(file: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of the product that the file imports."""
+    found = set()
+    for module, name in imported_names(file):
+        whole = f"{module}.{name}"
+        found |= {whole} if whole in modules else {module} & modules.keys()
+    return found
 
 
 @pytest.mark.parametrize("folder", ORDER)
 def test_imports_go_one_way(folder):
     allowed = set(ORDER[: ORDER.index(folder) + 1])
     for file in (ROOT / folder).rglob("*.py"):
-        for name in imported_modules(file):
-            if name.startswith("deepseek_trt."):
-                assert name.split(".")[1] in allowed, f"{file.relative_to(ROOT)} imports {name}"
+        for module, name in imported_names(file):
+            parts = [*module.split("."), name]
+            if parts[0] == "deepseek_trt":  # api is on top: nothing below imports from it
+                assert parts[1] in allowed, f"{file.relative_to(ROOT)} imports {module}.{name}"
+
+
+def test_imports_have_no_circle():
+    modules = sources()
+    left = {name: imported_modules(file, modules) - {name} for name, file in modules.items()}
+    while free := {name for name, imports in left.items() if not imports & left.keys()}:
+        left = {name: imports for name, imports in left.items() if name not in free}
+    assert not left, f"modules that import each other, or import such: {sorted(left)}"
+
+
+def test_no_module_imports_what_is_private_to_another():
+    for file in sources().values():
+        for module, name in imported_names(file):
+            if module.startswith("deepseek_trt") and name.startswith("_"):
+                raise AssertionError(f"{file.relative_to(ROOT)} imports {module}.{name}")
+
+
+def test_folders_are_small_enough_to_survey():
+    for folder in {file.parent for name in (*ORDER, "api") for file in (ROOT / name).rglob("*") if file.is_file()}:
+        count = sum(file.suffix in (".py", ".cpp", ".h") for file in folder.iterdir())
+        assert count <= MOST_FILES, f"{folder.relative_to(ROOT)} holds {count} source files: it wants a room more"
+
+
+def test_tests_mirror_the_folders():
+    """A folder of tests has the name of the folder that it tests."""
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        folder = file.parent.relative_to(ROOT / "tests")
+        assert folder.parts[:1] in ((), *(((name,)) for name in OTHER_TESTS)) or (ROOT / folder).is_dir(), file
 
 
 def test_tests_have_no_packages():
@@ -96,6 +148,24 @@ def test_every_command_has_help_with_an_example():
         assert "Example: deepseek-trt " + name in " ".join(result.output.split())
 
 
+def test_the_public_names_are_there_typed_and_light():
+    """Every name of deepseek_trt can be had; importing the package imports none of them."""
+    code = (
+        "import sys, json, deepseek_trt\n"
+        f"heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "mine = [m for m in sys.modules if m.startswith('deepseek_trt.')]\n"
+        "print(json.dumps([heavy, mine, [n for n in deepseek_trt.__all__ if getattr(deepseek_trt, n) is None]]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(run.stdout) == [[], [], []]
+    tree = ast.parse((ROOT / "api" / "__init__.py").read_text(encoding="utf-8"))
+    typed = {alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    import deepseek_trt
+
+    assert set(deepseek_trt.__all__) - {"__version__"} == typed - {None}
+    assert (ROOT / "api" / "py.typed").is_file()
+
+
 @pytest.mark.slow
 def test_wheel_holds_what_is_needed(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
@@ -103,6 +173,8 @@ def test_wheel_holds_what_is_needed(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for name in (
+        "__init__.py",
+        "py.typed",
         "cli/demo_model/tokenizer.json",
         "plugins/tensorrt/csrc/plugin.h",
         "export/ops/mla_decode.py",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.validate.backends.backends import BACKENDS, make_reference
 from deepseek_trt.validate.backends.probes import GAP, PLACES, ROUTING

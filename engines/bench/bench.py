@@ -12,12 +12,20 @@ import numpy as np
 
 from deepseek_trt.engines.bench.bandwidth import copy_bandwidth, read_bandwidth
 from deepseek_trt.engines.bench.roofline import decode_traffic, distinct_experts
-from deepseek_trt.engines.generation.generate import PREFILL_CHUNK, check_generates, pages_needed
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.pages import pages_needed
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.opening import AUTO, Choice, Opened, choose_backend, open_session
-from deepseek_trt.engines.sessions.tensorrt.device import Device, open_device
+from deepseek_trt.engines.sessions.opening import (
+    AUTO,
+    Choice,
+    Opened,
+    SessionRequest,
+    check_generates,
+    choose_backend,
+    open_session,
+)
+from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
+from deepseek_trt.engines.sessions.tensorrt.device import Device
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError
@@ -99,7 +107,7 @@ def bench(request: BenchRequest, say: Say = lambda line: None) -> BenchReport:
         )
     choice = choose_backend(bundle, request.backend)
     bandwidth = _bandwidth(choice, request.threads)
-    pages = pages_needed(bundle.manifest.model, bundle.manifest.cache.page_size, *_largest(request))
+    pages = pages_needed(bundle.manifest.cache, [request.context + request.new_tokens] * max(request.batch_sizes))
     opened = open_session(SessionRequest(bundle, pages, request.threads), request.backend)
     say(opened.line)
     points = []
@@ -114,7 +122,7 @@ def bench(request: BenchRequest, say: Say = lambda line: None) -> BenchReport:
         note=session.note,
         threads=request.threads,
         dtype=bundle.manifest.dtype,
-        weights_dtype=_weights_dtype(opened),
+        weights_dtype=session.weights_dtype,
         bandwidth=bandwidth,
         points=tuple(points),
     )
@@ -130,14 +138,14 @@ class _Times:
 
 
 def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, bandwidth: float) -> Point:
-    prompts = _prompts(bundle.manifest.model.vocab_size, batch, request.context)
+    session, prompts = opened.session, _prompts(bundle.manifest.model.vocab_size, batch, request.context)
     _run(opened, bundle, prompts, WARM_TOKENS)
     times = _run(opened, bundle, prompts, request.new_tokens)
     mean_length = request.context + len(times.steps) // 2
     measured = _experts_hit(bundle.manifest.model, times)
     hit = distinct_experts(bundle.manifest.model, batch) if measured is None else measured
     lengths = [mean_length] * batch
-    traffic = decode_traffic(bundle.manifest, opened.session.cache, lengths, _weights_dtype(opened), hit)
+    traffic = decode_traffic(bundle.manifest, session.cache, lengths, session.weights_dtype, hit)
     p50, p95, p99 = (float(np.quantile(times.steps, q)) for q in (0.5, 0.95, 0.99))
     return Point(
         batch_size=batch,
@@ -156,14 +164,13 @@ def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, ba
 
 def _run(opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Times:
     rows = len(prompts)
-    limits = SchedulerLimits(rows, rows * PREFILL_CHUNK, PREFILL_CHUNK, prefix_reuse=False)
-    scheduler = Scheduler(opened.session, bundle.manifest.model, limits)
+    scheduler = Scheduler(opened.session, bundle.manifest.model, SchedulerLimits.for_batch(rows))
     start = time.perf_counter()
     for prompt in prompts:
         scheduler.add(prompt, SamplingParams(new_tokens, ignore_eos=True))
     first: dict[int, float] = {}
     steps: list[float] = []
-    hit_before = _hit_so_far(opened)
+    hit_before = opened.session.experts_hit()
     while scheduler.busy:
         before, decoded = time.perf_counter(), scheduler.counters.decoded
         prefilled = scheduler.counters.prefilled
@@ -173,14 +180,8 @@ def _run(opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_t
             first.setdefault(event.request, now - start)
         if scheduler.counters.decoded - decoded == rows and scheduler.counters.prefilled == prefilled:
             steps.append(now - before)
-    layers, experts = (after - before for after, before in zip(_hit_so_far(opened), hit_before, strict=True))
+    layers, experts = (after - before for after, before in zip(opened.session.experts_hit(), hit_before, strict=True))
     return _Times(tuple(first.values()), tuple(steps), ExpertsHit(layers, experts))
-
-
-def _hit_so_far(opened: Opened) -> ExpertsHit:
-    """Zeros where the session does not count."""
-    count: Callable[[], ExpertsHit] | None = getattr(opened.session, "experts_hit", None)
-    return count() if count else ExpertsHit(0, 0)
 
 
 def _experts_hit(model: ModelConfig, times: _Times) -> float | None:
@@ -192,15 +193,6 @@ def _experts_hit(model: ModelConfig, times: _Times) -> float | None:
 def _prompts(vocab: int, batch: int, context: int) -> list[list[int]]:
     ids = np.random.default_rng(0).integers(0, vocab, (batch, context))
     return [row.tolist() for row in ids]
-
-
-def _largest(request: BenchRequest) -> tuple[list[range], int]:
-    return [range(request.context)] * max(request.batch_sizes), request.new_tokens
-
-
-def _weights_dtype(opened: Opened) -> str:
-    """What the session reads weights as: as wide as its cache unless it says otherwise."""
-    return str(getattr(opened.session, "weights_dtype", opened.session.cache.dtype))
 
 
 def _bandwidth(choice: Choice, threads: int, make_device: Callable[[], Device] = open_device) -> float:

@@ -8,61 +8,31 @@ import dataclasses
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from deepseek_trt.engines.generation.generate import check_generates
+from deepseek_trt.engines.generation.answer import Answer, Piece, Result
 from deepseek_trt.engines.generation.loop import EngineLoop, Ticket
-from deepseek_trt.engines.generation.sampling import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Event, FinishReason, Scheduler, SchedulerLimits
-from deepseek_trt.engines.generation.stops import StopText
+from deepseek_trt.engines.generation.pages import pages_needed, pages_within
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.request import Event
+from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.engines.generation.text import Text
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.opening import AUTO, CHOICES, Choice, open_session
+from deepseek_trt.engines.sessions.opening import (
+    AUTO,
+    Choice,
+    SessionRequest,
+    check_backend,
+    check_generates,
+    open_session,
+)
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.bundle.folder import Bundle, Manifest
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.plugins.cpu.likeliest import TopLogprobs, unpack
 
 Prompt = str | Sequence[int]
 ParamsOrMany = SamplingParams | Sequence[SamplingParams] | None
-_MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One token of an answer and the text that can be shown with it, possibly none.
-
-    logprob and top_logprobs (id, logprob), best first, are there where the request asked for them; likeliest are the
-    latter, packed. finish_reason is "stop" (a stop token or a stop string) or "length" on the last piece, else None.
-    """
-
-    text: str
-    token_id: int
-    finish_reason: FinishReason | None
-    logprob: float | None = None
-    likeliest: bytes = b""
-
-    @property
-    def top_logprobs(self) -> TopLogprobs:
-        return unpack(self.likeliest)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A whole answer. text is None where the bundle has no tokenizer.
-
-    token_ids hold the stop token, and all tokens that a stop string was made of; text holds neither.
-    """
-
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    text: str | None
-    finish_reason: FinishReason
-    logprobs: tuple[float, ...] | None
-    top_logprobs: tuple[TopLogprobs, ...] | None
 
 
 class LLM:
@@ -74,6 +44,22 @@ class LLM:
 
     def __init__(
         self,
+        session: Session,
+        config: ModelConfig,
+        text: Text | None = None,
+        limits: SchedulerLimits | None = None,
+        choice: Choice | None = None,
+    ) -> None:
+        """Over a session that no one else may run; `choice` says which backend that is, and why."""
+        self.session, self.text = session, text
+        self.choice = choice or Choice(session.backend, "it was given")
+        self.scheduler = Scheduler(session, config, limits)
+        self._loop = EngineLoop(self.scheduler)
+        self._closing = weakref.finalize(self, self._loop.close)
+
+    @classmethod
+    def open(
+        cls,
         bundle: str | Path,
         *,
         backend: str = AUTO,
@@ -81,37 +67,20 @@ class LLM:
         limits: SchedulerLimits | None = None,
         cache_mib: int = 1024,
         pages: int | None = None,
-    ) -> None:
-        """`pages` sets the cache's size, else `cache_mib` bounds it (in the bundle's dtype) where limits.max_running
-        sequences of full length would take more. `choice` says which backend runs, and why.
-        """
-        if backend not in CHOICES:
-            raise RequestError(f"backend {backend!r}: must be one of {', '.join(CHOICES)}")
-        opened = Bundle.open(Path(bundle))
-        check_generates(opened)
-        limits = limits or SchedulerLimits()
-        if pages is None:
-            pages = _pages(opened.manifest, limits.max_running, cache_mib)
-        started = open_session(SessionRequest(opened, pages, threads), backend)
-        text = Text(opened) if opened.tokenizer_path else None
-        self._set_up(started.session, opened.manifest.model, text, limits)
-        self.choice = started.choice
-
-    @classmethod
-    def over(
-        cls, session: Session, config: ModelConfig, text: Text | None = None, limits: SchedulerLimits | None = None
     ) -> LLM:
-        """An LLM over a session that is there already; no one else may run it."""
-        llm = cls.__new__(cls)
-        llm._set_up(session, config, text, limits or SchedulerLimits())
-        return llm
+        """The bundle at this path, with a session of its own.
 
-    def _set_up(self, session: Session, config: ModelConfig, text: Text | None, limits: SchedulerLimits) -> None:
-        self.session, self.text = session, text
-        self.choice = Choice(session.backend, "", "it was given")
-        self.scheduler = Scheduler(session, config, limits)
-        self._loop = EngineLoop(self.scheduler)
-        self._closing = weakref.finalize(self, self._loop.close)
+        `pages` sets the cache's size, else `cache_mib` bounds it (in the bundle's dtype) where limits.max_running
+        sequences of full length would take more.
+        """
+        check_backend(backend)
+        found, limits = Bundle.open(Path(bundle)), limits or SchedulerLimits()
+        check_generates(found)
+        if pages is None:
+            pages = _pages(found.manifest, limits.max_running, cache_mib)
+        opened = open_session(SessionRequest(found, pages, threads), backend)
+        text = Text(found) if found.tokenizer_path else None
+        return cls(opened.session, found.manifest.model, text, limits, opened.choice)
 
     def generate(self, prompts: Sequence[Prompt], params: ParamsOrMany = None) -> list[Result]:
         """Answers in order of the prompts. With one SamplingParams for all, prompt i samples with its seed + i.
@@ -128,7 +97,10 @@ class LLM:
                 self._loop.step(unless=lambda: all(ticket.ended for ticket in tickets))
         finally:
             self._drop(tickets)
-        return [self._result(ids, map(_good, mine)) for (ids, _), mine in zip(requests, pieces, strict=True)]
+        return [
+            Result.of(ids, map(_good, mine), self.text is not None)
+            for (ids, _), mine in zip(requests, pieces, strict=True)
+        ]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """The answer token by token. Leaving the iterator, or closing it, ends the request and frees its pages."""
@@ -252,49 +224,7 @@ class LLM:
 
     async def _acollect(self, ids: list[int], params: SamplingParams) -> Result:
         async with contextlib.aclosing(self._apieces(ids, params)) as pieces:
-            return self._result(ids, iter([piece async for piece in pieces]))
-
-    def _result(self, ids: list[int], pieces: Iterator[Piece]) -> Result:
-        made = tuple(pieces)
-        reason = made[-1].finish_reason
-        assert reason is not None
-        logprobs = tuple(p.logprob for p in made if p.logprob is not None)
-        return Result(
-            prompt_ids=tuple(ids),
-            token_ids=tuple(p.token_id for p in made),
-            text="".join(p.text for p in made) if self.text else None,
-            finish_reason=reason,
-            logprobs=logprobs or None,
-            top_logprobs=tuple(p.top_logprobs for p in made) if logprobs else None,
-        )
-
-
-class Answer:
-    """Turns a request's events into pieces, with text up to the first stop."""
-
-    def __init__(self, text: Text | None, params: SamplingParams) -> None:
-        self._stream = text.stream() if text else None
-        self._stops = StopText(params.stop)
-        self._min_tokens = params.min_tokens
-        self._made = 0
-
-    def piece(self, event: Event) -> Piece | Exception:
-        """The event's piece, or the error of a tokenizer that cannot decode: this request's, not the batch's."""
-        try:
-            return self._piece(event)
-        except Exception as error:  # tokenizers raises bare ones
-            return error
-
-    def _piece(self, event: Event) -> Piece:
-        self._made += 1
-        text, finished = "", event.finished
-        if self._stream and finished != "stop":  # a stop token has no text
-            text = self._stops.push(self._stream.push(event.token), armed=self._made >= self._min_tokens)
-        if self._stops.found:
-            finished = "stop"
-        elif finished:
-            text += self._stops.flush()
-        return Piece(text, event.token, finished, event.logprob, event.likeliest)
+            return Result.of(ids, [piece async for piece in pieces], self.text is not None)
 
 
 def _good(piece: Piece | Exception) -> Piece:
@@ -313,10 +243,8 @@ def _params_each(params: ParamsOrMany, count: int) -> list[SamplingParams]:
 
 
 def _pages(manifest: Manifest, sequences: int, cache_mib: int) -> int:
-    """Pages for `sequences` of full length, as far as they fit into cache_mib, and the scratch page."""
-    cache = manifest.cache
-    full = sequences * cache.pages_for(manifest.model.max_position_embeddings)
-    fitting = cache_mib * _MIB // (cache.bytes_per_token * cache.page_size) - 1
-    if fitting < 1:
+    """Pages for `sequences` of full length, as far as they fit into cache_mib."""
+    fitting = pages_within(manifest.cache, cache_mib)
+    if fitting < 2:
         raise RequestError(f"cache_mib {cache_mib}: does not hold one page beside the scratch page; raise it")
-    return 1 + min(full, fitting)
+    return min(fitting, pages_needed(manifest.cache, [manifest.model.max_position_embeddings] * sequences))

@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deepseek_trt.engines.generation.sampling import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Event, Scheduler
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.request import Event
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.export.errors import BackendError
 
 Deliver = Callable[[Event | Exception], bool]

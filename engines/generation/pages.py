@@ -1,4 +1,4 @@
-"""PagePool: which pages of the latent cache belong to whom, and which full pages may be used again."""
+"""Pages of the latent cache: how many a run needs, which belong to whom, and which full ones may be used again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,32 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from deepseek_trt.export.arrays import Int32s
+from deepseek_trt.export.bundle.graph import CacheSpec
+from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError
 
 SCRATCH_PAGE = 0
+MIB = 2**20
+
+
+def sequence_pages(cache: CacheSpec, tokens: int) -> int:
+    """Pages of one sequence of `tokens` tokens, prompt and answer: the last one is never cached."""
+    return cache.pages_for(tokens - 1)
+
+
+def pages_needed(cache: CacheSpec, lengths: Iterable[int]) -> int:
+    """Pages that hold sequences of these lengths, prompt and answer, at once; the scratch page counts."""
+    return 1 + sum(sequence_pages(cache, length) for length in lengths)
+
+
+def pages_within(cache: CacheSpec, mib: int) -> int:
+    """Pages that `mib` MiB hold in the bundle's dtype."""
+    return mib * MIB // (cache.bytes_per_token * cache.page_size)
+
+
+def answer_lengths(config: ModelConfig, prompts: Iterable[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """The most tokens that each prompt and its answer can have together."""
+    return [min(len(prompt) + max_new_tokens, config.max_position_embeddings) for prompt in prompts]
 
 
 class PagePool:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek_trt.engines.generation.pages import PagePool, page_table
+from deepseek_trt.engines.generation.pages import PagePool, page_table, sequence_pages
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.generation.request import Event, Request, Work
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.plugins.cpu.likeliest import TopLogprobs, unpack
 from deepseek_trt.plugins.cpu.sampler import load_sampler
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -45,22 +42,10 @@ class SchedulerLimits:
         if self.token_budget < self.max_running:
             raise RequestError(f"token_budget {self.token_budget}: must be at least max_running, {self.max_running}")
 
-
-class Event(NamedTuple):  # made for every token: a frozen dataclass takes three times as long to make
-    """One new token of a request; `finished` says why it is the last. Stop tokens are given too.
-
-    logprob and the likeliest tokens, packed, are there where the request asked for them.
-    """
-
-    request: int
-    token: int
-    finished: FinishReason | None
-    logprob: float | None = None
-    likeliest: bytes = b""
-
-    @property
-    def top_logprobs(self) -> TopLogprobs:
-        return unpack(self.likeliest)
+    @classmethod
+    def for_batch(cls, rows: int) -> SchedulerLimits:
+        """For `rows` requests that come together: a chunk of every prompt in one step, and nothing used again."""
+        return cls(max(rows, 1), max(rows, 1) * cls.prefill_chunk, prefix_reuse=False)
 
 
 @dataclass
@@ -71,38 +56,6 @@ class Counters:
     decoded: int = 0
     reused: int = 0
     preemptions: int = 0
-
-
-@dataclass
-class _Request:
-    """tokens: prompt and answer; the first `cached` of them lie in `pages`. limit: tokens of the answer."""
-
-    id: int
-    tokens: list[int]
-    sampler: Sampler
-    limit: int
-    most_pages: int
-    stops: frozenset[int]
-    keys: PrefixKeys
-    pages: list[int] = field(default_factory=list)
-    cached: int = 0
-    named: int = 0  # pages that the pool knows by key
-
-    @property
-    def left(self) -> int:
-        """Tokens to compute before the next one can be sampled."""
-        return len(self.tokens) - self.cached
-
-    @property
-    def decodes(self) -> bool:
-        return 0 < self.cached == len(self.tokens) - 1
-
-
-class _Work(NamedTuple):
-    """A row of a graph's batch: the request and how many of its tokens this step computes."""
-
-    request: _Request
-    new: int
 
 
 class Scheduler:
@@ -118,10 +71,9 @@ class Scheduler:
         self.counters = Counters()
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
-        library: Path | None = getattr(session, "library", None)
-        self._native = load_sampler(library, getattr(session, "threads", 1)) if library else None
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []  # in order of arrival, all earlier than those waiting
+        self._native = load_sampler(session.library, session.threads) if session.library else None
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in order of arrival, all earlier than those waiting
         self._next_id = 0
 
     @property
@@ -144,7 +96,7 @@ class Scheduler:
         sampler = Sampler(params, tokens, sorted(stops))
         keys = PrefixKeys(self._session.cache.page_size)
         limit, most = self._limit(prompt, params), self._most_pages(prompt, params)
-        request = _Request(self._next_id, tokens, sampler, limit, most, stops, keys)
+        request = Request(self._next_id, tokens, sampler, limit, most, stops, keys)
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -186,7 +138,7 @@ class Scheduler:
         """
         self._grow()
         self._admit()
-        decoding = [_Work(request, 1) for request in self._running if request.decodes]
+        decoding = [Work(request, 1) for request in self._running if request.decodes]
         all_decode = len(decoding) == len(self._running)
         prefilling = [] if all_decode else self._chunks(self.limits.token_budget - len(decoding))
         prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
@@ -206,8 +158,7 @@ class Scheduler:
         return min(params.max_new_tokens, self._config.max_position_embeddings - len(prompt))
 
     def _most_pages(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        """The last token of an answer is never cached."""
-        return self._session.cache.pages_for(len(prompt) + self._limit(prompt, params) - 1)
+        return sequence_pages(self._session.cache, len(prompt) + self._limit(prompt, params))
 
     def _grow(self) -> None:
         """A page for the next token of every decoding request, from the latest arrival where none is free."""
@@ -219,13 +170,13 @@ class Scheduler:
             if request.pages:
                 request.pages += self.pool.take(1)
 
-    def _preempt(self, request: _Request) -> None:
+    def _preempt(self, request: Request) -> None:
         self._vacate(request)
         self._running.remove(request)
         self._waiting.appendleft(request)
         self.counters.preemptions += 1
 
-    def _vacate(self, request: _Request) -> None:
+    def _vacate(self, request: Request) -> None:
         self.pool.give_back(request.pages)
         request.pages, request.cached, request.named = [], 0, 0
 
@@ -244,16 +195,16 @@ class Scheduler:
             self.counters.reused += request.cached
             self._running.append(self._waiting.popleft())
 
-    def _shareable(self, request: _Request) -> list[int]:
+    def _shareable(self, request: Request) -> list[int]:
         """Known pages of the request's tokens; the last token is computed in any case, as its logits are needed."""
         if not self.limits.prefix_reuse:
             return []
         full = (len(request.tokens) - 1) // self._session.cache.page_size
         return self.pool.find(request.keys.of(request.tokens, full))
 
-    def _chunks(self, budget: int) -> list[_Work]:
+    def _chunks(self, budget: int) -> list[Work]:
         """Chunks of prompts in order of arrival, while rows times the longest chunk stay within the budget."""
-        work: list[_Work] = []
+        work: list[Work] = []
         longest = 0
         for request in self._running:
             share = budget // (len(work) + 1)
@@ -261,10 +212,10 @@ class Scheduler:
                 continue
             count = min(request.left, self.limits.prefill_chunk, share)
             longest = max(longest, count)
-            work.append(_Work(request, count))
+            work.append(Work(request, count))
         return work
 
-    def _prefill(self, work: list[_Work]) -> Sequence[Floats] | Floats:
+    def _prefill(self, work: list[Work]) -> Sequence[Floats] | Floats:
         """Logits [vocab] at the end of each row's chunk."""
         if not work:
             return ()
@@ -276,19 +227,19 @@ class Scheduler:
             return [logits[row, w.new - 1] for row, w in enumerate(work)]
         return logits
 
-    def _decode(self, work: list[_Work]) -> Sequence[Floats] | Floats:
+    def _decode(self, work: list[Work]) -> Sequence[Floats] | Floats:
         if not work:
             return ()
         ids = np.array([[w.request.tokens[-1]] for w in work], dtype=np.int64)
         return self._session.decode(ids, *self._cached(work))
 
-    def _cached(self, work: list[_Work]) -> tuple[Int32s, Int32s]:
+    def _cached(self, work: list[Work]) -> tuple[Int32s, Int32s]:
         """past_lengths [B] and page_table [B, M] of the pages that this step reaches: prefill expands all it gets."""
         reached = [self._session.cache.pages_for(w.request.cached + w.new) for w in work]
         tables = [w.request.pages[:count] for w, count in zip(work, reached, strict=True)]
         return _int32([w.request.cached for w in work]), page_table(tables)
 
-    def _advance(self, prefilling: list[_Work], decoding: list[_Work]) -> None:
+    def _advance(self, prefilling: list[Work], decoding: list[Work]) -> None:
         self.counters.prefilled += sum(w.new for w in prefilling)
         self.counters.decoded += len(decoding)
         for w in (*prefilling, *decoding):
@@ -296,7 +247,7 @@ class Scheduler:
             if self.limits.prefix_reuse:
                 self._name_full_pages(w.request)
 
-    def _name_full_pages(self, request: _Request) -> None:
+    def _name_full_pages(self, request: Request) -> None:
         full = request.cached // self._session.cache.page_size
         if full == request.named:
             return
@@ -305,7 +256,7 @@ class Scheduler:
             self.pool.name(request.pages[index], keys[index])
         request.named = full
 
-    def _sample(self, requests: list[_Request], rows: Sequence[Floats] | Floats) -> list[Event]:
+    def _sample(self, requests: list[Request], rows: Sequence[Floats] | Floats) -> list[Event]:
         if not requests:
             return []
         logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
@@ -313,19 +264,12 @@ class Scheduler:
         events: list[Event] = []
         for request, (token, logprob, top) in zip(requests, choices, strict=True):
             request.tokens.append(token)
-            finished = _finished(request, token)
+            finished = request.finished_by(token)
             events.append(Event(request.id, token, finished, logprob, top))
             if finished:
                 self._vacate(request)
                 self._running.remove(request)
         return events
-
-
-def _finished(request: _Request, token: int) -> FinishReason | None:
-    """Stop tokens cannot come before min_tokens: the sampler bans them."""
-    if token in request.stops:
-        return "stop"
-    return "length" if request.sampler.made == request.limit else None
 
 
 def _int32(values: list[int]) -> Int32s:

@@ -1,62 +1,45 @@
-"""config.pbtxt of a served bundle: every field written out, so that the server has nothing to guess."""
+"""config.pbtxt of a served model: every field written out, so that the server has nothing to guess."""
 
 from __future__ import annotations
 
 import json
 
-from deepseek_trt.engines.serving.settings import ServingSettings
-from deepseek_trt.engines.serving.tensors import INPUTS, MAX_BATCH_SIZE, OUTPUTS, Field
-from deepseek_trt.export.bundle.folder import Bundle
-
-MODEL_FILE = "model.py"
-_KINDS = {"ort": "KIND_CPU", "tensorrt": "KIND_GPU"}
+from deepseek_trt.engines.model_repository.folder import MODEL_FILE, VERSION
+from deepseek_trt.engines.model_repository.served import Served
+from deepseek_trt.engines.serving.tensors import Field
 
 
-def config_pbtxt(name: str, bundle: Bundle, settings: ServingSettings) -> str:
-    """One instance: its scheduler batches all requests, and its cache pages are not shared between processes.
-
-    The parameters hold the settings, which can be edited, and facts of the graphs, for people.
-    """
-    gpus = " gpus: [ 0 ]" if settings.backend == "tensorrt" else ""
-    parameters = {**settings.to_parameters(), **_facts(bundle)}
+def config_pbtxt(model: Served) -> str:
+    """The file's text; the tensors and parameters in the order of `model`."""
     return "\n".join(
         [
-            f"name: {json.dumps(name)}",
+            f"name: {json.dumps(model.name)}",
             'backend: "python"',
             f'default_model_filename: "{MODEL_FILE}"',
-            f"max_batch_size: {MAX_BATCH_SIZE}",
-            "version_policy { specific { versions: [ 1 ] } }",
-            "model_transaction_policy { decoupled: true }",
-            "response_cache { enable: false }",
-            f"instance_group [ {{ name: {json.dumps(name)} count: 1 kind: {_KINDS[settings.backend]}{gpus} }} ]",
-            *_tensors("input", INPUTS),
-            *_tensors("output", OUTPUTS),
-            *(_parameter(key, value) for key, value in parameters.items()),
+            f"max_batch_size: {model.max_batch_size}",
+            f"version_policy {{ specific {{ versions: [ {VERSION} ] }} }}",
+            f"model_transaction_policy {{ decoupled: {json.dumps(model.decoupled)} }}",
+            model.batching,
+            f"instance_group [ {{ {model.instance} }} ]",
+            *_tensors("input", model.inputs),
+            *_tensors("output", model.outputs),
+            *(_parameter(key, value) for key, value in model.parameters.items()),
             "",
         ]
     )
 
 
 def _tensors(kind: str, fields: tuple[Field, ...]) -> list[str]:
-    lines = [f"{kind} ["]
-    for field in fields:
-        optional = " optional: true" if kind == "input" and field.optional else ""
-        dims = ", ".join(map(str, field.dims))
-        lines.append(f'  {{ name: "{field.name}" data_type: {field.data_type} dims: [ {dims} ]{optional} }},')
-    lines[-1] = lines[-1].rstrip(",")
-    return [*lines, "]"]
+    entries = [_tensor(field, " optional: true" if kind == "input" and field.optional else "") for field in fields]
+    if len(entries) == 1:
+        return [f"{kind} [ {entries[0]} ]"]
+    return [f"{kind} [", *(f"  {entry}," for entry in entries[:-1]), f"  {entries[-1]}", "]"]
+
+
+def _tensor(field: Field, optional: str) -> str:
+    dims = ", ".join(map(str, field.dims))
+    return f'{{ name: "{field.name}" data_type: {field.data_type} dims: [ {dims} ]{optional} }}'
 
 
 def _parameter(key: str, value: str) -> str:
-    return f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}'
-
-
-def _facts(bundle: Bundle) -> dict[str, str]:
-    cache = bundle.manifest.cache
-    logits = next(tensor for tensor in bundle.graph("decode").outputs if tensor.name == "logits")
-    return {
-        "vocab_size": str(logits.dims[-1]),
-        "dtype": bundle.manifest.dtype,
-        "page_size": str(cache.page_size),
-        "cache_bytes_per_token": str(cache.bytes_per_token),
-    }
+    return f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}'

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = "deepseek_trt"
-# What the server's Python must have beside the server; tensorrt's are for a GPU machine.
+# Packages that the server's Python must have; tensorrt's are for a GPU machine.
 _ALWAYS = ("numpy>=1.26,<2", "tokenizers>=0.21,<1", "jinja2>=3.1,<4", "ml_dtypes>=0.5,<1")
 REQUIREMENTS = {
     "ort": (*_ALWAYS, "onnxruntime>=1.23,<2"),
@@ -28,20 +28,20 @@ _LEFT_OUT = {
             "engines.sessions.tensorrt.session",
         )
     ),
-    "tensorrt": tuple(f"{PACKAGE}.engines.sessions.{name}" for name in ("torch", "ort", "ort_cuda")),
+    "tensorrt": tuple(f"{PACKAGE}.engines.sessions.{name}" for name in ("torch", "ort")),
 }
 
 
 def runtime_files(backend: str, start: str = GENERATOR) -> dict[str, Path]:
-    """Sources by their path under runtime/, of the modules that the server imports for `start` with this backend."""
+    """Map paths under runtime/ to the sources of the modules that the server imports for `start` with this backend."""
     modules: dict[str, Path] = {}
     _gather(start, modules, _LEFT_OUT[backend])
     return {_relative(name, path): path for name, path in sorted(modules.items())}
 
 
 def _gather(name: str, modules: dict[str, Path], left_out: tuple[str, ...]) -> None:
-    """`name`, its packages, and what each of them imports."""
-    if name in modules or name in left_out or name == PACKAGE:
+    """Add `name`, its packages (the root, too: an installed one must not stand before it), and all that they import."""
+    if not name or name in modules or name in left_out:
         return
     path = _source(name)
     if path is None:  # a name in a module, not a module
@@ -61,12 +61,12 @@ def _source(name: str) -> Path | None:
 
 
 def _imports(path: Path) -> Iterator[str]:
-    """Names under the package that the file imports, at its top or in a function, but not for type checkers alone."""
+    """Yield names under the package that the file imports, at its top or in a function."""
     nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
+            continue  # nothing at run time
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
             yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)

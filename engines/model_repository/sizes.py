@@ -1,9 +1,10 @@
-"""How much of everything a served model gets: what was asked for, within what the bundle and its plans allow."""
+"""Sizes of a served model: what was asked for, within what the bundle and its plans allow."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deepseek_trt.engines.generation.pages import MIB, pages_needed, pages_within, sequence_pages
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.plans.check import Limits, limits_of, read_plans
 from deepseek_trt.engines.serving.settings import ServingSettings
@@ -11,7 +12,6 @@ from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
 
 DEFAULT_CACHE_MIB = 1024
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SizeRequest:
 
 
 def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
-    """RequestError for what cannot be had: e.g. a cache that does not hold one sequence of max_model_len."""
+    """The settings of a generator. RequestError where it cannot be so: a cache too small for one sequence, e.g."""
     for name in ("max_inflight", "max_running"):
         if getattr(request, name) < 1:
             raise RequestError(f"{name} {getattr(request, name)}: must be at least 1")
@@ -72,14 +72,14 @@ def _model_len(bundle: Bundle, request: SizeRequest, plans: Limits | None) -> in
 def _pages(bundle: Bundle, request: SizeRequest, running: int, length: int, plans: Limits | None) -> int:
     """Pages of the pool: as asked, else for `running` sequences of full length as far as cache_mib holds them."""
     cache = bundle.manifest.cache
-    each = cache.pages_for(length - 1)  # the last token of an answer is never cached
+    each = sequence_pages(cache, length)
     pages = request.pages
     if pages is None:
         mib = request.cache_mib or DEFAULT_CACHE_MIB
-        pages = min(1 + running * each, mib * _MIB // (cache.bytes_per_token * cache.page_size))
+        pages = min(pages_needed(cache, [length] * running), pages_within(cache, mib))
         pages = min(pages, plans.pages) if plans else pages
     if pages < 1 + each:
-        mib = -(-(1 + each) * cache.page_size * cache.bytes_per_token // _MIB)
+        mib = -(-(1 + each) * cache.page_size * cache.bytes_per_token // MIB)
         raise RequestError(
             f"a cache of {pages} pages does not hold one sequence of {length} tokens, which takes {each} and the "
             f"scratch page: give --cache-mib {mib}, --pages {1 + each}, or a smaller --max-model-len"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_trt.engines.plans.flavour import MODULES, Flavour
-from deepseek_trt.engines.plans.plan import PlanRecord
+from deepseek_trt.engines.plans.plan import PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec, TensorSpec, past_name
 from deepseek_trt.export.errors import BackendError, BundleError
@@ -42,7 +42,7 @@ def read_plans(bundle: Bundle) -> dict[str, Plan]:
     """
     plans: dict[str, Plan] = {}
     for graph in bundle.manifest.graphs:
-        path = bundle.path / f"{graph.name}.plan"
+        path = plan_path(bundle, graph.name)
         record = PlanRecord.read(path.with_suffix(".plan.json"))
         if not path.is_file():
             raise BundleError(f"{path} is missing: make it with deepseek-trt build")

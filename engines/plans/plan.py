@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec
 from deepseek_trt.export.errors import BundleError
 
@@ -30,6 +31,11 @@ class BuildSpec:
     max_seq_len: int = 4096
     weights: Weights = "shared"
     embed_plugins: bool = False
+
+
+def plan_path(bundle: Bundle, graph: str) -> Path:
+    """Where the plan of one of the bundle's graphs lies; its record is the .plan.json beside it."""
+    return bundle.path / f"{graph}.plan"
 
 
 @dataclass(frozen=True)

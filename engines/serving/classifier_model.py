@@ -1,4 +1,4 @@
-"""TritonPythonModel of a classifier: the server batches texts of several requests, and each gets its own labels."""
+"""TritonPythonModel of a classifier: the server batches the texts of several requests."""
 
 from __future__ import annotations
 

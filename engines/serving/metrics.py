@@ -1,4 +1,4 @@
-"""Metrics: what is counted of requests, and handed to a board (tritonserver's /metrics) a few times a second."""
+"""Metrics: counts of requests, shown on a board (tritonserver's /metrics) a few times a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = ("ok", "invalid", "refused", "cancelled", "timeout", "failed")
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """One metric; label names what tells its lines apart beside the model, with the values it can have."""
+    """One metric; it has a line for each of `values`, told apart by `label`, or one line without a label."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -72,7 +72,7 @@ class Board(Protocol):
 
 @dataclass(frozen=True)
 class Ended:
-    """A request that is over; the times are None where there were not so many tokens."""
+    """A request that is over. seconds_to_first_token is None without a token, seconds_per_output_token below two."""
 
     result: str
     input_tokens: int = 0
@@ -83,7 +83,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Gauges:
-    """The scheduler at one moment; preemptions since its start."""
+    """What the scheduler holds at one moment; preemptions are counted from its start."""
 
     batch_size: int
     inflight_requests: int
@@ -93,7 +93,7 @@ class Gauges:
 
 
 class Metrics:
-    """Gathers what has ended, and hands it on when flushed. One thread at a time."""
+    """Gathers ended requests, and shows them on the board when flushed. One thread at a time."""
 
     def __init__(self, board: Board | None = None) -> None:
         self._board = board
@@ -106,7 +106,7 @@ class Metrics:
         self._ended.append(ended)
 
     def flush(self, now: float | None, gauges: Callable[[], Gauges]) -> None:
-        """Hand on what is new; at `now` seconds only where the last time is long enough ago. Never raises."""
+        """Show what is new: at once where `now` is None, else if the last time is _EVERY ago. Never raises."""
         if now is not None and now - self._flushed < _EVERY:
             return
         self._flushed = now or self._flushed

@@ -6,11 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from deepseek_trt.engines.generation.llm import LLM
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.serving.settings import ServingSettings
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.opening import open_session
+from deepseek_trt.engines.sessions.opening import SessionRequest, open_session
 from deepseek_trt.export.bundle.folder import Bundle
 
 
@@ -19,8 +18,7 @@ def open_llm(path: Path, settings: ServingSettings) -> LLM:
     bundle = Bundle.open(path)
     started = open_session(SessionRequest(bundle, settings.pages, settings.threads), settings.backend)
     config = dataclasses.replace(bundle.manifest.model, max_position_embeddings=settings.max_model_len)
-    llm = LLM.over(started.session, config, Text(bundle), settings.limits)
-    llm.choice = started.choice
+    llm = LLM(started.session, config, Text(bundle), settings.limits, started.choice)
     if settings.max_model_len > 2:
         llm.generate([[0]], SamplingParams(max_new_tokens=2, ignore_eos=True))
     return llm

@@ -1,4 +1,4 @@
-"""From a request's tensors to a prompt and sampling parameters; whatever is wrong with them is a RequestError."""
+"""Read a request's tensors as a prompt and sampling parameters; RequestError where one of them is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.text import Message, Text
 from deepseek_trt.engines.serving.tensors import INPUTS
 from deepseek_trt.export.errors import RequestError
@@ -38,11 +38,12 @@ class GenerateRequest:
 
 
 def parse_request(tensors: Tensors, parameters: Mapping[str, Any], text: Text, timeout_us: int = 0) -> GenerateRequest:
-    """`timeout_us` is tritonserver's own time-out of the request, 0 for none."""
+    """Check the inputs and parameters; `timeout_us` is tritonserver's own time-out of the request, 0 for none."""
     unknown = sorted(set(parameters) - set(_OWN_PARAMETERS))
     unknown = [name for name in unknown if not name.startswith(_OWN_PREFIX)]
     if unknown:
-        raise RequestError(f"parameter {', '.join(unknown)}: not known; the inputs are {_known()}")
+        known = ", ".join(field.name for field in INPUTS)
+        raise RequestError(f"parameter {', '.join(unknown)}: not known; the inputs are {known}")
     ids, echo = _prompt(tensors, text)
     return GenerateRequest(
         prompt_ids=ids,
@@ -92,7 +93,7 @@ def _sampling(tensors: Tensors) -> SamplingParams:
     return SamplingParams(
         max_new_tokens=max_tokens,
         min_tokens=_scalar(tensors, "min_tokens", 0),
-        seed=_scalar(tensors, "seed", None) if "seed" in tensors else secrets.randbits(63),
+        seed=_scalar(tensors, "seed", secrets.randbits(63)),
         stop=tuple(_strings(tensors, "stop_words")),
         logprobs=0 if _scalar(tensors, "return_log_probs", False) else None,
         **numbers,
@@ -100,7 +101,7 @@ def _sampling(tensors: Tensors) -> SamplingParams:
 
 
 def _timeout(tensors: Tensors, timeout_us: int) -> int | None:
-    """The shorter of both; tritonserver's rounded up."""
+    """The shorter of timeout_ms and tritonserver's own, rounded up; None for no deadline."""
     given = _scalar(tensors, "timeout_ms", None)
     if given is not None and given < 1:
         raise RequestError(f"timeout_ms {given}: must be at least 1")
@@ -109,7 +110,7 @@ def _timeout(tensors: Tensors, timeout_us: int) -> int | None:
 
 
 def _scalar(tensors: Tensors, name: str, default: Any) -> Any:
-    """The one value as Python's, float32 as the shortest number that means it: 0.7 stays 0.7."""
+    """The one value as Python's; a float32 becomes the shortest number that rounds to it: 0.7 stays 0.7."""
     if name not in tensors:
         return default
     value = _one(tensors, name)
@@ -140,7 +141,3 @@ def _decoded(value: Any, name: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _known() -> str:
-    return ", ".join(field.name for field in INPUTS)

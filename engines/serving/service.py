@@ -14,8 +14,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from deepseek_trt.engines.generation.llm import LLM, Answer
-from deepseek_trt.engines.generation.scheduler import Event
+from deepseek_trt.engines.generation.answer import Answer
+from deepseek_trt.engines.generation.llm import LLM
+from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.serving.metrics import Ended, Gauges, Metrics
 from deepseek_trt.engines.serving.request import Tensors, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream
@@ -159,7 +160,7 @@ class Service:
         self._metrics.flush(None, self._gauges)
 
     def _send_ready(self) -> None:
-        """Everything that is there now; what comes meanwhile is for the next round."""
+        """Send everything that is there now; what comes meanwhile is for the next round."""
         for _ in range(len(self._refused)):
             self._send_refusal(*self._refused.popleft())
         for _ in range(len(self._ready)):
@@ -178,7 +179,7 @@ class Service:
             _log.exception("the server could not be asked about the model")
 
     def _guard(self, stream: Stream, work: Callable[[Stream], None]) -> None:
-        """What goes wrong with one request ends that one."""
+        """Do `work`; an exception ends this request and no other."""
         try:
             work(stream)
         except Exception as error:
@@ -218,7 +219,7 @@ class Service:
         return None
 
     def _finish(self, stream: Stream, result: str, response: Response | Failure) -> None:
-        """The final response, and whatever happens with it: the request is over."""
+        """Send the final response; the request is over even where it cannot be sent."""
         try:
             if stream.ticket:  # has ended, unless with a failure or a stop string
                 self._llm.cancel(stream.ticket)
@@ -234,7 +235,7 @@ class Service:
         self._metrics.ended(Ended(failure.kind))
 
     def _send(self, channel: Channel, response: Response | Failure, final: bool) -> None:
-        """A response that cannot be sent ends in an empty final one: the client must not wait for ever."""
+        """Send, or send an empty final response where that fails: the client must not wait for ever."""
         try:
             channel.send(response, final)
         except Exception:
@@ -257,7 +258,7 @@ class Service:
 
 
 class _RefusedError(Exception):
-    """Not the request's fault."""
+    """The service takes no request now, right as this one may be."""
 
 
 def _ended(stream: Stream, result: str) -> Ended:

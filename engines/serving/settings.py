@@ -50,7 +50,7 @@ class ServingSettings:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ServingSettings:
-        """RequestError where one is missing or is not of its type; others than the settings are left alone."""
+        """Read config.pbtxt's parameters, others among them; RequestError for a setting that is missing or mistyped."""
         values = {field.name: _parsed(field.name, parameters) for field in dataclasses.fields(cls)}
         return cls(**values)  # type: ignore[arg-type]
 

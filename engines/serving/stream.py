@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from deepseek_trt.engines.generation.llm import Answer, Piece
+from deepseek_trt.engines.generation.answer import Answer, Piece
 from deepseek_trt.engines.generation.loop import Ticket
-from deepseek_trt.engines.generation.scheduler import Event
+from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.serving.request import GenerateRequest
 
 FailureKind = Literal["invalid", "refused", "cancelled", "timeout", "failed"]
@@ -18,7 +18,7 @@ FailureKind = Literal["invalid", "refused", "cancelled", "timeout", "failed"]
 
 @dataclass(frozen=True)
 class Response:
-    """What one response says; num_output_tokens and logprobs are of the tokens since the response before.
+    """One response; num_output_tokens and logprobs are of the tokens since the response before.
 
     finish_reason is "stop" or "length" on the last response, else empty.
     """
@@ -50,7 +50,7 @@ class Channel(Protocol):
 
 
 class Stream:
-    """`put` belongs to the thread that computes, all else, text too, to the thread that sends."""
+    """One request with its answer so far. The computing thread calls `put`, the sending thread all else, text too."""
 
     def __init__(self, channel: Channel, request: GenerateRequest, answer: Answer, arrived: float) -> None:
         self.channel, self.request, self._answer = channel, request, answer

@@ -1,4 +1,4 @@
-"""What the served model takes and gives, by TensorRT-LLM's names: the only place that knows them."""
+"""What served models take and give: a generator by TensorRT-LLM's names, and a classifier."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Field:
-    """One tensor of a request or a response; dims leave out the batch, which is always 1."""
+    """One tensor of a request or a response; dims leave out the batch, and optional is for inputs."""
 
     name: str
     data_type: str
@@ -15,7 +15,7 @@ class Field:
     optional: bool = True
 
 
-MAX_BATCH_SIZE = 1
+MAX_BATCH_SIZE = 1  # a generator's: its scheduler batches
 
 INPUTS = (
     Field("text_input", "TYPE_STRING"),
@@ -46,3 +46,15 @@ OUTPUTS = (
     Field("output_log_probs", "TYPE_FP32", (-1,)),
     Field("cum_log_probs", "TYPE_FP32"),
 )
+
+CLASSIFIER_INPUTS = (Field("text_input", "TYPE_STRING", optional=False),)
+
+
+def classifier_outputs(labels: int) -> tuple[Field, ...]:
+    """The best label and its score; scores and logits of all, in the labels' order."""
+    return (
+        Field("label", "TYPE_STRING"),
+        Field("score", "TYPE_FP32"),
+        Field("scores", "TYPE_FP32", (labels,)),
+        Field("logits", "TYPE_FP32", (labels,)),
+    )

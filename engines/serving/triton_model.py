@@ -18,7 +18,6 @@ from deepseek_trt.engines.serving.service import Service
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.stream import Failure, Response
 
-BUNDLE_FOLDER = "bundle"
 # By name: pb_utils has its classes only when this file has been imported.
 _CODES = {
     "invalid": "INVALID_ARG",
@@ -39,7 +38,7 @@ class TritonPythonModel:
         settings = ServingSettings.from_parameters(
             {key: value["string_value"] for key, value in config["parameters"].items()}
         )
-        llm = open_llm(Path(args["model_repository"]) / version / BUNDLE_FOLDER, settings)
+        llm = open_llm(Path(args["model_repository"]) / version / "bundle", settings)
         metrics, host = Metrics(MetricBoard({"model": name, "version": version})), ServerHost(name)
         self._service = Service(llm, settings.max_inflight, settings.drain_ms / 1000, metrics, host)
         note = f" ({llm.session.note})" if llm.session.note else ""
@@ -52,7 +51,7 @@ class TritonPythonModel:
             self._service.accept(ResponseChannel(request), tensors, parameters, request.timeout())
 
     def finalize(self) -> None:
-        """What holds shared memory must be gone before the process ends, or 2.51 crashes then."""
+        """Free what holds shared memory before the process ends, or tritonserver 2.51 crashes then."""
         self._service.close()
         del self._service
         gc.collect()
@@ -81,7 +80,7 @@ class ResponseChannel:
 
 
 class ServerHost:
-    """A Host that asks tritonserver; the server must be up, as it crashes when asked before."""
+    """A Host that asks tritonserver, which must be up: it crashes when asked before."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -97,7 +96,7 @@ class ServerHost:
 class MetricBoard:
     """A Board over the server's /metrics.
 
-    Its metrics are for ever: a model that is loaded again finds them and counts on. An unloading model and its
+    Its metrics are never deleted: a model that is loaded again finds them and counts on. An unloading model and its
     successor share a counter in the server, which deletes it with the first of them and then writes into freed memory
     (triton-inference-server/server issue 8663). Nor may they be deleted at the process's end: it crashes (issue 8662).
     """

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from deepseek_trt.engines.sessions.session import widening_note
+from deepseek_trt.export.arrays import Array, Arrays
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec
+from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.errors import BackendError
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 class GraphSession(Protocol):
@@ -22,7 +22,7 @@ class GraphSession(Protocol):
     note: str
     dtype: str  # that it computes in, and that its float inputs have
 
-    def run(self, graph: str, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def run(self, graph: str, feeds: Mapping[str, Array]) -> Arrays:
         """The graph's outputs by name, for its inputs by name; floats in float32 where the bundle is bfloat16."""
 
 
@@ -33,16 +33,14 @@ class OrtGraphs:
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         self._bundle, self._threads = bundle, threads
-        widened = bundle.manifest.dtype == "bfloat16"
-        self.note = "bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)" if widened else ""
-        self.dtype = "float32" if widened else bundle.manifest.dtype
+        self.note, self.dtype = widening_note(bundle.manifest.dtype), computed_in(bundle.manifest.dtype)
         self._sessions: dict[str, Any] = {}
 
-    def run(self, graph: str, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
-        from deepseek_trt.engines.sessions.ort import load_graph
+    def run(self, graph: str, feeds: Mapping[str, Array]) -> Arrays:
+        from deepseek_trt.engines.sessions.ort import open_graph
 
         if graph not in self._sessions:
-            self._sessions[graph] = load_graph(self._bundle, graph, threads=self._threads)
+            self._sessions[graph] = open_graph(self._bundle, graph, self._threads)
         spec = self._bundle.graph(graph)
         names = [output.name for output in spec.outputs]
         return dict(zip(names, self._sessions[graph].run(names, _in_order(spec, feeds)), strict=True))
@@ -67,7 +65,7 @@ class TorchGraphs:
         self.dtype, self._torch_dtype = dtype, getattr(torch, dtype)
         self._bundle, self._model = bundle, with_weights(model, bundle, dtype)
 
-    def run(self, graph: str, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+    def run(self, graph: str, feeds: Mapping[str, Array]) -> Arrays:
         import torch
 
         from deepseek_trt.export.heads import run_graph
@@ -80,7 +78,7 @@ class TorchGraphs:
         return {name: tensor.float().numpy() for name, tensor in made.items()}
 
 
-def _in_order(spec: GraphSpec, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
+def _in_order(spec: GraphSpec, feeds: Mapping[str, Array]) -> Arrays:
     """The inputs as the graph lists them; BackendError, naming it, where one is missing or unknown."""
     names = [tensor.name for tensor in spec.inputs]
     wrong = sorted(set(names) ^ set(feeds))

@@ -1,30 +1,85 @@
-"""Which backend runs a bundle here, and why: asked of the bundle, the GPU and ONNX Runtime, in this order."""
+"""Opening: the backends by name, which of them runs a bundle here, and why: asked of bundle, GPU and ONNX Runtime."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deepseek_trt.engines.sessions.backends import BACKENDS, SessionRequest
+from deepseek_trt.engines.plans.plan import plan_path
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.engines.sessions.tensorrt.device import visible_gpu
+from deepseek_trt.engines.sessions.tensorrt.cuda import visible_gpu
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.errors import BackendError, RequestError
+from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 
-AUTO = "auto"
+AUTO, CUDA_PROVIDER = "auto", "CUDAExecutionProvider"
+
+
+@dataclass(frozen=True)
+class SessionRequest:
+    """pages counts the scratch page; threads 0 lets the backend choose.
+
+    mapped (weights stay in their file; None: where memory is short) is for the ort backend; cuda_graphs and progress
+    (bytes of weights on the GPU, bytes in all) are for the tensorrt backend.
+    """
+
+    bundle: Bundle
+    pages: int
+    threads: int = 0
+    mapped: bool | None = None
+    cuda_graphs: bool = True
+    progress: Callable[[int, int], None] | None = None
+
+
+def _ort(request: SessionRequest) -> Session:
+    from deepseek_trt.engines.sessions.ort import OrtSession
+
+    return OrtSession(request.bundle, request.pages, request.threads, mapped=request.mapped)
+
+
+def _ort_cuda(request: SessionRequest) -> Session:
+    from deepseek_trt.engines.sessions.ort import OrtCudaSession
+
+    return OrtCudaSession(request.bundle, request.pages, request.threads)
+
+
+def _torch(request: SessionRequest) -> Session:
+    import torch
+
+    from deepseek_trt.engines.sessions.torch import TorchSession
+
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    return TorchSession(request.bundle, request.pages)
+
+
+def _tensorrt(request: SessionRequest) -> Session:
+    from deepseek_trt.engines.sessions.tensorrt.session import TrtSession
+
+    return TrtSession(request.bundle, request.pages, cuda_graphs=request.cuda_graphs, progress=request.progress)
+
+
+# How each makes a Session of a bundle. Heavy libraries are imported by the one that is chosen.
+BACKENDS: dict[str, Callable[[SessionRequest], Session]] = {
+    "ort": _ort,
+    "ort-cuda": _ort_cuda,
+    "torch": _torch,
+    "tensorrt": _tensorrt,
+}
 CHOICES = (AUTO, *BACKENDS)
-CUDA_PROVIDER = "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend by name, the device that it computes on ("cpu" or "cuda"), and why it was chosen."""
+    """A backend by name, and why it was chosen."""
 
     backend: str
-    device: str
     why: str
+
+    @property
+    def device(self) -> str:
+        """What it computes on, "cpu" or "cuda"."""
+        return "cuda" if self.backend in ("ort-cuda", "tensorrt") else "cpu"
 
 
 @dataclass(frozen=True)
@@ -51,41 +106,50 @@ class Surroundings:
     )
 
 
-def choose_backend(bundle: Bundle, wanted: str = AUTO, around: Surroundings | None = None) -> Choice:
-    """The backend `wanted`, or the fastest that this machine and the bundle allow; RequestError for an unknown one."""
-    around = around or Surroundings()
+def check_generates(bundle: Bundle) -> None:
+    """BundleError where the bundle's graphs do not give the next token's logits from token ids."""
+    why_not = bundle.manifest.generation_refusal
+    if why_not:
+        raise BundleError(f"{bundle.path} cannot generate text: {why_not}")
+
+
+def check_backend(wanted: str) -> None:
+    """RequestError for a backend that there is not."""
     if wanted not in CHOICES:
         raise RequestError(f"backend {wanted!r}: must be one of {', '.join(CHOICES)}")
-    if wanted in ("torch", "tensorrt"):
-        return Choice(wanted, "cuda" if wanted == "tensorrt" else "cpu", "it was asked for")
+
+
+def choose_backend(bundle: Bundle, wanted: str = AUTO, around: Surroundings | None = None) -> Choice:
+    """The backend `wanted`, or the fastest that this machine and the bundle allow; RequestError for an unknown one.
+
+    "ort" is ONNX Runtime on the GPU where there is one that it can use.
+    """
+    check_backend(wanted)
+    if wanted not in (AUTO, "ort"):
+        return Choice(wanted, "it was asked for")
+    around = around or Surroundings()
     gpu = around.gpu()
     if gpu is None:
-        return Choice("ort", "cpu", "no GPU is visible")
-    missing = [f"{graph.name}.plan" for graph in bundle.manifest.graphs if not _plan(bundle, graph.name)]
+        return Choice("ort", "no GPU is visible")
+    missing = [f"{graph.name}.plan" for graph in bundle.manifest.graphs if not plan_path(bundle, graph.name).is_file()]
     if wanted == AUTO and not missing:
-        return Choice("tensorrt", "cuda", f"the bundle has plans and {gpu} is visible")
+        return Choice("tensorrt", f"the bundle has plans and {gpu} is visible")
     unplanned = f" and the bundle has no {missing[0]}" if wanted == AUTO else ""
     if CUDA_PROVIDER in around.ort_providers():
-        return Choice("ort", "cuda", f"{gpu} is visible{unplanned}")
-    return Choice("ort", "cpu", f"this ONNX Runtime has no {CUDA_PROVIDER}{unplanned}")
+        return Choice("ort-cuda", f"{gpu} is visible{unplanned}")
+    return Choice("ort", f"this ONNX Runtime has no {CUDA_PROVIDER}{unplanned}")
 
 
 def open_session(request: SessionRequest, wanted: str = AUTO, around: Surroundings | None = None) -> Opened:
     """A session of the backend that `choose_backend` gives.
 
-    ONNX Runtime lists its CUDA provider without knowing whether CUDA's libraries are there: where it does not start,
-    the CPU takes over and the choice says so.
+    ONNX Runtime lists its CUDA provider without knowing whether CUDA's libraries are there: where it does not start and
+    was not asked for by name, the CPU takes over and the choice says so.
     """
     choice = choose_backend(request.bundle, wanted, around)
-    make = BACKENDS[choice.backend]
-    if (choice.backend, choice.device) != ("ort", "cuda"):
-        return Opened(make(request), choice)
     try:
-        return Opened(make(dataclasses.replace(request, device="cuda")), choice)
+        return Opened(BACKENDS[choice.backend](request), choice)
     except BackendError as error:
-        choice = Choice("ort", "cpu", f"the GPU cannot be used: {error}")
-        return Opened(make(request), choice)
-
-
-def _plan(bundle: Bundle, graph: str) -> bool:
-    return (bundle.path / f"{graph}.plan").is_file()
+        if choice.backend != "ort-cuda" or wanted == "ort-cuda":
+            raise
+        return Opened(_ort(request), Choice("ort", f"the GPU cannot be used: {error}"))

@@ -1,204 +1,244 @@
-"""OrtSession: the bundle through ONNX Runtime; decode through the compiled CPU operators where there are any."""
+"""ONNX Runtime: the only place that opens graphs with it, and the sessions that run a bundle's two graphs there."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from deepseek_trt.engines.sessions.huge_pages import weights_fit, weights_in_memory, zeros
-from deepseek_trt.export.arrays import Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.engines.sessions.prepared import fused_decode, widened_graph
+from deepseek_trt.engines.sessions.session import Session, widening_note
+from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
-from deepseek_trt.export.bundle.weights import reference_arrays, weight_arrays
+from deepseek_trt.export.bundle.weights import WeightReader
+from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BackendError
-from deepseek_trt.plugins.cpu.library import CpuLibrary, cpu_library, experts_hit_counter
+from deepseek_trt.plugins.cpu.library import CpuLibrary, ExpertsHit, cpu_library, experts_hit_counter
+
+LIBRARIES = "install the CUDA and cuDNN that this ONNX Runtime names in its documentation, or use --backend tensorrt"
 
 OrtValues = dict[str, ort.OrtValue]
-_ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; a served runtime has no onnx package
 
 
-class OrtSession:
-    """Both graphs over one set of page pools; each pool is bound as past and present at once."""
+@dataclass(frozen=True)
+class Place:
+    """Which of ONNX Runtime's providers computes, and where its tensors lie."""
 
-    backend = "ort"
-
-    def __init__(
-        self, bundle: Bundle, pages: int, threads: int = 0, compiled: bool = True, mapped: bool | None = None
-    ) -> None:
-        """`threads` 0 takes all processors. bfloat16 bundles are computed in float32.
-
-        Without `compiled`, or where the compiled operators cannot be had, the exported bodies are run. `mapped` leaves
-        the weights in their file instead of copying them to huge pages, which decodes faster; None: as memory allows.
-        """
-        widened = bundle.manifest.dtype == "bfloat16"
-        library = cpu_library(bundle.path) if compiled else CpuLibrary(None)
-        self.library = library.path  # samplers are in it, too
-        self.experts_hit = experts_hit_counter(library.path) if library.path else None
-        self.threads = threads or len(os.sched_getaffinity(0))
-        notes = ["bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)"] if widened else []
-        self.cache = dataclasses.replace(bundle.manifest.cache, dtype="float32") if widened else bundle.manifest.cache
-        self.pages = pages
-        self.vocab_size = bundle.manifest.model.vocab_size
-        self.mapped = not weights_fit(bundle) if mapped is None else mapped
-        copied = not self.mapped and not bundle.manifest.by_reference  # what is assembled is a copy already
-        weights = _ort_values(weights_in_memory(bundle) if copied else weight_arrays(bundle))
-        self._weights = weights  # the graphs read them where they are
-        self._sessions = {"prefill": load_graph(bundle, "prefill", None, threads, None, weights, self.mapped)}
-        left: list[str] = []
-        self._sessions["decode"] = load_graph(bundle, "decode", library.path, threads, left, weights, self.mapped)
-        # What decode reads: compiled operators widen numbers as they go.
-        self.weights_dtype = bundle.manifest.dtype if library.path and not left else self.cache.dtype
-        if left:
-            notes.append(f"as exported, not compiled: {', '.join(left)}")
-        self.note = "; ".join([*notes, library.reason] if library.reason else notes)
-        shape = (pages, self.cache.page_size, self.cache.latent_dim)
-        self._arrays = [zeros(shape, numpy_dtype(self.cache.dtype)) for _ in range(self.cache.layers)]
-        self._pools = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
-        self._bindings = {graph: self._bind(graph) for graph in self._sessions}
-
-    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        return self._run(
-            "prefill",
-            input_ids=input_ids,
-            sequence_lengths=sequence_lengths,
-            past_lengths=past_lengths,
-            page_table=page_table,
-        )
-
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        return self._run("decode", input_ids=input_ids, past_lengths=past_lengths, page_table=page_table)
-
-    def pool(self, layer: int) -> npt.NDArray[Any]:
-        return self._arrays[layer]
-
-    def _bind(self, graph: str) -> ort.IOBinding:
-        binding = self._sessions[graph].io_binding()
-        for layer, pool in enumerate(self._pools):
-            binding.bind_ortvalue_input(past_name(layer), pool)
-            binding.bind_ortvalue_output(present_name(layer), pool)
-        return binding
-
-    def _run(self, graph: str, **feeds: npt.NDArray[Any]) -> Floats:
-        binding = self._bindings[graph]
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        binding.bind_output("logits", "cpu")  # a new one each time
-        self._sessions[graph].run_with_iobinding(binding)
-        logits: Floats = binding.get_outputs()[-1].numpy()
-        return logits
+    provider: str = "CPUExecutionProvider"
+    device: str = "cpu"
+    ordinal: int = 0
 
 
-def load_graph(
+@dataclass(frozen=True)
+class Memory:
+    """What ONNX Runtime may hold for speed: packed copies of weights, constants computed once (a cast weight is one),
+    and an arena that keeps what a step needed.
+    """
+
+    packed: bool = True
+    folded: bool = True
+    arena: bool = True
+
+
+CPU, CUDA = Place(), Place("CUDAExecutionProvider", "cuda")
+USUAL, LEAN = Memory(), Memory(packed=False, folded=False)
+
+
+def open_graph(
     bundle: Bundle,
     graph: str,
-    library: Path | None = None,
     threads: int = 0,
-    left: list[str] | None = None,
-    weights: OrtValues | None = None,
-    lean: bool = False,
+    *,
+    model: Path | bytes | None = None,
+    name: str = "",
+    given: OrtValues | None = None,
+    shared: OrtValues | None = None,
+    library: Path | None = None,
+    place: Place = CPU,
+    memory: Memory = USUAL,
 ) -> ort.InferenceSession:
-    """A graph of the bundle in ONNX Runtime's CPU provider, or with the compiled operators of `library` (decode only).
+    """A graph of the bundle ready to run, or the `model` that was made of it; errors call it `name`, else by its file.
 
-    `left` receives the names of the custom operators that the compiled ones do not replace. Without `weights` ONNX
-    Runtime reads them from their file; given ones must live as long as the session. `lean` keeps it from making its own
-    copies of them, packed or cast. BackendError where ONNX Runtime refuses.
+    Weights are read from the bundle's file, unless they are `given`, which ONNX Runtime copies, or `shared`, which it
+    reads where they are: those must live as long as the session. `library` holds operators that the model wants.
+    `threads` 0 takes all processors. Raises BackendError where ONNX Runtime refuses.
     """
-    options = _options(threads)
-    if lean:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    kept = _supply_references(options, bundle) if bundle.manifest.by_reference else None
-    for name, value in (weights or {}).items():
-        options.add_initializer(name, value)
-    source: str | bytes = str(bundle.graph_path(graph))
-    if library is not None and graph == "decode":
-        source = _with_library(options, bundle, library, threads, left)
-    elif bundle.manifest.dtype == "bfloat16":
-        source = _prepared(widened_path(bundle, graph)) or _widened_bytes(bundle.graph_path(graph))
-    if isinstance(source, bytes):
+    model = widened_graph(bundle, graph) if model is None else model
+    if bundle.manifest.by_reference and given is None:
+        given = shared or ort_values(WeightReader(bundle).views())  # there is no file to read
+    options = _options(threads, place, memory)
+    if given:
+        options.add_external_initializers(list(given), list(given.values()))
+    for weight, value in (shared or {}).items():
+        options.add_initializer(weight, value)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    if isinstance(model, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    provider = (place.provider, {} if place.device == "cpu" else {"device_id": str(place.ordinal)})
     try:
         session = ort.InferenceSession(
-            source,
+            model if isinstance(model, bytes) else str(model),
             options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=["ConstantFolding"] if lean else [],  # it would cast narrow weights once and for all
+            providers=[provider],
+            disabled_optimizers=[] if memory.folded else ["ConstantFolding"],
         )
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
-        path = bundle.graph_path(graph)
-        raise BackendError(f"ONNX Runtime cannot load {path} ({error}): export the checkpoint again") from None
-    del kept
+        name = name or str(bundle.graph_path(graph))
+        where, mend = ("", "export the checkpoint again") if place == CPU else (f" with {place.provider}", LIBRARIES)
+        raise BackendError(f"ONNX Runtime cannot load {name}{where} ({error}): {mend}") from None
+    if session.get_providers()[0] != place.provider:
+        raise BackendError(f"ONNX Runtime's {place.provider} does not start on this machine: {LIBRARIES}")
     return session
 
 
-def _options(threads: int) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return options
-
-
-def _with_library(
-    options: ort.SessionOptions, bundle: Bundle, library: Path, threads: int, left: list[str] | None
-) -> str | bytes:
-    """The decode graph for the compiled operators, which bring their own threads."""
-    options.register_custom_ops_library(str(library))
-    ctypes.CDLL(str(library)).deepseek_trt_cpu_threads(threads or len(os.sched_getaffinity(0)))
-    prepared = _prepared(fused_path(bundle))
-    if prepared is not None:
-        options.intra_op_num_threads = 1
-        return prepared
-    from deepseek_trt.plugins.cpu.fuse import fused_bytes  # needs onnx
-
-    source, names = fused_bytes(bundle.graph_path("decode"))
-    if left is not None:
-        left += names
-    if not names:
-        options.intra_op_num_threads = 1  # nothing is left for ONNX Runtime's threads
-    return source
-
-
-def _prepared(path: Path) -> str | None:
-    return str(path) if path.is_file() else None
-
-
-def fused_path(bundle: Bundle) -> Path:
-    """Where a bundle that is to be loaded without the onnx package keeps decode for the compiled operators."""
-    return bundle.path / "decode.cpu.onnx"
-
-
-def widened_path(bundle: Bundle, graph: str) -> Path:
-    """Where a bundle that is to be loaded without the onnx package keeps the graph that computes in float32."""
-    return bundle.path / f"{graph}.float32.onnx"
-
-
-def _widened_bytes(path: Path) -> bytes:
-    from deepseek_trt.export.passes.widen import widened_bytes  # needs onnx
-
-    return widened_bytes(path)
-
-
-def _supply_references(options: ort.SessionOptions, bundle: Bundle) -> OrtValues:
-    """Hand the checkpoint's tensors to ONNX Runtime, which copies them; returns what must live until then."""
-    values = _ort_values(reference_arrays(bundle))
-    options.add_external_initializers(list(values), list(values.values()))
-    return values
-
-
-def _ort_values(arrays: dict[str, npt.NDArray[Any]]) -> OrtValues:
+def ort_values(arrays: Arrays) -> OrtValues:
     """Views of the arrays, which they keep alive."""
     return {name: _ort_value(array) for name, array in arrays.items()}
 
 
-def _ort_value(array: npt.NDArray[Any]) -> ort.OrtValue:
+class _BoundSession(Session):
+    """Both graphs over one set of page pools; each pool is bound as past and present at once."""
+
+    backend = "ort"
+
+    def __init__(self, bundle: Bundle, pages: int, place: Place, library: Path | None) -> None:
+        """bfloat16 bundles are computed in float32. Whoever makes it goes on with `_bind`."""
+        cache = bundle.manifest.cache
+        self.cache = dataclasses.replace(cache, dtype=computed_in(cache.dtype))
+        self.pages, self.vocab_size, self.library = pages, bundle.manifest.model.vocab_size, library
+        self._shape, self._dtype = (pages, cache.page_size, cache.latent_dim), np.dtype(numpy_dtype(self.cache.dtype))
+        self._place = place
+
+    def _bind(self, graphs: dict[str, ort.InferenceSession], pools: list[ort.OrtValue]) -> None:
+        self._graphs, self._pools = graphs, pools
+        self._bindings = {name: graph.io_binding() for name, graph in graphs.items()}
+        for binding in self._bindings.values():
+            for layer, pool in enumerate(pools):
+                binding.bind_ortvalue_input(past_name(layer), pool)
+                binding.bind_ortvalue_output(present_name(layer), pool)
+
+    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        feeds: Arrays = {"input_ids": input_ids, "sequence_lengths": sequence_lengths}
+        return self._run("prefill", feeds | {"past_lengths": past_lengths, "page_table": page_table})
+
+    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        return self._run("decode", {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table})
+
+    def _run(self, graph: str, feeds: Arrays) -> Floats:
+        binding = self._bindings[graph]
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        binding.bind_output("logits", self._place.device, self._place.ordinal)  # a new one each time
+        self._graphs[graph].run_with_iobinding(binding)
+        if self._place.device != "cpu":
+            binding.synchronize_outputs()
+        logits: Floats = binding.get_outputs()[-1].numpy()
+        return logits
+
+
+class OrtSession(_BoundSession):
+    """On the CPU; decode through the compiled operators where there are any."""
+
+    def __init__(
+        self, bundle: Bundle, pages: int, threads: int = 0, compiled: bool = True, mapped: bool | None = None
+    ) -> None:
+        """`threads` 0 takes all processors.
+
+        Without `compiled`, or where the compiled operators cannot be had, the exported bodies are run. `mapped` leaves
+        the weights in their file instead of copying them to huge pages, which decodes faster; None: as memory allows.
+        """
+        library = cpu_library(bundle.path) if compiled else CpuLibrary(None)
+        super().__init__(bundle, pages, CPU, library.path)
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._count = experts_hit_counter(library.path) if library.path else None
+        mapped = not weights_fit(bundle) if mapped is None else mapped
+        copied = not mapped and not bundle.manifest.by_reference  # what is assembled is a copy already
+        self._weights = ort_values(weights_in_memory(bundle) if copied else WeightReader(bundle).views())
+        memory = LEAN if mapped else USUAL
+        graphs = {"prefill": open_graph(bundle, "prefill", threads, shared=self._weights, memory=memory)}
+        graphs["decode"], left = self._open_decode(bundle, threads, memory)
+        narrow = library.path is not None and not left  # compiled operators widen numbers as they go
+        self._weights_dtype = bundle.manifest.dtype if narrow else self.cache.dtype
+        as_exported = f"as exported, not compiled: {', '.join(left)}" if left else ""
+        self.note = "; ".join(filter(None, (widening_note(bundle.manifest.dtype), as_exported, library.reason)))
+        self._arrays = [zeros(self._shape, self._dtype) for _ in range(self.cache.layers)]
+        self._bind(graphs, [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays])
+
+    @property
+    def weights_dtype(self) -> str:
+        return self._weights_dtype
+
+    def experts_hit(self) -> ExpertsHit:
+        return self._count() if self._count else super().experts_hit()
+
+    def pool(self, layer: int) -> Array:
+        return self._arrays[layer]
+
+    def _open_decode(self, bundle: Bundle, threads: int, memory: Memory) -> tuple[ort.InferenceSession, list[str]]:
+        """The graph, and the names of the custom operators that are run as exported though others are compiled."""
+        if self.library is None:
+            return open_graph(bundle, "decode", threads, shared=self._weights, memory=memory), []
+        ctypes.CDLL(str(self.library)).deepseek_trt_cpu_threads(self.threads)
+        model, left = fused_decode(bundle)
+        graph = open_graph(
+            bundle,
+            "decode",
+            threads if left else 1,  # of ONNX Runtime: the compiled operators bring their own
+            model=model,
+            shared=self._weights,
+            library=self.library,
+            memory=memory,
+        )
+        return graph, left
+
+
+class OrtCudaSession(_BoundSession):
+    """Through the CUDA provider, the pools in the GPU's memory. Nodes that the provider lacks run on the CPU, as ONNX
+    Runtime decides.
+    """
+
+    def __init__(self, bundle: Bundle, pages: int, threads: int = 0, place: Place = CUDA) -> None:
+        """BackendError where the provider does not start. Tests run the same code at another place, the CPU."""
+        super().__init__(bundle, pages, place, cpu_library(bundle.path).path)  # samples on the CPU
+        dtype, computed = bundle.manifest.dtype, self.cache.dtype
+        words = "" if computed == dtype else f"{dtype} weights, computed in {computed}, "
+        self.note = f"{words}ONNX Runtime's {place.provider}"
+        graphs = {name: open_graph(bundle, name, threads, place=place) for name in ("prefill", "decode")}
+        zeroed = (np.zeros(self._shape, self._dtype) for _ in range(self.cache.layers))
+        self._bind(graphs, [ort.OrtValue.ortvalue_from_numpy(a, place.device, place.ordinal) for a in zeroed])
+
+    def pool(self, layer: int) -> Array:
+        """A copy of the layer's pool."""
+        pool: Array = self._pools[layer].numpy()
+        return pool
+
+    def fill(self, value: float) -> None:
+        for pool in self._pools:
+            pool.update_inplace(np.full(self._shape, value, self._dtype))
+
+
+def _options(threads: int, place: Place, memory: Memory) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Errors, but of another provider: one that does not start is reported by an exception.
+    options.log_severity_level = 3 if place.device == "cpu" else 4
+    options.enable_cpu_mem_arena = memory.arena
+    if not memory.packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _ort_value(array: Array) -> ort.OrtValue:
     """A view of the array; ONNX Runtime takes ml_dtypes' bfloat16 as bits and a type."""
     if array.dtype.name == "bfloat16":
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), dtype_of("bfloat16").onnx)
     return ort.OrtValue.ortvalue_from_numpy(array)

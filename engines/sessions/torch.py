@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from deepseek_trt.export.arrays import Floats, Int32s, Int64s
+from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.export.arrays import Array, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.weights import weight_arrays
+from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.heads import Features, Scores
 from deepseek_trt.export.model import DeepseekV2
 
@@ -20,7 +20,7 @@ Weights = Callable[[str], torch.Tensor]  # by the name of a graph tensor
 Model = TypeVar("Model", bound=DeepseekV2 | Features | Scores)
 
 
-class TorchSession:
+class TorchSession(Session):
     """Eager torch on the CPU, in float32 unless told otherwise."""
 
     backend = "torch"
@@ -46,8 +46,12 @@ class TorchSession:
         logits, self._pools = self.model.decode(ids, past, table, self._pools)
         return _floats(logits)
 
-    def pool(self, layer: int) -> npt.NDArray[Any]:
+    def pool(self, layer: int) -> Array:
+        """A view in float32, a copy in other dtypes."""
         return _floats(self._pools[layer])
+
+    def fill(self, value: float) -> None:
+        self._pools = [torch.full_like(pool, value) for pool in self._pools]
 
 
 def load_model(bundle: Bundle, dtype: str, weights: Weights | None = None) -> DeepseekV2:
@@ -60,27 +64,31 @@ def load_model(bundle: Bundle, dtype: str, weights: Weights | None = None) -> De
 def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | None = None) -> Model:
     """A model that was made on the meta device, with the bundle's weights or those given, converted to `dtype`."""
     rope = type(model.model.rope)(bundle.manifest.model)  # its frequencies are computed, not loaded
-    own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}  # float32 in any model
-    if weights is None:
-        tensors = {name: _tensor(array) for name, array in weight_arrays(bundle).items()}
-    else:
-        tensors = {w.recipe.name: weights(w.recipe.name) for w in bundle.manifest.weights}
-    state = {name: t if name in own else t.to(getattr(torch, dtype)) for name, t in tensors.items()}
+    weights, state = weights or bundle_weights(bundle), {}
+    for record in bundle.manifest.weights:
+        tensor, stays = weights(record.recipe.name), record.dtype != bundle.manifest.dtype  # float32 in any model
+        state[record.recipe.name] = tensor if stays else tensor.to(getattr(torch, dtype))
     model.load_state_dict(state, strict=True, assign=True)
     model.model.rope = rope
     model.eval()
     return model
 
 
-def _given(*arrays: npt.NDArray[Any]) -> list[torch.Tensor]:
+def _given(*arrays: Array) -> list[torch.Tensor]:
     return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
 
 
-def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
-    """A copy of the array; ml_dtypes' bfloat16 goes through its bits, as torch does not know it."""
+def bundle_weights(bundle: Bundle) -> Weights:
+    """The bundle's own weights, each read when it is asked for, in the dtype of its record."""
+    reader = WeightReader(bundle)
+    return lambda name: as_tensor(reader.array(name))
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """The array's memory as a tensor; ml_dtypes' bfloat16 goes through its bits, as torch does not know it."""
     if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _floats(tensor: torch.Tensor) -> Floats:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
-from deepseek_trt.engines.tasks.rows import feeds_of, pad_rows, strip_padding
+from deepseek_trt.engines.tasks.rows import encoder_of, feeds_of, pad_rows, strip_padding
 from deepseek_trt.export.arrays import Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
@@ -40,7 +39,7 @@ class TextClassifier:
             )
         self._bundle, self._classifier = bundle, bundle.manifest.classifier
         self.session = GRAPH_BACKENDS[backend](bundle)
-        self._text = Text(bundle) if bundle.tokenizer_path else None
+        self._encode = encoder_of(bundle)
 
     def classify(self, texts: Sequence[str | Sequence[int]]) -> list[Classification]:
         """One result a text (or row of token ids), in order."""
@@ -64,19 +63,12 @@ class TextClassifier:
 
     def encode(self, texts: Sequence[str | Sequence[int]]) -> list[list[int]]:
         """Token ids of each text. RequestError for one that is longer than the model takes."""
-        rows = [self._encode(text) for text in texts]
+        rows = list(map(self._encode, texts))
         longest = self._bundle.manifest.model.max_position_embeddings
         for index, row in enumerate(rows):
             if len(row) > longest:
                 raise RequestError(f"text {index} has {len(row)} tokens, the model takes {longest}: shorten it")
         return rows
-
-    def _encode(self, text: str | Sequence[int]) -> list[int]:
-        if not isinstance(text, str):
-            return list(text)
-        if self._text is None:
-            raise BundleError(f"{self._bundle.path} has no tokenizer.json: give token ids instead of text")
-        return self._text.encode(text)
 
     def _named(self, scores: Floats) -> Classification:
         pairs = sorted(zip(self._classifier.labels, scores.tolist(), strict=True), key=lambda pair: -pair[1])

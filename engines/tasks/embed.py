@@ -7,9 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
-from deepseek_trt.engines.tasks.rows import feeds_of, pad_rows
+from deepseek_trt.engines.tasks.rows import encoder_of, feeds_of, pad_rows
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import FEATURES
@@ -27,26 +26,19 @@ class Embedder:
                 f"{bundle.path} is for {bundle.manifest.task}: export the checkpoint with --task {FEATURES} --no-cache"
             )
         self._bundle, self.session = bundle, GRAPH_BACKENDS[backend](bundle)
-        self._text = Text(bundle) if bundle.tokenizer_path else None
+        self._encode = encoder_of(bundle)
 
     def embed(self, texts: Sequence[str | Sequence[int]], pooling: Pooling = "mean", unit: bool = True) -> Floats:
         """Float32 [n, hidden], a row a text: the mean of its tokens' hidden states, or the last one's; of length one
         where `unit`.
         """
-        rows = [self._encode(text) for text in texts]
+        rows = list(map(self._encode, texts))
         if not all(len(row) for row in rows):
             raise RequestError("a text without tokens has no embedding: leave it out")
         ids, lengths = pad_rows(rows)
         hidden = self.session.run("model", feeds_of(self._bundle, ids, lengths))["last_hidden_state"]
         pooled = pool(hidden, lengths, pooling)
         return pooled / np.linalg.norm(pooled, axis=-1, keepdims=True) if unit else pooled
-
-    def _encode(self, text: str | Sequence[int]) -> Sequence[int]:
-        if not isinstance(text, str):
-            return text
-        if self._text is None:
-            raise BundleError(f"{self._bundle.path} has no tokenizer.json: give token ids instead of text")
-        return self._text.encode(text)
 
 
 def pool(hidden: Floats, lengths: Int32s, pooling: Pooling) -> Floats:

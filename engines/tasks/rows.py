@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deepseek_trt.engines.sessions.graphs import Arrays
-from deepseek_trt.export.arrays import Int32s, Int64s
+from deepseek_trt.engines.generation.text import Text
+from deepseek_trt.export.arrays import Arrays, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import TRANSFORMERS
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import BundleError, RequestError
+
+
+def encoder_of(bundle: Bundle) -> Callable[[str | Sequence[int]], list[int]]:
+    """A function from text to token ids, which leaves token ids as they are; text without a tokenizer: BundleError."""
+    text = Text(bundle) if bundle.tokenizer_path else None
+
+    def encode(given: str | Sequence[int]) -> list[int]:
+        if not isinstance(given, str):
+            return list(given)
+        return (text or Text(bundle)).encode(given)  # Text says what is missing
+
+    return encode
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad: int | None = None) -> tuple[Int64s, Int32s]:

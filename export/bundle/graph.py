@@ -47,7 +47,7 @@ class CacheSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of all layers together."""
+        """Cache bytes that one token takes in all layers together."""
         return self.layers * self.latent_dim * dtype_bytes(self.dtype)
 
 
@@ -138,7 +138,7 @@ def _tokens(config: ModelConfig, cache: CacheSpec, interface: Interface, steps: 
 
 
 def _outputs(config: ModelConfig, interface: Interface, num_labels: int, steps: Dim) -> tuple[TensorSpec, ...]:
-    """What the head gives of `steps` tokens a row, in float32 whatever the model's dtype: numpy has no bfloat16."""
+    """The head's outputs for `steps` tokens a row; they are float32 in any model, as numpy has no bfloat16."""
     if interface.task == CLASSIFICATION:
         return (TensorSpec("logits", "float32", (BATCH, num_labels)),)
     if interface.task == FEATURES:

@@ -45,7 +45,7 @@ class Recipe:
     pieces: tuple[Piece, ...]
 
     def dtype(self, model: str) -> str:
-        """What the graphs hold it as, where the model's dtype is `model`."""
+        """The dtype that graphs of a `model` dtype hold this tensor in."""
         return "float32" if self.name.endswith(CORRECTION_BIAS) else model
 
     @property

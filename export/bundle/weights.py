@@ -1,52 +1,90 @@
-"""The bundle's weights as arrays: mapped from its weights file, or assembled from the checkpoint it refers to."""
+"""WeightReader: the bundle's weights by name, out of its weights file or out of the checkpoint that it refers to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from deepseek_trt.export.arrays import numpy_dtype
+from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
 from deepseek_trt.export.bundle.assemble import assemble
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.checkpoint import Checkpoint, read_header
+from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import BundleError
+from deepseek_trt.export.files import stream_sha256
+
+Bytes = npt.NDArray[np.uint8]
 
 
-def weight_arrays(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
-    """All graph tensors by name, in the bundle's dtype (bfloat16 is ml_dtypes'); read-only where mapped."""
-    if bundle.manifest.by_reference:
-        return reference_arrays(bundle)
-    file = bundle.path / WEIGHTS_FILE
-    mapped = np.memmap(file, dtype=np.uint8, mode="r")
-    arrays = {}
-    for tensor in read_header(file):
-        data = mapped[tensor.offset : tensor.offset + tensor.nbytes]
-        arrays[tensor.name] = data.view(numpy_dtype(tensor.dtype)).reshape(tensor.shape)
-    return arrays
+class WeightReader:
+    """Reads headers when it is made, and a tensor's numbers when it is asked for them.
 
-
-def reference_arrays(bundle: Bundle, names: Iterable[str] | None = None) -> dict[str, npt.NDArray[Any]]:
-    """Assemble a by-reference bundle's tensors (all, or those of `names`).
-
-    Raises BundleError when the checkpoint is not the one that was exported.
+    Arrays have the dtype of the tensor's record (bfloat16 is ml_dtypes') unless told otherwise. Raises BundleError
+    where the weights file or the checkpoint is gone, or the checkpoint has changed.
     """
-    tensors = Checkpoint.open(unchanged_checkpoint(bundle)).tensors
-    wanted = None if names is None else set(names)
-    weights = [w for w in bundle.manifest.weights if wanted is None or w.recipe.name in wanted]
-    return {w.recipe.name: assemble(w.recipe, tensors, w.dtype) for w in weights}
 
+    def __init__(self, bundle: Bundle) -> None:
+        self.records = {weight.recipe.name: weight for weight in bundle.manifest.weights}
+        self._file = bundle.path / WEIGHTS_FILE
+        self._by_reference = bundle.manifest.by_reference
+        if self._by_reference:
+            self._stored = Checkpoint.open(unchanged_checkpoint(bundle)).tensors
+        elif self._file.is_file():
+            self._stored = {tensor.name: tensor for tensor in read_header(self._file)}
+        else:
+            raise BundleError(f"{self._file} is missing: export the checkpoint again")
 
-def weight_source(bundle: Bundle) -> Callable[[str], npt.NDArray[Any]]:
-    """A function from tensor name to array, which holds nothing in memory itself."""
-    if not bundle.manifest.by_reference:
-        return weight_arrays(bundle).__getitem__
-    tensors = Checkpoint.open(unchanged_checkpoint(bundle)).tensors
-    recipes = {w.recipe.name: w for w in bundle.manifest.weights}
-    return lambda name: assemble(recipes[name].recipe, tensors, recipes[name].dtype)
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor, as its record describes it."""
+        return self.records[name].recipe.size * dtype_bytes(self.records[name].dtype)
+
+    def view(self, name: str) -> Array:
+        """The tensor where it lies in the mapped weights file, read-only; assembled where there is no such file."""
+        if self._by_reference:
+            return self.array(name)
+        start = self._stored[name].offset
+        return self._typed(name, self._mapped[start : start + self.nbytes(name)])
+
+    def views(self) -> Arrays:
+        """Every tensor's `view` by name."""
+        return {name: self.view(name) for name in self.records}
+
+    def array(self, name: str, dtype: str | None = None, offset: int | None = None) -> Array:
+        """The tensor in memory of its own, as `dtype`; never mapped, as pages of a mapped file count as memory.
+
+        `offset` reads what lies there in the weights file in place of what its header names.
+        """
+        record = self.records[name]
+        if self._by_reference:
+            return assemble(record.recipe, self._stored, dtype or record.dtype)
+        stored = self.read(name, np.empty(self.nbytes(name), dtype=np.uint8), offset)
+        return stored.astype(numpy_dtype(dtype or record.dtype), copy=False)
+
+    def read(self, name: str, into: Bytes, offset: int | None = None) -> Array:
+        """Fill `into` [nbytes] from the weights file; gives it with the tensor's dtype and shape."""
+        with self._file.open("rb") as stream:
+            stream.seek(self._stored[name].offset if offset is None else offset)
+            if stream.readinto(into.data) != into.size:
+                raise BundleError(f"{self._file} ends inside {name}: export the checkpoint again")
+        return self._typed(name, into)
+
+    def sha256(self, name: str) -> str:
+        """Hex digest of the tensor's bytes in the weights file, in bounded memory."""
+        with self._file.open("rb") as stream:
+            stream.seek(self._stored[name].offset)
+            return stream_sha256(stream, self._stored[name].nbytes)
+
+    @cached_property
+    def _mapped(self) -> Bytes:
+        return np.memmap(self._file, dtype=np.uint8, mode="r")
+
+    def _typed(self, name: str, data: Bytes) -> Array:
+        record = self.records[name]
+        array: Array = data.view(numpy_dtype(record.dtype)).reshape(record.recipe.shape)
+        return array
 
 
 def unchanged_checkpoint(bundle: Bundle) -> Path:

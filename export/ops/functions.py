@@ -13,8 +13,6 @@ import onnx_ir as ir
 from deepseek_trt.export.bundle.graph import DOMAIN
 from deepseek_trt.export.ops.spec import OPSET, OpSpec
 
-_ONNX_TYPES = {"int": "int", "float": "float", "string": "string"}
-
 
 def function_from_spec(spec: OpSpec, attributes: Mapping[str, Any]) -> ir.Function:
     """The op's body for these attribute values, declaring them so that a plugin sees them on the node."""

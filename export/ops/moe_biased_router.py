@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_trt.export.ops.spec import Attribute, OpSpec, TensorArg
+from deepseek_trt.export.ops.routing import (
+    IDS,
+    LOGITS,
+    fake_routing,
+    limit_body,
+    normalise_body,
+    normalised,
+    routing_attributes,
+    top,
+)
+from deepseek_trt.export.ops.spec import OpSpec, TensorArg
 
 
 def moe_biased_router(
@@ -32,42 +42,26 @@ def moe_biased_router(
     if topk_group < n_group:
         grouped = biased.unflatten(-1, (n_group, -1))  # [T, G, E/G]
         group_scores = grouped.sort(-1, descending=True).values[..., :2].sum(-1)  # [T, G]
-        best_groups = _top(group_scores, topk_group)
+        _, best_groups = top(group_scores, topk_group)
         dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best_groups, False)
         biased = grouped.masked_fill(dropped[..., None], -torch.inf).flatten(1)
-    ids = _top(biased, top_k)
+    _, ids = top(biased, top_k)
     weights = scores.gather(1, ids)
     if norm_topk_prob and top_k > 1:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = normalised(weights)
     return weights * routed_scaling_factor, ids.int()
 
 
-def _top(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k best along the last axis; of equal ones the first (torch.topk promises no order)."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+def _fake(logits: Tensor, correction_bias: Tensor, top_k: int, *_: float) -> tuple[Tensor, Tensor]:
+    return fake_routing(logits, top_k)
 
 
-def _fake(
-    logits: Tensor,
-    correction_bias: Tensor,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    norm_topk_prob: int,
-    routed_scaling_factor: float,
-) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
-
-
-_GROUPS_BODY = """
-    by_group = Constant <value_ints = [0, {n_group}, -1]> ()
-    grouped = Reshape (biased_all, by_group)
-    two = Constant <value = int64[1] {{2}}> ()
+_SCORE_GROUPS = """
+    two = Constant <value = int64[1] {2}> ()
     best_two, best_two_ids = TopK (grouped, two)
     group_scores = ReduceSum <keepdims = 0> (best_two, two)
-    topk_group = Constant <value = int64[1] {{{topk_group}}}> ()
-    best_scores, best_groups = TopK (group_scores, topk_group)
+"""
+_DROP_GROUPS = """
     zero = Constant <value_float = 0.0> ()
     nothing = Mul (group_scores, zero)
     lowest = Constant <value_float = -3.0e38> ()
@@ -76,30 +70,19 @@ _GROUPS_BODY = """
     penalty = ScatterElements <axis = 1> (all_dropped, best_groups, best_zero)
     penalty_3d = Unsqueeze (penalty, two)
     grouped_kept = Add (grouped, penalty_3d)
-    all_experts = Constant <value_ints = [0, -1]> ()
-    biased = Reshape (grouped_kept, all_experts)
-"""
-_NORMALISE_BODY = """
-    last_axis = Constant <value_ints = [-1]> ()
-    total = ReduceSum (chosen, last_axis)
-    tiny = Constant <value_float = 1.0e-20> ()
-    divisor = Add (total, tiny)
-    shares = Div (chosen, divisor)
 """
 
 
 def _body(attributes: Mapping[str, Any]) -> str:
-    limited = attributes["topk_group"] < attributes["n_group"]
-    normalised = attributes["norm_topk_prob"] and attributes["top_k"] > 1
     return f"""
     logits_f = Cast <to = 1> (logits)
     scores = Sigmoid (logits_f)
     biased_all = Add (scores, correction_bias)
-    {_GROUPS_BODY.format(**attributes) if limited else "biased = Identity (biased_all)"}
+    {limit_body("biased", attributes, _SCORE_GROUPS, _DROP_GROUPS)}
     top_k = Constant <value = int64[1] {{{attributes["top_k"]}}}> ()
     best, ids_long = TopK (biased, top_k)
     chosen = GatherElements <axis = 1> (scores, ids_long)
-    {_NORMALISE_BODY if normalised else "shares = Identity (chosen)"}
+    {normalise_body("shares", attributes, "Identity (chosen)")}
     factor = Constant <value_float = {float(attributes["routed_scaling_factor"])!r}> ()
     weights = Mul (shares, factor)
     ids = Cast <to = 6> (ids_long)
@@ -110,20 +93,14 @@ MOE_BIASED_ROUTER = OpSpec(
     name="MoeBiasedRouter",
     doc="Chooses each token's experts by sigmoid scores and a correction bias, and gives their weights.",
     inputs=(
-        TensorArg("logits", "float32", ("T", "E"), "router logits"),
+        LOGITS,
         TensorArg("correction_bias", "float32", ("E",), "added to the scores for the choice only"),
     ),
     outputs=(
         TensorArg("weights", "float32", ("T", "K"), "weights of the chosen experts, best biased score first"),
-        TensorArg("ids", "int32", ("T", "K"), "the chosen experts, of equal scores the lower id"),
+        IDS,
     ),
-    attributes=(
-        Attribute("top_k", "int", "K, experts a token"),
-        Attribute("n_group", "int", "groups of experts; 1 where routing is not limited"),
-        Attribute("topk_group", "int", "groups that may be chosen from; n_group where routing is not limited"),
-        Attribute("norm_topk_prob", "int", "1: weights sum to one before they are scaled"),
-        Attribute("routed_scaling_factor", "float", "the scale of the weights"),
-    ),
+    attributes=routing_attributes("1: weights sum to one before they are scaled", "the scale of the weights"),
     reference=moe_biased_router,
     fake=_fake,
     body=_body,

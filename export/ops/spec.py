@@ -11,7 +11,6 @@ from deepseek_trt.export.bundle.graph import DOMAIN
 OPSET = 23  # of the standard operators in graphs and bodies
 FLOATS = ("float32", "float16", "bfloat16")
 
-AttributeValue = int | float | str
 AttributeType = Literal["int", "float", "string"]
 
 

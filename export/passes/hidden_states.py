@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from deepseek_trt.export.bundle.graph import GraphSpec, hidden_name
+from deepseek_trt.export.passes.places import input_norm, normed_by
 
 HIDDEN = "hidden_states."
-_INPUT_NORM = "model.layers.{}.input_layernorm.weight"
 
 
 class AddHiddenStates(ir.passes.InPlacePass):
@@ -25,7 +25,7 @@ class AddHiddenStates(ir.passes.InPlacePass):
         last = graph.outputs[0]
         shape = ir.node("Shape", [last], name="hidden_states_shape")
         graph.append(shape)
-        streams = [_layer_input(graph, index) for index in range(self._layers)]
+        streams = [normed_by(graph.initializers[input_norm(index)]) for index in range(self._layers)]
         hidden = [self._output(graph, index, stream, shape.outputs[0]) for index, stream in enumerate(streams)]
         copy = ir.node("Identity", [last], name=hidden_name(self._layers))
         graph.append(copy)
@@ -41,14 +41,6 @@ class AddHiddenStates(ir.passes.InPlacePass):
         rows = ir.node("Reshape", [cast.outputs[0], shape], name=f"{name}_rows")
         graph.extend([cast, rows])
         return _named(rows.outputs[0], name)
-
-
-def _layer_input(graph: ir.Graph, layer: int) -> ir.Value:
-    (norm,) = graph.initializers[_INPUT_NORM.format(layer)].consumers()
-    value = norm.inputs[0]
-    assert norm.op_type == "RMSNormalization", norm
-    assert value is not None, norm
-    return value
 
 
 def _named(value: ir.Value, name: str) -> ir.Value:

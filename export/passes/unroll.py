@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from deepseek_trt.export.passes.places import input_norm, normed_by
+
 _LAYER = re.compile(r"(?:model\.layers|past_key_values|present)\.(\d+)\.")
 
 
@@ -56,22 +58,13 @@ def _segment(graph: ir.Graph, layer: int) -> _Segment:
     own = {name: v for name, v in graph.initializers.items() if name.startswith(f"{at}.")}
     own.update({_name(v): v for v in graph.inputs if _name(v).startswith(f"past_key_values.{layer}.")})
     presents = tuple(v for v in graph.outputs if _name(v).startswith(f"present.{layer}."))
-    entry = _normed_by(own[f"{at}.input_layernorm.weight"])
-    middle = _normed_by(own[f"{at}.post_attention_layernorm.weight"])
+    entry = normed_by(own[input_norm(layer)])
+    middle = normed_by(own[f"{at}.post_attention_layernorm.weight"])
     (last,) = (node for node in middle.consumers() if node.op_type == "Add")
     exit_ = last.outputs[0]
     after = _descendants(graph, [entry, *own.values()])
     before = _ancestors(graph, [exit_, *presents])
     return _Segment(tuple(n for n in graph if n in after and n in before), entry, exit_, presents, own)
-
-
-def _normed_by(weight: ir.Value) -> ir.Value:
-    """The value that the norm with this weight is applied to."""
-    (norm,) = weight.consumers()
-    value = norm.inputs[0]
-    assert norm.op_type == "RMSNormalization", norm
-    assert value is not None, norm
-    return value
 
 
 def _descendants(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:

@@ -162,7 +162,7 @@ class _Planner:
             yield from self.mlp(f"{at}.shared_experts", c.n_shared_experts * c.moe_intermediate_size)
 
     def separate_experts(self, at: str) -> Iterator[Recipe]:
-        """As published: one tensor an expert and projection."""
+        """Stack experts as DeepSeek publishes them: one tensor an expert and projection."""
         c = self.c
         for name, rows, columns in self.expert_shapes():
             sources = [self.source(f"{at}.{e}.{name}.weight", rows, columns) for e in range(c.n_routed_experts)]
@@ -170,7 +170,7 @@ class _Planner:
             yield Recipe(f"{at}.{name}", (c.n_routed_experts, rows, columns), pieces)
 
     def stacked_experts(self, at: str) -> Iterator[Recipe]:
-        """As newer transformers may write them: gate and up in one tensor [E, 2I, hidden]."""
+        """Split experts as newer transformers may write them: gate and up in one tensor [E, 2I, hidden]."""
         c = self.c
         E, inner = c.n_routed_experts, c.moe_intermediate_size
         both = self.source(f"{at}.gate_up_proj", E, 2 * inner, c.hidden_size)

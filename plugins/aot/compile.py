@@ -151,10 +151,9 @@ def find_ptxas() -> Path:
 
 
 def _environment(ptxas: Path, cache: str) -> dict[str, str]:
-    """Ours without any of Triton's settings, then those we want."""
-    kept = {
-        key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "PTXAS_", "DISABLE_PTXAS"))
-    }
+    """A compiler process's environment: this one's without any of Triton's settings, then those we want."""
+    settings = ("TRITON_", "PTXAS_", "DISABLE_PTXAS")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(settings)}
     return {
         **kept,
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),

@@ -105,11 +105,9 @@ def _mla_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
 def _router_rows(config: ModelConfig, sm: int) -> tuple[Variant, ...]:
     if config.topk_method not in ROUTED:
         raise BuildError(f"topk_method {config.topk_method!r} has no kernel, only {', '.join(ROUTED)}: run it with ort")
-    limited = config.topk_method == "group_limited_greedy"
     router = constants.router_constants(
         config.n_routed_experts,
-        config.n_group if limited else 1,
-        config.topk_group if limited else 1,
+        *config.routing_groups,
         config.num_experts_per_tok,
         int(config.norm_topk_prob),
     )

@@ -112,10 +112,11 @@ def _options(variant: Variant, as_ptx: bool) -> dict[str, Any]:
 
 
 def _check_environment() -> None:
-    """Triton falls back to its own ptxas where the pinned one does not run; here that is an error."""
+    """Refuse to compile where Triton does not use the pinned ptxas: it falls back to its own without a word."""
     from triton import knobs
 
-    for tool, key in ((knobs.nvidia.ptxas, "TRITON_PTXAS_PATH"), (knobs.nvidia.ptxas_blackwell, "TRITON_PTXAS_PATH")):
+    tools = {"TRITON_PTXAS_PATH": knobs.nvidia.ptxas, "TRITON_PTXAS_BLACKWELL_PATH": knobs.nvidia.ptxas_blackwell}
+    for key, tool in tools.items():
         if tool.path != os.environ[key]:
             raise AssertionError(f"Triton uses {tool.path} instead of the pinned {os.environ[key]}: does that one run?")
 

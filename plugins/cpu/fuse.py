@@ -14,12 +14,20 @@ import onnx_ir.passes.common as common
 
 from deepseek_trt.export.bundle.graph import DOMAIN
 from deepseek_trt.export.passes.widen import WidenBfloat16
+from deepseek_trt.plugins.cpu.operators import (
+    ACTIVATIONS,
+    ATTENTION,
+    ATTENTION_FLOAT16,
+    CPU_DOMAIN,
+    FEED_FORWARD,
+    HEAD,
+    Attributes,
+    Operator,
+)
 from deepseek_trt.plugins.cpu.patterns import Found, OneOf, Op, match, uncast
 
-CPU_DOMAIN = "deepseek_trt.cpu"
-ACTIVATIONS = ("silu", "relu", "gelu", "gelu_pytorch_tanh")  # by their numbers in csrc/args.h
 # By the cache's type.
-_OPERATORS: dict[ir.DataType | None, str] = {ir.DataType.FLOAT: "Attention", ir.DataType.FLOAT16: "AttentionFloat16"}
+_ATTENTIONS = {ir.DataType.FLOAT: ATTENTION, ir.DataType.FLOAT16: ATTENTION_FLOAT16}
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 _ADJACENT = {"interleaved": 1}
 
@@ -105,77 +113,53 @@ class FuseForCpu(ir.passes.InPlacePass):
 
     def _fuse_half(self, graph: ir.Graph, node: ir.Node) -> None:
         out = node.outputs[0]
-        if (found := match(_ATTENTION, out)) and found["past"].dtype in _OPERATORS and _same_dims(found):
+        if (found := match(_ATTENTION, out)) and found["past"].dtype in _ATTENTIONS and _same_dims(found):
             self._attention(graph, node, found)
         elif (found := match(_FEED_FORWARD, out)) and _routed_together(found):
             self._feed_forward(graph, node, found)
 
     def _attention(self, graph: ir.Graph, at: ir.Node, f: Found) -> None:
         mla = _producer(f["attended"])
-        names = ["past", "page_table", "past_lengths", "norm_weight", "kv_a", "kv_norm_weight"]
-        names += ["w_uk", "w_uv", "o", "q"]
-        names += ["q_a", "q_norm_weight"] if "q_a" in f else []
-        biases = ["kv_a_bias", "o_bias"] + (["q_a_bias"] if "q_a" in f else [])
-        has_bias = all(name in f for name in biases)
-        if not has_bias and any(name in f for name in biases):
-            return
-        inputs = [self._float(graph, at, f[name]) for name in ("x", "cos", "sin")]
-        inputs += [f[name] for name in names + (biases if has_bias else [])]
-        attributes = {
+        assert f["past"].dtype is not None
+        attributes: dict[str, float | int] = {
             "query_compression": int("q_a" in f),
-            "bias": int(has_bias),
             "scale": mla.attributes["scale"].as_float(),
             "eps": _epsilon(f["norm"]),
             "latent_eps": _epsilon(f["kv_norm"]),
         }
-        node = self._insert(graph, at, _OPERATORS[f["past"].dtype], inputs, attributes, outputs=2)
-        _move(mla.outputs[1], node.outputs[1])
+        node = self._insert(graph, at, _ATTENTIONS[f["past"].dtype], f, attributes)
+        if node is not None:
+            _move(mla.outputs[1], node.outputs[1])
 
     def _feed_forward(self, graph: ir.Graph, at: ir.Node, f: Found) -> None:
-        shared = "shared_down" in f
-        biases = ["shared_gate_bias", "shared_up_bias", "shared_down_bias"]
-        has_bias = all(name in f for name in biases)
-        if not has_bias and any(name in f for name in biases):
-            return
-        inputs = [self._float(graph, at, f["x"]), f["norm_weight"]]
-        attributes: dict[str, float | int] = {"eps": _epsilon(f["norm"]), "shared": int(shared), "bias": int(has_bias)}
-        activation = next((name for name in ACTIVATIONS if name in f), None)
+        attributes: dict[str, float | int] = {"eps": _epsilon(f["norm"]), "shared": int("shared_down" in f)}
+        activations = {name for name in ACTIVATIONS if name in f}
         if "experts" in f:
-            chosen = _producer(f["experts"]).attributes["activation"].as_string()
-            if activation not in (None, chosen):
-                return
-            activation = chosen
-            inputs += [f[name] for name in ("router", "gate", "up", "down", "correction") if name in f]
+            activations.add(_producer(f["experts"]).attributes["activation"].as_string())
             attributes |= _routing(_producer(f["routed"]))
-        assert activation is not None
-        attributes["activation"] = ACTIVATIONS.index(activation)
-        inputs += [f[f"shared_{name}"] for name in ("gate", "up", "down")] if shared else []
-        inputs += [f[name] for name in biases] if has_bias else []
-        self._insert(graph, at, "FeedForward", inputs, attributes)
+        if len(activations) == 1:
+            attributes["activation"] = ACTIVATIONS.index(activations.pop())
+            self._insert(graph, at, FEED_FORWARD, f, attributes)
 
     def _fuse_head(self, graph: ir.Graph) -> None:
         found = match(_HEAD, graph.outputs[0])
         if found is None:
             return
         at = _producer(graph.outputs[0])
-        inputs = [self._float(graph, at, found["x"]), found["norm_weight"], found["head"]]
-        node = ir.node("Head", inputs, {"eps": _epsilon(found["norm"])}, domain=CPU_DOMAIN)
+        node = _node(graph, at, HEAD, found, {"eps": _epsilon(found["norm"])})
         node.outputs[0].dtype = ir.DataType.FLOAT
         graph.insert_after(at, node)
         _move(graph.outputs[0], node.outputs[0])
         self.fused += 1
 
     def _insert(
-        self,
-        graph: ir.Graph,
-        at: ir.Node,
-        operator: str,
-        inputs: list[ir.Value],
-        attributes: dict[str, float | int],
-        outputs: int = 1,
-    ) -> ir.Node:
-        """Put the operator in the place of `at`, whose output goes on in its own type."""
-        node = ir.node(operator, inputs, attributes, domain=CPU_DOMAIN, num_outputs=outputs, name=f"cpu_{at.name}")
+        self, graph: ir.Graph, at: ir.Node, operator: Operator, f: Found, attributes: Attributes
+    ) -> ir.Node | None:
+        """Put the operator in the place of `at`, whose output goes on in its own type; not where a bias is missing."""
+        biases = _biases(operator, f, attributes)
+        if biases is None:
+            return None
+        node = _node(graph, at, operator, f, {**attributes, "bias": biases}, name=f"cpu_{at.name}")
         old, new = at.outputs[0], node.outputs[0]
         new.name, new.dtype, new.shape = f"{old.name}.cpu", ir.DataType.FLOAT, old.shape
         graph.insert_after(at, node)
@@ -187,16 +171,37 @@ class FuseForCpu(ir.passes.InPlacePass):
         _move(old, new)
         return node
 
-    @staticmethod
-    def _float(graph: ir.Graph, at: ir.Node, value: ir.Value) -> ir.Value:
-        """The value in float32."""
-        value = uncast(value)
-        if value.dtype == ir.DataType.FLOAT:
-            return value
-        cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
-        cast.outputs[0].name, cast.outputs[0].dtype = f"{value.name}.cpu_{at.name}", ir.DataType.FLOAT
-        graph.insert_before(at, cast)
-        return cast.outputs[0]
+
+def _node(
+    graph: ir.Graph, at: ir.Node, operator: Operator, f: Found, attributes: Attributes, name: str | None = None
+) -> ir.Node:
+    """A node of the operator, its inputs found by their names; what is to be float32 is cast before `at`."""
+    inputs = [
+        _float(graph, at, f[i.name]) if i.dtype == "float32" else f[i.name] for i in operator.inputs_with(attributes)
+    ]
+    outputs = len(operator.outputs)
+    return ir.node(
+        operator.name, inputs, operator.ordered(attributes), domain=CPU_DOMAIN, num_outputs=outputs, name=name
+    )
+
+
+def _biases(operator: Operator, f: Found, attributes: Attributes) -> int | None:
+    """1 where all biases are there that the operator may have, 0 where none is; None where only some are."""
+    names, without = ({i.name for i in operator.inputs_with({**attributes, "bias": bias})} for bias in (1, 0))
+    biases = names - without
+    found = biases & f.keys()
+    return int(bool(found)) if found in (set(), biases) else None
+
+
+def _float(graph: ir.Graph, at: ir.Node, value: ir.Value) -> ir.Value:
+    """The value in float32."""
+    value = uncast(value)
+    if value.dtype == ir.DataType.FLOAT:
+        return value
+    cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)})
+    cast.outputs[0].name, cast.outputs[0].dtype = f"{value.name}.cpu_{at.name}", ir.DataType.FLOAT
+    graph.insert_before(at, cast)
+    return cast.outputs[0]
 
 
 def _producer(value: ir.Value) -> ir.Node:

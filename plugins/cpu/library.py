@@ -1,4 +1,4 @@
-"""The compiled CPU operators: built once a machine from csrc, or found beside the bundle that they serve."""
+"""The library of compiled CPU operators: built once a machine, or found beside the bundle that it serves."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from deepseek_trt.export.errors import BackendError, BuildError
+from deepseek_trt.plugins.cpu.operators import OPERATORS, Operator, generated_headers
 from deepseek_trt.plugins.cxx import Compiler, cache_folder, find_compiler
 
 _FOLDER = Path(__file__).parent / "csrc"
@@ -33,7 +34,7 @@ _OBJECTS = (
 
 
 class ExpertsHit(NamedTuple):
-    """Of decode steps: layers with routed experts, and the experts that each read, once however many rows chose it."""
+    """Counts over decode steps: layers with experts, and experts read in them, each once however many rows chose it."""
 
     layers: int
     experts: int
@@ -56,7 +57,7 @@ def cpu_library(bundle: Path | None = None) -> CpuLibrary:
         return CpuLibrary(bundle / CPU_LIBRARY_FILE)
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return CpuLibrary(None, "the compiled CPU operators are for Linux on x86-64")
-    sources = _sources()
+    sources = source_files()
     if not sources:
         return CpuLibrary(None, "the sources of the compiled CPU operators are missing: install deepseek-trt again")
     try:
@@ -75,7 +76,7 @@ def cpu_library_path(bundle: Path | None = None) -> Path | None:
 
 
 def experts_hit_counter(library: Path) -> Callable[[], ExpertsHit] | None:
-    """What the operators of all the process's sessions have counted so far; None where another version's do not."""
+    """A function that gives what the operators of all sessions counted so far; None where the library has none."""
     read = getattr(ctypes.CDLL(str(library)), "deepseek_trt_cpu_experts_hit", None)
     if read is None:
         return None
@@ -88,10 +89,11 @@ def experts_hit_counter(library: Path) -> Callable[[], ExpertsHit] | None:
     return count
 
 
-def _sources() -> dict[str, bytes]:
-    """Contents by file name: the compiler gets them in one folder."""
+def source_files(operators: Sequence[Operator] = OPERATORS) -> dict[str, bytes]:
+    """Contents by file name, as the compiler gets them in one folder; none where csrc is not installed."""
     found = sorted(_FOLDER.rglob("*"), key=lambda path: path.name)
-    return {path.name: path.read_bytes() for path in found if path.suffix in (".cpp", ".h")}
+    written = {path.name: path.read_bytes() for path in found if path.suffix in (".cpp", ".h")}
+    return written and written | generated_headers(operators)
 
 
 def _digest(sources: dict[str, bytes], compiler: Compiler) -> str:

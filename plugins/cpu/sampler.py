@@ -11,12 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from deepseek_trt.export.arrays import Floats
-from deepseek_trt.plugins.cpu.likeliest import PAIR
-from deepseek_trt.plugins.cpu.sampling_row import SamplingRow
+from deepseek_trt.plugins.cpu.sampling_row import PAIR, SamplingRow
 
 
 class Row(Protocol):
-    """What is read of a row: the address of its SamplingRow, and how many likeliest tokens it wants, -1 for none."""
+    """A row to sample: the address of its SamplingRow, and how many likeliest tokens it wants, -1 for none."""
 
     address: int
     logprobs: int
@@ -38,7 +37,7 @@ class _Batch(ctypes.Structure):
 
 
 class NativeSampler:
-    """deepseek_trt_sample of one library, for one thread at a time."""
+    """Calls one library's deepseek_trt_sample, for one thread at a time."""
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._sample, self._threads = library.deepseek_trt_sample, ctypes.c_int64(threads)
@@ -65,7 +64,7 @@ class NativeSampler:
         return tokens, logprobs, self._split.unpack(self._tops)
 
     def _prepare(self, rows: list[Row], vocab: int) -> None:
-        """What a call needs, to be used again as long as the same rows run."""
+        """Lay out what a call needs; it is used again as long as the same rows run."""
         wanted, count = [row.logprobs for row in rows], len(rows)
         self._rows, self._vocab = rows, vocab
         self._most, self.alike = min(max(wanted), vocab), min(wanted) == max(wanted)
@@ -80,7 +79,7 @@ class NativeSampler:
 
 
 def _address(array: Any) -> int:
-    """Of the first number: in half the time that array.ctypes takes when it has been out of use for a step."""
+    """The address of the first number, in half the time that array.ctypes takes when a step has gone by unused."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))
     except TypeError:  # read-only
@@ -88,7 +87,7 @@ def _address(array: Any) -> int:
 
 
 def load_sampler(path: Path, threads: int = 1) -> NativeSampler | None:
-    """The sampler of the compiled CPU operators at `path`; None where they have none, or another version's.
+    """The sampler in the library at `path`; None where it has none, or another version's.
 
     `threads` are those of the operators, where they have as many: they are awake when a step has just ended.
     """

@@ -1,13 +1,17 @@
-"""SamplingRow: one request's parameters, randomness and history, as the compiled sampler and numpy's read them."""
+"""What a sampler reads and gives for one row, laid out as in plugins/cpu/csrc/sampling/sampling.h."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+PAIR = struct.Struct("=qd")  # SamplingTop: a token's id and its natural log-probability
+TopLogprobs = tuple[tuple[int, float], ...]  # (id, log-probability) of the likeliest tokens, best first
 
 _MASK = 2**64 - 1
 _LOG2E = 1.4426950408889634
@@ -15,7 +19,7 @@ _COLDEST = 1e-30  # lower temperatures are taken as this one, which float32 can 
 
 
 class SamplingRow(ctypes.Structure):
-    """The same fields as SamplingRow in plugins/cpu/csrc/sampling/sampling.h, which says what they mean."""
+    """One request's parameters, randomness and history; the header says what each field means."""
 
     _fields_ = (
         ("top_p", ctypes.c_double),
@@ -62,7 +66,7 @@ class SamplingRow(ctypes.Structure):
 
 
 class History:
-    """The memory of a row's history: tokens of the prompt, and room for those of the answer."""
+    """Holds the memory of a row's history: tokens of the prompt, and room for those of the answer."""
 
     def __init__(self, row: SamplingRow, prompt: Sequence[int], answer: int) -> None:
         first = list(dict.fromkeys(prompt))
@@ -73,13 +77,23 @@ class History:
         row.seen_count, row.seen_room = len(first), len(self._tokens)
 
 
+def pack(ids: Iterable[int], logprobs: Iterable[float]) -> bytes:
+    """Pack the likeliest tokens, best first: most are read when the answer is whole, and tuples cost time to make."""
+    return b"".join(map(PAIR.pack, ids, logprobs))
+
+
+def unpack(packed: bytes) -> TopLogprobs:
+    """The tokens that `pack` packed."""
+    return tuple(PAIR.iter_unpack(packed))
+
+
 def steepness(temperature: float) -> float:
     """log2(e) / temperature, 0 for greedy."""
     return _LOG2E / max(temperature, _COLDEST) if temperature else 0.0
 
 
 def key_of(seed: int) -> int:
-    """Far apart for seeds that are close (splitmix64's finish)."""
+    """A row's key, far apart for seeds that are close (splitmix64's finish)."""
     z = (seed + 0x9E3779B97F4A7C15) & _MASK
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK

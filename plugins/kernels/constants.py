@@ -19,13 +19,13 @@ Constants = dict[str, int]
 
 
 def write_constants(latent_dim: int, padded: bool) -> Constants:
-    """Of latent_write. padded: whether rows beyond sequence_lengths go to page 0."""
+    """Constants of latent_write. padded: whether rows beyond sequence_lengths go to page 0."""
     return {"D": latent_dim, "PADDED": int(padded), "BLOCK_D": next_power_of_2(latent_dim)}
 
 
 @dataclass(frozen=True)
 class DecodeConstants:
-    """Of mla_decode_split and mla_decode_combine."""
+    """Constants of mla_decode_split and mla_decode_combine."""
 
     split: Constants
     combine: Constants
@@ -42,7 +42,7 @@ def decode_constants(heads: int, rank: int, rope: int) -> DecodeConstants:
 
 @dataclass(frozen=True)
 class PrefillConstants:
-    """Of mla_prefill_expand and mla_prefill_attend."""
+    """Constants of mla_prefill_expand and mla_prefill_attend."""
 
     expand: Constants
     attend: Constants
@@ -59,7 +59,7 @@ def prefill_constants(heads: int, rank: int, rope: int, nope: int, value: int) -
 
 
 def router_constants(experts: int, groups: int, topk_groups: int, top_k: int, normalise: int) -> Constants:
-    """Of moe_router; without group limits all experts are one group."""
+    """Constants of moe_router; without group limits all experts are one group."""
     limited = topk_groups < groups
     used = groups if limited else 1
     return {
@@ -76,7 +76,7 @@ def router_constants(experts: int, groups: int, topk_groups: int, top_k: int, no
 
 @dataclass(frozen=True)
 class DispatchConstants:
-    """Of the three kernels of the counting sort."""
+    """Constants of the three kernels of the counting sort."""
 
     count: Constants
     offsets: Constants
@@ -93,7 +93,7 @@ def dispatch_constants(experts: int) -> DispatchConstants:
 
 @dataclass(frozen=True)
 class ExpertsConstants:
-    """Of the grouped GEMMs and the weighted sum."""
+    """Constants of the grouped GEMMs and the weighted sum."""
 
     gate_up: Constants
     down: Constants

@@ -132,12 +132,12 @@ def _fit(n: int, most: int) -> int:
 
 
 def write_tile(steps: int, sm: int) -> Tile:
-    """Of latent_write."""
+    """The tile of latent_write."""
     return tile(BLOCK_S=min(next_power_of_2(steps), 256)) if sm == INTERPRETER else WRITE
 
 
 def decode_tile(dtype: str, heads: int, sm: int, capacity: int) -> Tile:
-    """Of mla_decode_split."""
+    """The tile of mla_decode_split."""
     if sm == INTERPRETER:
         return tile(BLOCK_H=_fit(heads, 128), BLOCK_N=_fit(capacity, 256))
     if dtype == "float32":
@@ -147,31 +147,31 @@ def decode_tile(dtype: str, heads: int, sm: int, capacity: int) -> Tile:
 
 
 def decode_combine_tile(rank: int, sm: int) -> Tile:
-    """Of mla_decode_combine."""
+    """The tile of mla_decode_combine."""
     return tile(BLOCK_S=16, BLOCK_D=next_power_of_2(rank)) if sm == INTERPRETER else DECODE_COMBINE
 
 
 def prefill_expand_tile(dtype: str, rank: int, capacity: int, sm: int) -> Tile:
-    """Of mla_prefill_expand."""
+    """The tile of mla_prefill_expand."""
     if sm == INTERPRETER:
         return tile(BLOCK_T=_fit(capacity, 256), BLOCK_K=dot_size(rank))
     return PREFILL_EXPAND_F32 if dtype == "float32" else PREFILL_EXPAND[chip_class(sm)]
 
 
 def prefill_attend_tile(dtype: str, steps: int, capacity: int, sm: int) -> Tile:
-    """Of mla_prefill_attend."""
+    """The tile of mla_prefill_attend."""
     if sm == INTERPRETER:
         return tile(BLOCK_M=_fit(steps, 256), BLOCK_N=_fit(capacity, 256))
     return PREFILL_ATTEND_F32 if dtype == "float32" else PREFILL_ATTEND[chip_class(sm)]
 
 
 def router_tile(tokens: int, sm: int) -> Tile:
-    """Of moe_router."""
+    """The tile of moe_router."""
     return tile(BLOCK_T=min(next_power_of_2(tokens), 256)) if sm == INTERPRETER else ROUTER
 
 
 def dispatch_tile(sm: int) -> Tile:
-    """Of moe_dispatch_offsets."""
+    """The tile of moe_dispatch_offsets."""
     return DISPATCH_OFFSETS
 
 
@@ -201,7 +201,7 @@ class ExpertsShape:
 
 
 def gemm_tiles(dtype: str, shape: ExpertsShape, sm: int) -> GemmTiles:
-    """Of moe_gate_up and moe_down."""
+    """The tiles of moe_gate_up and moe_down."""
     if sm == INTERPRETER:
         rows = _fit(-(-shape.tokens * shape.top_k // shape.experts), 64)
         hidden, inter = _fit(shape.hidden, 512), _fit(shape.inter, 512)
@@ -220,7 +220,7 @@ def _grouped_tile(plain: Tile) -> Tile:
 
 
 def combine_tile(tokens: int, width: int, sm: int) -> Tile:
-    """Of moe_combine."""
+    """The tile of moe_combine."""
     if sm == INTERPRETER:
         return tile(BLOCK_T=min(next_power_of_2(tokens), 256), BLOCK_D=next_power_of_2(width))
     return COMBINE

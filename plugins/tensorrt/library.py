@@ -14,11 +14,11 @@ from pathlib import Path
 
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import BuildError
+from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.cxx import Compiler, find_compiler
 from deepseek_trt.plugins.tensorrt import codegen
 from deepseek_trt.plugins.tensorrt.headers import Headers, find_headers
-from deepseek_trt.plugins.tensorrt.loading import load_library
 from deepseek_trt.plugins.tensorrt.manifest import (
     LIBRARY,
     MANIFEST,
@@ -30,8 +30,6 @@ from deepseek_trt.plugins.tensorrt.manifest import (
 )
 from deepseek_trt.plugins.tensorrt.op_tables import fixed_sizes
 from deepseek_trt.plugins.tensorrt.sources import UNITS, ops_of, source_files
-
-__all__ = ["PluginLibrary", "build_library", "load_library", "read_manifest"]
 
 # Host code, run once a launch: small rather than fast. No symbols and no build id: equal inputs give equal bytes.
 _FLAGS = ("-Os", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-I.")
@@ -132,7 +130,7 @@ def _manifest(
     return Manifest(
         schema=SCHEMA,
         made_by=f"deepseek-trt plugins {version_of('deepseek-trt')}",
-        sha256=hashlib.sha256(library.read_bytes()).hexdigest(),
+        sha256=file_sha256(library),
         library_id=inputs_sha256[:16],
         inputs_sha256=inputs_sha256,
         dtype=dtype,

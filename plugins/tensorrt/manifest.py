@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek_trt.export.errors import BuildError
+from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.aot.records import Binary
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def read_manifest(library: Path) -> Manifest:
     path = library.with_name(MANIFEST)
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        found = hashlib.sha256(library.read_bytes()).hexdigest()
+        found = file_sha256(library)
     except FileNotFoundError as error:
         raise BuildError(f"{error.filename} is missing: run `deepseek-trt plugins`") from None
     except (ValueError, TypeError) as error:

@@ -56,7 +56,7 @@ def test_generate_as_json(run, demo):
 
 def test_every_sampling_option_reaches_the_sampler():
     from deepseek_trt.cli.options import sampling_options
-    from deepseek_trt.engines.generation.sampling import SamplingParams
+    from deepseek_trt.engines.generation.params import SamplingParams
 
     params = SamplingParams(9, 0.5, 4, 0.9, 3, 0.1, 1.2, 0.3, 0.4, ("x", "y"), (5, 6), True, 2, 3)
     seen = []

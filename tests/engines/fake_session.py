@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.bundle.graph import CacheSpec
 
 VOCAB, PAGE = 13, 4
@@ -40,7 +41,7 @@ def logits_after(tokens):
     return logits_of(values[1:])
 
 
-class FakeSession:
+class FakeSession(Session):
     backend, note = "fake", ""
     cache = CacheSpec(1, PAGE, 1, "float32")
 

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from deepseek_trt.engines.bench.bench import BenchRequest, bench
-from deepseek_trt.engines.generation.generate import generate
+from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.pages import page_table
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.plans.build import build_with_library
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.engines.sessions.opening import choose_backend
-from deepseek_trt.engines.sessions.ort import OrtSession
-from deepseek_trt.engines.sessions.ort_cuda import OrtCudaSession
+from deepseek_trt.engines.sessions.ort import OrtCudaSession, OrtSession
 from deepseek_trt.engines.sessions.session import row_latents
 from deepseek_trt.engines.sessions.tensorrt.session import TrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
@@ -176,10 +175,8 @@ def test_the_cache_is_written_in_place(engines):
 def test_generated_tokens_do_not_depend_on_graphs(engines):
     config = dataclasses.replace(engines.bundle.manifest.model, eos_token_ids=())
     prompts, params = [[5, 6, 7], [9] * 70, [11, 12]], SamplingParams(24)
-    made = [
-        [(s.row, s.token) for s in generate(engines.session(cuda_graphs=on), config, prompts, params)]
-        for on in (True, False)
-    ]
+    sessions = (engines.session(cuda_graphs=on) for on in (True, False))
+    made = [LLM(session, config).generate(prompts, params) for session in sessions]
     assert made[0] == made[1]
 
 
@@ -213,9 +210,7 @@ def test_cuda_provider_gives_the_tokens_of_the_cpu(gpu, demo_checkpoint, bundle_
         pytest.skip(str(error))
     config = dataclasses.replace(bundle.manifest.model, eos_token_ids=())
     prompts, params = [[5, 6, 7], [9] * 70, [11, 12]], SamplingParams(24)
-    made = [
-        [(s.row, s.token) for s in generate(each, config, prompts, params)] for each in (session, OrtSession(bundle, 8))
-    ]
+    made = [LLM(each, config).generate(prompts, params) for each in (session, OrtSession(bundle, 8))]
     assert made[0] == made[1]
 
 

@@ -111,4 +111,4 @@ def test_the_configuration_is_a_plain_batched_model(mood):
 def test_the_runtime_needs_no_torch_and_no_onnx(repository):
     sources = {path.name for path in (repository / "mood" / "1" / "runtime").rglob("*.py")}
     assert {"classify.py", "classifier_model.py", "ort.py"} <= sources
-    assert not sources & {"heads.py", "torch_session.py", "model.py", "widen.py"}
+    assert not sources & {"heads.py", "torch.py", "model.py", "widen.py"}

@@ -12,7 +12,7 @@ from itertools import islice
 
 import pytest
 
-from deepseek_trt.engines.model_repository.writer import write_manifest
+from deepseek_trt.engines.model_repository.folder import write_manifest
 
 ENDLESS = {"text_input": "The", "max_tokens": 2000, "min_tokens": 2000}  # seconds of work, unless somebody ends it
 SHORT = {"text_input": "The number", "max_tokens": 8}
@@ -105,7 +105,7 @@ def test_a_killed_stub_fails_its_streams_and_comes_back(serve, demo_repository, 
 
 def test_a_failing_engine_fails_its_streams_and_the_model_is_not_ready_until_loaded_again(serve, own_repository):
     version = own_repository / "deepseek_v2" / "1"
-    with (version / "runtime" / "deepseek_trt" / "engines" / "ort.py").open("a") as module:
+    with (version / "runtime" / "deepseek_trt" / "engines" / "sessions" / "ort.py").open("a") as module:
         module.write(FAULT)
     facts = json.loads((version / "manifest.json").read_text())
     write_manifest(version, {name: value for name, value in facts.items() if name != "files"})

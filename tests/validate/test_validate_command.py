@@ -11,7 +11,7 @@ from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.cli.validate import EXIT_ACCURACY
-from deepseek_trt.engines.sessions.backends import BACKENDS as ENGINES
+from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.validate.accuracy import validate_bundle
 from deepseek_trt.validate.backends.backends import BACKENDS

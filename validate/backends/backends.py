@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from deepseek_trt.engines.sessions.backends import BACKENDS as ENGINES
-from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
+from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.torch import Weights
 from deepseek_trt.export.errors import BackendError

@@ -14,21 +14,18 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.ort import _supply_references
+from deepseek_trt.engines.sessions.opening import SessionRequest
+from deepseek_trt.engines.sessions.ort import open_graph
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
-from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import DOMAIN, past_name
-from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.steps import Step
 
 
-class ExportedSession:
+class ExportedSession(Session):
     """Custom ops by their function bodies; bfloat16 bundles are computed in float32.
 
     `seen` holds the inner values of the last call, of the places that `show` named, by probe name.
@@ -104,10 +101,8 @@ class _Graph:
         found = {name: value for name, value in inner_values(model).items() if name.rpartition(".")[0] in places}
         model.graph.outputs.extend(v for v in dict.fromkeys(found.values()) if not v.is_graph_output())
         self._names = {name: value.name or "" for name, value in found.items()}
-        try:
-            self._session = _open(request, ir.to_proto(model).SerializeToString())
-        except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
-            raise BackendError(f"ONNX Runtime cannot load {path} ({error}): export the checkpoint again") from None
+        serialized = ir.to_proto(model).SerializeToString()
+        self._session = open_graph(request.bundle, name, request.threads, model=serialized)
 
     def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[Array]]:
         """Logits, the values by probe name, and the new pools."""
@@ -157,15 +152,3 @@ def _weight_name(node: ir.Node) -> str:
     if producer is not None and producer.op_type == "Cast":
         value = producer.inputs[0]
     return (value.name or "") if value is not None else ""
-
-
-def _open(request: SessionRequest, model: bytes) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = request.threads
-    options.log_severity_level = 3
-    bundle: Bundle = request.bundle
-    kept = _supply_references(options, bundle) if bundle.manifest.by_reference else None
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    del kept
-    return session

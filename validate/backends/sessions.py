@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,14 +10,6 @@ from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Arrays, Floats
 from deepseek_trt.validate.backends.probes import Watcher
 from deepseek_trt.validate.steps import Step
-
-
-@runtime_checkable
-class Fillable(Protocol):
-    """A session whose pools are filled by itself, as pool() gives copies."""
-
-    def fill(self, value: float) -> None:
-        """Set every number of every pool."""
 
 
 class SessionStepper:
@@ -44,11 +35,7 @@ class SessionStepper:
 
 def poison(session: Session) -> bool:
     """Fill all pages with NaN; False where the session gives no way to."""
-    if isinstance(session, Fillable):
-        session.fill(float("nan"))
-    else:
-        for layer in range(session.cache.layers):
-            session.pool(layer)[:] = np.nan
+    session.fill(float("nan"))
     return all(bool(np.isnan(session.pool(layer).astype(np.float32)).all()) for layer in range(session.cache.layers))
 
 

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deepseek_trt.engines.sessions.torch import TorchSession, Weights
-from deepseek_trt.export.arrays import Array
+from deepseek_trt.engines.sessions.huge_pages import available_memory
+from deepseek_trt.engines.sessions.torch import TorchSession, Weights, bundle_weights
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.weights import weight_source
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.model import DeepseekV2, Rope
 
 
 class FillableTorchSession(TorchSession):
-    """pool() gives a copy where the dtype is narrow, so filling goes through here."""
+    """With all of its weights in memory."""
 
     is_slow = False
-
-    def fill(self, value: float) -> None:
-        """Set every number of every pool."""
-        self._pools = [torch.full_like(pool, value) for pool in self._pools]
 
 
 class StreamedTorchSession(FillableTorchSession):
@@ -40,7 +33,7 @@ class StreamedTorchSession(FillableTorchSession):
         self.note = f"{bundle.manifest.dtype} weights, computed in {dtype}, one layer in memory at a time"
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
         self.pages = pages
-        self._weights, self._dtype = weights or _of_bundle(bundle), getattr(torch, dtype)
+        self._weights, self._dtype = weights or bundle_weights(bundle), getattr(torch, dtype)
         self._own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}
         with torch.device("meta"):
             self.model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
@@ -74,31 +67,10 @@ def torch_session(bundle: Bundle, pages: int, dtype: str, weights: Weights | Non
     `weights` gives a graph tensor by its name; None takes the bundle's own.
     """
     needed = sum(w.recipe.size for w in bundle.manifest.weights) * dtype_bytes(dtype)
-    kind = StreamedTorchSession if needed > _free_memory() / 2 else FillableTorchSession
+    kind = StreamedTorchSession if needed > available_memory() / 2 else FillableTorchSession
     return kind(bundle, pages, dtype, weights)
-
-
-def _of_bundle(bundle: Bundle) -> Weights:
-    source = weight_source(bundle)
-    return lambda name: tensor_of(source(name).copy())
 
 
 def _drop(layer: nn.Module) -> None:
     empty = {name: torch.empty_like(parameter, device="meta") for name, parameter in layer.named_parameters()}
     layer.load_state_dict(empty, assign=True)
-
-
-def tensor_of(array: Array) -> Tensor:
-    """The same memory as a tensor; ml_dtypes' bfloat16 goes through its bits, as torch does not know it."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _free_memory() -> int:
-    """Bytes that can be had without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.opening import SessionRequest
+from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Array, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
@@ -21,7 +22,7 @@ from deepseek_trt.export.errors import BackendError
 MINIMUM = (5, 15)  # earlier versions leave out YaRN's factor on the softmax scale
 
 
-class TransformersSession:
+class TransformersSession(Session):
     """Runs each row's whole history anew at every step, in float32. It has no latents: `cache.layers` is 0."""
 
     backend = "transformers"

@@ -7,12 +7,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-import onnxruntime as ort
 
+from deepseek_trt.engines.sessions.ort import Memory, open_graph, ort_values
 from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
-from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.validate.backends.exported import inner_values
 from deepseek_trt.validate.backends.probes import PLACES
@@ -20,6 +19,7 @@ from deepseek_trt.validate.layerwise.weights import BundleWeights
 from deepseek_trt.validate.steps import Part, Step
 
 HIDDEN = "hidden_states"  # the cut graph's input
+_ONCE = Memory(packed=False, arena=False)  # the weights once, and nothing kept of what a step needed
 
 
 class OrtPart:
@@ -54,11 +54,15 @@ class OrtPart:
         self._experts = {name: weights.pop(name) for name in _feed_experts(model)}
         WidenBfloat16()(model)
         self._inputs = [value.name or "" for value in model.graph.inputs]
-        try:
-            self._session = _open(ir.to_proto(model).SerializeToString(), weights, self._threads)
-        except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
-            path, part = self._bundle.graph_path(graph), self._part.name
-            raise BackendError(f"ONNX Runtime cannot load {part} of {path} ({error}): export again") from None
+        self._session = open_graph(
+            self._bundle,
+            graph,
+            self._threads,
+            model=ir.to_proto(model).SerializeToString(),
+            name=f"{self._part.name} of {self._bundle.graph_path(graph)}",
+            given=ort_values(weights),
+            memory=_ONCE,
+        )
         self._loaded = graph
 
     def _give_weights(self, model: ir.Model) -> Arrays:
@@ -118,16 +122,3 @@ def _enter(graph: ir.Graph, hidden: ir.Value) -> None:
     entry = ir.Value(name=HIDDEN, type=hidden.type, shape=ir.Shape([None, None]))
     hidden.replace_all_uses_with(entry)
     graph.inputs.append(entry)
-
-
-def _open(model: bytes, weights: Arrays, threads: int) -> ort.InferenceSession:
-    """A session that holds the weights once: no packed copies, no arena that keeps what a step needed."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-    options.add_external_initializers(list(weights), values)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
-from deepseek_trt.export.bundle.weights import weight_arrays
+from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.files import file_sha256
 
 
@@ -46,8 +42,8 @@ def check_integrity(bundle: Bundle) -> Integrity:
     checkpoint = {path.name: file_sha256(path) for path in unchanged_parts(bundle)}
     if bundle.manifest.by_reference or WEIGHTS_FILE not in files:
         return Integrity(0, (), changed_files, files, checkpoint)
-    arrays = weight_arrays(bundle)
-    changed = tuple(name for name, digest in expected.items() if _sha256(arrays[name]) != digest)
+    reader = WeightReader(bundle)
+    changed = tuple(name for name, digest in expected.items() if reader.sha256(name) != digest)
     return Integrity(len(expected), changed, changed_files, files, checkpoint)
 
 
@@ -70,7 +66,3 @@ def _files(bundle: Bundle) -> dict[str, Path]:
         if name and (bundle.path / name).is_file():
             found.setdefault(name, bundle.path / name)
     return found
-
-
-def _sha256(array: Array) -> str:
-    return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from deepseek_trt.engines.plans.check import (
     Plan,
@@ -20,11 +19,13 @@ from deepseek_trt.engines.plans.check import (
     read_plans,
 )
 from deepseek_trt.engines.plans.flavour import open_flavour
-from deepseek_trt.engines.sessions.tensorrt.device import Device, open_device
+from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
+from deepseek_trt.engines.sessions.tensorrt.device import Device
 from deepseek_trt.engines.sessions.tensorrt.engine import Engine, TrtLog
-from deepseek_trt.engines.sessions.tensorrt.staging import Arrays, Staging, aligned, given_inputs
+from deepseek_trt.engines.sessions.tensorrt.staging import Staging, aligned, given_inputs
 from deepseek_trt.engines.sessions.tensorrt.weight_upload import UploadProgress, upload_weights
-from deepseek_trt.export.arrays import Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
 from deepseek_trt.export.dtypes import dtype_bytes
@@ -35,7 +36,7 @@ from deepseek_trt.plugins.tensorrt.loading import load_library
 _Key = tuple[str, tuple[tuple[int, ...], ...]]  # graph, and the shapes of its inputs
 
 
-class TrtSession:
+class TrtSession(Session):
     """Both engines over one set of page pools and one copy of the weights, on one stream.
 
     Decode is padded to powers of two of rows and of table width, so that a few CUDA graphs serve all: a bucket runs
@@ -169,7 +170,7 @@ class TrtSession:
         }
         return self._run("decode", feeds, (rows + more[1],))[:rows]
 
-    def pool(self, layer: int) -> npt.NDArray[Any]:
+    def pool(self, layer: int) -> Array:
         """A copy of the layer's pool."""
         array = np.empty(self._pool_shape, dtype=numpy_dtype(self.cache.dtype))
         self._device.activate()
@@ -177,14 +178,12 @@ class TrtSession:
         return array
 
     def fill(self, value: float) -> None:
-        """Set every number of every pool."""
         array = np.full(self._pool_shape, value, dtype=numpy_dtype(self.cache.dtype)).view(np.uint8)
         self._device.activate()
         for address in self.pool_addresses:
             self._device.write(address, array)
 
     def close(self) -> None:
-        """Give the GPU back; happens by itself when the session goes, or the process ends."""
         self._engines.clear()
         self._closing()
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from deepseek_trt.engines.plans.plan import PlanRecord
 from deepseek_trt.engines.sessions.tensorrt.device import ALIGNMENT, Device
-from deepseek_trt.export.arrays import numpy_dtype
+from deepseek_trt.export.arrays import Array, numpy_dtype
 from deepseek_trt.export.bundle.graph import TensorSpec
 from deepseek_trt.export.dtypes import dtype_bytes
-
-Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def aligned(nbytes: int) -> int:
@@ -40,7 +36,7 @@ class Staging:
         self._pinned = device.pin(nbytes)
         self._used = 0
 
-    def put(self, inputs: Sequence[TensorSpec], feeds: Arrays) -> dict[str, int]:
+    def put(self, inputs: Sequence[TensorSpec], feeds: Mapping[str, Array]) -> dict[str, int]:
         """Lay the feeds out in pinned memory, as the inputs' dtypes; each one's address on the GPU."""
         addresses, at = {}, 0
         for tensor in inputs:

@@ -9,12 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from deepseek_trt.engines.sessions.tensorrt.device import ALIGNMENT, Device, Pinned
-from deepseek_trt.export.bundle.folder import Bundle, WeightRecord
-from deepseek_trt.export.bundle.weights import reference_arrays, weight_arrays
-from deepseek_trt.export.dtypes import dtype_bytes
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.weights import WeightReader
 
 STAGING_BYTES = 32 * 2**20  # of each of two pinned buffers
-ASSEMBLED_BYTES = 2**30  # of by-reference tensors held in memory at once, or one tensor where that is larger
 
 UploadProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -24,20 +22,22 @@ def upload_weights(
 ) -> dict[str, int]:
     """The weights' addresses by name, in one block of memory; they are complete when this returns.
 
-    Raises BackendError where the GPU is too small, before anything is read, and BundleError where a by-reference
+    Raises BackendError where the GPU is too small, before a weight is read, and BundleError where a by-reference
     bundle's checkpoint has changed.
     """
-    wanted = [w for w in bundle.manifest.weights if w.recipe.name in names]
+    wanted = [weight.recipe.name for weight in bundle.manifest.weights if weight.recipe.name in names]
     if not wanted:
         return {}
-    offsets, total = _lay_out(wanted)
+    reader = WeightReader(bundle)
+    sizes = {name: reader.nbytes(name) for name in wanted}
+    offsets, total = _lay_out(sizes)
     base = device.allocate(total, "the model's weights")
     addresses = {name: base + offset for name, offset in offsets.items()}
-    payload, done = sum(map(_nbytes, wanted)), 0
+    payload, done = sum(sizes.values()), 0
     stager = _Stager(device)
     try:
-        for name, array in _arrays(bundle, wanted):
-            for nbytes in stager.send(addresses[name], array):
+        for name, address in addresses.items():
+            for nbytes in stager.send(address, reader.view(name)):
                 done += nbytes
                 if progress:
                     progress(done, payload)
@@ -46,42 +46,13 @@ def upload_weights(
     return addresses
 
 
-def _nbytes(weight: WeightRecord) -> int:
-    return weight.recipe.size * dtype_bytes(weight.dtype)
-
-
-def _lay_out(weights: list[WeightRecord]) -> tuple[dict[str, int], int]:
+def _lay_out(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
     """Each tensor's offset, and the size of all."""
     offsets, at = {}, 0
-    for weight in weights:
-        offsets[weight.recipe.name] = at
-        at += -(-_nbytes(weight) // ALIGNMENT) * ALIGNMENT
+    for name, nbytes in sizes.items():
+        offsets[name] = at
+        at += -(-nbytes // ALIGNMENT) * ALIGNMENT
     return offsets, at
-
-
-def _arrays(bundle: Bundle, wanted: list[WeightRecord]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    if not bundle.manifest.by_reference:
-        mapped = weight_arrays(bundle)
-        yield from ((w.recipe.name, mapped[w.recipe.name]) for w in wanted)
-        return
-    for group in _groups(wanted):
-        assembled = reference_arrays(bundle, group)
-        for name in group:
-            yield name, assembled.pop(name)
-
-
-def _groups(wanted: list[WeightRecord]) -> Iterator[list[str]]:
-    """Tensors assembled together: a checkpoint's headers are read once a group."""
-    group: list[str] = []
-    held = 0
-    for weight in wanted:
-        if group and held + _nbytes(weight) > ASSEMBLED_BYTES:
-            yield group
-            group, held = [], 0
-        group.append(weight.recipe.name)
-        held += _nbytes(weight)
-    if group:
-        yield group
 
 
 class _Stager:

@@ -4,12 +4,12 @@
 #include <atomic>
 #include <cstdint>
 
+#include "activation.h"  // generated
 #include "team.h"
 
 enum class Type : int { FLOAT32 = 1, FLOAT16 = 10, BFLOAT16 = 16 };  // ONNX's numbers
-enum class Activation : int { SILU = 0, RELU = 1, GELU = 2, GELU_TANH = 3 };
 
-// Of all calls: layers that had experts, and the experts that each read, once however many tokens chose it.
+// Counts over all calls: layers that had experts, and experts read in them, each once however many tokens chose it.
 struct ExpertsHit {
     std::atomic<int64_t> layers{0}, experts{0};
 };
@@ -47,8 +47,9 @@ struct FeedForwardArgs {
     Matrix norm;
     Mlp shared;  // of all tokens; may be missing where there are experts
     // Routing; experts is 0 for a dense layer.
-    Matrix router, gate, up, down;  // gate, up: [experts * expert_width, hidden]; down: [experts * hidden, expert_width]
-    const float* bias;              // of biased routing, else null
+    // gate, up: [experts * expert_width, hidden]; down: [experts * hidden, expert_width]
+    Matrix router, gate, up, down;
+    const float* bias;  // of biased routing, else null
     int64_t top_k, groups, top_groups;
     bool normalised;
     float factor;

@@ -8,7 +8,7 @@
 
 namespace ISA {
 
-constexpr int64_t BLOCK = 32;       // weight rows that a thread takes at a time
+constexpr int64_t BLOCK = 32;  // weight rows that a thread takes at a time
 #ifdef __AVX512F__
 constexpr int64_t WIDEST_GROUP = 8;  // heads that read a latent together
 #else
@@ -34,7 +34,7 @@ inline void rotate(const float* x, const float* cos, const float* sin, int64_t w
 // Meanwhile the latents at `next` are fetched, which are needed after these.
 template <int H, int C, class P>
 INLINE void weigh(const P* latents, int64_t stride, int64_t tokens, const float* p, int64_t ldp, bool first,
-                  float* total, int64_t ldt, const P* next) {
+    float* total, int64_t ldt, const P* next) {
     v16 sums[H][C];
     for (int h = 0; h < H; ++h)
         for (int c = 0; c < C; ++c) sums[h][c] = first ? v16{} : load(total + h * ldt + c * LANES);
@@ -53,7 +53,7 @@ INLINE void weigh(const P* latents, int64_t stride, int64_t tokens, const float*
 
 template <int H, class P>
 INLINE void weigh_all(const P* latents, int64_t stride, int64_t rank, int64_t tokens, const float* p, int64_t ldp,
-                      bool first, float* total, int64_t ldt, const P* next) {
+    bool first, float* total, int64_t ldt, const P* next) {
 #ifdef __AVX512F__
     constexpr int WIDE = H == 8 ? 3 : 4;
 #else
@@ -113,11 +113,10 @@ inline void each_run(const AttentionArgs& a, int64_t row, int64_t first, int64_t
 // What H heads of one sequence see in one chunk: its maximum, sum and weighted latents a head.
 template <int H, class P>
 inline void attend(const AttentionArgs& a, const P* pool, int64_t row, int64_t first, int64_t last, const float* q,
-                   float* most, float* sums, float* total, float* scores, int64_t next) {
+    float* most, float* sums, float* total, float* scores, int64_t next) {
     const int64_t D = a.kv_a.rows, tokens = last - first;
-    each_run(a, row, first, last, [&](int64_t slot, int64_t at, int64_t count) {
-        score<H>(pool + slot * D, D, count, q, scores + at * H, H);
-    });
+    each_run(a, row, first, last,
+        [&](int64_t slot, int64_t at, int64_t count) { score<H>(pool + slot * D, D, count, q, scores + at * H, H); });
     for (int h = 0; h < H; ++h) most[h] = -INFINITY;
     for (int64_t t = 0; t < tokens; ++t)
         for (int h = 0; h < H; ++h) most[h] = std::max(most[h], scores[t * H + h] *= a.scale);
@@ -143,7 +142,7 @@ struct AttentionState {
 };
 
 class Attention {
-  public:
+public:
     Attention(const AttentionArgs& args, Scratch& scratch) : a(args) {
         D = a.kv_a.rows;
         s.chunks = 1;
@@ -173,7 +172,7 @@ class Attention {
         output(team, own);
     }
 
-  private:
+private:
     int64_t length(int64_t row) const { return a.past_lengths[row] + 1; }
     int64_t chunks_of_row(int64_t row) const {
         const int64_t chunk = chunk_of(length(row));
@@ -192,7 +191,7 @@ class Attention {
     }
 
     void products(Team& team, int phase, const Matrix& m, const Matrix& bias, const Matrix* m2, const Matrix* bias2,
-                  float** x, float** y, float** y2) const {
+        float** x, float** y, float** y2) const {
         const int64_t blocks = (m.rows + BLOCK - 1) / BLOCK, more = m2 ? (m2->rows + BLOCK - 1) / BLOCK : 0;
         std::vector<float*> at(a.batch);
         team.share(phase, blocks + more, [&](int64_t item) {
@@ -219,8 +218,7 @@ class Attention {
             for (int64_t b = 0; b < a.batch; ++b) {
                 q[b] = s.query[b] + h * width;
                 to[b] = s.absorbed[b * a.heads + h];
-                if (first == 0)
-                    rotate(q[b] + a.nope, a.cos + b * R / 2, a.sin + b * R / 2, R, to[b] + a.rank);
+                if (first == 0) rotate(q[b] + a.nope, a.cos + b * R / 2, a.sin + b * R / 2, R, to[b] + a.rank);
             }
             with_type(a.w_uk.data, a.w_uk.type, [&](auto* w) {
                 columns_times(w + h * a.nope * a.rank, a.nope, a.rank, first, last, q.data(), a.batch, to.data());
@@ -232,7 +230,8 @@ class Attention {
         float* c = own.take(a.rank);
         rms_norm(s.latent[b], a.kv_norm, a.latent_eps, a.rank, c);
         const int64_t t = a.past_lengths[b];
-        const int64_t slot = a.page_table[b * a.table_width + std::min(t / a.page, a.table_width - 1)] * a.page + t % a.page;
+        const int64_t slot =
+            a.page_table[b * a.table_width + std::min(t / a.page, a.table_width - 1)] * a.page + t % a.page;
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             auto* row = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(pool)>>*>(pool) + slot * D;
             for (int64_t i = 0; i < a.rank; ++i) put(row + i, c[i]);
@@ -262,18 +261,18 @@ class Attention {
 
     // Attend with as many heads at a time as fit; returns how many.
     int64_t attend_group(int64_t b, int64_t first, int64_t last, int64_t h, int64_t left, int64_t at, float* scores,
-                         int64_t next) const {
+        int64_t next) const {
         const float* q = s.absorbed[b * a.heads + h];
         float *most = s.most + at, *sums = s.sums + at, *total = s.totals + at * a.rank;
         const int heads = left >= WIDEST_GROUP ? WIDEST_GROUP : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             switch (heads) {
 #ifdef __AVX512F__
-                case 8: return attend<8>(a, pool, b, first, last, q, most, sums, total, scores, next);
+            case 8: return attend<8>(a, pool, b, first, last, q, most, sums, total, scores, next);
 #endif
-                case 4: return attend<4>(a, pool, b, first, last, q, most, sums, total, scores, next);
-                case 2: return attend<2>(a, pool, b, first, last, q, most, sums, total, scores, next);
-                default: return attend<1>(a, pool, b, first, last, q, most, sums, total, scores, next);
+            case 4: return attend<4>(a, pool, b, first, last, q, most, sums, total, scores, next);
+            case 2: return attend<2>(a, pool, b, first, last, q, most, sums, total, scores, next);
+            default: return attend<1>(a, pool, b, first, last, q, most, sums, total, scores, next);
             }
         });
         return heads;

@@ -14,11 +14,11 @@ constexpr int64_t INNER_BLOCK = 16, OUTER_BLOCK = 16;  // weight rows that a thr
 
 inline float activate(Activation kind, float x) {
     switch (kind) {
-        case Activation::RELU: return x > 0.0f ? x : 0.0f;
-        case Activation::GELU: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
-        case Activation::GELU_TANH:
-            return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-        default: return x;
+    case Activation::RELU: return x > 0.0f ? x : 0.0f;
+    case Activation::GELU: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
+    case Activation::GELU_PYTORCH_TANH:
+        return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    default: return x;
     }
 }
 
@@ -36,7 +36,7 @@ inline void gate_up(Activation kind, float* gate, const float* up, int64_t n) {
 }
 
 class FeedForward {
-  public:
+public:
     FeedForward(const FeedForwardArgs& args, Scratch& scratch) : a(args) {
         logits_ = scratch.take_rows(a.tokens, a.experts);
         routed_ = scratch.take_rows(a.tokens * a.top_k, a.expert_width);
@@ -59,7 +59,7 @@ class FeedForward {
         outer(team, chosen, own);
     }
 
-  private:
+private:
     // The experts that some token chose, ascending, and the tokens of each with their weights.
     struct Chosen {
         std::vector<int64_t> experts, start;  // start of each expert's tokens; one more at the end
@@ -139,7 +139,7 @@ class FeedForward {
     }
 
     void inner_block(const Mlp& m, int64_t base, int64_t from, int64_t last, const float* const* x, int64_t tokens,
-                     float** gate, float** up) const {
+        float** gate, float** up) const {
         rows_times(m.gate, base + from, base + last, x, tokens, gate);
         add_bias(m.gate_bias, from, last, tokens, gate);
         rows_times(m.up, base + from, base + last, x, tokens, up);

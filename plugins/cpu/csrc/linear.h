@@ -1,7 +1,7 @@
 // Products of weight rows with a few tokens, streamed at the speed of memory.
 //
-// Every number is summed over columns in lanes of 16, then across lanes in a fixed order: it does not depend on how many
-// rows or tokens are computed together.
+// Every number is summed over columns in lanes of 16, then across lanes in a fixed order: it does not depend on how
+// many rows or tokens are computed together.
 #pragma once
 
 #include "vec.h"
@@ -47,16 +47,16 @@ INLINE void dots(const W* w, int64_t stride, const float* const* x, int64_t colu
 
 // All tokens, N at a time and then fewer.
 template <int R, int N, class W>
-INLINE void dots_of(const W* w, int64_t stride, const float* const* x, int64_t tokens, int64_t columns,
-                    float* const* y, int64_t at) {
+INLINE void dots_of(
+    const W* w, int64_t stride, const float* const* x, int64_t tokens, int64_t columns, float* const* y, int64_t at) {
     int64_t t = 0;
     for (; t + N <= tokens; t += N) dots<R, N>(w, stride, x + t, columns, y + t, at);
     if constexpr (N > 1) dots_of<R, N / 2>(w, stride, x + t, tokens - t, columns, y + t, at);
 }
 
 // y[t][r - first] = w[r] . x[t] for rows first..last and all tokens.
-__attribute__((noinline)) inline void rows_times(const Matrix& m, int64_t first, int64_t last, const float* const* x, int64_t tokens,
-                       float* const* y) {
+__attribute__((noinline)) inline void rows_times(
+    const Matrix& m, int64_t first, int64_t last, const float* const* x, int64_t tokens, float* const* y) {
     with_type(m.data, m.type, [&](auto* data) {
         int64_t r = first;
         if (tokens > FEW)
@@ -76,8 +76,8 @@ inline void add_bias(const Matrix& bias, int64_t first, int64_t last, int64_t to
 
 // y[t][first..last] = sum over rows n of x[t][n] w[n][first..last], rows in order; w has `stride` columns.
 template <class W>
-inline void columns_times(const W* w, int64_t rows, int64_t stride, int64_t first, int64_t last,
-                          const float* const* x, int64_t tokens, float* const* y) {
+inline void columns_times(const W* w, int64_t rows, int64_t stride, int64_t first, int64_t last, const float* const* x,
+    int64_t tokens, float* const* y) {
     constexpr int TOGETHER = 4;
     for (int64_t t = 0; t < tokens; ++t) std::memset(y[t] + first, 0, (last - first) * sizeof(float));
     int64_t n = 0;

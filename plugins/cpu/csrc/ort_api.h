@@ -71,7 +71,7 @@ struct CustomOp {
 
 // The functions of one table, typed.
 class Api {
-  public:
+public:
     explicit Api(Table table) : table_(table) {}
 
     Status* error(const char* words) const {
@@ -83,7 +83,7 @@ class Api {
         return reinterpret_cast<Function>(const_cast<void*>(table_[static_cast<int>(place)]))(arguments...);
     }
 
-  private:
+private:
     Table table_;
 };
 

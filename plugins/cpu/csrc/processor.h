@@ -29,14 +29,14 @@ inline uint64_t saved_state() {
 
 // AVX2, FMA and F16C, as x86-64-v3 has them.
 inline bool supports_v3() {
-    return (saved_state() & 0x6) == 0x6 && has(identify(1).c, bit_AVX | bit_FMA | bit_F16C) &&
-           has(identify(7).b, bit_AVX2 | bit_BMI | bit_BMI2);
+    return (saved_state() & 0x6) == 0x6 && has(identify(1).c, bit_AVX | bit_FMA | bit_F16C)
+        && has(identify(7).b, bit_AVX2 | bit_BMI | bit_BMI2);
 }
 
 // AVX-512, as x86-64-v4 has it.
 inline bool supports_v4() {
-    return supports_v3() && (saved_state() & 0xe6) == 0xe6 &&
-           has(identify(7).b, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL);
+    return supports_v3() && (saved_state() & 0xe6) == 0xe6
+        && has(identify(7).b, bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL);
 }
 
 }  // namespace processor

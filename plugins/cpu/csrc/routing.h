@@ -42,8 +42,8 @@ inline void limit_groups(const FeedForwardArgs& a, float* scores, int64_t* ids, 
 }
 
 // From logits [E] to ids [K] and weights [K]; scores and work have room for E numbers.
-inline void route(const FeedForwardArgs& a, const float* logits, float* scores, float* work, int64_t* ids,
-                  float* weights) {
+inline void route(
+    const FeedForwardArgs& a, const float* logits, float* scores, float* work, int64_t* ids, float* weights) {
     const int64_t E = a.experts;
     if (a.bias) {
         for (int64_t i = 0; i < E; ++i) scores[i] = 1.0f / (1.0f + std::exp(-logits[i]));

@@ -1,14 +1,14 @@
 // Memory that a call needs and the next one can use again.
 #pragma once
 
-#include <cstdlib>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 namespace ISA {
 
 class Scratch {
-  public:
+public:
     Scratch() = default;
     Scratch(const Scratch&) = delete;
     ~Scratch() {
@@ -47,7 +47,7 @@ class Scratch {
         return table;
     }
 
-  private:
+private:
     static constexpr size_t SMALLEST = 1 << 20;
     struct Block {
         char* data;
@@ -57,7 +57,7 @@ class Scratch {
     size_t current_ = 0, used_ = 0;
 };
 
-// Of the calling thread: one for what a whole team shares, made by its first thread, one for a thread's own.
+// The calling thread's memory: one for what a whole team shares, made by its first thread, one for its own.
 inline Scratch& shared_scratch() {
     static thread_local Scratch scratch;
     scratch.reset();

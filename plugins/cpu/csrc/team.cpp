@@ -6,10 +6,10 @@
 
 namespace {
 
-constexpr int SPINS_AT_BARRIER = 1 << 14;  // then others may need the core
+constexpr int SPINS_AT_BARRIER = 1 << 14;    // then others may need the core
 constexpr int SPINS_BEFORE_SLEEP = 1 << 13;  // some 200 microseconds
-constexpr int SPINS_AFTER_CALL = 1 << 6;  // a worker's way from the last barrier back to waiting
-constexpr int SPINS_AFTER_WAKE = 1 << 12;  // some 100 microseconds, once after a sleep
+constexpr int SPINS_AFTER_CALL = 1 << 6;     // a worker's way from the last barrier back to waiting
+constexpr int SPINS_AFTER_WAKE = 1 << 12;    // some 100 microseconds, once after a sleep
 constexpr uint64_t FRESH = 1 << 16;  // cycles, some 20 microseconds: a worker that looked since then is on a core
 
 inline void pause() { __builtin_ia32_pause(); }
@@ -34,9 +34,7 @@ void Team::barrier() {
     }
 }
 
-int64_t Team::next(int phase) {
-    return pool_->next_[phase].value.fetch_add(1, std::memory_order_relaxed);
-}
+int64_t Team::next(int phase) { return pool_->next_[phase].value.fetch_add(1, std::memory_order_relaxed); }
 
 Pool::Pool(int threads) : threads_(threads), workers_(threads - 1) {
     for (auto& worker : workers_) std::thread(&Pool::work, this, std::ref(worker)).detach();

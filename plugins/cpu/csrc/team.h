@@ -15,7 +15,7 @@ class Pool;
 
 // What one thread sees of the team during a call.
 class Team {
-  public:
+public:
     Team(Pool* pool, int thread, int count) : thread(thread), count(count), pool_(pool) {}
 
     void barrier();
@@ -27,7 +27,7 @@ class Team {
 
     const int thread, count;
 
-  private:
+private:
     int64_t next(int phase);
     Pool* pool_;
 };
@@ -36,7 +36,7 @@ class Team {
 // A call takes along only those that are awake on a core right then: where other processes have the cores, it goes on
 // with fewer threads instead of waiting for them. What is computed does not depend on their number.
 class Pool {
-  public:
+public:
     explicit Pool(int threads);
     // The pool of this many threads, made once a process.
     static Pool& of(int threads);
@@ -47,7 +47,7 @@ class Pool {
         start([](const void* context, Team& team) { (*static_cast<const Body*>(context))(team); }, &body);
     }
 
-  private:
+private:
     friend class Team;
     using Job = void (*)(const void*, Team&);
     enum class State : int { busy, waiting, claimed, called, asleep, woken };

@@ -32,9 +32,7 @@ struct Bfloat16 {
 INLINE v16 fma(v16 a, v16 b, v16 c) { return __builtin_elementwise_fma(a, b, c); }
 INLINE v16 all(float x) { return v16{} + x; }
 INLINE v16 load(const float* p) { return *reinterpret_cast<const v16_unaligned*>(p); }
-INLINE v16 load(const _Float16* p) {
-    return __builtin_convertvector(*reinterpret_cast<const f16x16*>(p), v16);
-}
+INLINE v16 load(const _Float16* p) { return __builtin_convertvector(*reinterpret_cast<const f16x16*>(p), v16); }
 INLINE v16 load(const Bfloat16* p) {
     const u16 wide = __builtin_convertvector(*reinterpret_cast<const h16*>(p), u16) << 16;
     return reinterpret_cast<v16>(wide);
@@ -68,8 +66,8 @@ INLINE void put(Bfloat16* p, float x) {
 
 // The sum of all lanes, always in the same order.
 INLINE float sum(v16 x) {
-    const v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    const v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7)
+        + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     const v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     const v4 c = b + __builtin_shufflevector(b, b, 2, 3, 0, 1);
     return c[0] + c[1];
@@ -78,8 +76,8 @@ INLINE float sum(v16 x) {
 // Four such sums.
 INLINE v4 sums(v16 a, v16 b, v16 c, v16 d) {
     const auto quarter = [](v16 x) __attribute__((always_inline)) {
-        const v8 y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+        const v8 y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7)
+            + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
         return __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);
     };
     const v4 w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
@@ -108,9 +106,9 @@ INLINE v16 exp(v16 x) {
 template <class Body>
 INLINE void with_type(const char* data, Type type, Body body) {
     switch (type) {
-        case Type::FLOAT32: return body(reinterpret_cast<const float*>(data));
-        case Type::FLOAT16: return body(reinterpret_cast<const _Float16*>(data));
-        case Type::BFLOAT16: return body(reinterpret_cast<const Bfloat16*>(data));
+    case Type::FLOAT32: return body(reinterpret_cast<const float*>(data));
+    case Type::FLOAT16: return body(reinterpret_cast<const _Float16*>(data));
+    case Type::BFLOAT16: return body(reinterpret_cast<const Bfloat16*>(data));
     }
 }
 

@@ -72,7 +72,9 @@ bool is_a(TypeInfo const* type, char const* name) {
     return false;
 }
 
-bool object_is_a(void* object, char const* name) { return is_a(type_of(*static_cast<void const* const**>(object)), name); }
+bool object_is_a(void* object, char const* name) {
+    return is_a(type_of(*static_cast<void const* const**>(object)), name);
+}
 
 void* find_logger(void* finder) {
     if (object_is_a(finder, "N8nvinfer15v_1_013ILoggerFinderE")) {

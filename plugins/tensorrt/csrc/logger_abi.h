@@ -1,7 +1,7 @@
 // Calls TensorRT's ILoggerFinder and ILogger, whose layout changed: TensorRT 11 and later TensorRT-RTX put
 // IVersionedInterface under both, which moves their functions in the virtual table (C++ API reference, 10.14.1 and
-// 11.2.1). The headers say only what they were made for, so the run-time type names decide: nvinfer1::ILogger is the old
-// one, nvinfer1::v_1_0::ILogger the new one.
+// 11.2.1). The headers say only what they were made for, so the run-time type names decide: nvinfer1::ILogger is the
+// old one, nvinfer1::v_1_0::ILogger the new one.
 #pragma once
 
 #include <NvInferRuntime.h>

@@ -80,15 +80,13 @@ public:
         });
     }
 
-    bool supportsFormatCombination(
-        int32_t position, DynamicDesc const* tensors, int32_t, int32_t) noexcept override {
+    bool supportsFormatCombination(int32_t position, DynamicDesc const* tensors, int32_t, int32_t) noexcept override {
         TensorDesc const& found = tensors[position].desc;
-        return found.format == nvinfer1::TensorFormat::kLINEAR
-            && found.type == Spec::kTensors.tensors[position].type;
+        return found.format == nvinfer1::TensorFormat::kLINEAR && found.type == Spec::kTensors.tensors[position].type;
     }
 
-    int32_t configurePlugin(DynamicDesc const* inputs, int32_t input_count, DynamicDesc const*,
-        int32_t output_count) noexcept override {
+    int32_t configurePlugin(
+        DynamicDesc const* inputs, int32_t input_count, DynamicDesc const*, int32_t output_count) noexcept override {
         return succeeds([&] {
             check_counts(Spec::kTensors, input_count, output_count);
             check_fixed_sizes(Spec::kTensors, inputs);
@@ -119,8 +117,8 @@ public:
         return attached;
     }
 
-    int32_t onShapeChange(TensorDesc const* inputs, int32_t input_count, TensorDesc const*,
-        int32_t output_count) noexcept override {
+    int32_t onShapeChange(
+        TensorDesc const* inputs, int32_t input_count, TensorDesc const*, int32_t output_count) noexcept override {
         return succeeds([&] {
             check_counts(Spec::kTensors, input_count, output_count);
             read_sizes(inputs);
@@ -207,8 +205,8 @@ public:
         });
     }
 
-    nvinfer1::IPluginV3* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields,
-        nvinfer1::TensorRTPhase phase) noexcept override {
+    nvinfer1::IPluginV3* createPlugin(
+        char const*, nvinfer1::PluginFieldCollection const* fields, nvinfer1::TensorRTPhase phase) noexcept override {
         return guarded<nvinfer1::IPluginV3*>(Spec::kName, nullptr, [&] {
             typename Spec::Attributes attributes{};
             FieldReader reader(fields);

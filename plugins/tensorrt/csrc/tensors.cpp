@@ -22,7 +22,8 @@ char const* name_of(DataType type) {
 }
 
 std::string axis_name(Tensor const& tensor, int32_t axis) {
-    return std::string("input ") + tensor.name + ", axis " + std::to_string(axis) + " (" + tensor.axes[axis].symbol + ")";
+    return std::string("input ") + tensor.name + ", axis " + std::to_string(axis) + " (" + tensor.axes[axis].symbol
+        + ")";
 }
 
 void check_rank(Tensor const& tensor, int32_t rank) {
@@ -48,8 +49,7 @@ void for_each_input_axis(TensorTable const& table, Visit visit) {
     }
 }
 
-nvinfer1::IDimensionExpr const* find_free(
-    TensorTable const& table, int32_t free, nvinfer1::DimsExprs const* inputs) {
+nvinfer1::IDimensionExpr const* find_free(TensorTable const& table, int32_t free, nvinfer1::DimsExprs const* inputs) {
     nvinfer1::IDimensionExpr const* found = nullptr;
     for_each_input_axis(table, [&](Tensor const& tensor, int32_t axis, int32_t i) {
         if (!found && tensor.axes[axis].free == free) {

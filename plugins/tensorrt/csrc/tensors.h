@@ -12,7 +12,7 @@ constexpr int32_t kMaxRank = 4;
 // One axis: a size that the graph is free to choose, or one fixed by the model that the library was made for.
 struct Axis {
     char const* symbol;  // as in the op's contract, e.g. "B" or "N+R"
-    int32_t free;  // its place among the op's free sizes, or -1
+    int32_t free;        // its place among the op's free sizes, or -1
     int64_t fixed;
 };
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from deepseek_trt.engines.generation.generate import generate, pages_needed
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams
+from deepseek_trt.engines.generation.llm import LLM
+from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler
+from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.generation.text import Text, render_chat
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
@@ -36,11 +39,13 @@ def prompts(demo):
     return [Text(demo).encode(prompt) for prompt in PROMPTS]
 
 
-def answers(session, config, prompts, params=SamplingParams(NEW)) -> list[list[int]]:  # noqa: B008
-    made: list[list[int]] = [[] for _ in prompts]
-    for step in generate(session, config, prompts, params):
-        made[step.row].append(step.token)
-    return made
+def results(session, config, prompts, params=SamplingParams(NEW), limits=None):  # noqa: B008
+    with LLM(session, config, limits=limits or SchedulerLimits.for_batch(len(prompts))) as llm:
+        return llm.generate(prompts, params)
+
+
+def answers(*given, **options) -> list[list[int]]:
+    return [list(result.token_ids) for result in results(*given, **options)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def endless(demo):
 
 @pytest.fixture(scope="module")
 def session(demo, endless, prompts):
-    return OrtSession(demo, pages_needed(endless, 64, prompts, NEW))
+    return OrtSession(demo, session_pages(demo, prompts))
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +77,11 @@ def test_batched_equals_alone(session, endless, prompts, batched):
 
 
 def test_ort_equals_torch(demo, endless, prompts, batched):
-    assert answers(TorchSession(demo, session_pages(endless, prompts)), endless, prompts) == batched
+    assert answers(TorchSession(demo, session_pages(demo, prompts)), endless, prompts) == batched
 
 
-def session_pages(config, prompts) -> int:
-    return pages_needed(config, 64, prompts, NEW)
+def session_pages(bundle, prompts) -> int:
+    return pages_needed(bundle.manifest.cache, answer_lengths(bundle.manifest.model, prompts, NEW))
 
 
 def test_ort_equals_transformers(demo_checkpoint, prompts, batched):
@@ -91,9 +96,8 @@ def test_ort_equals_transformers(demo_checkpoint, prompts, batched):
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == expected
 
 
-def test_prompt_longer_than_a_chunk(session, endless, monkeypatch, prompts, batched):
-    monkeypatch.setattr("deepseek_trt.engines.generation.generate.PREFILL_CHUNK", 5)
-    assert answers(session, endless, prompts) == batched
+def test_prompt_longer_than_a_chunk(session, endless, prompts, batched):
+    assert answers(session, endless, prompts, limits=SchedulerLimits(8, 40, 5, prefix_reuse=False)) == batched
 
 
 def test_stop_token_ends_an_answer(session, demo, endless, prompts, batched):
@@ -101,9 +105,9 @@ def test_stop_token_ends_an_answer(session, demo, endless, prompts, batched):
 
     stop = batched[0][5]
     config = dataclasses.replace(demo.manifest.model, eos_token_ids=(stop,))
-    steps = [s for s in generate(session, config, prompts, SamplingParams(NEW)) if s.row == 0]
-    assert [s.token for s in steps] == batched[0][: batched[0].index(stop) + 1]
-    assert steps[-1].finished == "stop"
+    result = results(session, config, prompts)[0]
+    assert list(result.token_ids) == batched[0][: batched[0].index(stop) + 1]
+    assert result.finish_reason == "stop"
 
 
 def test_pages_are_given_back(session, endless, prompts):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_trt.engines.generation.llm import LLM
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.export.errors import BackendError, RequestError
 
@@ -40,7 +40,7 @@ class Letters:
 
 @pytest.fixture
 def llm():
-    with LLM.over(fake.FakeSession(20), fake.Config, Letters(), SchedulerLimits(3, 16, 8)) as llm:
+    with LLM(fake.FakeSession(20), fake.Config, Letters(), SchedulerLimits(3, 16, 8)) as llm:
         yield llm
         assert_idle(llm)
     assert not [t for t in threading.enumerate() if t.name == "deepseek-trt-engine"]
@@ -204,7 +204,7 @@ def test_a_tokenizer_error_is_one_requests_alone(llm, monkeypatch):
 
 
 def test_closing_ends_requests_and_refuses_new_ones():
-    llm = LLM.over(fake.FakeSession(20), fake.Config)
+    llm = LLM(fake.FakeSession(20), fake.Config)
     stream = llm.stream(PROMPTS[0], PARAMS)
     next(stream)
     llm.close()
@@ -219,7 +219,7 @@ def test_closing_ends_requests_and_refuses_new_ones():
 
 
 def test_an_llm_that_is_dropped_ends_its_thread():
-    llm = LLM.over(fake.FakeSession(20), fake.Config)
+    llm = LLM(fake.FakeSession(20), fake.Config)
     asyncio.run(llm.agenerate(PROMPTS, PARAMS))
     assert [t for t in threading.enumerate() if t.name == "deepseek-trt-engine"]
     del llm
@@ -245,7 +245,7 @@ def test_bad_requests_are_refused_before_anything_runs(llm, prompts, params, wor
 
 
 def test_text_needs_a_tokenizer():
-    with LLM.over(fake.FakeSession(20), fake.Config) as llm:
+    with LLM(fake.FakeSession(20), fake.Config) as llm:
         assert llm.generate([(3,)], PARAMS)[0].text is None
         with pytest.raises(RequestError, match="give token ids"):
             llm.generate(["abc"], PARAMS)
@@ -254,16 +254,16 @@ def test_text_needs_a_tokenizer():
 
 
 def test_unknown_backend_names_those_there_are(tmp_path):
-    with pytest.raises(RequestError, match="auto, ort, torch, tensorrt"):
-        LLM(tmp_path, backend="magic")
+    with pytest.raises(RequestError, match="auto, ort, ort-cuda, torch, tensorrt"):
+        LLM.open(tmp_path, backend="magic")
 
 
 def test_demo_model(demo_checkpoint, bundle_of):
     """The real tokenizer and session: text, stop string, and the same answer streamed by a task."""
     bundle = bundle_of(demo_checkpoint, page_size=8)
     with pytest.raises(RequestError, match="cache_mib 0"):
-        LLM(bundle.path, cache_mib=0)
-    with LLM(bundle.path, threads=1, cache_mib=8) as llm:
+        LLM.open(bundle.path, cache_mib=0)
+    with LLM.open(bundle.path, threads=1, cache_mib=8) as llm:
         first, second = llm.generate(["Return the name of", "The number of"], SamplingParams(12))
         assert first.text == llm.text.decode(first.token_ids)
         stop = second.text[4:9]

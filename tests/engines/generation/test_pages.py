@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deepseek_trt.engines.generation.pages import PagePool, page_table
+from deepseek_trt.engines.generation.pages import PagePool, answer_lengths, page_table, pages_needed, pages_within
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
+from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.errors import RequestError
+
+_SPEC = importlib.util.spec_from_file_location("fake_session", Path(__file__).parents[1] / "fake_session.py")
+fake = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fake)
 
 
 def test_scratch_page_is_never_handed_out():
@@ -79,6 +89,27 @@ def test_check_finds_books_that_disagree(owned):
     pool.check([[1, 2]])
     with pytest.raises(RuntimeError):
         pool.check(owned)
+
+
+def test_pages_of_a_run_are_those_that_it_caches():
+    cache = CacheSpec(layers=2, page_size=4, latent_dim=8, dtype="bfloat16")
+    assert [pages_needed(cache, [length]) for length in (2, 5, 6, 9, 10)] == [2, 2, 3, 3, 4]
+    assert pages_needed(cache, [5, 6, 10]) == 1 + 1 + 2 + 3
+    assert pages_within(cache, 1) == 2**20 // (2 * 8 * 2 * 4)
+
+
+@pytest.mark.parametrize("new", [1, 3, 4, 40])
+def test_that_many_pages_hold_all_at_once(new):
+    prompts = [(3,), (2, 5, 7, 3), (5, 5, 5, 5, 2), (2,) * 37]
+    pages = pages_needed(fake.FakeSession.cache, answer_lengths(fake.Config, prompts, new))
+    scheduler = Scheduler(fake.FakeSession(pages), fake.Config, SchedulerLimits.for_batch(len(prompts)))
+    for prompt in prompts:
+        scheduler.add(prompt, SamplingParams(new, ignore_eos=True))
+    scheduler.step()
+    assert scheduler.waiting == 0
+    while scheduler.busy:
+        scheduler.step()
+    assert scheduler.counters.preemptions == 0
 
 
 def test_page_table_is_filled_with_the_scratch_page():

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows, with_logprobs
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows, with_logprobs
 from deepseek_trt.engines.generation.sampling_numpy import adjusted
 from deepseek_trt.engines.generation.stops import StopText
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.plugins.cpu.likeliest import unpack
+from deepseek_trt.plugins.cpu.sampling_row import unpack
 
 RNG = np.random.default_rng(7)
 DRAWS = 6000

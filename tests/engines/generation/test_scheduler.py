@@ -22,11 +22,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from deepseek_trt.engines.generation.generate import generate
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.generation.llm import LLM
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.plugins.cpu.likeliest import unpack
+from deepseek_trt.plugins.cpu.sampling_row import unpack
 
 _SPEC = importlib.util.spec_from_file_location("fake_session", Path(__file__).parents[1] / "fake_session.py")
 fake = importlib.util.module_from_spec(_SPEC)
@@ -246,11 +247,6 @@ def test_limits_that_cannot_work_are_refused(limits):
         scheduler_of(**limits)
 
 
-def test_generate_refuses_stop_strings():
-    with pytest.raises(RequestError, match="stop_token_ids"):
-        next(generate(fake.FakeSession(9), fake.Config, [[3]], SamplingParams(stop=("x",))))
-
-
 BLOCKS = ((2, 5, 7, 3), (9, 2, 4, 11), (6, 6, 10, 12))  # a page each, so that prompts share pages, or seem to
 PROMPT = st.builds(
     lambda blocks, own: sum(blocks, ()) + tuple(own) or (3,),
@@ -357,7 +353,8 @@ def test_demo_model_under_pressure_equals_alone(demo):
     words = ("Return the name of", "The number of", "Return the name of the file", "If the file does not exist, then")
     prompts = [Text(demo).encode(text) for text in words]
     params = SamplingParams(20)
-    expected = [[s.token for s in generate(session, config, [prompt], params)] for prompt in prompts]
+    alone = LLM(session, config, limits=SchedulerLimits.for_batch(1))
+    expected = [list(alone.generate([prompt], params)[0].token_ids) for prompt in prompts]
     scheduler = Scheduler(session, config, SchedulerLimits(4, 16, 6))
     made = {scheduler.add(prompt, params): [] for prompt in prompts}
     while scheduler.busy:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.engines.model_repository.runtime import runtime_files
@@ -60,6 +61,22 @@ def planned(bundle, tmp_path_factory):
         (own.path / f"{graph.name}.plan").write_bytes(b"plan")
         record.write(own.path / f"{graph.name}.plan.json")
     return own
+
+
+@pytest.fixture(scope="module")
+def classifier(small_v2, bundle_of, demo_checkpoint, tmp_path_factory):
+    """The small model in bfloat16 with a score head instead of its language-model head."""
+    folder = Path(shutil.copytree(small_v2.checkpoint, tmp_path_factory.mktemp("classifier") / "checkpoint"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    tensors = {name: t for file in set(index["weight_map"].values()) for name, t in load_file(folder / file).items()}
+    for file in folder.glob("model*"):
+        file.unlink()
+    tensors["score.weight"] = tensors.pop("lm_head.weight")[:3].clone()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({**small_v2.raw, "id2label": {"0": "sad", "1": "so so", "2": "né"}}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_checkpoint / name, folder)
+    return bundle_of(folder, task="text-classification")
 
 
 def run(*arguments):
@@ -123,7 +140,10 @@ def test_the_same_again_does_nothing_and_a_change_replaces_all(bundle, tmp_path)
 def test_models_side_by_side(bundle, tmp_path):
     written(bundle.path, tmp_path)
     before = (tmp_path / "deepseek_v2" / "config.pbtxt").stat().st_mtime_ns
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.pbtxt").write_text("")
     written(bundle.path, tmp_path, "--name", "other")
+    assert [file.name for file in (tmp_path / "theirs").iterdir()] == ["config.pbtxt"]
     assert (tmp_path / "deepseek_v2" / "config.pbtxt").stat().st_mtime_ns == before
     assert 'name: "other"' in (tmp_path / "other" / "config.pbtxt").read_text()
     assert "`deepseek_v2`, `other`" in (tmp_path / "README.md").read_text()
@@ -199,6 +219,48 @@ def test_plans_come_with_their_library_and_limits(planned, tmp_path):
     assert "KIND_GPU" in (tmp_path / "deepseek_v2" / "config.pbtxt").read_text()
     assert written(planned.path, tmp_path, "--backend", "ort", "--name", "cpu")["backend"] == "ort"
     assert not list((tmp_path / "cpu").rglob("*.plan"))
+
+
+CLASSIFIER_CONFIG = r"""name: "mood"
+backend: "python"
+default_model_filename: "model.py"
+max_batch_size: 32
+version_policy { specific { versions: [ 1 ] } }
+model_transaction_policy { decoupled: false }
+dynamic_batching { max_queue_delay_microseconds: 2000 }
+instance_group [ { count: 1 kind: KIND_CPU } ]
+input [ { name: "text_input" data_type: TYPE_STRING dims: [ 1 ] } ]
+output [
+  { name: "label" data_type: TYPE_STRING dims: [ 1 ] },
+  { name: "score" data_type: TYPE_FP32 dims: [ 1 ] },
+  { name: "scores" data_type: TYPE_FP32 dims: [ 3 ] },
+  { name: "logits" data_type: TYPE_FP32 dims: [ 3 ] }
+]
+parameters { key: "labels" value { string_value: "[\"sad\", \"so so\", \"né\"]" } }
+"""
+
+
+def test_a_classifier_beside_a_generator(classifier, bundle, tmp_path):
+    """Another start of the runtime, another config.pbtxt; the scripts that ask generators are not written for it."""
+    assert written(classifier.path, tmp_path, "--name", "mood")["labels"] == ["sad", "so so", "né"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mood", "serve.sh", "supervise.py"]
+    model = tmp_path / "mood"
+    assert (model / "config.pbtxt").read_text(encoding="utf-8") == CLASSIFIER_CONFIG
+    assert "Labels texts: sad, so so, né." in (model / "README.md").read_text(encoding="utf-8")
+    assert json.loads((model / "1" / "manifest.json").read_text())["task"] == "text-classification"
+    assert "engines.serving.classifier_model import TritonPythonModel" in (model / "1" / "model.py").read_text()
+    assert not (model / "1" / "runtime" / "deepseek_trt" / "engines" / "serving" / "triton_model.py").exists()
+    prepared = {p.name for p in (model / "1" / "bundle").iterdir()} - {p.name for p in classifier.path.iterdir()}
+    assert prepared == {"model.float32.onnx"}
+    assert "nothing to do" in run(classifier.path, tmp_path, "--name", "mood").stdout
+    written(bundle.path, tmp_path)
+    assert "models: `deepseek_v2`." in (tmp_path / "README.md").read_text()
+
+
+def test_a_classifier_that_cannot_be_served(classifier, bundle_of, tmp_path):
+    checkpoint = Path(classifier.manifest.checkpoint)
+    result = run(bundle_of(checkpoint, task="text-classification", by_reference=True).path, tmp_path)
+    assert (result.exit_code, "refers to its checkpoint" in result.stderr) == (1, True)
 
 
 # What the server's Python does not have, or need not.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_trt.engines.plans.build import build_with_library, plan_path
+from deepseek_trt.engines.plans.build import build_with_library
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
-from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
+from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import graphs_of

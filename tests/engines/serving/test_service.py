@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deepseek_trt.engines.generation.llm import LLM
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.serving import metrics as m
 from deepseek_trt.engines.serving.request import parse_request
@@ -123,7 +123,7 @@ class Served:
 
     def __init__(self, drain_seconds=WAIT, max_inflight=4):
         self.session, self.board, self.host = GatedSession(40), Board(), Host()
-        self.llm = LLM.over(self.session, fake.Config, Letters(), SchedulerLimits(3, 16, 8))
+        self.llm = LLM(self.session, fake.Config, Letters(), SchedulerLimits(3, 16, 8))
         self.service = Service(self.llm, max_inflight, drain_seconds, m.Metrics(self.board), self.host)
 
     def ask(self, **inputs):
@@ -171,7 +171,7 @@ LONG = {"text_input": "abc", "max_tokens": 30, "min_tokens": 30}
 
 def test_whole_and_streamed_answers_are_generates(served):
     params = SamplingParams(12, min_tokens=12)
-    alone = LLM.over(GatedSession(40), fake.Config, Letters())
+    alone = LLM(GatedSession(40), fake.Config, Letters())
     want = dict(zip(("abc", "h"), alone.generate(["abc", "h"], params), strict=True))
     asked = [
         (prompt, stream, served.ask(text_input=prompt, max_tokens=12, min_tokens=12, stream=stream))

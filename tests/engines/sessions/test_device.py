@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from deepseek_trt.engines.sessions.tensorrt.device import CudaDevice, open_device
+from deepseek_trt.engines.sessions.tensorrt.cuda import CudaDevice, open_device
 from deepseek_trt.export.errors import BackendError
 
 bindings = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")

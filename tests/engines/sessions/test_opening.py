@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 
 from deepseek_trt.cli.options import BACKENDS as CLI_CHOICES
-from deepseek_trt.engines.generation.generate import check_generates, generate
 from deepseek_trt.engines.generation.llm import LLM
-from deepseek_trt.engines.generation.sampling import SamplingParams
-from deepseek_trt.engines.sessions.backends import SessionRequest
-from deepseek_trt.engines.sessions.opening import CHOICES, Surroundings, choose_backend, open_session
-from deepseek_trt.engines.sessions.ort import OrtSession
-from deepseek_trt.engines.sessions.ort_cuda import OrtCudaSession, Place
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.sessions.opening import (
+    CHOICES,
+    SessionRequest,
+    Surroundings,
+    check_generates,
+    choose_backend,
+    open_session,
+)
+from deepseek_trt.engines.sessions.ort import CUDA, OrtCudaSession, OrtSession, Place
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
@@ -40,12 +44,13 @@ def around(gpu, providers=WITH_CUDA):
     [
         ("auto", True, "A GPU", WITH_CUDA, "tensorrt", "cuda", "the bundle has plans and A GPU is visible"),
         ("auto", True, None, WITH_CUDA, "ort", "cpu", "no GPU is visible"),
-        ("auto", False, "A GPU", WITH_CUDA, "ort", "cuda", "A GPU is visible and the bundle has no decode.plan"),
+        ("auto", False, "A GPU", WITH_CUDA, "ort-cuda", "cuda", "A GPU is visible and the bundle has no decode.plan"),
         ("auto", False, "A GPU", WITHOUT, "ort", "cpu", "this ONNX Runtime has no CUDAExecutionProvider and the"),
-        ("ort", True, "A GPU", WITH_CUDA, "ort", "cuda", "A GPU is visible"),
+        ("ort", True, "A GPU", WITH_CUDA, "ort-cuda", "cuda", "A GPU is visible"),
         ("ort", True, None, WITH_CUDA, "ort", "cpu", "no GPU is visible"),
         ("torch", True, "A GPU", WITH_CUDA, "torch", "cpu", "it was asked for"),
         ("tensorrt", False, None, WITHOUT, "tensorrt", "cuda", "it was asked for"),
+        ("ort-cuda", True, None, WITHOUT, "ort-cuda", "cuda", "it was asked for"),
     ],
 )
 def test_choice(demo, tmp_path, wanted, plans, gpu, providers, backend, device, why):
@@ -72,11 +77,13 @@ def test_the_line_names_backend_note_and_reason(demo):
 def test_a_cuda_provider_that_does_not_start_is_said_and_the_cpu_takes_over(demo):
     """Real ONNX Runtime, which lists CUDA in its GPU build and cannot start it without the libraries or a GPU."""
     with pytest.raises(BackendError, match="CUDAExecutionProvider"):
-        OrtCudaSession(demo, 4, place=Place(ordinal=99))
+        OrtCudaSession(demo, 4, place=dataclasses.replace(CUDA, ordinal=99))
     opened = open_session(SessionRequest(demo, 4, 1), "ort", around("A GPU"))
     if opened.choice.device == "cpu":  # a machine without a GPU
         assert isinstance(opened.session, OrtSession)
         assert opened.choice.why.startswith("the GPU cannot be used: ")
+        with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+            open_session(SessionRequest(demo, 4, 1), "ort-cuda")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -85,10 +92,7 @@ def test_the_cuda_session_on_the_cpu_provider_gives_the_tokens_of_ort(demo_check
     bundle = bundle_of(demo_checkpoint, dtype=dtype)
     sessions = OrtSession(bundle, 8, 1), OrtCudaSession(bundle, 8, 1, Place("CPUExecutionProvider", "cpu"))
     prompts = [[5, 6, 7, 8], [9, 10]]
-    made = [
-        [(s.row, s.token) for s in generate(session, bundle.manifest.model, prompts, SamplingParams(6))]
-        for session in sessions
-    ]
+    made = [LLM(session, bundle.manifest.model).generate(prompts, SamplingParams(6)) for session in sessions]
     assert made[0] == made[1]
     np.testing.assert_allclose(
         np.asarray(sessions[0].pool(0)[1:3], np.float32), sessions[1].pool(0)[1:3].astype(np.float32), atol=1e-2
@@ -96,7 +100,7 @@ def test_the_cuda_session_on_the_cpu_provider_gives_the_tokens_of_ort(demo_check
 
 
 def test_llm_says_what_it_chose(demo):
-    with LLM(demo.path, threads=1, cache_mib=8) as llm:
+    with LLM.open(demo.path, threads=1, cache_mib=8) as llm:
         assert llm.choice == choose_backend(demo)
 
 
@@ -110,8 +114,8 @@ def test_a_bundle_of_another_task_is_refused_by_name():
 @pytest.mark.parametrize(
     "modules",
     [
-        ("llm", "ort", "ort_cuda", "choose_backend", "generate", "bench"),
-        ("trt", "trt_engine", "weight_upload", "choose_backend"),
+        ("generation.llm", "sessions.ort", "sessions.opening", "bench.bench"),
+        ("sessions.tensorrt.session", "sessions.opening"),
     ],
     ids=["ort", "tensorrt"],
 )
@@ -125,8 +129,8 @@ def test_imports_no_torch(modules):
 def test_generating_through_ort_imports_no_torch(demo):
     code = (
         "import sys\nfrom deepseek_trt.engines.generation.llm import LLM\n"
-        "from deepseek_trt.engines.generation.sampling import SamplingParams\n"
-        f"with LLM({str(demo.path)!r}, threads=1, cache_mib=8) as llm:\n"
+        "from deepseek_trt.engines.generation.params import SamplingParams\n"
+        f"with LLM.open({str(demo.path)!r}, threads=1, cache_mib=8) as llm:\n"
         "    llm.generate([[5, 6]], SamplingParams(2, temperature=1.0))\nprint('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deepseek_trt.engines.sessions.ort import OrtSession
-from deepseek_trt.engines.sessions.ort_cuda import OrtCudaSession, Place
-from deepseek_trt.engines.sessions.session import run_graph, session_graphs
+from deepseek_trt.engines.sessions.ort import OrtCudaSession, OrtSession, Place
 from deepseek_trt.engines.sessions.torch import TorchSession
-from deepseek_trt.export.errors import RequestError
 
 SESSIONS = {
     "ort": OrtSession,
@@ -45,17 +42,15 @@ def feeds_of(graph):
 
 
 def test_runs_by_name(bundle, session):
-    graphs = session_graphs(bundle, session)
-    assert list(graphs) == ["prefill", "decode"]
+    prefill, decode = bundle.manifest.graphs
     for layer in range(session.cache.layers):
         pool = session.pool(layer)
-        spec = next(t for t in graphs["decode"].inputs if t.name == f"past_key_values.{layer}.latent")
-        assert pool.dtype == spec.dtype == session.cache.dtype
+        spec = next(t for t in decode.inputs if t.name == f"past_key_values.{layer}.latent")
+        assert pool.dtype == session.cache.dtype
         assert list(pool.shape) == [SIZES.get(dim, dim) for dim in spec.dims]
-    out = run_graph(session, graphs["prefill"], feeds_of(graphs["prefill"]))
-    feeds = feeds_of(graphs["decode"]) | {"past_lengths": np.array([5, 5], dtype=np.int32)}
-    out |= {"next": run_graph(session, graphs["decode"], feeds)["logits"]}
-    for logits in out.values():
+    first = session.prefill(**feeds_of(prefill))
+    second = session.decode(**feeds_of(decode) | {"past_lengths": np.array([5, 5], dtype=np.int32)})
+    for logits in (first, second):
         assert (logits.dtype, logits.shape) == (np.float32, (2, bundle.manifest.model.vocab_size))
         np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)  # of values near 1, summed in another order in torch
     assert np.abs(session.pool(0)[[1, 3], :6]).min(axis=-1).max() > 0  # six tokens of both rows
@@ -65,24 +60,26 @@ def test_runs_by_name(bundle, session):
 def test_pools_are_written_in_place(bundle):
     session = OrtSession(bundle, 6)
     pools = [session.pool(layer) for layer in range(session.cache.layers)]
-    graph = session_graphs(bundle, session)["prefill"]
-    run_graph(session, graph, feeds_of(graph))
+    session.prefill(**feeds_of(bundle.graph("prefill")))
     assert all(pool[1].any() and pool is session.pool(layer) for layer, pool in enumerate(pools))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"input_ids": np.zeros((2, 5), np.int32)}, r"input_ids must be int64 .*, not int32 \(2, 5\)"),
-        ({"page_table": np.zeros(2, np.int32)}, r"page_table must be int32 \[.*\], not int32 \(2,\)"),
-        ({"more": np.zeros(1)}, "prefill takes input_ids, sequence_lengths, past_lengths, page_table; given: .*more"),
-    ],
-)
-def test_feeds_that_do_not_fit_are_named(bundle, change, words):
-    session = OrtSession(bundle, 6)
-    graph = session_graphs(bundle, session)["prefill"]
-    with pytest.raises(RequestError, match=words):
-        run_graph(session, graph, feeds_of(graph) | change)
+def test_pools_are_filled(session):
+    session.fill(3.0)
+    assert all((session.pool(layer) == 3.0).all() for layer in range(session.cache.layers))
+
+
+@pytest.mark.parametrize("kind", SESSIONS)
+def test_what_a_session_says_of_itself(bundle, kind):
+    """Of what not every session has: the compiled operators read bfloat16 and count experts."""
+    session = SESSIONS[kind](bundle, 6)
+    compiled = kind == "ort" and session.library is not None
+    assert session.weights_dtype == ("bfloat16" if compiled else "float32")
+    assert session.threads >= 1
+    before = session.experts_hit()
+    session.decode(**feeds_of(bundle.graph("decode")))
+    assert (session.experts_hit() != before) == compiled
+    session.close()
 
 
 @pytest.mark.parametrize(("dtype", "by_reference"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
@@ -90,7 +87,7 @@ def test_mapped_weights_give_the_same(small_v2, bundle_of, dtype, by_reference):
     """Without ONNX Runtime's own copies of the weights; bfloat16 is computed in float32, so casting is exact."""
     bundle = bundle_of(small_v2.checkpoint, page_size=8, dtype=dtype, by_reference=by_reference)
     copied, mapped = (OrtSession(bundle, 6, 1, mapped=each) for each in (False, True))
-    for name, graph in session_graphs(bundle, mapped).items():
-        expected, found = (run_graph(session, graph, feeds_of(graph))["logits"] for session in (copied, mapped))
+    for graph in bundle.manifest.graphs:
+        expected, found = (getattr(session, graph.name)(**feeds_of(graph)) for session in (copied, mapped))
         # float32 sums in another order, as products of packed and unpacked weights are
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=name)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=graph.name)

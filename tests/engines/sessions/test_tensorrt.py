@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepseek_trt.engines.generation.generate import generate, pages_needed
-from deepseek_trt.engines.generation.pages import page_table
-from deepseek_trt.engines.generation.sampling import SamplingParams
+from deepseek_trt.engines.generation.llm import LLM
+from deepseek_trt.engines.generation.pages import answer_lengths, page_table, pages_needed
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
@@ -29,7 +30,7 @@ from deepseek_trt.engines.sessions.tensorrt.session import TrtSession, bucket
 from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec, past_name
-from deepseek_trt.export.bundle.weights import weight_arrays
+from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.errors import BackendError, BuildError, BundleError, RequestError
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, SCHEMA, Manifest
 
@@ -57,7 +58,7 @@ class World:
         for name, record in self.records.items():
             self.plan(name).write_bytes(name.encode())
             self.write(record)
-        weights = {name: torch.from_numpy(array.copy()) for name, array in weight_arrays(self.bundle).items()}
+        weights = {name: torch.from_numpy(array.copy()) for name, array in WeightReader(self.bundle).views().items()}
         name = {"rtx": "fake_rtx", "tensorrt": "fake"}[spec.flavour]
         self.trt = fake_gpu.fake_trt(name, self.bundle, self.records, self.device, weights)
         self.trt.__version__ = "1.0"
@@ -124,16 +125,15 @@ def world(make_world, bundle):
 
 
 def tokens_of(session, config, prompts=PROMPTS, new=NEW):
-    made = [[] for _ in prompts]
-    for step in generate(session, dataclasses.replace(config, eos_token_ids=()), prompts, SamplingParams(new)):
-        made[step.row].append(step.token)
-    return made
+    llm = LLM(session, dataclasses.replace(config, eos_token_ids=()), limits=SchedulerLimits.for_batch(len(prompts)))
+    return [result.token_ids for result in llm.generate(prompts, SamplingParams(new))]
 
 
 @pytest.fixture(scope="module")
 def expected(bundle):
     config = bundle.manifest.model
-    return tokens_of(TorchSession(bundle, pages_needed(config, PAGE, PROMPTS, NEW)), config)
+    pages = pages_needed(bundle.manifest.cache, answer_lengths(config, PROMPTS, NEW))
+    return tokens_of(TorchSession(bundle, pages), config)
 
 
 @pytest.mark.parametrize("cuda_graphs", [True, False])
@@ -150,8 +150,7 @@ def test_gives_the_tokens_of_torch(make_world, bundle, expected, flavour, weight
     assert not world.device.queue, "a step must be over when its logits are given"
 
 
-def test_by_reference_gives_the_same_tokens(make_world, small_v2, bundle_of, expected, monkeypatch, tmp_path):
-    monkeypatch.setattr(weight_upload, "ASSEMBLED_BYTES", 40_000)
+def test_by_reference_gives_the_same_tokens(make_world, small_v2, bundle_of, expected, tmp_path):
     checkpoint = Path(shutil.copytree(small_v2.checkpoint, tmp_path / "checkpoint"))
     for shard in checkpoint.glob("*.safetensors"):
         save_file({name: tensor.float() for name, tensor in load_file(shard).items()}, shard)
@@ -185,7 +184,7 @@ def test_weights_go_up_in_the_order_of_the_file(world, monkeypatch):
     context = world.trt.contexts["decode"]
     addresses = [context.addresses[n] for n in stored if n in world.records["prefill"].weights]
     assert addresses == sorted(addresses)
-    arrays = weight_arrays(world.bundle)
+    arrays = WeightReader(world.bundle).views()
     for name in world.records["prefill"].weights:
         raw = world.device.bytes_at(context.addresses[name], arrays[name].nbytes)
         np.testing.assert_array_equal(raw.view(np.float32).reshape(arrays[name].shape), arrays[name])

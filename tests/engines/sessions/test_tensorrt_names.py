@@ -141,6 +141,6 @@ def test_the_adapter_takes_it(ask):
 
 
 def test_dtypes_that_a_record_may_name(ask):
-    from deepseek_trt.engines.plans.build import _DTYPES
+    from deepseek_trt.engines.plans.parse import DTYPES
 
-    assert ask(f"[n for n in {sorted(_DTYPES)!r} if n not in trt.DataType.__members__]") == []
+    assert ask(f"[n for n in {sorted(DTYPES)!r} if n not in trt.DataType.__members__]") == []

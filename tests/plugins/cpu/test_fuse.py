@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from safetensors.torch import save_file
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
-from deepseek_trt.plugins.cpu.fuse import CPU_DOMAIN, FuseForCpu, fused_bytes
+from deepseek_trt.plugins.cpu.fuse import FuseForCpu, fused_bytes
+from deepseek_trt.plugins.cpu.operators import CPU_DOMAIN, FEED_FORWARD, Operator
 
 # Widths that are no multiples of 16, so that every kernel meets its rest.
 BASE: dict[str, Any] = {
@@ -124,6 +126,19 @@ def test_what_is_not_recognised_stays_and_is_named(variant: Callable[[str], Bund
     fuse(model)
     assert fuse.left == ["MlaDecode_0"]
     assert sum(n.domain == CPU_DOMAIN for n in model.graph) == fuse.fused == 4
+
+
+def test_the_nodes_follow_the_tables(variant: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = variant("sigmoid routing").graph_path("decode")
+
+    def inputs_of(operator: Operator) -> list[list[str | None]]:
+        model = ir.serde.deserialize_model(onnx.load_from_string(fused_bytes(path)[0]))
+        return [[i.name for i in node.inputs if i] for node in model.graph if node.op_type == operator.name]
+
+    forwards = inputs_of(FEED_FORWARD)
+    other = dataclasses.replace(FEED_FORWARD, inputs=FEED_FORWARD.inputs[::-1])
+    monkeypatch.setattr("deepseek_trt.plugins.cpu.fuse.FEED_FORWARD", other)
+    assert inputs_of(other) == [names[::-1] for names in forwards] != []
 
 
 def test_no_weight_is_in_the_fused_graph(variant: Callable[[str], Bundle]) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_trt.engines.generation.sampling import Sampler, SamplingParams, sample_rows
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.library import cpu_library
-from deepseek_trt.plugins.cpu.likeliest import unpack
 from deepseek_trt.plugins.cpu.sampler import load_sampler
+from deepseek_trt.plugins.cpu.sampling_row import unpack
 
 VOCABULARIES = (3, 13, 64, 100, 257, 1500, 4096)
 CHOICES = {

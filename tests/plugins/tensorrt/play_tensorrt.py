@@ -15,7 +15,7 @@ import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
 from deepseek_trt.export.ops import OPS
-from deepseek_trt.plugins.tensorrt.library import load_library
+from deepseek_trt.plugins.tensorrt.loading import load_library
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable
 
 ONNX_TYPES = {

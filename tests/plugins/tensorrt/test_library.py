@@ -20,9 +20,8 @@ from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.cxx import Compiler, find_compiler
 from deepseek_trt.plugins.kernels import KERNEL_OPS
-from deepseek_trt.plugins.tensorrt import library
-from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library, read_manifest
-from deepseek_trt.plugins.tensorrt.manifest import MANIFEST
+from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
+from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, read_manifest
 
 Uncompiled = Callable[..., list[Binary]]
 
@@ -201,7 +200,7 @@ def test_damage_is_said(
     shutil.copy(plugin_library.manifest_path, tmp_path)
     change(path)
     with pytest.raises(BuildError, match=re.escape(message)):
-        library.read_manifest(path)
+        read_manifest(path)
 
 
 def _edit(manifest: Path, **changes: int) -> None:

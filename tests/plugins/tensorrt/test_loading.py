@@ -23,7 +23,8 @@ from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.tensorrt import loading, rtx_shim
-from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library, load_library
+from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
+from deepseek_trt.plugins.tensorrt.loading import load_library
 from deepseek_trt.plugins.tensorrt.op_tables import fixed_sizes
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,8 @@ import pytest
 
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
-from deepseek_trt.plugins.tensorrt.library import PluginLibrary, read_manifest
+from deepseek_trt.plugins.tensorrt.library import PluginLibrary
+from deepseek_trt.plugins.tensorrt.manifest import read_manifest
 
 Drive = Callable[..., list[str]]
 

@@ -26,7 +26,7 @@ def test_streamed_weights_change_nothing(small_v2, bundle_of, by_reference, dtyp
 def test_memory_decides(good, monkeypatch):
     bundle = good("float32")
     assert type(torch_session(bundle, 4, "float32")) is FillableTorchSession
-    monkeypatch.setattr(torch_backend, "_free_memory", lambda: 2**20)
+    monkeypatch.setattr(torch_backend, "available_memory", lambda: 2**20)
     assert type(torch_session(bundle, 4, "float32")) is StreamedTorchSession
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from deepseek_trt.engines.sessions.backends import SessionRequest
+from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.validate.accuracy import validate_bundle

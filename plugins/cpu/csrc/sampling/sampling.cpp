@@ -91,7 +91,7 @@ double measure(const SamplingBatch& batch, int64_t index, const float* x, float 
     find_reaching(x, n, lower_bound_of(count, room), room);
     const int64_t found = std::min(count, room.found);  // fewer where some logits are no numbers
     std::partial_sort(room.ids.begin(), room.ids.begin() + found, room.ids.begin() + room.found,
-                      [&](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; });
+        [&](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; });
     for (int64_t i = 0; i < found; ++i) {
         batch.tops[index * batch.most + i] = {room.ids[i], x[room.ids[i]] - total};
     }

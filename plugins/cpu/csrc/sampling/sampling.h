@@ -21,8 +21,8 @@ struct SamplingRow {
     int32_t banned_count;
     int32_t made;        // tokens of the answer
     int32_t min_tokens;  // before so many, banned counts
-    int32_t top_k;     // 0 keeps all
-    int32_t logprobs;  // -1: none wanted, n: the chosen token's and the n likeliest tokens'
+    int32_t top_k;       // 0 keeps all
+    int32_t logprobs;    // -1: none wanted, n: the chosen token's and the n likeliest tokens'
 };
 
 struct SamplingTop {

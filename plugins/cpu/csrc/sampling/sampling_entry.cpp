@@ -12,9 +12,8 @@ EXPORTED void deepseek_trt_sample(const SamplingBatch* batch, int64_t threads) {
     // A thread's rows: the same at every step, so that their histories are near.
     const int64_t rows = std::max<int64_t>((batch->count + threads - 1) / threads, 4);
     Pool::of(static_cast<int>(threads)).run([&](Team& team) {
-        team.share(0, (batch->count + rows - 1) / rows, [&](int64_t item) {
-            sample(*batch, item * rows, std::min(item * rows + rows, batch->count));
-        });
+        team.share(0, (batch->count + rows - 1) / rows,
+            [&](int64_t item) { sample(*batch, item * rows, std::min(item * rows + rows, batch->count)); });
     });
 }
 

@@ -36,7 +36,7 @@ INLINE void store(float* p, v16 x) { *reinterpret_cast<v16_unaligned*>(p) = x; }
 INLINE void store(int32_t* p, i16 x) { *reinterpret_cast<i16_unaligned*>(p) = x; }
 INLINE void store(uint32_t* p, u16 x) { *reinterpret_cast<u16_unaligned*>(p) = x; }
 INLINE v16 larger(v16 a, v16 b) { return a > b ? a : b; }
-// Of two vectors of weights, whose sums fit into 32 bits; those of more need not.
+// Sums of two vectors, in pairs of lanes: two weights fit into 32 bits together, more need not.
 INLINE w8 sum_of(u16 a, u16 b) {
     const w8 both = reinterpret_cast<w8>(a + b);
     return (both & 0xffffffff) + (both >> 32);
@@ -88,7 +88,8 @@ float maximum(const float* x, int64_t n, std::vector<float>& maxima) {
 
 int64_t first_equal(const float* x, int64_t n, float value) {
     int64_t i = 0;
-    for (; i + LANES <= n && !any(load(x + i) == all(value)); i += LANES) {}
+    for (; i + LANES <= n && !any(load(x + i) == all(value)); i += LANES) {
+    }
     while (i < n && x[i] != value) ++i;
     return i < n ? i : 0;
 }

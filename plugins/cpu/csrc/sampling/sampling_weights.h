@@ -1,5 +1,5 @@
-// Logits as weights. They are integers, so that their sums are exact in any order: what is picked depends neither on the
-// batch nor on the width of the vectors.
+// Logits as weights. They are integers, so that their sums are exact in any order: what is picked depends neither on
+// the batch nor on the width of the vectors.
 #pragma once
 
 #include "sampling_largest.h"

@@ -2,8 +2,8 @@
 // Values and signatures: CUDA Driver API reference; stable since CUDA 12.4.
 #pragma once
 
-#include <cstddef>
 #include <cuda_runtime_api.h>
+#include <cstddef>
 
 extern "C" {
 

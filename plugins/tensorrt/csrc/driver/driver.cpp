@@ -74,8 +74,8 @@ Device Device::current() {
 
 Library::Library(void const* image) {
     Driver const& driver = Driver::get();
-    driver.check(driver.cuLibraryLoadData(&handle_, image, nullptr, nullptr, 0, nullptr, nullptr, 0),
-        "cuLibraryLoadData");
+    driver.check(
+        driver.cuLibraryLoadData(&handle_, image, nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData");
 }
 
 Library::~Library() {

@@ -34,7 +34,7 @@ struct Device {
     static Device current();
 
     CUdevice ordinal;
-    int32_t sm;  // e.g. 86
+    int32_t sm;                // e.g. 86
     int32_t max_shared_bytes;  // a block may ask for at most this much
 };
 

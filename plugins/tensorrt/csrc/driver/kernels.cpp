@@ -23,8 +23,8 @@ CUkernel load_kernel(Library const& library, Binary const& binary, Device const&
     Driver const& driver = Driver::get();
     CUkernel kernel = library.kernel(binary.entry);
     if (binary.shared_bytes > kSharedWithoutAsking) {
-        driver.check(driver.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, binary.shared_bytes,
-                         kernel, device.ordinal),
+        driver.check(driver.cuKernelSetAttribute(
+                         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, binary.shared_bytes, kernel, device.ordinal),
             "cuKernelSetAttribute");
     }
     CUfunction function = nullptr;  // libraries load lazily; asking for the function in this context ends that

@@ -123,8 +123,8 @@ struct KernelSet {
         Target best;
         for (auto const& row : First::rows()) {
             Target const target = target_of(row.binary);
-            bool const usable
-                = runs_on(target, device.sm) && fits<First>(target, device) && (fits<Others>(target, device) && ...);
+            bool const usable =
+                runs_on(target, device.sm) && fits<First>(target, device) && (fits<Others>(target, device) && ...);
             if (usable && (best == Target{} || is_closer(target, best))) {
                 best = target;
             }

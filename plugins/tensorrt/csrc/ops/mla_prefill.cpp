@@ -68,8 +68,8 @@ struct Op {
             w.value, as_i32(first), as_i32(capacity), as_i32(M), as_i32(page));
         launch(attend, {ceil_div(S, attend.constants().BLOCK_M), heads, B}, call.stream, call.in.query,
             call.out.present_latent, call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, w.k_nope,
-            w.value, call.out.attended, base_2_scale(call.attributes.scale), as_i32(first), as_i32(S),
-            as_i32(capacity), as_i32(M), as_i32(page));
+            w.value, call.out.attended, base_2_scale(call.attributes.scale), as_i32(first), as_i32(S), as_i32(capacity),
+            as_i32(M), as_i32(page));
     }
 };
 

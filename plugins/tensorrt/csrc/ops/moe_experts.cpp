@@ -82,8 +82,8 @@ struct Op {
         auto const& scatter = call.kernels.get<MoeDispatchScatter>(call.sizes.T);
         check_alike("CHUNK", kDispatchChunk, count.constants().CHUNK);
         check_alike("CHUNK", kDispatchChunk, scatter.constants().CHUNK);
-        launch(count, {ceil_div(dispatch.sorted, kDispatchChunk)}, call.stream, call.in.ids, w.counts,
-            w.sorted_slots, slots, as_i32(dispatch.sorted));
+        launch(count, {ceil_div(dispatch.sorted, kDispatchChunk)}, call.stream, call.in.ids, w.counts, w.sorted_slots,
+            slots, as_i32(dispatch.sorted));
         launch(offsets, {1}, call.stream, w.counts, w.offsets, w.block_expert, as_i32(dispatch.chunks),
             as_i32(dispatch.blocks), as_i32(block));
         launch(scatter, {dispatch.chunks}, call.stream, call.in.ids, w.offsets, w.sorted_slots, slots);

@@ -177,7 +177,8 @@ private:
         if (plugin) {
             core_ = static_cast<IPluginV3OneCore*>(plugin->getCapabilityInterface(PluginCapabilityType::kCORE));
             build_ = static_cast<IPluginV3OneBuildV2*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
-            runtime_ = static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+            runtime_ =
+                static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
         }
     }
 
@@ -222,7 +223,8 @@ private:
     void print_names() {
         for (int32_t i = 0; i < creator_count_; ++i) {
             auto* each = static_cast<IPluginCreatorV3One*>(creators_[i]);
-            std::printf("creator %s '%s' '%s'", each->getPluginName(), each->getPluginVersion(), each->getPluginNamespace());
+            std::printf(
+                "creator %s '%s' '%s'", each->getPluginName(), each->getPluginVersion(), each->getPluginNamespace());
             PluginFieldCollection const* fields = each->getFieldNames();
             for (int32_t f = 0; f < fields->nbFields; ++f) {
                 std::printf(" %s:%d", fields->fields[f].name, static_cast<int>(fields->fields[f].type));
@@ -241,7 +243,8 @@ private:
 
     void call(std::string const& command) {
         auto const inputs = dynamic(inputs_), outputs = dynamic(outputs_);
-        auto const input_count = static_cast<int32_t>(inputs.size()), output_count = static_cast<int32_t>(outputs.size());
+        auto const input_count = static_cast<int32_t>(inputs.size()),
+                   output_count = static_cast<int32_t>(outputs.size());
         long result = -1;
         if (command == "types") return print_types();
         if (command == "formats") return print_formats(inputs, outputs);
@@ -249,8 +252,8 @@ private:
         if (command == "configure") {
             result = build_->configurePlugin(inputs.data(), input_count, outputs.data(), output_count);
         } else if (command == "workspace") {
-            result = static_cast<long>(
-                build_->getWorkspaceSize(inputs.data(), input_count, outputs.data(), output_count));
+            result =
+                static_cast<long>(build_->getWorkspaceSize(inputs.data(), input_count, outputs.data(), output_count));
         } else if (command == "attach") {
             IPluginV3* attached = runtime_->attachToContext(nullptr);
             result = attached ? 0 : 1;
@@ -258,8 +261,8 @@ private:
         } else if (command == "reshape") {
             result = runtime_->onShapeChange(inputs_.data(), input_count, outputs_.data(), output_count);
         } else if (command == "enqueue") {
-            result = runtime_->enqueue(inputs_.data(), outputs_.data(), input_addresses_.data(), output_addresses_.data(),
-                reinterpret_cast<void*>(0x900000000), reinterpret_cast<cudaStream_t>(0x57));
+            result = runtime_->enqueue(inputs_.data(), outputs_.data(), input_addresses_.data(),
+                output_addresses_.data(), reinterpret_cast<void*>(0x900000000), reinterpret_cast<cudaStream_t>(0x57));
         }
         std::printf("%s %ld\n", command.c_str(), result);
     }

@@ -1,7 +1,7 @@
 // A libcuda.so.1 that runs nothing and prints one line a call: what would be loaded and launched, with every argument.
 //
-// FAKE_DEVICE, FAKE_SM and FAKE_SHARED say what chip it plays; FAKE_PARAMS names a file with one line a kernel: its name, then its
-// parameters' sizes in bytes. Images are taken for text, and are named by it.
+// FAKE_DEVICE, FAKE_SM and FAKE_SHARED say what chip it plays; FAKE_PARAMS names a file with one line a kernel: its
+// name, then its parameters' sizes in bytes. Images are taken for text, and are named by it.
 #include "cuda_driver.h"
 
 #include <cstdio>
@@ -92,8 +92,8 @@ EXPORT CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, char con
 }
 
 EXPORT CUresult cuKernelSetAttribute(int attribute, int value, CUkernel kernel, CUdevice device) {
-    std::printf("attribute %s %d = %d on device %d\n", reinterpret_cast<Kernel*>(kernel)->image.c_str(), attribute, value,
-        device);
+    std::printf("attribute %s %d = %d on device %d\n", reinterpret_cast<Kernel*>(kernel)->image.c_str(), attribute,
+        value, device);
     return CUDA_SUCCESS;
 }
 

@@ -1,0 +1,118 @@
+"""Parse: a bundle's graph in TensorRT's hands, with plugins for its custom ops and its weights as inputs."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from deepseek_trt.engines.plans.flavour import Flavour
+from deepseek_trt.engines.plans.plan import BuildSpec
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.graph import DOMAIN, GraphSpec, TensorSpec
+from deepseek_trt.export.bundle.weights import WeightReader
+from deepseek_trt.export.errors import BuildError
+from deepseek_trt.export.passes.share_weights import ShareWeights
+
+# Ours by the names of trt.DataType.
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT32": "int32",
+    "INT64": "int64",
+}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A graph in TensorRT's hands; builder, parser and model must outlive the network."""
+
+    builder: Any
+    parser: Any
+    network: Any
+    model: bytes
+    weights: tuple[str, ...]
+    plugins: dict[str, int]
+
+
+def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour, messages: list[str]) -> Parsed:
+    """Parse the graph with plugins in place of the custom ops' bodies, and make sure that none fell back."""
+    trt = flavour.trt
+    builder = trt.Builder(flavour.logger)
+    network = builder.create_network(flavour.network_flags())
+    parser = trt.OnnxParser(network, flavour.logger)
+    parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
+    model = onnx.load(bundle.graph_path(graph.name), load_external_data=False)
+    wanted = collections.Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+    weights: tuple[str, ...] = ()
+    data = b""
+    if spec.weights == "shared":
+        weights, data = _with_shared_weights(bundle, model)
+        parsed = parser.parse(data, str(bundle.graph_path(graph.name)))
+    else:
+        parsed = parser.parse_from_file(str(bundle.graph_path(graph.name)))
+    if not parsed:
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        raise BuildError(f"{flavour.name} cannot parse {graph.file}: {first_reason(errors, messages)}")
+    found = _plugins(network)
+    if found != dict(wanted):
+        raise BuildError(f"{graph.file}: plugins took over {found}, not {dict(wanted)}: build the plugin library again")
+    return Parsed(builder, parser, network, data, weights, found)
+
+
+def _with_shared_weights(bundle: Bundle, model: onnx.ModelProto) -> tuple[tuple[str, ...], bytes]:
+    """The names of the weights that are inputs now, and the graph, small enough to travel as bytes."""
+    graph = ir.serde.deserialize_model(model)
+    for value in graph.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.base_dir = str(bundle.path)
+    share = ShareWeights()
+    share(graph)
+    if bundle.manifest.by_reference:
+        _embed_small(bundle, graph)
+    return tuple(share.names), ir.to_proto(graph).SerializeToString()
+
+
+def _embed_small(bundle: Bundle, model: ir.Model) -> None:
+    """Give the small initializers of a by-reference bundle their data: they have no weights file to point into."""
+    reader = WeightReader(bundle)
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = ir.tensor(reader.view(name), name=name)
+
+
+def _plugins(network: Any) -> dict[str, int]:
+    """Plugin layers by the op that they run."""
+    names = (network.get_layer(i) for i in range(network.num_layers))
+    kinds = [layer for layer in names if layer.type.name == "PLUGIN_V3"]
+    return dict(collections.Counter(_op_of(layer.name) for layer in kinds))
+
+
+def _op_of(layer: str) -> str:
+    """The parser names a plugin's layer after its node, which export names <Op>_<n>."""
+    return layer.split("_", 1)[0]
+
+
+def layers_by_kind(network: Any) -> dict[str, int]:
+    """How many layers of each kind the network has."""
+    kinds = collections.Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+    return dict(sorted(kinds.items()))
+
+
+def network_tensors(network: Any, kind: str) -> tuple[TensorSpec, ...]:
+    """The network's tensors of a kind, "input" or "output"."""
+    count = getattr(network, f"num_{kind}s")
+    tensors = [getattr(network, f"get_{kind}")(i) for i in range(count)]
+    return tuple(TensorSpec(t.name, DTYPES[t.dtype.name], tuple(int(d) for d in t.shape)) for t in tensors)
+
+
+def first_reason(errors: Sequence[Any], messages: list[str]) -> str:
+    """What a person should read of a failure: the parser's first error, else the log's last error."""
+    if errors:
+        return f"{errors[0].node_name()} ({errors[0].node_operator()}): {errors[0].desc()}"
+    return messages[-1] if messages else "no reason was logged"

@@ -1,0 +1,181 @@
+"""The operators of the compiled CPU library: what each takes, in order, for the graph pass and for the C++ alike.
+
+fuse.py builds nodes from these tables; csrc/ops.cpp reads them by name through the headers that are generated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+CPU_DOMAIN = "deepseek_trt.cpu"
+ACTIVATIONS = ("silu", "relu", "gelu", "gelu_pytorch_tanh")  # in a node, an activation is its place here
+
+Attributes = Mapping[str, float | int]
+DType = Literal["float32", "float16", "int32", "weights"]
+
+_GENERATED = "// Made from plugins/cpu/operators.py when the library is built; changes here are lost.\n#pragma once\n"
+_ORT_TYPES = {"float32": "ort::FLOAT", "float16": "ort::FLOAT16", "int32": "ort::INT32", "weights": "ort::UNDEFINED"}
+_CPP_TYPES = {"int": "int64_t", "float": "float"}
+_READERS = {"int": "number", "float": "real"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of an operator; dtype "weights" is any of float32, float16 and bfloat16.
+
+    A node has it where all the attributes that `only_with` names are there and not 0.
+    """
+
+    name: str
+    dtype: DType = "weights"
+    only_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute of an operator, which a node has as `Input` says: with itself, it is left out where it is 0."""
+
+    name: str
+    type: Literal["int", "float"] = "int"
+    only_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator: inputs and attributes in the order that they have in a node, and the outputs' dtypes."""
+
+    name: str
+    inputs: tuple[Input, ...]
+    attributes: tuple[Attribute, ...]
+    outputs: tuple[DType, ...] = ("float32",)
+
+    def inputs_with(self, given: Attributes) -> tuple[Input, ...]:
+        """The inputs of a node with these attributes."""
+        return tuple(i for i in self.inputs if _is_there(i, given))
+
+    def ordered(self, given: Attributes) -> dict[str, float | int]:
+        """The attributes in their order. Raises KeyError where one is missing."""
+        return {a.name: given[a.name] for a in self.attributes if _is_there(a, given)}
+
+
+def _is_there(slot: Input | Attribute, given: Attributes) -> bool:
+    return all(given.get(name) for name in slot.only_with)
+
+
+def _inputs(names: str, dtype: DType = "weights", only_with: tuple[str, ...] = ()) -> tuple[Input, ...]:
+    return tuple(Input(name, dtype, only_with) for name in names.split(", "))
+
+
+def _attributes(names: str, type: Literal["int", "float"] = "int", *only_with: str) -> tuple[Attribute, ...]:
+    return tuple(Attribute(name, type, only_with) for name in names.split(", "))
+
+
+def _attention(name: str, cache: DType) -> Operator:
+    inputs = (
+        *_inputs("x, cos, sin", "float32"),
+        Input("past", cache),
+        *_inputs("page_table, past_lengths", "int32"),
+        *_inputs("norm_weight, kv_a, kv_norm_weight, w_uk, w_uv, o, q"),
+        *_inputs("q_a, q_norm_weight", only_with=("query_compression",)),
+        *_inputs("kv_a_bias, o_bias", only_with=("bias",)),
+        Input("q_a_bias", only_with=("bias", "query_compression")),
+    )
+    attributes = (*_attributes("query_compression, bias"), *_attributes("scale, eps, latent_eps", "float"))
+    return Operator(name, inputs, attributes, ("float32", cache))
+
+
+ATTENTION = _attention("Attention", "float32")
+ATTENTION_FLOAT16 = _attention("AttentionFloat16", "float16")
+FEED_FORWARD = Operator(
+    "FeedForward",
+    (
+        Input("x", "float32"),
+        Input("norm_weight"),
+        *_inputs("router, gate, up, down", only_with=("experts",)),
+        Input("correction", "float32", ("experts", "biased")),
+        *_inputs("shared_gate, shared_up, shared_down", only_with=("shared",)),
+        *_inputs("shared_gate_bias, shared_up_bias, shared_down_bias", only_with=("shared", "bias")),
+    ),
+    (
+        Attribute("eps", "float"),
+        *_attributes("shared, bias"),
+        *_attributes("experts, biased, top_k, groups, top_groups, normalised", "int", "experts"),
+        Attribute("factor", "float", ("experts",)),
+        Attribute("activation"),
+    ),
+)
+HEAD = Operator("Head", (Input("x", "float32"), *_inputs("norm_weight, head")), (Attribute("eps", "float"),))
+
+OPERATORS = (ATTENTION, ATTENTION_FLOAT16, FEED_FORWARD, HEAD)
+
+
+def generated_headers(operators: Sequence[Operator] = OPERATORS) -> dict[str, bytes]:
+    """The headers of csrc that follow from the tables, by file name."""
+    texts = {"activation.h": _activation_header(), "operators.h": _operators_header(operators)}
+    return {name: text.encode() for name, text in texts.items()}
+
+
+def _activation_header() -> str:
+    numbers = ", ".join(f"{name.upper()} = {number}" for number, name in enumerate(ACTIVATIONS))
+    return f"{_GENERATED}\nenum class Activation : int {{ {numbers} }};\n"
+
+
+def _operators_header(operators: Sequence[Operator]) -> str:
+    structs = "\n".join(_struct(operator) for operator in operators)
+    return f"""{_GENERATED}
+#include "node.h"
+
+namespace operators {{
+
+constexpr const char* CPU_DOMAIN = "{CPU_DOMAIN}";
+
+{structs}
+}}  // namespace operators
+"""
+
+
+def _struct(operator: Operator) -> str:
+    # What depends on other attributes is read after them.
+    attributes = sorted(operator.attributes, key=lambda a: bool(set(a.only_with) - {a.name}))
+    return f"""struct {operator.name} {{
+    static constexpr const char* NAME = "{operator.name}";
+    static constexpr int OUTPUTS[] = {{{", ".join(_ORT_TYPES[dtype] for dtype in operator.outputs)}}};
+
+    struct Attributes {{
+        {_lines((f"{_CPP_TYPES[a.type]} {a.name} = 0;" for a in operator.attributes), 8)}
+
+        explicit Attributes(const AttributeReader& node) {{
+            {_lines((_read_attribute(a) for a in attributes), 12)}
+        }}
+    }};
+
+    struct Inputs {{
+        Tensor {", ".join(i.name for i in operator.inputs)};
+
+        Inputs(const Attributes& node, InputReader in) {{
+            {_lines((_read_input(i) for i in operator.inputs), 12)}
+            in.end();
+        }}
+    }};
+}};
+"""
+
+
+def _read_attribute(a: Attribute) -> str:
+    condition = f'node.has("{a.name}")' if a.name in a.only_with else " && ".join(a.only_with)
+    return f'{_if(condition)}{a.name} = node.{_READERS[a.type]}("{a.name}");'
+
+
+def _read_input(i: Input) -> str:
+    condition = " && ".join(f"node.{name}" for name in i.only_with)
+    return f'{_if(condition)}in.read({i.name}, "{i.name}", {_ORT_TYPES[i.dtype]});'
+
+
+def _if(condition: str) -> str:
+    return f"if ({condition}) " if condition else ""
+
+
+def _lines(lines: Iterable[str], indent: int) -> str:
+    return f"\n{' ' * indent}".join(lines)
