@@ -8,6 +8,7 @@ from deepseek_trt.validate.backends.backends import BACKENDS, make_reference
 from deepseek_trt.validate.backends.probes import GAP, PLACES, ROUTING
 from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
 from deepseek_trt.validate.backends.sessions import SessionStepper
+from deepseek_trt.validate.backends.torch import StreamedTorchSession
 from deepseek_trt.validate.cases.coverage import cover_experts
 from deepseek_trt.validate.cases.inputs import Inputs, read_inputs
 from deepseek_trt.validate.findings.undecided import set_aside
@@ -31,7 +32,7 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
     for name in sorted(names, key=lambda name: name != "torch"):  # torch first
         reports[name] = backend_report(*runs.pair(name))
     source = weights.note if weights else "the bundle's own weights"
-    streamed = ", one layer in memory at a time" if runs.reference.is_slow else ""
+    streamed = ", one layer in memory at a time" if runs.is_streamed else ""
     return Compared(
         integrity=integrity,
         cases=inputs.sources,
@@ -59,7 +60,8 @@ class _Runs:
         self._session, self._progress = session, progress
         self._places = (*PLACES, GAP) if bisect else ("hidden", *ROUTING)
         self._short = cover_experts(self.reference, inputs.script(), session.bundle.manifest.model, inputs.seed)
-        self._whole = self._short if self.reference.is_slow else inputs.with_long_cases(self._short, self.reference)
+        self.is_streamed = isinstance(self.reference, StreamedTorchSession)
+        self._whole = self._short if self.is_streamed else inputs.with_long_cases(self._short, self.reference)
 
     def pair(self, backend: str) -> tuple[Pair, Pair | None]:
         """The backend's comparison, and in a narrow dtype the one that measures its rounding floor."""

@@ -14,11 +14,11 @@ import torch
 from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.engines.sessions.torch import Weights
+from deepseek_trt.engines.sessions.torch import TorchSession, Weights
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.validate.backends.exported import ExportedSession, OrtWatcher
 from deepseek_trt.validate.backends.probes import Probes, Watcher
-from deepseek_trt.validate.backends.torch import FillableTorchSession, torch_session
+from deepseek_trt.validate.backends.torch import torch_session
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
 from deepseek_trt.validate.backends.transformers import TransformersSession
 
@@ -37,12 +37,12 @@ class Backend:
     is_slow: bool = False
 
 
-def make_reference(request: SessionRequest, weights: Weights | None = None) -> FillableTorchSession:
+def make_reference(request: SessionRequest, weights: Weights | None = None) -> TorchSession:
     """Torch in float32, with the bundle's weights or those given."""
     return _torch(request, "float32", weights)
 
 
-def _torch(request: SessionRequest, dtype: str | None = None, weights: Weights | None = None) -> FillableTorchSession:
+def _torch(request: SessionRequest, dtype: str | None = None, weights: Weights | None = None) -> TorchSession:
     """Torch, in the bundle's dtype unless told otherwise."""
     if request.threads:
         torch.set_num_threads(request.threads)

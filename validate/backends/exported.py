@@ -17,9 +17,10 @@ import onnx_ir as ir
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.ort import open_graph
-from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.sessions.session import Session, widening_note
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
 from deepseek_trt.export.bundle.graph import DOMAIN, past_name
+from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.steps import Step
@@ -35,9 +36,8 @@ class ExportedSession(Session):
 
     def __init__(self, request: SessionRequest) -> None:
         manifest = request.bundle.manifest
-        widened = manifest.dtype == "bfloat16"
-        self.note = "bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)" if widened else ""
-        self.cache = dataclasses.replace(manifest.cache, dtype="float32") if widened else manifest.cache
+        self.note = widening_note(manifest.dtype)
+        self.cache = dataclasses.replace(manifest.cache, dtype=computed_in(manifest.dtype))
         self.pages = request.pages
         self.seen: Arrays = {}
         self._request = request

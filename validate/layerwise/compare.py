@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from deepseek_trt.engines.sessions.torch import Weights
 from deepseek_trt.export.arrays import Array, Arrays
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.validate.backends.probes import GAP, PLACES, Probes
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
 from deepseek_trt.validate.layerwise.ort import OrtPart
@@ -42,7 +43,7 @@ class Setting:
 
     def computed_in(self, backend: str) -> str:
         dtype = self.bundle.manifest.dtype
-        return "float32" if backend == "exported" and dtype == "bfloat16" else dtype
+        return computed_in(dtype) if backend == "exported" else dtype
 
     def stepper(
         self, run_step: RunStep, dtype: str, part: Part, entering: States, left: States, probes: Probes
@@ -78,14 +79,11 @@ def _side(
         return setting.stepper(run, setting.computed_in(backend), part, entering, {}, seen)
 
     def followed(follower: TorchWatcher) -> PartStepper:
-        run = _following(reference(), follower)
+        loaded = reference()
+
+        def run(index: int, step: Step, states: Array | None, pool: Array | None) -> Arrays:
+            return loaded.run(step, states, pool, functools.partial(follower.route, index, step))
+
         return setting.stepper(run, "float32", part, entering, left, follower.probes)
 
     return Side(backend, candidate, followed)
-
-
-def _following(part: TorchPart, follower: TorchWatcher) -> RunStep:
-    def run(index: int, step: Step, states: Array | None, pool: Array | None) -> Arrays:
-        return part.run(step, states, pool, lambda *choice: follower.route(index, step, *choice))
-
-    return run

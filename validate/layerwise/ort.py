@@ -12,6 +12,7 @@ from deepseek_trt.engines.sessions.ort import Memory, open_graph, ort_values
 from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
+from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.validate.backends.exported import inner_values
 from deepseek_trt.validate.backends.probes import PLACES
@@ -26,7 +27,7 @@ class OrtPart:
     """Runs the part as TorchPart does; one of the two graphs is loaded at a time. bfloat16 is computed in float32."""
 
     def __init__(self, bundle: Bundle, part: Part, threads: int) -> None:
-        self.dtype = "float32" if bundle.manifest.dtype == "bfloat16" else bundle.manifest.dtype
+        self.dtype = computed_in(bundle.manifest.dtype)
         self._bundle, self._part, self._threads = bundle, part, threads
         self._weights = BundleWeights(bundle)
         self._read: dict[tuple[str, int | None], Array] = {}  # by name and place in the weights file

@@ -13,10 +13,10 @@ from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.cli.validate import EXIT_ACCURACY
+from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, Manifest
 from deepseek_trt.validate.backends.published_weights import published_weights
 from deepseek_trt.validate.backends.sessions import run_step
-from deepseek_trt.validate.backends.torch import FillableTorchSession
 from deepseek_trt.validate.cases.inputs import read_inputs
 from deepseek_trt.validate.layerwise.compare import Setting, compare_part
 from deepseek_trt.validate.layerwise.inputs import Stream
@@ -134,7 +134,7 @@ def test_the_reference_is_the_whole_models(good):
     for part in parts_of("0-2", 3):
         pairs, left = compare_part(setting, part, ("exported",), stream.entering(part)[0])
         stream.advance(part, left)
-    whole = FillableTorchSession(bundle, script.pages, "float32")
+    whole = TorchSession(bundle, script.pages, "float32")
     for index, step in enumerate(script.steps):
         logits, _ = step.lines("logits", run_step(whole, step, step.feeds))
         np.testing.assert_allclose(pairs["exported"].reference[index]["logits"], logits, rtol=1e-5, atol=1e-5)
