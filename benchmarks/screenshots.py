@@ -1,7 +1,7 @@
 """Pictures of a report.html in a real browser: light, dark, and on a phone.
 
     deepseek-trt export cli/demo_model OUT --dtype float16
-    deepseek-trt validate OUT --backend ort --backend torch --bisect --report REPORT
+    deepseek-trt validate OUT --backend exported --backend torch --bisect --report REPORT
     python benchmarks/screenshots.py REPORT/report.html docs
 
 writes accuracy-report.png, accuracy-report-dark.png and accuracy-report-phone.png into the folder.

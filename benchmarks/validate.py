@@ -43,7 +43,7 @@ def measure(what: str, published: Published, layers: str, compared: set[int], fo
     total = write_sparse(published, checkpoint)
     fill_random(checkpoint, compared)
     run_measured([sys.executable, "-c", _MAIN, "export", str(checkpoint), str(bundle), "--by-reference"])
-    command = ["validate", str(bundle), "--layers", layers, "--backend", "ort", "--backend", "torch"]
+    command = ["validate", str(bundle), "--layers", layers, "--backend", "exported", "--backend", "torch"]
     try:
         took = run_measured(
             [sys.executable, "-c", _MAIN, *command, "--report", str(report), "--threads", str(threads), "--json"]

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from polygraphy.comparator import AccuracyResults, Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from deepseek_trt.engines.sessions.opening import SessionRequest
-from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.validate.backends.backends import BACKENDS
 from deepseek_trt.validate.backends.probes import Probes
-from deepseek_trt.validate.backends.runners import SessionRunner, feeds_of
+from deepseek_trt.validate.backends.runner import Runner, Stepper, feeds_of
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
-from deepseek_trt.validate.cases.cases import Script
-from deepseek_trt.validate.numbers.compare import OutputDifference, ToleranceCompare, differences_of_step
+from deepseek_trt.validate.numbers.compare import Lines, OutputDifference, ToleranceCompare, differences_of_step
 from deepseek_trt.validate.numbers.metrics import closeness
 from deepseek_trt.validate.numbers.routing import Flip
-from deepseek_trt.validate.numbers.tolerance import Tolerance, derive_tolerance, roundings_of, tighten
+from deepseek_trt.validate.numbers.tolerance import Policy
+from deepseek_trt.validate.steps import Script
 
 REFERENCE = "torch float32"
-
-
-@dataclass(frozen=True)
-class TolerancePolicy:
-    """Tolerances by output and probe name, for a model computed in `dtype`; floors are measured, where they are."""
-
-    hidden_size: int
-    layers: int
-    dtype: str
-    floors: Mapping[str, float]
-
-    def __call__(self, name: str) -> Tolerance:
-        derived = derive_tolerance(self.hidden_size, self.dtype, roundings_of(name, self.layers))
-        return tighten(derived, self.floors.get(name))
 
 
 @dataclass(frozen=True)
@@ -45,13 +28,13 @@ class Pair:
     """What came out. `results` and `reference` hold each step's outputs; probes hold what was seen inside."""
 
     backend: str
-    dtype: str  # that the candidate computed in
     note: str
     poisoned: bool
     script: Script
-    policy: TolerancePolicy
+    policy: Policy
     results: list[IterationResult]
     reference: list[IterationResult]
+    lines: list[Lines]  # whose the reference's are, step by step
     probes: Probes
     reference_probes: Probes
     flips: tuple[Flip, ...]
@@ -59,25 +42,35 @@ class Pair:
     judged: list[IterationResult]  # `results`, but for lines that were set aside (undecided.py)
     set_aside: Mapping[str, int] = field(default_factory=dict)  # lines by output
 
-    @cached_property
+    @property
+    def dtype(self) -> str:
+        """That the candidate computed in."""
+        return self.policy.dtype
+
+    @functools.cached_property
     def accuracy(self) -> AccuracyResults:
         """Polygraphy's verdicts, of each output of each step."""
         run = RunResults([(self.backend, self.judged), (REFERENCE, self.reference)])
-        return Comparator.compare_accuracy(run, compare_func=[ToleranceCompare(self.policy, self.dtype)])
+        return Comparator.compare_accuracy(run, compare_func=[ToleranceCompare(self.policy)])
 
-    @cached_property
+    @functools.cached_property
     def differences(self) -> tuple[OutputDifference, ...]:
-        steps = zip(self.script.steps, self.judged, self.reference, strict=True)
+        steps = zip(self.script.steps, self.judged, self.reference, self.lines, strict=True)
         return tuple(
             difference
-            for index, (step, ours, theirs) in enumerate(steps)
-            for difference in differences_of_step(index, step, ours, theirs, self.policy, self.dtype)
+            for index, (step, ours, theirs, lines) in enumerate(steps)
+            for difference in differences_of_step(index, step.label, ours, theirs, lines, self.policy)
         )
 
     @property
     def passed(self) -> bool:
         """All outputs within tolerance, and no router choice that rounding does not explain."""
         return bool(self.accuracy) and all(flip.near_tie for flip in self.flips)
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the outputs hold logits that are compared as predictions of the next token."""
+        return self.script.predicts and "logits" in self.reference[0]
 
     @property
     def sees_routing(self) -> bool:
@@ -92,40 +85,39 @@ class Pair:
         return dataclasses.replace(self, policy=policy, flips=tuple(flips))
 
 
-def run_pair(
-    request: SessionRequest, reference_session: Session, backend: str, script: Script, places: tuple[str, ...]
-) -> Pair:
-    """Run backend and reference; the reference follows the backend's near-tie router choices where they can be seen.
+@dataclass(frozen=True)
+class Side:
+    """How a backend is opened, with the probes that it may fill, and the reference beside it, with who watches it."""
 
-    Raises BackendError where the backend is not there.
+    backend: str
+    candidate: Callable[[Probes], Stepper]
+    reference: Callable[[TorchWatcher], Stepper]
+
+
+def compare(
+    sides: Sequence[Side], script: Script, config: ModelConfig, places: tuple[str, ...] = (), is_local: bool = False
+) -> list[Pair]:
+    """Run every backend, then the reference for each, which follows its near-tie router choices where they were seen.
+
+    `places` are probes.PLACES to keep. Raises BackendError where a backend is not there.
     """
     G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it logs failed comparisons, to stdout; the report says them better
-    chosen, config = BACKENDS[backend], request.bundle.manifest.model
-    probes, reference_probes = Probes(places), Probes(places)
-    watcher = chosen.watch(request, probes) if chosen.watch else None
-    candidate = SessionRunner(backend, lambda: chosen.make(request), script, watcher)
+    turns = [_turn(side, script, config, places, is_local) for side in sides]
+    runners = [turn.candidate for turn in turns] + [turn.reference for turn in turns]
+    results = [found for _, found in Comparator.run(runners, data_loader=feeds_of(script))]
+    ours, theirs = results[: len(turns)], results[len(turns) :]
+    return [turn.pair(script, config, *found) for turn, *found in zip(turns, ours, theirs, strict=True)]
 
-    def policy() -> TolerancePolicy:
-        return TolerancePolicy(config.hidden_size, config.num_hidden_layers, candidate.dtype, {})
 
-    follower = TorchWatcher(reference_probes, probes, lambda layer: policy()(f"router_logits.{layer}").relative)
-    reference = SessionRunner(REFERENCE, lambda: reference_session, script, follower)
-    run = Comparator.run([candidate, reference], data_loader=feeds_of(script))
-    return Pair(
-        backend=backend,
-        dtype=candidate.dtype,
-        note=candidate.note,
-        poisoned=candidate.poisoned and reference.poisoned,
-        script=script,
-        policy=policy(),
-        results=run[0][1],
-        reference=run[1][1],
-        probes=probes,
-        reference_probes=reference_probes,
-        flips=tuple(follower.flips),
-        config=config,
-        judged=run[0][1],
-    )
+def largest_errors(pair: Pair, steps: int) -> dict[str, float]:
+    """The largest relative error of each probe but router choices, over the first `steps` steps."""
+    errors: dict[str, float] = {}
+    for index, seen in pair.probes.steps.items():
+        names = seen if index < steps else ()
+        for name in (n for n in names if not n.startswith("router_ids")):
+            c = closeness(seen[name], pair.reference_probes.steps[index][name], pair.dtype)
+            errors[name] = max(errors.get(name, 0.0), c.max_relative)
+    return errors
 
 
 def rounding_floors(pair: Pair, steps: int) -> dict[str, float]:
@@ -137,12 +129,43 @@ def rounding_floors(pair: Pair, steps: int) -> dict[str, float]:
     return floors
 
 
-def largest_errors(pair: Pair, steps: int) -> dict[str, float]:
-    """Of each probe that both sides saw, over the first `steps` steps; router choices are no numbers."""
-    errors: dict[str, float] = {}
-    for index, seen in pair.probes.steps.items():
-        names = seen if index < steps else ()
-        for name in (n for n in names if not n.startswith("router_ids")):
-            c = closeness(seen[name], pair.reference_probes.steps[index][name], pair.dtype)
-            errors[name] = max(errors.get(name, 0.0), c.max_relative)
-    return errors
+@dataclass(frozen=True)
+class _Turn:
+    """A side at work. Nothing refers back to its owner: weights are gone when the last reference to them is."""
+
+    candidate: Runner
+    reference: Runner
+    seen: Probes
+    follower: TorchWatcher
+    policy: Callable[[], Policy]  # once the candidate is active
+
+    def pair(
+        self, script: Script, config: ModelConfig, ours: list[IterationResult], theirs: list[IterationResult]
+    ) -> Pair:
+        return Pair(
+            backend=self.candidate.name,
+            note=self.candidate.note,
+            poisoned=self.candidate.poisoned and self.reference.poisoned,
+            script=script,
+            policy=self.policy(),
+            results=ours,
+            reference=theirs,
+            lines=self.reference.lines,
+            probes=self.seen,
+            reference_probes=self.follower.probes,
+            flips=tuple(self.follower.flips),
+            config=config,
+            judged=ours,
+        )
+
+
+def _turn(side: Side, script: Script, config: ModelConfig, places: tuple[str, ...], is_local: bool) -> _Turn:
+    seen = Probes(places)
+    candidate = Runner(side.backend, functools.partial(side.candidate, seen), script)
+
+    def policy() -> Policy:
+        return Policy(config.hidden_size, config.num_hidden_layers, candidate.dtype, is_local=is_local)
+
+    follower = TorchWatcher(Probes(places), seen, lambda layer: policy()(f"router_logits.{layer}").relative)
+    reference = Runner(REFERENCE, functools.partial(side.reference, follower), script)
+    return _Turn(candidate, reference, seen, follower, policy)

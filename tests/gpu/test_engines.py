@@ -25,7 +25,8 @@ from deepseek_trt.export.errors import BackendError, RequestError
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 from deepseek_trt.plugins.tensorrt.library import build_library
-from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
+from deepseek_trt.validate.accuracy import validate_bundle
+from deepseek_trt.validate.request import ValidateRequest
 
 PAGES = 33  # all that the profile allows: four rows of 512 tokens, and the scratch page
 # Of a row's logits as a whole, against torch in float32: some 100 roundings lie one after the other in five layers, so

@@ -10,23 +10,26 @@ from click.testing import CliRunner
 from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.cli.main import main
-from deepseek_trt.cli.validate import BACKENDS as CHOICES
 from deepseek_trt.cli.validate import EXIT_ACCURACY
 from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
+from deepseek_trt.export.errors import RequestError
+from deepseek_trt.validate.accuracy import validate_bundle
 from deepseek_trt.validate.backends.backends import BACKENDS
+from deepseek_trt.validate.request import BACKENDS as CHOICES
+from deepseek_trt.validate.request import ValidateRequest
 
 pytestmark = pytest.mark.usefixtures("little_greed")
 LAYER_0_WEIGHT = "model.layers.0.self_attn.o_proj.weight"
 
 
 def validate(*args):
-    given = [*map(str, args), *(() if "--backend" in args else ("--backend", "ort"))]
+    given = [*map(str, args), *(() if "--backend" in args else ("--backend", "exported"))]
     return CliRunner().invoke(main, ["validate", *given, "--threads", "1"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_right_bundles_pass(good, dtype, tmp_path):
-    done = validate(good(dtype).path, "--report", tmp_path, "--json", "--backend", "ort", "--backend", "torch")
+    done = validate(good(dtype).path, "--report", tmp_path, "--json", "--backend", "exported", "--backend", "torch")
     assert done.exit_code == 0, done.output
     brief = json.loads(done.stdout)
     assert [b["passed"] for b in brief["backends"]] == [True, True]
@@ -41,7 +44,7 @@ def test_the_files_say_the_same_as_the_command(good, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] is brief["passed"] is True
     assert report["schema_version"] == brief["schema_version"]
-    accuracy = AccuracyResults.load(str(tmp_path / "ort.polygraphy.json"))
+    accuracy = AccuracyResults.load(str(tmp_path / "exported.polygraphy.json"))
     assert bool(accuracy)
     assert accuracy.output_names() == [o["output"] for o in report["backends"][0]["outputs"]]
 
@@ -79,8 +82,23 @@ def test_a_backend_that_is_not_there_is_an_error(good, monkeypatch):
 def test_the_graphs_as_exported_and_as_they_run_are_compared_by_default(good):
     done = CliRunner().invoke(main, ["validate", str(good("float32").path), "--json", "--threads", "1"])
     assert done.exit_code == 0, done.output
-    exported, compiled = json.loads(done.stdout)["backends"]
-    assert (exported["backend"], compiled["backend"]) == ("ort", "ort-compiled")
+    exported, served = json.loads(done.stdout)["backends"]
+    assert (exported["backend"], served["backend"]) == ("exported", "ort")
+
+
+def test_a_name_of_before_is_refused_with_the_one_of_now(good):
+    done = validate(good("float32").path, "--backend", "ort-compiled")
+    assert done.exit_code == 1
+    assert "'ort-compiled' is now 'ort'; the graphs as exported, once 'ort', are 'exported'" in done.output
+    with pytest.raises(RequestError, match="is now 'ort'"):
+        validate_bundle(ValidateRequest(good("float32").path, ("ort-compiled",)))
+
+
+def test_an_older_report_is_refused(good, tmp_path):
+    (tmp_path / "report.json").write_text('{"schema_version": 2}')
+    done = validate(good("float32").path, "--compare", tmp_path / "report.json")
+    assert done.exit_code == 1
+    assert "has schema 2, this is 3: validate the old bundle again" in done.output
 
 
 def test_a_worse_report_exits_with_3(good, tmp_path):
@@ -93,8 +111,8 @@ def test_a_worse_report_exits_with_3(good, tmp_path):
     report.write_text(json.dumps(old))
     done = validate(path, "--compare", report)
     assert done.exit_code == EXIT_ACCURACY
-    assert "worse: ort, logits: max relative" in done.stdout
+    assert "worse: exported, logits: max relative" in done.stdout
 
 
 def test_the_choices_are_the_backends():
-    assert set(CHOICES) == set(BACKENDS)
+    assert tuple(BACKENDS) == CHOICES

@@ -1,6 +1,6 @@
 """Backends that can be validated: how each makes its Session, and how it is watched, if it can be.
 
-"ort" runs the graphs as exported; "ort-compiled" is ONNX Runtime as everything else here runs it, decode through the
+"exported" runs the graphs as exported; "ort" is ONNX Runtime as everything else here runs it, decode through the
 compiled CPU operators.
 """
 
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
+
+from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.sessions.torch import TorchSession, Weights
 from deepseek_trt.export.errors import BackendError
+from deepseek_trt.validate.backends.exported import ExportedSession, OrtWatcher
 from deepseek_trt.validate.backends.probes import Probes, Watcher
-
-if TYPE_CHECKING:  # imports torch
-    from deepseek_trt.engines.sessions.torch import Weights
-    from deepseek_trt.validate.backends.torch import FillableTorchSession
+from deepseek_trt.validate.backends.torch import torch_session
+from deepseek_trt.validate.backends.torch_watch import TorchWatcher
+from deepseek_trt.validate.backends.transformers import TransformersSession
 
 Make = Callable[[SessionRequest], Session]
-Watch = Callable[[SessionRequest, Probes], Watcher]
 
 
 @dataclass(frozen=True)
@@ -31,28 +33,24 @@ class Backend:
     """
 
     make: Make
-    watch: Watch | None = None
+    watch: Callable[[Probes], Watcher] | None = None
     is_slow: bool = False
 
 
-def make_reference(request: SessionRequest, weights: Weights | None = None) -> FillableTorchSession:
+def make_reference(request: SessionRequest, weights: Weights | None = None) -> TorchSession:
     """Torch in float32, with the bundle's weights or those given."""
     return _torch(request, "float32", weights)
 
 
-def _torch(request: SessionRequest, dtype: str | None = None, weights: Weights | None = None) -> FillableTorchSession:
+def _torch(request: SessionRequest, dtype: str | None = None, weights: Weights | None = None) -> TorchSession:
     """Torch, in the bundle's dtype unless told otherwise."""
-    import torch
-
-    from deepseek_trt.validate.backends.torch import torch_session
-
     if request.threads:
         torch.set_num_threads(request.threads)
     return torch_session(request.bundle, request.pages, dtype or request.bundle.manifest.dtype, weights)
 
 
 def _kernels(request: SessionRequest) -> Session:
-    from deepseek_trt.validate.backends.kernels import KernelSession
+    from deepseek_trt.validate.backends.kernels import KernelSession  # its import changes what torch runs
 
     return KernelSession(request.bundle, request.pages)
 
@@ -61,8 +59,6 @@ def _engine(name: str) -> Make:
     """A backend of the engines."""
 
     def make(request: SessionRequest) -> Session:
-        from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
-
         if name not in ENGINES:
             raise BackendError(f"backend {name} is not in this build; it has: {', '.join(ENGINES)}")
         return ENGINES[name](request)
@@ -70,35 +66,11 @@ def _engine(name: str) -> Make:
     return make
 
 
-def _watch_torch(request: SessionRequest, probes: Probes) -> Watcher:
-    from deepseek_trt.validate.backends.torch_watch import TorchWatcher
-
-    return TorchWatcher(probes)
-
-
-def _exported(request: SessionRequest) -> Session:
-    from deepseek_trt.validate.backends.exported import ExportedSession
-
-    return ExportedSession(request)
-
-
-def _watch_exported(request: SessionRequest, probes: Probes) -> Watcher:
-    from deepseek_trt.validate.backends.exported import OrtWatcher
-
-    return OrtWatcher(probes)
-
-
-def _transformers(request: SessionRequest) -> Session:
-    from deepseek_trt.validate.backends.transformers import TransformersSession
-
-    return TransformersSession(request)
-
-
 BACKENDS: dict[str, Backend] = {
-    "ort": Backend(_exported, _watch_exported),
-    "ort-compiled": Backend(_engine("ort")),
-    "torch": Backend(_torch, _watch_torch),
-    "transformers": Backend(_transformers, is_slow=True),
-    "kernels": Backend(_kernels, _watch_torch, is_slow=True),
+    "exported": Backend(ExportedSession, OrtWatcher),
+    "ort": Backend(_engine("ort")),
+    "torch": Backend(_torch, TorchWatcher),
+    "transformers": Backend(TransformersSession, is_slow=True),
+    "kernels": Backend(_kernels, TorchWatcher, is_slow=True),
     "tensorrt": Backend(_engine("tensorrt")),
 }

@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.ort import open_graph
-from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.export.arrays import Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.engines.sessions.session import Session, widening_note
+from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
 from deepseek_trt.export.bundle.graph import DOMAIN, past_name
+from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.passes.widen import WidenBfloat16
-from deepseek_trt.validate.backends.probes import Arrays, Probes
-from deepseek_trt.validate.cases.cases import Step
+from deepseek_trt.validate.backends.probes import Probes
+from deepseek_trt.validate.steps import Step
 
 
 class ExportedSession(Session):
@@ -32,13 +32,12 @@ class ExportedSession(Session):
     `seen` holds the inner values of the last call, of the places that `show` named, by probe name.
     """
 
-    backend = "ort"
+    backend = "exported"
 
     def __init__(self, request: SessionRequest) -> None:
         manifest = request.bundle.manifest
-        widened = manifest.dtype == "bfloat16"
-        self.note = "bfloat16 weights, computed in float32 (ONNX Runtime's CPU provider)" if widened else ""
-        self.cache = dataclasses.replace(manifest.cache, dtype="float32") if widened else manifest.cache
+        self.note = widening_note(manifest.dtype)
+        self.cache = dataclasses.replace(manifest.cache, dtype=computed_in(manifest.dtype))
         self.pages = request.pages
         self.seen: Arrays = {}
         self._request = request
@@ -61,7 +60,7 @@ class ExportedSession(Session):
         feeds: Arrays = {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table}
         return self._run("decode", feeds)
 
-    def pool(self, layer: int) -> npt.NDArray[Any]:
+    def pool(self, layer: int) -> Array:
         return self._pools[past_name(layer)]
 
     def _run(self, graph: str, feeds: Arrays) -> Floats:
@@ -105,7 +104,7 @@ class _Graph:
         serialized = ir.to_proto(model).SerializeToString()
         self._session = open_graph(request.bundle, name, request.threads, model=serialized)
 
-    def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[npt.NDArray[Any]]]:
+    def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[Array]]:
         """Logits, the values by probe name, and the new pools."""
         wanted = [*self._outputs, *sorted(set(self._names.values()) - set(self._outputs))]
         by_value = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))

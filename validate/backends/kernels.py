@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.arrays import Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.spec import OpSpec
 from deepseek_trt.export.ops.torch_ops import TORCH_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS, interpreter
-from deepseek_trt.validate.backends.torch import FillableTorchSession
 
 _kernels_run: ContextVar[bool] = ContextVar("kernels_run", default=False)
 
@@ -41,7 +41,7 @@ def _kernels() -> Iterator[None]:
         _kernels_run.reset(token)
 
 
-class KernelSession(FillableTorchSession):
+class KernelSession(TorchSession):
     """Computes in the bundle's dtype: what the plugins compute on a GPU, op by op."""
 
     backend = "kernels"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.validate.cases.cases import Step
+from deepseek_trt.export.arrays import Array, Arrays
+from deepseek_trt.validate.steps import Step
 
 # Place: what computes it, as a report names it.
 PLACES = {
@@ -30,7 +30,6 @@ PLACES = {
 }
 GAP = "router_gap"  # routing.closest_gap [tokens, 1], which the reference alone knows
 ROUTING = ("router_logits", "router_ids", "router_weights", GAP)
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Probes:
     places: tuple[str, ...] = ("hidden", *ROUTING)
     steps: dict[int, Arrays] = field(default_factory=dict)
 
-    def keep(self, index: int, step: Step, name: str, array: npt.NDArray[Any]) -> None:
+    def keep(self, index: int, step: Step, name: str, array: Array) -> None:
         """Keep the real tokens of `array`, whose leading axes are [B, S], [B] or [B * S]."""
         if name.rpartition(".")[0] not in (self.places if step.is_watched else ROUTING):
             return
@@ -59,7 +58,7 @@ class Watcher(Protocol):
         """Entered around the session's step."""
 
 
-def all_steps(probes: Probes, name: str) -> npt.NDArray[Any] | None:
+def all_steps(probes: Probes, name: str) -> Array | None:
     """The named value of all steps, one after the other; None where it was never seen."""
     parts = [seen[name] for _, seen in sorted(probes.steps.items()) if name in seen]
     return np.concatenate(parts) if parts else None

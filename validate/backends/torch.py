@@ -1,4 +1,4 @@
-"""Torch sessions for validation: their pools can be filled, and models larger than memory run layer by layer."""
+"""Torch sessions for validation: models larger than memory run layer by layer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,11 @@ from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.model import DeepseekV2, Rope
 
 
-class FillableTorchSession(TorchSession):
-    """With all of its weights in memory."""
-
-    is_slow = False
-
-
-class StreamedTorchSession(FillableTorchSession):
+class StreamedTorchSession(TorchSession):
     """Reads each layer's weights when its turn comes and drops them after it: memory for one layer, much reading.
 
     Embeddings, the last norm and the head stay.
     """
-
-    is_slow = True
 
     def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32", weights: Weights | None = None) -> None:
         self.note = f"{bundle.manifest.dtype} weights, computed in {dtype}, one layer in memory at a time"
@@ -61,13 +53,13 @@ class StreamedTorchSession(FillableTorchSession):
         return tensor if name in self._own else tensor.to(self._dtype)
 
 
-def torch_session(bundle: Bundle, pages: int, dtype: str, weights: Weights | None = None) -> FillableTorchSession:
+def torch_session(bundle: Bundle, pages: int, dtype: str, weights: Weights | None = None) -> TorchSession:
     """Layer by layer where the weights in `dtype` would take more than half of the free memory.
 
     `weights` gives a graph tensor by its name; None takes the bundle's own.
     """
     needed = sum(w.recipe.size for w in bundle.manifest.weights) * dtype_bytes(dtype)
-    kind = StreamedTorchSession if needed > available_memory() / 2 else FillableTorchSession
+    kind = StreamedTorchSession if needed > available_memory() / 2 else TorchSession
     return kind(bundle, pages, dtype, weights)
 
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.graph import DOMAIN
 from deepseek_trt.validate.backends.probes import GAP, Probes
-from deepseek_trt.validate.cases.cases import Step
 from deepseek_trt.validate.numbers.routing import Flip, Router, closest_gap, differing_tokens, margin
+from deepseek_trt.validate.steps import Step
 
 Keep = Callable[[str, Tensor], None]
 # A layer, its router, the logits, what the router made of them; gives what is used instead.
@@ -39,7 +39,7 @@ class TorchWatcher:
         model: Any = session.model  # type: ignore[attr-defined]  # only torch sessions are watched
 
         def keep(name: str, value: Tensor) -> None:
-            self.probes.keep(index, step, name, _array(value))
+            self.probes.keep(index, step, name, array_of(value))
 
         with ExitStack() as stack:
             for layer, module in enumerate(model.model.layers):
@@ -52,7 +52,7 @@ class TorchWatcher:
     def route(self, index: int, step: Step, layer: int, router: Router, logits: Tensor, own: Any) -> Any:
         """The router's outputs for this layer: its own, or those with near ties decided as `follow` has them."""
         if self._follow is not None:
-            self.probes.keep(index, step, f"{GAP}.{layer}", _array(closest_gap(logits, router)))
+            self.probes.keep(index, step, f"{GAP}.{layer}", array_of(closest_gap(logits, router)))
         theirs = self._follow.steps.get(index, {}).get(f"router_ids.{layer}") if self._follow else None
         if theirs is None:
             return own
@@ -122,8 +122,9 @@ def _last_output(model: Any, keep: Keep) -> Iterator[None]:
         after.remove()
 
 
-def _array(value: Tensor) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = (value if value.dtype == torch.int32 else value.float()).numpy()
+def array_of(value: Tensor) -> Array:
+    """float32, or ids as they are."""
+    array: Array = (value if value.dtype == torch.int32 else value.float()).numpy()
     return array
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.export.arrays import Floats, Int32s, Int64s
+from deepseek_trt.export.arrays import Array, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.errors import BackendError
@@ -40,7 +39,7 @@ class TransformersSession(Session):
         """There are no pages to fill."""
         self._histories.clear()
 
-    def pool(self, layer: int) -> npt.NDArray[Any]:
+    def pool(self, layer: int) -> Array:
         raise IndexError(f"no pool {layer}: transformers keeps no latents")
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:

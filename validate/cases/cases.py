@@ -13,59 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from deepseek_trt.export.arrays import Int32s, Int64s
-from deepseek_trt.export.bundle.graph import CacheSpec, GraphName
+from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.validate.numbers.loss import IGNORED
+from deepseek_trt.validate.steps import Slots, Step
 
 DECODE_STEPS = 16
 ROWS = 4
-
-
-@dataclass(frozen=True)
-class Step:
-    """One call of a graph. `targets` [B, S] is the token that follows each input token, or IGNORED.
-
-    Where `is_watched` is False, only router choices are kept of what was computed on the way.
-    """
-
-    case: str
-    name: str
-    graph: GraphName
-    input_ids: Int64s  # [B, S]
-    sequence_lengths: Int32s  # [B], 0 for a row that takes no part
-    past_lengths: Int32s  # [B]
-    page_table: Int32s  # [B, M]
-    targets: Int64s
-    starts_case: bool
-    compares_cache: bool
-    is_watched: bool = True
-
-    @property
-    def label(self) -> str:
-        return f"{self.case}: {self.name}"
-
-    @property
-    def live(self) -> npt.NDArray[np.bool_]:
-        """[B, S], which tokens are real."""
-        steps = np.arange(self.input_ids.shape[1])
-        live: npt.NDArray[np.bool_] = steps < self.sequence_lengths[:, None]
-        return live
-
-    def cached(self) -> list[tuple[Int32s, int]]:
-        """Each row's pages and the tokens it holds after this step."""
-        totals = self.past_lengths + self.sequence_lengths
-        return [(pages, int(total)) for pages, total in zip(self.page_table, totals, strict=True)]
-
-
-@dataclass(frozen=True)
-class Script:
-    """All steps, and the pages that they need; page 0 is scratch, a case's last is poison: listed but not written."""
-
-    steps: tuple[Step, ...]
-    pages: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +63,29 @@ def build_case(
     steps = []
     for index, (name, new) in enumerate(calls):
         ids, targets = _windows(tokens, past, new)
-        graph: GraphName = "prefill" if index < len(plan.prefills) else "decode"
-        cached = index < len(plan.prefills) or index == len(calls) - 1
-        step = Step(case, name, graph, ids, new, past.copy(), table, targets, index == 0, cached, is_watched)
+        is_prefill, ends = index < len(plan.prefills), past + new
+        step = Step(
+            case=case,
+            name=name,
+            graph="prefill" if is_prefill else "decode",
+            feeds={"input_ids": ids, "sequence_lengths": new, "past_lengths": past, "page_table": table},
+            live=np.arange(ids.shape[1]) < new[:, None],
+            past_lengths=past,
+            starts_case=index == 0,
+            slots=used_slots(table, ends, cache) if is_prefill or index == len(calls) - 1 else None,
+            targets=targets,
+            is_watched=is_watched,
+        )
         steps.append(step)
-        past = past + new
+        past = ends
     return tuple(steps)
+
+
+def used_slots(page_table: Int32s, totals: Int32s, cache: CacheSpec) -> Slots:
+    """The slots of rows that hold `totals` tokens [B] in the pages of page_table [B, M]."""
+    owners = [(row, t) for row, total in enumerate(totals.tolist()) for t in range(total)]
+    rows, positions = (np.array(places, dtype=np.int64) for places in zip(*owners, strict=True))
+    return Slots((page_table[rows, positions // cache.page_size], positions % cache.page_size), owners)
 
 
 def seeded_tokens(vocab_size: int, lengths: Sequence[int], seed: int) -> list[Int64s]:

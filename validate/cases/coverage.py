@@ -10,9 +10,10 @@ import numpy as np
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.validate.backends.probes import Probes, all_steps
-from deepseek_trt.validate.backends.runners import feed_of, run_step
+from deepseek_trt.validate.backends.sessions import run_step
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
-from deepseek_trt.validate.cases.cases import Script, Step, prefill_case
+from deepseek_trt.validate.cases.cases import prefill_case
+from deepseek_trt.validate.steps import Script, Step
 
 MAX_EXTRA_CASES = 8
 
@@ -58,4 +59,4 @@ def _watch(reference: Session, probes: Probes, steps: list[tuple[int, Step]]) ->
     watcher = TorchWatcher(probes)
     for index, step in steps:
         with watcher.watch(reference, index, step):
-            run_step(reference, step, feed_of(step))
+            run_step(reference, step, step.feeds)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.validate.cases.cases import Plan, Script, Step, build_case, case_plan, seeded_tokens, text_tokens
+from deepseek_trt.validate.cases.cases import Plan, build_case, case_plan, seeded_tokens, text_tokens
 from deepseek_trt.validate.cases.long_cases import GREEDY, PROMPTS, WINDOWS, greedy_case, greedy_plan, window_cases
+from deepseek_trt.validate.steps import Script, Step
 
 DEFAULT_TEXT = Path(__file__).parent / "default_text.txt"
 
@@ -33,14 +36,14 @@ class Inputs:
 
     def script(self) -> Script:
         """The case of drawn tokens, and one of text where there is one."""
-        manifest, tokens = self.bundle.manifest, self._plan.tokens
-        rows = {"seeded": seeded_tokens(manifest.model.vocab_size, tokens, self.seed)}
-        if self.text:
-            rows["text"] = text_tokens(self.text, tokens)
-        steps: tuple[Step, ...] = ()
-        for case, ids in rows.items():
-            steps += build_case(case, ids, self._plan, manifest.cache, self.seed)
-        return Script(steps, self.pages)
+        cases = self.rows(self._plan.tokens).items()
+        made = [build_case(case, ids, self._plan, self.bundle.manifest.cache, self.seed) for case, ids in cases]
+        return Script(tuple(itertools.chain.from_iterable(made)), self.pages)
+
+    def rows(self, lengths: Sequence[int]) -> dict[str, list[Int64s]]:
+        """Rows of these lengths, of the case of drawn tokens and, where there is one, of that of text."""
+        rows = {"seeded": seeded_tokens(self.bundle.manifest.model.vocab_size, lengths, self.seed)}
+        return rows | ({"text": text_tokens(self.text, lengths)} if self.text else {})
 
     def with_long_cases(self, script: Script, reference: Session) -> Script:
         """The script, then greedy generation and the whole text."""

@@ -12,9 +12,10 @@ import numpy as np
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int64s
 from deepseek_trt.export.bundle.graph import CacheSpec
-from deepseek_trt.validate.backends.runners import feed_of, run_step
-from deepseek_trt.validate.cases.cases import ROWS, Plan, Step, build_case
+from deepseek_trt.validate.backends.sessions import run_step
+from deepseek_trt.validate.cases.cases import ROWS, Plan, build_case
 from deepseek_trt.validate.numbers.loss import IGNORED
+from deepseek_trt.validate.steps import Step
 
 WINDOW = 128  # tokens
 MOST_TOKENS = 2048  # of a text
@@ -69,8 +70,8 @@ def window_cases(
 
 def _last_logits(session: Session, step: Step, tokens: Sequence[Int64s]) -> Floats:
     """Logits [B, vocab] after the step's last tokens, its input taken from `tokens` as they are now."""
-    feed = feed_of(step)
+    feeds = dict(step.feeds)
     if step.graph == "decode":
-        feed["input_ids"] = np.array([[row[at]] for row, at in zip(tokens, step.past_lengths, strict=True)])
-    logits = run_step(session, step, feed)
+        feeds["input_ids"] = np.array([[row[at]] for row, at in zip(tokens, step.past_lengths, strict=True)])
+    logits = run_step(session, step, feeds)
     return logits[np.arange(len(logits)), step.sequence_lengths - 1] if logits.ndim == 3 else logits

@@ -54,7 +54,7 @@ def _changes(backend: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator
             before, now = float(outputs[output["output"]]["max_relative"]), float(output["max_relative"])
             worse = now > GROWTH * before and now > NOTHING * output["tolerance"]
             yield Change(backend, f"{output['output']}: max relative", before, now, worse)
-    for name in ("top1", "top5"):
+    for name in ("top1", "top5") if old["tokens"] and new["tokens"] else ():
         before, now = old["tokens"][name], new["tokens"][name]
         yield Change(backend, name, before, now, now < before - LOST)
     wrong = [float(sum(f["margin"] == "inf" or f["margin"] > f["allowed"] for f in x["flips"])) for x in (old, new)]

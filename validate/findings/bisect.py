@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from deepseek_trt.validate.backends.probes import PLACES, Arrays
-from deepseek_trt.validate.numbers.compare import tokens_of_output
+from deepseek_trt.export.arrays import Arrays
+from deepseek_trt.validate.backends.probes import PLACES
 from deepseek_trt.validate.numbers.metrics import closeness
 from deepseek_trt.validate.pair import Pair
 
@@ -70,8 +70,7 @@ def _in_order(seen: Arrays, layers: int) -> Iterator[str]:
 
 def _judge(pair: Pair, index: int, name: str, seen: Arrays, expected: Arrays) -> Fault | None:
     place, _, layer = name.rpartition(".")
-    step = pair.script.steps[index]
-    tokens = tokens_of_output(step, "tokens", len(seen[name]))
+    tokens = pair.script.steps[index].tokens
     if place == "router_ids":
         wrong = [f for f in pair.flips if (f.step, f.layer) == (index, int(layer)) and not f.near_tie]
         return _fault(pair, index, name, *tokens[wrong[0].token], wrong[0].margin, wrong[0].allowed) if wrong else None

@@ -40,17 +40,12 @@ def greedy_agreement(pair: Pair) -> tuple[GreedyAgreement, ...]:
 def _of_prompt(pair: Pair, steps: list[int], row: int) -> GreedyAgreement:
     prompt = int(pair.script.steps[steps[0]].sequence_lengths[row])
     for agreed, index in enumerate(steps):
-        step = pair.script.steps[index]
-        last = _line(step.sequence_lengths.tolist(), row, len(pair.reference[index]["logits"]))
+        owners = pair.lines[index]["logits"]
+        last = max(line for line, (owner, _) in enumerate(owners) if owner == row)
         chosen = int(np.argmax(np.nan_to_num(pair.results[index]["logits"][last], nan=-np.inf)))
-        expected = int(step.targets[row, step.sequence_lengths[row] - 1])
+        expected = int(pair.script.steps[index].targets_of(owners[last : last + 1])[0])
         if chosen != expected:
             theirs = pair.reference[index]["logits"][last].astype(np.float64)
             gap = max(float(theirs[expected] - theirs[chosen]), 0.0) / float(np.abs(theirs).max())
             return GreedyAgreement(row, prompt, agreed, len(steps), gap, 2 * pair.policy("logits").relative)
     return GreedyAgreement(row, prompt, len(steps), len(steps), 0.0, 0.0)
-
-
-def _line(lengths: list[int], row: int, lines: int) -> int:
-    """The line of a row's last logits: the row itself, or where all tokens have logits, its last token."""
-    return row if lines == len(lengths) else sum(lengths[: row + 1]) - 1

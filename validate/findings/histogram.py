@@ -22,8 +22,10 @@ class ErrorHistogram:
     nonfinite: int
 
 
-def error_histogram(pair: Pair) -> ErrorHistogram:
-    """Of every logit of every step."""
+def error_histogram(pair: Pair) -> ErrorHistogram | None:
+    """Count the errors of every logit of every step; None without predictions."""
+    if not pair.predicts:
+        return None
     errors = []
     for ours, theirs in zip(pair.results, pair.reference, strict=True):
         x, y = ours["logits"].astype(np.float64), theirs["logits"].astype(np.float64)

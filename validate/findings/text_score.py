@@ -17,13 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepseek_trt.validate.cases.cases import Script
+from deepseek_trt.export.arrays import Array
 from deepseek_trt.validate.cases.long_cases import WINDOWS
-from deepseek_trt.validate.numbers.compare import tokens_of_output
 from deepseek_trt.validate.numbers.loss import token_losses
-from deepseek_trt.validate.numbers.metrics import Array
 from deepseek_trt.validate.numbers.tolerance import FLOOR_FACTOR, Tolerance
 from deepseek_trt.validate.pair import Pair
+from deepseek_trt.validate.steps import Script
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,11 @@ class Losses:
 
 
 def text_score(pair: Pair, floor: Pair | None) -> TextScore | None:
-    """None where the script has no text. `floor` is torch in the candidate's dtype, where that was run."""
-    losses = losses_of(pair, pair.script)
+    """None without a text, and where layers are judged alone: the head then says nothing of the whole model's loss.
+
+    `floor` is torch in the candidate's dtype, where that was run.
+    """
+    losses = losses_of(pair, pair.script) if pair.predicts and not pair.policy.is_local else None
     if losses is None:
         return None
     tolerance = _derived(losses, pair.policy("logits").relative)
@@ -95,10 +97,7 @@ def losses_of(pair: Pair, script: Script) -> Losses | None:
 def _losses(pair: Pair, indices: Sequence[int], logits: Sequence[Array]) -> Array:
     found = []
     for index, values in zip(indices, logits, strict=True):
-        step = pair.script.steps[index]
-        places = tokens_of_output(step, "logits", len(values))
-        targets = np.array([step.targets[row, at - step.past_lengths[row]] for row, at in places], dtype=np.int64)
-        found.append(token_losses(values, targets))
+        found.append(token_losses(values, pair.script.steps[index].targets_of(pair.lines[index]["logits"])))
     return np.concatenate(found)
 
 

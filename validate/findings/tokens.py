@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from polygraphy.comparator import IterationResult
 
-from deepseek_trt.validate.cases.cases import Step
-from deepseek_trt.validate.numbers.metrics import Array, kl_divergence, top_overlap
+from deepseek_trt.export.arrays import Array
+from deepseek_trt.validate.numbers.metrics import kl_divergence, top_overlap
+from deepseek_trt.validate.pair import Pair
+from deepseek_trt.validate.steps import Step
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,12 @@ class TokenAgreement:
     steps: tuple[StepAgreement, ...]
 
 
-def token_agreement(
-    steps: Sequence[Step],
-    results: Sequence[IterationResult],
-    reference: Sequence[IterationResult],
-    tolerance: float,
-) -> TokenAgreement:
-    """Compare the logits of every step; rows with nan or inf count as total disagreement.
-
-    `tolerance` is that of the logits, relative to the largest of a step.
-    """
-    pairs = [(step, _finite(a["logits"]), b["logits"]) for step, a, b in zip(steps, results, reference, strict=True)]
+def token_agreement(pair: Pair) -> TokenAgreement | None:
+    """Compare the logits of every step; rows with nan or inf count as total disagreement. None without predictions."""
+    if not pair.predicts:
+        return None
+    steps = zip(pair.script.steps, pair.results, pair.reference, strict=True)
+    pairs = [(step, _finite(ours["logits"]), theirs["logits"]) for step, ours, theirs in steps]
     found = [_of_step(step, ours, theirs) for step, ours, theirs in pairs]
     total = sum(s.predictions for s in found)
     largest = max(float(np.abs(theirs).max()) for _, _, theirs in pairs)
@@ -60,7 +55,7 @@ def token_agreement(
         top5=sum(s.top5 * s.predictions for s in found) / total,
         kl_mean=sum(s.kl_mean * s.predictions for s in found) / total,
         kl_max=max(s.kl_max for s in found),
-        kl_limit=(tolerance * largest) ** 2 / 2,
+        kl_limit=(pair.policy("logits").relative * largest) ** 2 / 2,
         steps=tuple(found),
     )
 

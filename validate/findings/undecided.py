@@ -13,9 +13,8 @@ from collections import defaultdict
 import numpy as np
 from polygraphy.comparator import IterationResult
 
+from deepseek_trt.export.arrays import Array
 from deepseek_trt.validate.backends.probes import GAP
-from deepseek_trt.validate.numbers.compare import tokens_of_output
-from deepseek_trt.validate.numbers.metrics import Array
 from deepseek_trt.validate.pair import Pair
 
 MOST = 0.5
@@ -49,9 +48,8 @@ def near_ties(pair: Pair) -> Ties:
             if gaps is None:
                 continue
             close = gaps[:, 0] <= 2 * pair.policy(f"router_logits.{layer}").relative
-            tokens = tokens_of_output(step, "tokens", len(gaps))
             for line in close.nonzero()[0]:
-                row, position = tokens[line]
+                row, position = step.tokens[line]
                 found[step.case, row].append((position, layer))
     return found
 
@@ -64,8 +62,8 @@ def _undecided_lines(pair: Pair, index: int, ties: Ties) -> dict[str, Array]:
         limit = pair.policy(name).relative * np.abs(expected).max()
         out = ~(np.abs(value.astype(np.float64) - expected).max(-1) <= limit)
         depth = pair.policy.layers if name == "logits" else int(name.rpartition(".")[2])
-        tokens = tokens_of_output(step, name, len(expected))
-        past = [any(p <= at and layer < depth for p, layer in ties.get((step.case, row), [])) for row, at in tokens]
+        owners = pair.lines[index][name]
+        past = [any(p <= at and layer < depth for p, layer in ties.get((step.case, row), [])) for row, at in owners]
         found[name] = out & np.array(past)
     return found
 

@@ -9,15 +9,11 @@ as every layer starts with an RMS norm; how they differ from each other matters 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from deepseek_trt.validate.cases.cases import Script
-from deepseek_trt.validate.layerwise.parts import Part
-
-States = dict[int, npt.NDArray[Any]]  # by step: [B * S, hidden], padding included
+from deepseek_trt.validate.layerwise.stepper import States
+from deepseek_trt.validate.steps import Part, Script
 
 
 @dataclass

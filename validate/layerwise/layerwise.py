@@ -6,8 +6,7 @@ error is seen where it is made, and its tolerance counts the roundings of that p
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,49 +14,69 @@ import torch
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.files import file_sha256
-from deepseek_trt.validate.accuracy import ValidateRequest, Validation
 from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
 from deepseek_trt.validate.cases.inputs import read_inputs
 from deepseek_trt.validate.layerwise.compare import Setting, compare_part
 from deepseek_trt.validate.layerwise.inputs import Stream
-from deepseek_trt.validate.layerwise.parts import Part, PartReport, parts_of
-from deepseek_trt.validate.layerwise.report import Finding, finding, merge, merge_accuracy
-from deepseek_trt.validate.layerwise.runner import by_graph
+from deepseek_trt.validate.layerwise.report import merge, merge_accuracy
 from deepseek_trt.validate.layerwise.weights import BundleWeights
 from deepseek_trt.validate.pair import rounding_floors
 from deepseek_trt.validate.report.integrity import Integrity
-from deepseek_trt.validate.report.provenance import collect_provenance
-from deepseek_trt.validate.report.report import AccuracyReport
+from deepseek_trt.validate.report.report import BackendReport, Compared, Comparison, PartReport, backend_report
+from deepseek_trt.validate.request import Progress, ValidateRequest, layers_of
+from deepseek_trt.validate.steps import Part, Script
 
-BACKENDS = ("ort", "torch")
-Progress = Callable[[str], None]
+BACKENDS = ("exported", "torch")
 
 
-def validate_layers(request: ValidateRequest, layers: str, progress: Progress) -> Validation:
-    """Compare the parts that `layers` names, the embedding and the head.
+def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progress: Progress) -> Compared:
+    """Compare the embedding, the layers that `layers` names, and the head.
 
     Raises RequestError for layers that are not there, other backends than BACKENDS, and where no checkpoint is at hand.
     """
-    started, run = time.time(), _prepare(request, layers)
-    for part in run.parts:
+    parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
+    refusal = f"--layers compares {' and '.join(BACKENDS)}: leave out --backend {{name}}"
+    names = request.chosen(BACKENDS, BACKENDS, refusal)
+    weights = _weights(bundle, request)
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    inputs = read_inputs(bundle, request.text, request.seed)
+    script = by_graph(inputs.script())
+    run = _Run(Setting(bundle, weights, script, request.threads), names, Stream(script, request.seed))
+    for part in parts:
         progress(f"comparing {part.name}")
         run.compare(part)
     progress("hashing what was compared")
-    report = _report(run, request, started)
-    return Validation(report, tuple(merge_accuracy(name, run.findings[name]) for name in run.backends))
+    return Compared(
+        integrity=_integrity(bundle, parts),
+        cases={step.case: inputs.sources[step.case] for step in script.steps},
+        reference=f"{weights.note}, computed in float32 one part at a time",
+        reference_weights="checkpoint",
+        backends=tuple(merge(run.reports[name]) for name in names),
+        comparisons=tuple(merge_accuracy(run.comparisons[name]) for name in names),
+        parts=tuple(run.verdicts),
+    )
+
+
+def parts_of(layers: str, count: int) -> tuple[Part, ...]:
+    """The embedding, the layers that `layers` names, and the head, of a model with `count` layers."""
+    return tuple(Part(index, count) for index in (-1, *layers_of(layers, count), count))
+
+
+def by_graph(script: Script) -> Script:
+    """The same steps, all prefills before all decodes: only one graph need be loaded. Cases keep their own order."""
+    return Script(tuple(sorted(script.steps, key=lambda step: step.graph != "prefill")), script.pages)
 
 
 @dataclass
 class _Run:
-    """The comparisons so far, without their arrays. `reference` and `sources` are what a report says of the inputs."""
+    """The comparisons so far, without their arrays: by backend, a report and Polygraphy's verdicts a part."""
 
     setting: Setting
     backends: tuple[str, ...]
-    parts: tuple[Part, ...]
     stream: Stream
-    reference: str
-    sources: dict[str, str]
-    findings: dict[str, list[Finding]] = field(default_factory=dict)
+    reports: dict[str, list[BackendReport]] = field(default_factory=dict)
+    comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
     verdicts: list[PartReport] = field(default_factory=list)
 
     def compare(self, part: Part) -> None:
@@ -69,51 +88,11 @@ class _Run:
             pair = pairs[name]
             if narrow and name != "torch":
                 pair = pair.judged_by(rounding_floors(pairs["torch"], len(pair.script.steps)))
-            self.findings.setdefault(name, []).append(finding(pair, part.is_head))
-        passed = {name: self.findings[name][-1].passed for name in self.backends}
+            self.reports.setdefault(name, []).append(backend_report(pair))
+            self.comparisons.setdefault(name, []).append(Comparison(name, pair.accuracy))
+        passed = {name: self.reports[name][-1].passed for name in self.backends}
         self.verdicts.append(PartReport(part.name, inputs, passed))
         self.stream.advance(part, left)
-
-
-def _prepare(request: ValidateRequest, layers: str) -> _Run:
-    bundle = Bundle.open(request.bundle)
-    if bundle.manifest.interface.why_no_generation:
-        raise RequestError(f"{bundle.path} cannot be validated: {bundle.manifest.interface.why_no_generation}")
-    parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
-    backends, weights = _backends(request.backends), _weights(bundle, request)
-    if request.threads:
-        torch.set_num_threads(request.threads)
-    inputs = read_inputs(bundle, request.text, request.seed)
-    script = by_graph(inputs.script())
-    sources = {step.case: inputs.sources[step.case] for step in script.steps}
-    setting = Setting(bundle, weights, script, request.threads)
-    reference = f"{weights.note}, computed in float32 one part at a time"
-    return _Run(setting, backends, parts, Stream(script, request.seed), reference, sources)
-
-
-def _report(run: _Run, request: ValidateRequest, started: float) -> AccuracyReport:
-    bundle, integrity = run.setting.bundle, _integrity(run.setting.bundle, run.parts)
-    reports = tuple(merge(run.findings[name], run.setting.script) for name in run.backends)
-    return AccuracyReport(
-        passed=integrity.passed and all(r.passed for r in reports),
-        model=bundle.manifest.model,
-        dtype=bundle.manifest.dtype,
-        changed_weights=integrity.changed_weights,
-        changed_files=integrity.changed_files,
-        cases=run.sources,
-        reference=run.reference,
-        backends=reports,
-        provenance=collect_provenance(bundle, integrity, request.seed, "checkpoint", request.command, started),
-        parts=tuple(run.verdicts),
-    )
-
-
-def _backends(names: Sequence[str]) -> tuple[str, ...]:
-    names = names or BACKENDS
-    unknown = [name for name in names if name not in BACKENDS]
-    if unknown:
-        raise RequestError(f"--layers compares {' and '.join(BACKENDS)}: leave out --backend {unknown[0]}")
-    return tuple(dict.fromkeys(names or BACKENDS[:1]))
 
 
 def _weights(bundle: Bundle, request: ValidateRequest) -> PublishedWeights:

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from deepseek_trt.engines.sessions.ort import Memory, open_graph, ort_values
-from deepseek_trt.export.arrays import numpy_dtype
+from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
+from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.validate.backends.exported import inner_values
-from deepseek_trt.validate.backends.probes import PLACES, Arrays
-from deepseek_trt.validate.cases.cases import Step
-from deepseek_trt.validate.layerwise.parts import Part
+from deepseek_trt.validate.backends.probes import PLACES
 from deepseek_trt.validate.layerwise.weights import BundleWeights
+from deepseek_trt.validate.steps import Part, Step
 
-Array = npt.NDArray[Any]
 HIDDEN = "hidden_states"  # the cut graph's input
 _ONCE = Memory(packed=False, arena=False)  # the weights once, and nothing kept of what a step needed
-_STEP_INPUTS = ("input_ids", "sequence_lengths", "past_lengths", "page_table")
 
 
 class OrtPart:
     """Runs the part as TorchPart does; one of the two graphs is loaded at a time. bfloat16 is computed in float32."""
 
     def __init__(self, bundle: Bundle, part: Part, threads: int) -> None:
-        self.dtype = "float32" if bundle.manifest.dtype == "bfloat16" else bundle.manifest.dtype
+        self.dtype = computed_in(bundle.manifest.dtype)
         self._bundle, self._part, self._threads = bundle, part, threads
         self._weights = BundleWeights(bundle)
         self._read: dict[tuple[str, int | None], Array] = {}  # by name and place in the weights file
@@ -40,7 +37,7 @@ class OrtPart:
     def run(self, step: Step, hidden: Array | None, pool: Array | None) -> Arrays:
         if self._loaded != step.graph:
             self._load(step.graph)
-        feeds = {**self._experts, **{name: getattr(step, name) for name in _STEP_INPUTS}}
+        feeds = {**self._experts, **step.feeds}
         if hidden is not None:
             feeds[HIDDEN] = hidden.astype(numpy_dtype(self.dtype))
         if pool is not None:

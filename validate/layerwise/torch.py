@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_trt.engines.sessions.torch import Weights
+from deepseek_trt.export.arrays import Array, Arrays
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.model import Layer, RmsNorm, Rope
-from deepseek_trt.validate.backends.probes import Arrays
-from deepseek_trt.validate.backends.torch_watch import OpWatch, Route
-from deepseek_trt.validate.cases.cases import Step
-from deepseek_trt.validate.layerwise.parts import Part
+from deepseek_trt.validate.backends.torch_watch import OpWatch, Route, array_of
+from deepseek_trt.validate.steps import Part, Step
 
-Array = npt.NDArray[Any]
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -58,7 +55,7 @@ class TorchPart:
         else:
             x, past = (torch.from_numpy(array).to(self._dtype) for array in (hidden, pool))
             values = self._run_layer(step, x, past, route)
-        return {name: _array(value) for name, value in values.items()}
+        return {name: array_of(value) for name, value in values.items()}
 
     def _run_layer(self, step: Step, x: Tensor, past: Tensor, route: Route) -> dict[str, Tensor]:
         layer, index = self._layer, self._part.index
@@ -91,8 +88,3 @@ class TorchPart:
 def _load(module: nn.Module, prefix: str, weights: Weights) -> None:
     for name, _ in list(module.named_parameters()):
         module.load_state_dict({name: weights(prefix + name)}, strict=False, assign=True)
-
-
-def _array(value: Tensor) -> Array:
-    array: Array = (value if value.dtype == torch.int32 else value.float()).numpy()
-    return array

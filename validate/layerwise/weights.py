@@ -6,7 +6,7 @@ from torch import Tensor
 
 from deepseek_trt.engines.sessions.torch import as_tensor
 from deepseek_trt.export.bundle.weights import WeightReader
-from deepseek_trt.validate.layerwise.parts import Part
+from deepseek_trt.validate.steps import Part
 
 
 class BundleWeights(WeightReader):

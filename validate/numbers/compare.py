@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from polygraphy.comparator import IterationResult, OutputCompareResult, SimpleThreshold
 
-from deepseek_trt.validate.cases.cases import Step
 from deepseek_trt.validate.numbers.metrics import Closeness, closeness
-from deepseek_trt.validate.numbers.tolerance import Tolerance
+from deepseek_trt.validate.numbers.tolerance import Policy, Tolerance
+from deepseek_trt.validate.steps import Owners
 
-Tolerances = Callable[[str], Tolerance]
+Lines = Mapping[str, Owners]  # of each output's lines
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,11 @@ class ToleranceCompare:
     The results are Polygraphy's own, so that a saved file loads without this package.
     """
 
-    tolerance: Tolerances
-    dtype: str
+    policy: Policy
 
     def __call__(self, value: IterationResult, reference: IterationResult) -> OrderedDict[str, OutputCompareResult]:
         return OrderedDict(
-            (name, self._one(closeness(value[name], expected, self.dtype), self.tolerance(name)))
+            (name, self._one(closeness(value[name], expected, self.policy.dtype), self.policy(name)))
             for name, expected in reference.items()
             if name in value
         )
@@ -67,25 +66,11 @@ class ToleranceCompare:
 
 
 def differences_of_step(
-    index: int, step: Step, value: IterationResult, reference: IterationResult, tolerance: Tolerances, dtype: str
+    index: int, label: str, value: IterationResult, reference: IterationResult, lines: Lines, policy: Policy
 ) -> list[OutputDifference]:
-    """Every output of the step, compared."""
+    """Compare every output of the step that both have: a backend may be without latents."""
     found = []
-    for name, expected in reference.items():
-        if name not in value:  # a backend without latents
-            continue
-        c = closeness(value[name], expected, dtype)
-        row, position = tokens_of_output(step, name, len(expected))[c.worst[0]]
-        found.append(OutputDifference(index, step.label, name, c, tolerance(name), row, position))
+    for name in (name for name in reference if name in value):
+        c = closeness(value[name], reference[name], policy.dtype)
+        found.append(OutputDifference(index, label, name, c, policy(name), *lines[name][c.worst[0]]))
     return found
-
-
-def tokens_of_output(step: Step, output: str, length: int) -> list[tuple[int, int]]:
-    """The (row, position in its sequence) that each line of an output belongs to."""
-    if output.startswith("latents."):
-        return [(row, t) for row, (_, total) in enumerate(step.cached()) for t in range(total)]
-    ends = zip(step.past_lengths.tolist(), step.sequence_lengths.tolist(), strict=True)
-    spans = [(row, past, new) for row, (past, new) in enumerate(ends) if new]
-    if length == len(spans):
-        return [(row, past + new - 1) for row, past, new in spans]
-    return [(row, past + t) for row, past, new in spans for t in range(new)]

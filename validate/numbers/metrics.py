@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from deepseek_trt.export.arrays import Array
+
 _SPACING_BITS = {"float32": 23, "float16": 10, "bfloat16": 7}
 _SMALLEST_EXPONENT = {"float32": -126, "float16": -14, "bfloat16": -126}
 
@@ -82,7 +81,7 @@ def top_overlap(logits: Array, reference: Array, k: int) -> Array:
 
 
 def negative_log_likelihood(logits: Array, targets: Array) -> Array:
-    """Of each row's target token, in nats."""
+    """The loss of each row's target token, in nats."""
     result: Array = -np.take_along_axis(log_softmax(logits), targets[:, None], axis=-1)[:, 0]
     return result
 

@@ -13,7 +13,8 @@ of the derived one and FLOOR_FACTOR times that floor.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from deepseek_trt.export.dtypes import UNIT_ROUNDOFF
 
@@ -56,14 +57,40 @@ def tighten(derived: Tolerance, floor: float | None) -> Tolerance:
     return Tolerance(FLOOR_FACTOR * floor, f"{reason}; derived limit {derived.relative:.2e}")
 
 
-# Roundings since the layer's input, by probe or output.
+# Roundings since the layer's input, by probe or output; what is not here has gone through the last norm and the head.
 _WITHIN_LAYER = {"hidden": 0, "query": 5, "latent": 4, "latents": 4, "attended": 9, "after_attention": 12}
 _WITHIN_LAYER |= {"router_logits": 14, "router_weights": 15, "experts": 18}
+_ALSO_CALLED = {"present": "latents", "hidden_states": "hidden"}  # as graphs of other bundles name them
 
 
-def roundings_of(output: str, layers: int) -> int:
-    """Roundings on the way to an output: "logits", or "<place>.<layer>" of latents and probes."""
-    if output == "logits":
-        return layers * ROUNDINGS_PER_LAYER + ROUNDINGS_OF_LOGITS
-    place, _, layer = output.rpartition(".")
-    return 1 + int(layer) * ROUNDINGS_PER_LAYER + _WITHIN_LAYER[place]
+def roundings_of(output: str, layers: int, is_local: bool = False) -> int:
+    """Roundings on the way to an output or probe, "<place>.<layer>" or one that leaves the head.
+
+    Where it `is_local`, they count from the states that enter the layer or the head, which are rounded once.
+    """
+    name, _, rest = output.partition(".")
+    place, layer = _ALSO_CALLED.get(name, name), rest.partition(".")[0]
+    if place not in _WITHIN_LAYER or (name == "hidden_states" and int(layer) == layers):  # the last one is normed
+        return ROUNDINGS_OF_LOGITS + (1 if is_local else layers * ROUNDINGS_PER_LAYER)
+    before = int(layer)
+    if is_local:
+        before = min(before, 1) if place == "hidden" else 0  # hidden.N is what layer N - 1 made
+    return 1 + before * ROUNDINGS_PER_LAYER + _WITHIN_LAYER[place]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Tolerances by output and probe name, for a model computed in `dtype`; floors are measured, where they are.
+
+    Where it `is_local`, outputs are judged by the roundings of their own layer: each was fed the reference's states.
+    """
+
+    hidden_size: int
+    layers: int
+    dtype: str
+    floors: Mapping[str, float] = field(default_factory=dict)
+    is_local: bool = False
+
+    def __call__(self, name: str) -> Tolerance:
+        roundings = roundings_of(name, self.layers, self.is_local)
+        return tighten(derive_tolerance(self.hidden_size, self.dtype, roundings), self.floors.get(name))

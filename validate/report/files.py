@@ -4,35 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
-
-from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.export.errors import OutputError
 from deepseek_trt.export.files import write_text
 from deepseek_trt.validate.report.html import HTML_FILE, render_html
-from deepseek_trt.validate.report.report import AccuracyReport
+from deepseek_trt.validate.report.report import AccuracyReport, Comparison
 
 REPORT_FILE = "report.json"
 
 
-class Comparison(Protocol):
-    """Polygraphy's verdicts on one backend."""
-
-    @property
-    def backend(self) -> str: ...
-
-    @property
-    def accuracy(self) -> AccuracyResults: ...
-
-
-def write_report(report: AccuracyReport, pairs: Sequence[Comparison], folder: Path) -> None:
+def write_report(report: AccuracyReport, comparisons: Sequence[Comparison], folder: Path) -> None:
     """Write all files, each under a temporary name first; files of an earlier report are replaced."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / REPORT_FILE, report.to_json())
         write_text(folder / HTML_FILE, render_html(report))
-        for pair in pairs:
-            pair.accuracy.save(str(folder / f"{pair.backend}.polygraphy.json"))
+        for comparison in comparisons:
+            comparison.accuracy.save(str(folder / f"{comparison.backend}.polygraphy.json"))
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}") from None

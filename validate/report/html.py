@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from deepseek_trt.validate.findings.histogram import ErrorHistogram
 from deepseek_trt.validate.report.plots import Series, bar_plot, dot_plot, heat_map, line_plot
 from deepseek_trt.validate.report.report import AccuracyReport, BackendReport
 
@@ -37,7 +38,7 @@ def render_html(report: AccuracyReport) -> str:
 
 def _plots(b: BackendReport, is_local: bool) -> list[Plot]:
     drawn = [_drift(b, is_local)] if b.drift else []
-    drawn.append(_errors(b))
+    drawn += [_errors(b.histogram)] if b.histogram else []
     drawn += [_routers(b)] if b.routers else []
     drawn += [_coverage(b)] if b.coverage else []
     return drawn + [_latency(b, graph) for graph in b.milliseconds]
@@ -67,8 +68,7 @@ def _entry(b: BackendReport) -> str:
     return f" The error enters in {where}{growth}."
 
 
-def _errors(b: BackendReport) -> Plot:
-    h = b.histogram
+def _errors(h: ErrorHistogram) -> Plot:
     names = [f"1e{edge:g}" for edge in h.edges[:-1]]
     svg = bar_plot(h.counts, names, "relative error", "logits", [0] * len(names))
     caption = f"All logits, in half decades; {h.exact} are equal, {h.nonfinite} not finite."

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from polygraphy.comparator import AccuracyResults, IterationResult
 
+from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.config import ModelConfig
-from deepseek_trt.validate.cases.cases import Script
 from deepseek_trt.validate.cases.coverage import Coverage, coverage
 from deepseek_trt.validate.findings.bisect import Fault, first_fault
 from deepseek_trt.validate.findings.greedy import GreedyAgreement, greedy_agreement
@@ -27,13 +28,14 @@ from deepseek_trt.validate.findings.layers import (
 )
 from deepseek_trt.validate.findings.text_score import TextScore, text_score
 from deepseek_trt.validate.findings.tokens import TokenAgreement, token_agreement
-from deepseek_trt.validate.layerwise.parts import PartReport
 from deepseek_trt.validate.numbers.compare import OutputDifference
 from deepseek_trt.validate.numbers.routing import Flip
 from deepseek_trt.validate.pair import Pair
+from deepseek_trt.validate.report.integrity import Integrity
 from deepseek_trt.validate.report.provenance import Provenance
+from deepseek_trt.validate.steps import Script
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,19 @@ class OutputReport:
     tolerance_reason: str
     worst: WorstElement
 
+    @property
+    def nearness(self) -> float:
+        """The error as a part of its tolerance."""
+        return self.max_relative / self.tolerance
+
 
 @dataclass(frozen=True)
 class BackendReport:
-    """One backend against the reference. `follows_routing` says whether the backend's router choices were seen.
+    """One backend against the reference, every output over all steps; what follows is empty where it was not seen.
 
-    Where they were not, `set_aside` counts the lines (tokens) of each output that a near tie may explain.
+    `tokens` and `histogram` are None where the outputs hold no predictions, `text` also without a text.
+    `follows_routing` says whether the backend's router choices were seen. Where they were not, `set_aside` counts the
+    lines (tokens) of each output that a near tie may explain.
     """
 
     backend: str
@@ -83,7 +92,7 @@ class BackendReport:
     follows_routing: bool
     set_aside: dict[str, int]
     outputs: tuple[OutputReport, ...]
-    tokens: TokenAgreement
+    tokens: TokenAgreement | None
     text: TextScore | None
     greedy: tuple[GreedyAgreement, ...]
     drift: tuple[Drift, ...]
@@ -91,17 +100,27 @@ class BackendReport:
     routers: tuple[RouterAgreement, ...]
     flips: tuple[Flip, ...]
     first_fault: Fault | None
-    histogram: ErrorHistogram
+    histogram: ErrorHistogram | None
     coverage: tuple[Coverage, ...]
     milliseconds: dict[str, tuple[float, ...]]
     reference_milliseconds: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """One part of a model that is compared layer by layer: what entered it, and each backend's verdict."""
+
+    part: str
+    inputs: str
+    passed: dict[str, bool]
+
+
+@dataclass(frozen=True)
 class AccuracyReport:
-    """The whole report; `parts` are those of a comparison layer by layer, and empty elsewhere."""
+    """The whole report. `interface` says what the graphs take and give; `parts` are of --layers, else empty."""
 
     passed: bool
+    interface: Interface
     model: ModelConfig
     dtype: str
     changed_weights: tuple[str, ...]
@@ -109,8 +128,8 @@ class AccuracyReport:
     cases: dict[str, str]
     reference: str
     backends: tuple[BackendReport, ...]
+    parts: tuple[PartReport, ...]
     provenance: Provenance
-    parts: tuple[PartReport, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,8 +141,29 @@ class AccuracyReport:
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def backend_report(pair: Pair, floor: Pair | None) -> BackendReport:
-    """What came out of one comparison; `floor` is torch in the candidate's dtype, where that was run."""
+@dataclass(frozen=True)
+class Comparison:
+    """Polygraphy's verdicts on one backend."""
+
+    backend: str
+    accuracy: AccuracyResults
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What comparing a bundle found, whatever it is for. `reference_weights` is "bundle" or "checkpoint"."""
+
+    integrity: Integrity
+    cases: dict[str, str]
+    reference: str
+    reference_weights: str
+    backends: tuple[BackendReport, ...]
+    comparisons: tuple[Comparison, ...]
+    parts: tuple[PartReport, ...] = ()
+
+
+def backend_report(pair: Pair, floor: Pair | None = None) -> BackendReport:
+    """Report one comparison; `floor` is torch in the candidate's dtype, where that was run."""
     text = text_score(pair, floor)
     return BackendReport(
         backend=pair.backend,
@@ -133,24 +173,23 @@ def backend_report(pair: Pair, floor: Pair | None) -> BackendReport:
         unused_pages_were_nan=pair.poisoned,
         follows_routing=pair.sees_routing,
         set_aside=dict(pair.set_aside),
-        outputs=output_reports(pair.differences),
-        tokens=token_agreement(pair.script.steps, pair.results, pair.reference, pair.policy("logits").relative),
+        outputs=_outputs(pair.differences),
+        tokens=token_agreement(pair),
         text=text,
         greedy=greedy_agreement(pair),
         drift=drift(pair),
-        inner=inner_values(pair),
+        inner=() if pair.policy.is_local else inner_values(pair),
         routers=router_agreement(pair),
         flips=pair.flips,
-        first_fault=None if pair.passed else first_fault(pair),
+        first_fault=first_fault(pair) if pair.script.predicts and not pair.passed else None,
         histogram=error_histogram(pair),
         coverage=coverage(pair.reference_probes, pair.config),
-        milliseconds=milliseconds_by_graph(pair.script, [r.runtime for r in pair.results]),
-        reference_milliseconds=milliseconds_by_graph(pair.script, [r.runtime for r in pair.reference]),
+        milliseconds=_by_graph(pair.script, pair.results),
+        reference_milliseconds=_by_graph(pair.script, pair.reference),
     )
 
 
-def output_reports(differences: Sequence[OutputDifference]) -> tuple[OutputReport, ...]:
-    """Each output over all steps."""
+def _outputs(differences: Sequence[OutputDifference]) -> tuple[OutputReport, ...]:
     by_name: dict[str, list[OutputDifference]] = {}
     for difference in differences:
         by_name.setdefault(difference.output, []).append(difference)
@@ -179,11 +218,11 @@ def _output(name: str, found: list[OutputDifference]) -> OutputReport:
     )
 
 
-def milliseconds_by_graph(script: Script, seconds: Sequence[float]) -> dict[str, tuple[float, ...]]:
-    """Of each step, by graph."""
+def _by_graph(script: Script, results: Sequence[IterationResult]) -> dict[str, tuple[float, ...]]:
+    """The milliseconds of each step, by graph."""
     times: dict[str, list[float]] = {}
-    for step, took in zip(script.steps, seconds, strict=True):
-        times.setdefault(step.graph, []).append(round(took * 1e3, 3))
+    for step, result in zip(script.steps, results, strict=True):
+        times.setdefault(step.graph, []).append(round(result.runtime * 1e3, 3))
     return {graph: tuple(values) for graph, values in times.items()}
 
 

@@ -9,7 +9,8 @@ import pytest
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BackendError, BundleError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
-from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
+from deepseek_trt.validate.accuracy import validate_bundle
+from deepseek_trt.validate.request import ValidateRequest
 
 pytest.importorskip("transformers", reason="transformers is the test extra's")
 

@@ -9,7 +9,8 @@ from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.validate.backends.backends import make_reference
 from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.cases import coverage
-from deepseek_trt.validate.cases.cases import Script, case_plan, prefill_case
+from deepseek_trt.validate.cases.cases import case_plan, prefill_case
+from deepseek_trt.validate.steps import Script
 
 
 def test_cases_are_added_until_every_expert_is_reached(good):

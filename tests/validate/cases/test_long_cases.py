@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
-from deepseek_trt.engines.sessions.session import row_latents
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import CacheSpec
-from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
+from deepseek_trt.validate.accuracy import validate_bundle
 from deepseek_trt.validate.backends.backends import BACKENDS, make_reference
 from deepseek_trt.validate.cases.inputs import read_inputs
 from deepseek_trt.validate.cases.long_cases import GREEDY, GREEDY_STEPS, PROMPTS, greedy_case, greedy_plan, window_cases
-from deepseek_trt.validate.numbers.loss import IGNORED, causal_loss
+from deepseek_trt.validate.numbers.loss import IGNORED, token_losses
+from deepseek_trt.validate.request import ValidateRequest
 
 CACHE = CacheSpec(layers=2, page_size=8, latent_dim=4, dtype="float32")
 
@@ -65,7 +65,7 @@ def test_greedy_steps_are_what_the_reference_generates(good):
         assert logits.argmax(-1).tolist() == step.input_ids[:, 0].tolist()
         logits = reference.decode(step.input_ids, step.past_lengths, step.page_table)
     last = steps[-1]
-    assert np.isfinite(row_latents(reference, 0, *last.cached()[0])).all()
+    assert np.isfinite(reference.pool(0)[last.slots.index]).all()
 
 
 def free_run(session, steps):
@@ -84,12 +84,12 @@ def test_greedy_agreement_is_that_of_two_free_runs(edited):
         next(n for n in body.node if n.output[0] == "scale_f").attribute[0].f *= 2
 
     bundle = Bundle.open(edited(twice_the_scale, "decode"))
-    report = validate_bundle(ValidateRequest(bundle.path, threads=1)).report
+    report = validate_bundle(ValidateRequest(bundle.path, ("exported",), threads=1)).report
     inputs = read_inputs(bundle, None, 0)
     request = SessionRequest(bundle, inputs.pages, 1)
     script = inputs.with_long_cases(inputs.script(), make_reference(request))
     steps = [step for step in script.steps if step.case == GREEDY]
-    ours, theirs = (free_run(make(request), steps) for make in (BACKENDS["ort"].make, make_reference))
+    ours, theirs = (free_run(make(request), steps) for make in (BACKENDS["exported"].make, make_reference))
     agreed = np.logical_and.accumulate(ours == theirs, axis=1).sum(1)
     assert [g.agreed for g in report.backends[0].greedy] == agreed.tolist()
     assert min(agreed) < ours.shape[1]
@@ -100,10 +100,10 @@ def test_greedy_agreement_is_that_of_two_free_runs(edited):
 
 def test_the_loss_is_that_of_the_whole_text(demo, text):
     """The windows' loss, by decode steps, is transformers' rule over whole windows by torch with all logits."""
-    backend = validate_bundle(ValidateRequest(demo.path, text=text, threads=1)).report.backends[0]
+    backend = validate_bundle(ValidateRequest(demo.path, ("exported",), text=text, threads=1)).report.backends[0]
     ids = np.array(read_inputs(demo, text, 0).text)
     windows = [ids[start : start + 128] for start in range(0, len(ids) - 1, 127)]
-    losses = [causal_loss(all_logits(demo, window)[None], window[None]) for window in windows]
+    losses = [token_losses(all_logits(demo, window)[:-1], window[1:]).mean() for window in windows]
     counts = [len(window) - 1 for window in windows]
     expected = float(np.average(losses, weights=counts))
     score = backend.text
@@ -135,9 +135,10 @@ def all_logits(bundle, ids):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_texts_tolerance_is_measured_in_narrow_dtypes(demo_checkpoint, bundle_of, text, dtype):
     bundle = bundle_of(demo_checkpoint, dtype=dtype)
-    ort, torch = validate_bundle(ValidateRequest(bundle.path, ("ort", "torch"), text=text, threads=1)).report.backends
-    assert ort.text.passed
+    request = ValidateRequest(bundle.path, ("exported", "torch"), text=text, threads=1)
+    exported, torch = validate_bundle(request).report.backends
+    assert exported.text.passed
     assert torch.text.passed
-    assert ort.text.tolerance < 0.02
+    assert exported.text.tolerance < 0.02
     assert torch.text.tolerance < 0.1
-    assert ("standard error" in ort.text.tolerance_reason) == (ort.computed_in != "float32")
+    assert ("standard error" in exported.text.tolerance_reason) == (exported.computed_in != "float32")

@@ -13,7 +13,8 @@ from onnx import helper, numpy_helper
 from deepseek_trt.cli.main import main
 from deepseek_trt.cli.validate import EXIT_ACCURACY
 from deepseek_trt.export.bundle.graph import DOMAIN
-from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
+from deepseek_trt.validate.accuracy import validate_bundle
+from deepseek_trt.validate.request import ValidateRequest
 
 pytestmark = pytest.mark.usefixtures("little_greed")
 LAYER = 1  # where the faults are planted; the model's first MoE layer
@@ -146,7 +147,8 @@ def names(faults):
 
 def check(path, graph, op):
     """The command exits with 3 and names the op, the layer and the first step of the graph."""
-    done = CliRunner().invoke(main, ["validate", str(path), "--backend", "ort", "--bisect", "--json", "--threads", "1"])
+    options = ("--backend", "exported", "--bisect", "--json", "--threads", "1")
+    done = CliRunner().invoke(main, ["validate", str(path), *options])
     assert done.exit_code == EXIT_ACCURACY, done.output
     step = "prefill" if graph == "prefill" else "decode 0"
     first = json.loads(done.stdout)["backends"][0]["first_fault"]
@@ -165,7 +167,7 @@ def test_faults_of_the_biased_router_are_named(edited, biased, plant, graph, op)
 
 
 def test_a_right_bundle_has_no_fault(good):
-    report = validate_bundle(ValidateRequest(good("float32").path, bisect=True, threads=1)).report
+    report = validate_bundle(ValidateRequest(good("float32").path, ("exported",), bisect=True, threads=1)).report
     assert report.passed
     assert report.backends[0].first_fault is None
 
@@ -173,13 +175,13 @@ def test_a_right_bundle_has_no_fault(good):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_scale_that_leaves_the_tolerance_is_caught_in_every_dtype(good, edited, dtype):
     """The size of fault that a dtype's rounding hides, and no more."""
-    right = validate_bundle(ValidateRequest(good(dtype).path, bisect=True, threads=1)).report
+    right = validate_bundle(ValidateRequest(good(dtype).path, ("exported",), bisect=True, threads=1)).report
     limit = next(v.tolerance for v in right.backends[0].inner if (v.place, v.layer) == ("router_weights", LAYER))
 
     def scale(model):
         scale_constant(model, "MoeRouter", "factor", 1 + 1.5 * limit)
 
     path = edited(scale, "prefill", "decode", bundle=good(dtype))
-    report = validate_bundle(ValidateRequest(path, bisect=True, threads=1)).report
+    report = validate_bundle(ValidateRequest(path, ("exported",), bisect=True, threads=1)).report
     fault = report.backends[0].first_fault
     assert (fault.op, fault.layer) == ("MoeRouter", LAYER)

@@ -13,16 +13,17 @@ from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.cli.validate import EXIT_ACCURACY
+from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, Manifest
 from deepseek_trt.validate.backends.published_weights import published_weights
-from deepseek_trt.validate.backends.runners import feed_of, live_logits, run_step
-from deepseek_trt.validate.backends.torch import FillableTorchSession
+from deepseek_trt.validate.backends.sessions import run_step
 from deepseek_trt.validate.cases.inputs import read_inputs
 from deepseek_trt.validate.layerwise.compare import Setting, compare_part
 from deepseek_trt.validate.layerwise.inputs import Stream
-from deepseek_trt.validate.layerwise.parts import parts_of
+from deepseek_trt.validate.layerwise.layerwise import parts_of
 
 PAGE = 8
+BOTH = ("--backend", "exported", "--backend", "torch")
 WEIGHT = "model.layers.1.self_attn.o_proj.weight"
 OUTPUTS = ["hidden.0", "latents.0", "hidden.1", "latents.1", "router_logits.1", "experts.1", "hidden.2", "logits"]
 
@@ -35,13 +36,13 @@ def report_of(folder):
     return json.loads((folder / "report.json").read_text())
 
 
-def verdicts(report, backend="ort"):
+def verdicts(report, backend="exported"):
     return {part["part"]: part["passed"][backend] for part in report["parts"]}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_right_bundles_pass(good, dtype, tmp_path):
-    done = validate(good(dtype).path, "--layers", "0-1", "--backend", "ort", "--backend", "torch", "--report", tmp_path)
+    done = validate(good(dtype).path, "--layers", "0-1", *BOTH, "--report", tmp_path)
     assert done.exit_code == 0, done.output
     report = report_of(tmp_path)
     assert "Part by part" in (tmp_path / "report.html").read_text()
@@ -102,7 +103,7 @@ def test_experts_stacked_in_the_wrong_order_are_named(small_v2, bundle_of, tmp_p
     records = tuple(_two_swapped(w) if w.recipe.name == name else w for w in manifest.weights)
     (copy / MANIFEST_FILE).write_text(dataclasses.replace(manifest, weights=records).to_json())
     for options in (("--layers", "1-2"), ("--bisect",)):
-        done = validate(copy, *options, "--json", "--backend", "ort")
+        done = validate(copy, *options, "--json", "--backend", "exported")
         assert done.exit_code == EXIT_ACCURACY
         assert json.loads(done.stdout)["backends"][0]["first_fault"].startswith("MoeExperts in layer 2")
 
@@ -131,12 +132,12 @@ def test_the_reference_is_the_whole_models(good):
     setting = Setting(bundle, published_weights(bundle, None), script, 1)
     stream = Stream(script, 0)
     for part in parts_of("0-2", 3):
-        pairs, left = compare_part(setting, part, ("ort",), stream.entering(part)[0])
+        pairs, left = compare_part(setting, part, ("exported",), stream.entering(part)[0])
         stream.advance(part, left)
-    whole = FillableTorchSession(bundle, script.pages, "float32")
+    whole = TorchSession(bundle, script.pages, "float32")
     for index, step in enumerate(script.steps):
-        logits = live_logits(run_step(whole, step, feed_of(step)), step)
-        np.testing.assert_allclose(pairs["ort"].reference[index]["logits"], logits, rtol=1e-5, atol=1e-5)
+        logits, _ = step.lines("logits", run_step(whole, step, step.feeds))
+        np.testing.assert_allclose(pairs["exported"].reference[index]["logits"], logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

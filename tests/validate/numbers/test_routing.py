@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from deepseek_trt.validate import accuracy
-from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
-from deepseek_trt.validate.backends import backends
+from deepseek_trt.validate.accuracy import validate_bundle
+from deepseek_trt.validate.backends.backends import BACKENDS
 from deepseek_trt.validate.numbers.routing import Router, closest_gap, differing_tokens, margin
+from deepseek_trt.validate.request import ValidateRequest
 
 GREEDY = Router((2, 1, 1, 0, 1.5))  # top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor
 LIMITED = Router((2, 2, 1, 0, 1.5))
@@ -76,12 +76,12 @@ def test_half_the_gap_changes_the_choice(attributes, biased):
 @pytest.fixture
 def opaque(monkeypatch):
     """ONNX Runtime, but for its choices, which are hidden."""
-    hidden = dataclasses.replace(backends.BACKENDS["ort"], watch=None)
-    monkeypatch.setitem(accuracy.BACKENDS, "ort", hidden)
+    hidden = dataclasses.replace(BACKENDS["exported"], watch=None)
+    monkeypatch.setitem(BACKENDS, "exported", hidden)
 
 
 def test_a_backend_whose_choices_are_hidden_can_pass(good, opaque):
-    report = validate_bundle(ValidateRequest(good("float16").path, threads=1)).report
+    report = validate_bundle(ValidateRequest(good("float16").path, ("exported",), threads=1)).report
     assert report.passed
     assert not report.backends[0].follows_routing
     assert report.backends[0].routers == ()
@@ -92,6 +92,6 @@ def test_hidden_choices_excuse_no_fault(edited, opaque):
         body = next(f for f in model.functions if f.name == "MoeRouter")
         next(n for n in body.node if n.output[0] == "factor").attribute[0].f *= 1.01
 
-    report = validate_bundle(ValidateRequest(edited(wrong_scale, "prefill", "decode"), threads=1)).report
+    report = validate_bundle(ValidateRequest(edited(wrong_scale, "prefill", "decode"), ("exported",), threads=1)).report
     assert not report.passed
     assert report.backends[0].first_fault is not None

@@ -9,15 +9,20 @@ import re
 import pytest
 
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
+from deepseek_trt.validate.accuracy import validate_bundle
 from deepseek_trt.validate.findings.baseline import compare_reports, read_report
 from deepseek_trt.validate.report.files import write_report
 from deepseek_trt.validate.report.html import render_html
+from deepseek_trt.validate.request import ValidateRequest
+
+
+def request_of(good):
+    return ValidateRequest(good("float16").path, ("exported", "torch"), threads=1, command="<command> & co")
 
 
 @pytest.fixture(scope="module")
 def validation(good):
-    return validate_bundle(ValidateRequest(good("float16").path, ("ort", "torch"), threads=1, command="<command> & co"))
+    return validate_bundle(request_of(good))
 
 
 def without_times(report):
@@ -30,9 +35,7 @@ def without_times(report):
 
 
 def test_the_same_command_gives_the_same_report(validation, good):
-    again = validate_bundle(
-        ValidateRequest(good("float16").path, ("ort", "torch"), threads=1, command="<command> & co")
-    )
+    again = validate_bundle(request_of(good))
     assert without_times(again.report) == without_times(validation.report)
 
 
@@ -55,23 +58,23 @@ def test_every_number_asked_for_is_there(validation):
 
 
 def test_the_measured_floor_is_the_tolerance_of_narrow_dtypes(validation):
-    ort, torch = validation.report.backends
-    assert any("rounding floor" in o.tolerance_reason for o in ort.outputs)
-    assert all(o.tolerance <= t.tolerance for o, t in zip(ort.outputs, torch.outputs, strict=True))
+    exported, torch = validation.report.backends
+    assert any("rounding floor" in o.tolerance_reason for o in exported.outputs)
+    assert all(o.tolerance <= t.tolerance for o, t in zip(exported.outputs, torch.outputs, strict=True))
 
 
 def test_an_unchanged_report_has_not_moved(validation, tmp_path):
-    write_report(validation.report, validation.pairs, tmp_path)
+    write_report(validation.report, validation.comparisons, tmp_path)
     assert compare_reports(read_report(tmp_path / "report.json"), validation.report) == ()
 
 
 def test_a_larger_error_is_a_regression(validation, tmp_path):
-    write_report(validation.report, validation.pairs, tmp_path)
+    write_report(validation.report, validation.comparisons, tmp_path)
     old = read_report(tmp_path / "report.json")
     old["backends"][0]["outputs"][0]["max_relative"] /= 3
     old["backends"][1]["outputs"][0]["max_relative"] /= 1.5
     worse, moved = compare_reports(old, validation.report)
-    assert (worse.backend, worse.what, worse.worse) == ("ort", "logits: max relative", True)
+    assert (worse.backend, worse.what, worse.worse) == ("exported", "logits: max relative", True)
     assert (moved.backend, moved.worse) == ("torch", False)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_trt.validate.accuracy import ValidateRequest, validate_bundle
+from deepseek_trt.validate.accuracy import validate_bundle
 from deepseek_trt.validate.report.files import write_report
+from deepseek_trt.validate.request import ValidateRequest
 
 BROWSER = Path(__file__).parents[3] / "benchmarks" / "browser.py"
 
@@ -50,8 +51,8 @@ TIMES = ("Time of each prefill step", "Time of each decode step")
 def report(good, tmp_path_factory):
     """A report with everything in it: two backends, one of them in a narrow dtype that routes otherwise."""
     folder = tmp_path_factory.mktemp("report")
-    done = validate_bundle(ValidateRequest(good("float16").path, ("ort", "torch"), threads=1, command="validate"))
-    write_report(done.report, done.pairs, folder)
+    done = validate_bundle(ValidateRequest(good("float16").path, ("exported", "torch"), threads=1, command="validate"))
+    write_report(done.report, done.comparisons, folder)
     return (folder / "report.html").as_uri()
 
 

@@ -1,0 +1,46 @@
+"""SessionStepper: a Session, prefill and decode over its own page pools, as a runner steps it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+
+from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.export.arrays import Arrays, Floats
+from deepseek_trt.validate.backends.probes import Watcher
+from deepseek_trt.validate.steps import Step
+
+
+class SessionStepper:
+    """Outputs: "logits", and where the step compares them "latents.N"."""
+
+    def __init__(self, session: Session, watcher: Watcher | None = None) -> None:
+        self.note, self.dtype = session.note, session.cache.dtype
+        self._session, self._watcher = session, watcher
+
+    def start(self, step: Step) -> bool:
+        return poison(self._session)
+
+    def watch(self, index: int, step: Step) -> AbstractContextManager[object]:
+        return self._watcher.watch(self._session, index, step) if self._watcher else nullcontext()
+
+    def run(self, index: int, step: Step) -> Arrays:
+        return {"logits": run_step(self._session, step, step.feeds)}
+
+    def cached(self, step: Step) -> Arrays:
+        layers = range(self._session.cache.layers) if step.slots is not None else ()
+        return {f"latents.{layer}": self._session.pool(layer) for layer in layers}
+
+
+def poison(session: Session) -> bool:
+    """Fill all pages with NaN; False where the session gives no way to."""
+    session.fill(float("nan"))
+    return all(bool(np.isnan(session.pool(layer).astype(np.float32)).all()) for layer in range(session.cache.layers))
+
+
+def run_step(session: Session, step: Step, feeds: Arrays) -> Floats:
+    """Logits of the step, fed with `feeds`."""
+    if step.graph == "decode":
+        return session.decode(feeds["input_ids"], feeds["past_lengths"], feeds["page_table"])
+    return session.prefill(feeds["input_ids"], feeds["sequence_lengths"], feeds["past_lengths"], feeds["page_table"])

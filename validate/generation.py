@@ -1,0 +1,90 @@
+"""Bundles that generate: logits and cached latents, step by step, with everything that can be seen inside."""
+
+from __future__ import annotations
+
+from deepseek_trt.engines.sessions.opening import SessionRequest
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.validate.backends.backends import BACKENDS, make_reference
+from deepseek_trt.validate.backends.probes import GAP, PLACES, ROUTING
+from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
+from deepseek_trt.validate.backends.sessions import SessionStepper
+from deepseek_trt.validate.backends.torch import StreamedTorchSession
+from deepseek_trt.validate.cases.coverage import cover_experts
+from deepseek_trt.validate.cases.inputs import Inputs, read_inputs
+from deepseek_trt.validate.findings.undecided import set_aside
+from deepseek_trt.validate.pair import Pair, Side, compare, rounding_floors
+from deepseek_trt.validate.report.integrity import check_integrity
+from deepseek_trt.validate.report.report import Compared, Comparison, backend_report
+from deepseek_trt.validate.request import DEFAULT_BACKENDS, Progress, ValidateRequest
+from deepseek_trt.validate.steps import Script
+
+
+def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progress) -> Compared:
+    """Compare the whole model. In narrow dtypes, torch's own run measures the rounding floor of the others."""
+    refusal = f"backend {{name!r}} is unknown; use: {', '.join(BACKENDS)}"
+    names = request.chosen(BACKENDS, DEFAULT_BACKENDS, refusal)
+    progress("hashing the bundle and its checkpoint")
+    integrity = check_integrity(bundle)
+    inputs = read_inputs(bundle, request.text, request.seed)
+    weights = published_weights(bundle, request.checkpoint)
+    runs = _Runs(SessionRequest(bundle, inputs.pages, request.threads), inputs, weights, request.bisect, progress)
+    reports = {}
+    for name in sorted(names, key=lambda name: name != "torch"):  # torch first
+        reports[name] = backend_report(*runs.pair(name))
+    source = weights.note if weights else "the bundle's own weights"
+    streamed = ", one layer in memory at a time" if runs.is_streamed else ""
+    return Compared(
+        integrity=integrity,
+        cases=inputs.sources,
+        reference=f"{source}, computed in float32{streamed}",
+        reference_weights="checkpoint" if weights else "bundle",
+        backends=tuple(reports[name] for name in names),
+        comparisons=tuple(Comparison(name, runs.pairs[name].accuracy) for name in names),
+    )
+
+
+class _Runs:
+    """The reference, the scripts, and every comparison made with them."""
+
+    def __init__(
+        self,
+        session: SessionRequest,
+        inputs: Inputs,
+        weights: PublishedWeights | None,
+        bisect: bool,
+        progress: Progress,
+    ) -> None:
+        progress("loading torch in float32")
+        self.reference = make_reference(session, weights)
+        self.pairs: dict[str, Pair] = {}
+        self._session, self._progress = session, progress
+        self._places = (*PLACES, GAP) if bisect else ("hidden", *ROUTING)
+        self._short = cover_experts(self.reference, inputs.script(), session.bundle.manifest.model, inputs.seed)
+        self.is_streamed = isinstance(self.reference, StreamedTorchSession)
+        self._whole = self._short if self.is_streamed else inputs.with_long_cases(self._short, self.reference)
+
+    def pair(self, backend: str) -> tuple[Pair, Pair | None]:
+        """The backend's comparison, and in a narrow dtype the one that measures its rounding floor."""
+        self._progress(f"comparing {backend} with torch in float32")
+        pair = self._run(backend, self._short if BACKENDS[backend].is_slow else self._whole)
+        floor = self._floor() if pair.dtype != "float32" and backend != "torch" else None
+        if floor is not None:
+            pair = pair.judged_by(rounding_floors(floor, len(pair.script.steps)))
+        self.pairs[backend] = pair = set_aside(pair)
+        return pair, floor
+
+    def _floor(self) -> Pair:
+        if "torch" not in self.pairs:
+            self._progress("measuring the rounding floor: torch in the bundle's dtype")
+            self.pairs["torch"] = self._run("torch", self._whole)
+        return self.pairs["torch"]
+
+    def _run(self, backend: str, script: Script) -> Pair:
+        chosen = BACKENDS[backend]
+        side = Side(
+            backend,
+            lambda seen: SessionStepper(chosen.make(self._session), chosen.watch(seen) if chosen.watch else None),
+            lambda follower: SessionStepper(self.reference, follower),
+        )
+        (pair,) = compare([side], script, self._session.bundle.manifest.model, self._places)
+        return pair
