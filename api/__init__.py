@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from deepseek_trt.export.exporter import export_bundle as export_bundle
     from deepseek_trt.plugins.tensorrt.for_bundle import PluginRequest as PluginRequest
     from deepseek_trt.plugins.tensorrt.for_bundle import build_plugins as build_plugins
+    from deepseek_trt.validate.accuracy import validate_bundle as validate_bundle
+    from deepseek_trt.validate.request import ValidateRequest as ValidateRequest
 
     __version__: str
 

@@ -28,7 +28,7 @@ class Coverage:
 
 
 def coverage(probes: Probes, config: ModelConfig) -> tuple[Coverage, ...]:
-    """Of the layers that have a router."""
+    """Count the tokens of each expert, in the layers that have a router."""
     found = []
     for layer in range(config.num_hidden_layers):
         ids = all_steps(probes, f"router_ids.{layer}")

@@ -31,7 +31,7 @@ class GreedyAgreement:
 
 
 def greedy_agreement(pair: Pair) -> tuple[GreedyAgreement, ...]:
-    """Of each prompt of the greedy case; empty where the script has none."""
+    """Compare each prompt of the greedy case; empty where the script has none."""
     steps = [i for i, step in enumerate(pair.script.steps) if step.case == GREEDY]
     rows = len(pair.script.steps[steps[0]].input_ids) if steps else 0
     return tuple(_of_prompt(pair, steps, row) for row in range(rows))

@@ -66,7 +66,7 @@ def drift(pair: Pair) -> tuple[Drift, ...]:
 
 
 def inner_values(pair: Pair) -> tuple[InnerValue, ...]:
-    """Of every place that was watched, in the order of the computation; router choices are listed as flips."""
+    """List every place that was watched, in the order of the computation; router choices are listed as flips."""
     errors = largest_errors(pair, len(pair.script.steps))
     places = [place for place in PLACES if place != "router_ids"]
     names = [(place, layer) for layer in range(pair.policy.layers + 1) for place in places]

@@ -48,7 +48,7 @@ class TextScore:
 
 @dataclass(frozen=True)
 class Losses:
-    """Of each scored token, by candidate and reference; `rms` is that of the reference's logits."""
+    """The loss of each scored token, by candidate and reference; `rms` is that of the reference's logits."""
 
     cases: str
     ours: Array

@@ -55,7 +55,7 @@ def near_ties(pair: Pair) -> Ties:
 
 
 def _undecided_lines(pair: Pair, index: int, ties: Ties) -> dict[str, Array]:
-    """Of each output of the step: which lines are out of tolerance with a near tie in their past."""
+    """Find which lines of each output of the step are out of tolerance with a near tie in their past."""
     step, found = pair.script.steps[index], {}
     for name, value in pair.results[index].items():
         expected = pair.reference[index][name]

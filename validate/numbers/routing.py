@@ -91,7 +91,7 @@ def margin(logits: Tensor, ids: Tensor, router: Router) -> float:
 
 
 def closest_gap(logits: Tensor, router: Router) -> Tensor:
-    """Of each token of logits [T, E]: the gap between the last chosen and the first refused, expert or group; [T].
+    """The gap [T] between the last chosen and the first refused, expert or group, of each token of logits [T, E].
 
     In router logits, relative to the token's largest: a gap closes when both sides move by half of it. Biased scores
     move by s * (1 - s), the sigmoid's slope, for each unit of their logit.
