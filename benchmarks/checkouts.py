@@ -21,7 +21,18 @@ from typing import Any
 
 PROMPT = "Return the number of"
 # Of a JSON: names of values that say who made a file and when, not what it holds.
-UNLIKE = {"versions", "made_by", "provenance", "schema", "schema_version", "command", "created", "machine", "files"}
+UNLIKE = {
+    "versions",
+    "made_by",
+    "provenance",
+    "schema",
+    "schema_version",
+    "command",
+    "created",
+    "machine",
+    "files",
+    "milliseconds",
+}
 # Of a plugin library: follows from its sources' bytes, comments included, and lies in the binary as 16 digits.
 LIBRARY_ID = ("library_id", "inputs_sha256")
 EXPORTS: dict[str, tuple[str, ...]] = {
@@ -134,7 +145,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of a JSON by its path, without what is unlike by nature."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            if key not in UNLIKE and key not in LIBRARY_ID and not key.endswith("sha256"):
+            if key.removeprefix("reference_") not in UNLIKE and key not in LIBRARY_ID and not key.endswith("sha256"):
                 yield from leaves(inner, f"{path}.{key}")
     elif isinstance(value, list):
         for index, inner in enumerate(value):
