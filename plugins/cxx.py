@@ -45,6 +45,12 @@ class Compiler:
             raise BuildError(f"{self.identity} failed with exit code {done.returncode}:\n{words}")
 
 
+def written_sources(folder: Path) -> dict[str, bytes]:
+    """The C++ files in `folder` and below by name, in its order: the compiler gets them in one folder."""
+    found = sorted(folder.rglob("*"), key=lambda path: path.name)
+    return {path.name: path.read_bytes() for path in found if path.suffix in (".cpp", ".h")}
+
+
 def cache_folder() -> Path:
     """Where this package keeps what can be made again."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_trt.export.ops.paging import (
-    CONSTANTS_BODY,
-    NO_PADDING,
-    READ_BODY,
-    WRITE_BODY,
-    read_latents,
-    write_latents,
-)
+from deepseek_trt.export.ops import paging
 from deepseek_trt.export.ops.spec import Attribute, OpSpec, TensorArg
 
 
@@ -35,8 +28,8 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     """Write `latent` at position past_lengths[b] of each row, then attend to positions 0..past_lengths[b]."""
     ones = torch.ones_like(past_lengths)
-    present = write_latents(past_latent, latent, page_table, past_lengths, ones)
-    latents = read_latents(present, page_table, past_lengths + ones)  # [B, T, D]
+    present = paging.write_latents(past_latent, latent, page_table, past_lengths, ones)
+    latents = paging.read_latents(present, page_table, past_lengths + ones)  # [B, T, D]
     scores = (query @ latents.transpose(1, 2)).float() * scale  # [B, H, T]
     times = torch.arange(latents.shape[1], device=query.device)
     future = times > past_lengths.long()[:, None]  # [B, T]
@@ -45,25 +38,18 @@ def mla_decode(
     return attended, present
 
 
-def _fake(
-    query: Tensor,
-    latent: Tensor,
-    past_latent: Tensor,
-    page_table: Tensor,
-    past_lengths: Tensor,
-    scale: float,
-    kv_lora_rank: int,
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, latent: Tensor, past_latent: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, heads, _ = query.shape
+    *_, kv_lora_rank = others
     return query.new_empty(batch, heads, kv_lora_rank), torch.empty_like(past_latent)
 
 
 def _body(attributes: Mapping[str, Any]) -> str:
     return f"""
-    {CONSTANTS_BODY}
-    {WRITE_BODY.format(real_page=NO_PADDING)}
+    {paging.CONSTANTS_BODY}
+    {paging.WRITE_BODY.format(real_page=paging.NO_PADDING)}
     new = Identity (axis_1)
-    {READ_BODY}
+    {paging.READ_BODY}
     keys = Transpose <perm = [0, 2, 1]> (latents)
     products = MatMul (query, keys)
     products_f = Cast <to = 1> (products)

@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_trt.export.ops.paging import (
-    CONSTANTS_BODY,
-    PADDING_TO_PAGE_0,
-    READ_BODY,
-    WRITE_BODY,
-    read_latents,
-    write_latents,
-)
+from deepseek_trt.export.ops import paging
 from deepseek_trt.export.ops.spec import Attribute, OpSpec, TensorArg
 
 
@@ -39,8 +32,8 @@ def mla_prefill(
     Rows of `attended` at s >= sequence_lengths[b] are finite but mean nothing.
     """
     nope, rank = w_uk.shape[1:]
-    present = write_latents(past_latent, latent, page_table, past_lengths, sequence_lengths)
-    latents = read_latents(present, page_table, past_lengths + sequence_lengths)  # [B, T, D]
+    present = paging.write_latents(past_latent, latent, page_table, past_lengths, sequence_lengths)
+    latents = paging.read_latents(present, page_table, past_lengths + sequence_lengths)  # [B, T, D]
     c, k_rope = latents[:, None, :, :rank], latents[:, None, :, rank:]  # [B, 1, T, L], [B, 1, T, R]
     k_nope, value = c @ w_uk.transpose(1, 2), c @ w_uv.transpose(1, 2)  # [B, H, T, N], [B, H, T, V]
     q_nope, q_rope = query.transpose(1, 2).split([nope, query.shape[-1] - nope], dim=-1)  # [B, H, S, .]
@@ -53,27 +46,18 @@ def mla_prefill(
     return attended.transpose(1, 2).flatten(2), present
 
 
-def _fake(
-    query: Tensor,
-    latent: Tensor,
-    past_latent: Tensor,
-    page_table: Tensor,
-    past_lengths: Tensor,
-    sequence_lengths: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, latent: Tensor, past_latent: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, sequence, heads, _ = query.shape
+    *_, w_uv, _ = others
     return query.new_empty(batch, sequence, heads * w_uv.shape[1]), torch.empty_like(past_latent)
 
 
 def _body(attributes: Mapping[str, Any]) -> str:
     return f"""
-    {CONSTANTS_BODY}
+    {paging.CONSTANTS_BODY}
     new = Cast <to = 7> (sequence_lengths)
-    {WRITE_BODY.format(real_page=PADDING_TO_PAGE_0)}
-    {READ_BODY}
+    {paging.WRITE_BODY.format(real_page=paging.PADDING_TO_PAGE_0)}
+    {paging.READ_BODY}
     rank = Shape <start = 2> (w_uk)
     nope = Shape <start = 1, end = 2> (w_uk)
     latents_4d = Unsqueeze (latents, axis_1)

@@ -14,16 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_trt.export.ops.routing import (
-    IDS,
-    LOGITS,
-    fake_routing,
-    limit_body,
-    normalise_body,
-    normalised,
-    routing_attributes,
-    top,
-)
+from deepseek_trt.export.ops import routing
 from deepseek_trt.export.ops.spec import OpSpec, TensorArg
 
 
@@ -42,18 +33,18 @@ def moe_biased_router(
     if topk_group < n_group:
         grouped = biased.unflatten(-1, (n_group, -1))  # [T, G, E/G]
         group_scores = grouped.sort(-1, descending=True).values[..., :2].sum(-1)  # [T, G]
-        _, best_groups = top(group_scores, topk_group)
+        _, best_groups = routing.top(group_scores, topk_group)
         dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, best_groups, False)
         biased = grouped.masked_fill(dropped[..., None], -torch.inf).flatten(1)
-    _, ids = top(biased, top_k)
+    _, ids = routing.top(biased, top_k)
     weights = scores.gather(1, ids)
     if norm_topk_prob and top_k > 1:
-        weights = normalised(weights)
+        weights = routing.normalised(weights)
     return weights * routed_scaling_factor, ids.int()
 
 
 def _fake(logits: Tensor, correction_bias: Tensor, top_k: int, *_: float) -> tuple[Tensor, Tensor]:
-    return fake_routing(logits, top_k)
+    return routing.fake(logits, top_k)
 
 
 _SCORE_GROUPS = """
@@ -78,11 +69,11 @@ def _body(attributes: Mapping[str, Any]) -> str:
     logits_f = Cast <to = 1> (logits)
     scores = Sigmoid (logits_f)
     biased_all = Add (scores, correction_bias)
-    {limit_body("biased", attributes, _SCORE_GROUPS, _DROP_GROUPS)}
+    {routing.limit_body("biased", attributes, _SCORE_GROUPS, _DROP_GROUPS)}
     top_k = Constant <value = int64[1] {{{attributes["top_k"]}}}> ()
     best, ids_long = TopK (biased, top_k)
     chosen = GatherElements <axis = 1> (scores, ids_long)
-    {normalise_body("shares", attributes, "Identity (chosen)")}
+    {routing.normalise_body("shares", attributes, "Identity (chosen)")}
     factor = Constant <value_float = {float(attributes["routed_scaling_factor"])!r}> ()
     weights = Mul (shares, factor)
     ids = Cast <to = 6> (ids_long)
@@ -93,14 +84,14 @@ MOE_BIASED_ROUTER = OpSpec(
     name="MoeBiasedRouter",
     doc="Chooses each token's experts by sigmoid scores and a correction bias, and gives their weights.",
     inputs=(
-        LOGITS,
+        routing.LOGITS,
         TensorArg("correction_bias", "float32", ("E",), "added to the scores for the choice only"),
     ),
     outputs=(
         TensorArg("weights", "float32", ("T", "K"), "weights of the chosen experts, best biased score first"),
-        IDS,
+        routing.IDS,
     ),
-    attributes=routing_attributes("1: weights sum to one before they are scaled", "the scale of the weights"),
+    attributes=routing.attributes("1: weights sum to one before they are scaled", "the scale of the weights"),
     reference=moe_biased_router,
     fake=_fake,
     body=_body,

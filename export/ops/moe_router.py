@@ -13,16 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepseek_trt.export.ops.routing import (
-    IDS,
-    LOGITS,
-    fake_routing,
-    limit_body,
-    normalise_body,
-    normalised,
-    routing_attributes,
-    top,
-)
+from deepseek_trt.export.ops import routing
 from deepseek_trt.export.ops.spec import OpSpec, TensorArg
 
 
@@ -33,11 +24,11 @@ def moe_router(
     scores = logits.float().softmax(-1)  # [T, E]
     if topk_group < n_group:
         grouped = scores.unflatten(-1, (n_group, -1))  # [T, G, E/G]
-        _, best_groups = top(grouped.amax(-1), topk_group)
+        _, best_groups = routing.top(grouped.amax(-1), topk_group)
         keep = torch.zeros_like(grouped[..., 0]).scatter(1, best_groups, 1.0)
         scores = (grouped * keep[..., None]).flatten(1)
-    weights, ids = top(scores, top_k)
-    weights = normalised(weights) if norm_topk_prob and top_k > 1 else weights * routed_scaling_factor
+    weights, ids = routing.top(scores, top_k)
+    weights = routing.normalised(weights) if norm_topk_prob and top_k > 1 else weights * routed_scaling_factor
     return weights, ids.int()
 
 
@@ -61,11 +52,11 @@ def _body(attributes: Mapping[str, Any]) -> str:
     one = Constant <value_float = 1.0> ()
     logits_f = Cast <to = 1> (logits)
     scores_all = Softmax <axis = -1> (logits_f)
-    {limit_body("scores", attributes, _SCORE_GROUPS, _DROP_GROUPS)}
+    {routing.limit_body("scores", attributes, _SCORE_GROUPS, _DROP_GROUPS)}
     top_k = Constant <value = int64[1] {{{attributes["top_k"]}}}> ()
     chosen, ids_long = TopK (scores, top_k)
     factor = Constant <value_float = {float(attributes["routed_scaling_factor"])!r}> ()
-    {normalise_body("weights", attributes, "Mul (chosen, factor)")}
+    {routing.normalise_body("weights", attributes, "Mul (chosen, factor)")}
     ids = Cast <to = 6> (ids_long)
 """
 
@@ -73,12 +64,12 @@ def _body(attributes: Mapping[str, Any]) -> str:
 MOE_ROUTER = OpSpec(
     name="MoeRouter",
     doc="Chooses each token's experts and their weights.",
-    inputs=(LOGITS,),
-    outputs=(TensorArg("weights", "float32", ("T", "K"), "weights of the chosen experts, best first"), IDS),
-    attributes=routing_attributes(
+    inputs=(routing.LOGITS,),
+    outputs=(TensorArg("weights", "float32", ("T", "K"), "weights of the chosen experts, best first"), routing.IDS),
+    attributes=routing.attributes(
         "1: weights sum to one; 0: they are scaled", "the scale where weights are not normalised"
     ),
     reference=moe_router,
-    fake=fake_routing,
+    fake=routing.fake,
     body=_body,
 )

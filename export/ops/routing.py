@@ -25,7 +25,7 @@ def normalised(weights: Tensor) -> Tensor:
     return weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
 
-def routing_attributes(norm_topk_prob: str, routed_scaling_factor: str) -> tuple[Attribute, ...]:
+def attributes(norm_topk_prob: str, routed_scaling_factor: str) -> tuple[Attribute, ...]:
     """The attributes of a router; what these two mean differs."""
     return (
         Attribute("top_k", "int", "K, experts a token"),
@@ -36,7 +36,7 @@ def routing_attributes(norm_topk_prob: str, routed_scaling_factor: str) -> tuple
     )
 
 
-def fake_routing(logits: Tensor, top_k: int, *_: float) -> tuple[Tensor, Tensor]:
+def fake(logits: Tensor, top_k: int, *_: float) -> tuple[Tensor, Tensor]:
     """Weights float32 [T, K] and ids int32 [T, K], shapes only."""
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)

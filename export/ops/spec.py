@@ -9,14 +9,11 @@ from typing import Any, Literal
 from deepseek_trt.export.bundle.graph import DOMAIN
 
 OPSET = 23  # of the standard operators in graphs and bodies
-FLOATS = ("float32", "float16", "bfloat16")
-
-AttributeType = Literal["int", "float", "string"]
 
 
 @dataclass(frozen=True)
 class TensorArg:
-    """One input or output. dtype "T" is the model's dtype (one of FLOATS), the same wherever it stands."""
+    """One input or output. dtype "T" is the model's (float32, float16 or bfloat16), the same wherever it stands."""
 
     name: str
     dtype: Literal["T", "float32", "int32"]
@@ -29,7 +26,7 @@ class Attribute:
     """One constant of the op, fixed when the graph is traced."""
 
     name: str
-    type: AttributeType
+    type: Literal["int", "float", "string"]
     doc: str
 
 

@@ -7,7 +7,6 @@ pinned wheel (Triton's own is newer than many drivers). Without line information
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -17,12 +16,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.errors import BuildError
-from deepseek_trt.plugins.aot.records import Binary, Variant
+from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.aot.variants import variants_for
 from deepseek_trt.plugins.aot.worker import Compiled, Request
 from deepseek_trt.plugins.kernels.chips import shared_limit
@@ -32,12 +32,8 @@ PTXAS_VERSION = "13.0.88"
 FALLBACK_SM = 80  # what the PTX asks for: every chip from SM 80 on runs it
 FALLBACK_TILES_SM = 86  # whose tiles it has: the smallest shared memory of all chips
 
-Progress = Callable[[int, int, Binary], None]
-
-
-def compile_variant(variant: Variant, sm: int) -> Binary:
-    """Compile one variant for one chip, as `compile_all` does."""
-    return checked(*_compile_without_spills([Request(variant, sm)], jobs=1))
+Progress = Callable[[int, int], None]
+Idle = queue.SimpleQueue[subprocess.Popen[bytes]]
 
 
 def compile_all(
@@ -51,8 +47,8 @@ def compile_all(
     """Compile all variants of `config` for all `sms`, in their order, then the PTX fallback.
 
     A variant that spills registers is compiled once more with twice its warps, which halves what a thread holds; the
-    binary's variant says so. on_progress(done, total, binary) is called after each, in the caller's thread, in no
-    fixed order. Raises BuildError where a variant spills even so, or does not fit a chip.
+    binary's variant says so. on_progress(done, total) is called after each, in the caller's thread. Raises BuildError
+    where a variant spills even so, or does not fit a chip.
     """
     requests = [Request(variant, sm) for sm in dict.fromkeys(sms) for variant in variants_for(config, dtype, sm)]
     if fallback:
@@ -66,7 +62,7 @@ def _compile_without_spills(
 ) -> tuple[Compiled, ...]:
     compiled = list(compile_requests(requests, jobs, on_progress))
     spilled = [i for i, c in enumerate(compiled) if _spills(c)]
-    relaxed = [dataclasses.replace(requests[i], variant=_with_twice_the_warps(requests[i].variant)) for i in spilled]
+    relaxed = [_with_twice_the_warps(requests[i]) for i in spilled]
     for i, again in zip(spilled, compile_requests(relaxed, jobs), strict=True):
         compiled[i] = again
     return tuple(compiled)
@@ -77,40 +73,34 @@ def _spills(compiled: Compiled) -> bool:
     return compiled.spill_bytes > 0 and not compiled.binary.is_ptx
 
 
-def _with_twice_the_warps(variant: Variant) -> Variant:
-    return dataclasses.replace(variant, num_warps=2 * variant.num_warps)
+def _with_twice_the_warps(request: Request) -> Request:
+    return replace(request, variant=replace(request.variant, num_warps=2 * request.variant.num_warps))
 
 
 def compile_requests(
     requests: Sequence[Request], jobs: int, on_progress: Progress | None = None
 ) -> tuple[Compiled, ...]:
     """Compile each request, unchecked, in order of `requests`, on `jobs` processes."""
-    done: dict[int, Compiled] = {}
-    finished: queue.Queue[int] = queue.Queue()
-
-    def compile_at(index: int) -> Compiled:
-        process = idle.get()
+    count = min(jobs, len(requests))
+    with _compilers(count) as idle, ThreadPoolExecutor(max(1, count)) as pool:
+        futures = [pool.submit(_compile_on, idle, request) for request in requests]
         try:
-            return _ask(process, requests[index])
-        finally:
-            idle.put(process)
-            finished.put(index)
-
-    with _compilers(min(jobs, len(requests))) as processes, ThreadPoolExecutor(max(1, len(processes))) as pool:
-        idle: queue.Queue[subprocess.Popen[bytes]] = queue.Queue()
-        for process in processes:
-            idle.put(process)
-        futures = [pool.submit(compile_at, i) for i in range(len(requests))]
-        try:
-            for _ in requests:
-                index = finished.get()
-                done[index] = futures[index].result()
+            for done, future in enumerate(as_completed(futures), start=1):
+                future.result()  # raises what went wrong at once
                 if on_progress:
-                    on_progress(len(done), len(requests), done[index].binary)
+                    on_progress(done, len(requests))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return tuple(done[i] for i in range(len(requests)))
+    return tuple(future.result() for future in futures)
+
+
+def _compile_on(idle: Idle, request: Request) -> Compiled:
+    process = idle.get()
+    try:
+        return _ask(process, request)
+    finally:
+        idle.put(process)
 
 
 def checked(compiled: Compiled) -> Binary:
@@ -166,22 +156,17 @@ def _environment(ptxas: Path, cache: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _compilers(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def _compilers(count: int) -> Iterator[Idle]:
     """`count` compiler processes, ended and their caches removed afterwards."""
     command = [sys.executable, "-c", "from deepseek_trt.plugins.aot.worker import main; main()"]
     with tempfile.TemporaryDirectory(prefix="deepseek-trt-") as cache, contextlib.ExitStack() as stack:
-        processes = []
+        idle: Idle = queue.SimpleQueue()
         for index in range(count):
             environment = _environment(find_ptxas(), os.path.join(cache, str(index)))
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            processes.append(stack.enter_context(process))
-            stack.callback(_end, process)
-        yield processes
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    process.wait()
+            idle.put(stack.enter_context(process))  # whose end is awaited there
+            stack.callback(process.terminate)
+        yield idle
 
 
 def _ask(process: subprocess.Popen[bytes], request: Request) -> Compiled:

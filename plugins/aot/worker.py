@@ -46,12 +46,11 @@ class Compiled:
 def compile_request(request: Request) -> Compiled:
     """Compile one variant; only in a process with Triton's interpreter off."""
     import triton
+    from triton.backends.compiler import GPUTarget
 
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        kernel = triton.compile(
-            _source(request.variant), target=_target(request.sm), options=_options(request.variant, request.as_ptx)
-        )
+    target = GPUTarget("cuda", request.sm, 32)
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        kernel = triton.compile(_source(request.variant), target, _options(request.variant, request.as_ptx))
     meta = kernel.metadata
     image = kernel.asm["ptx"].encode() if request.as_ptx else kernel.asm["cubin"]
     binary = Binary(
@@ -98,12 +97,6 @@ def _source(variant: Variant) -> Any:
         constexprs={name: constants[name] for name in names if name in constants},
         attrs={(names.index(n),): [["tt.divisibility", ALIGNMENT]] for n, kind in types.items() if kind[0] == "*"},
     )
-
-
-def _target(sm: int) -> Any:
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget("cuda", sm, 32)
 
 
 def _options(variant: Variant, as_ptx: bool) -> dict[str, Any]:

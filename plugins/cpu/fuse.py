@@ -27,7 +27,7 @@ from deepseek_trt.plugins.cpu.operators import (
 from deepseek_trt.plugins.cpu.patterns import Found, OneOf, Op, match, uncast
 
 # By the cache's type.
-_ATTENTIONS = {ir.DataType.FLOAT: ATTENTION, ir.DataType.FLOAT16: ATTENTION_FLOAT16}
+_ATTENTIONS: dict[ir.DataType | None, Operator] = {ir.DataType.FLOAT: ATTENTION, ir.DataType.FLOAT16: ATTENTION_FLOAT16}
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 _ADJACENT = {"interleaved": 1}
 
@@ -41,11 +41,8 @@ def _norm(x: str | Op, name: str) -> Op:
 
 
 _X = _norm("x", "norm")
-_QUERY = Op(
-    "Reshape",
-    (OneOf((Op("Gemm", (_norm(_linear(_X, "q_a"), "q_norm"), "q"), _GEMM), Op("Gemm", (_X, "q"), _GEMM))), None),
-    name="query",
-)
+_COMPRESSED = _norm(_linear(_X, "q_a"), "q_norm")
+_QUERY = Op("Reshape", (Op("Gemm", (OneOf((_COMPRESSED, _X)), "q"), _GEMM), None), name="query")
 _Q_NOPE = Op("Slice", (_QUERY, None, None, None, None), name="q_nope")
 _Q_ROPE = Op("Slice", (_QUERY, None, None, None, None), name="q_rope")
 _ABSORBED = Op("Transpose", (Op("MatMul", (Op("Transpose", (Op("Squeeze", (_Q_NOPE, None)),)), "w_uk")),))
@@ -120,7 +117,6 @@ class FuseForCpu(ir.passes.InPlacePass):
 
     def _attention(self, graph: ir.Graph, at: ir.Node, f: Found) -> None:
         mla = _producer(f["attended"])
-        assert f["past"].dtype is not None
         attributes: dict[str, float | int] = {
             "query_compression": int("q_a" in f),
             "scale": mla.attributes["scale"].as_float(),
@@ -142,8 +138,7 @@ class FuseForCpu(ir.passes.InPlacePass):
             self._insert(graph, at, FEED_FORWARD, f, attributes)
 
     def _fuse_head(self, graph: ir.Graph) -> None:
-        found = match(_HEAD, graph.outputs[0])
-        if found is None:
+        if (found := match(_HEAD, graph.outputs[0])) is None:
             return
         at = _producer(graph.outputs[0])
         node = _node(graph, at, HEAD, found, {"eps": _epsilon(found["norm"])})

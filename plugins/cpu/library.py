@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 from deepseek_trt.export.errors import BackendError, BuildError
 from deepseek_trt.plugins.cpu.operators import OPERATORS, Operator, generated_headers
-from deepseek_trt.plugins.cxx import Compiler, cache_folder, find_compiler
+from deepseek_trt.plugins.cxx import Compiler, cache_folder, find_compiler, written_sources
 
-_FOLDER = Path(__file__).parent / "csrc"
 CPU_LIBRARY_FILE = "cpu_ops.so"  # its name where it lies in a bundle
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-DNDEBUG", "-g0")
 # Object, source and what else its compilation needs. The baseline comes first: of inline functions of the C++ library
@@ -91,8 +90,7 @@ def experts_hit_counter(library: Path) -> Callable[[], ExpertsHit] | None:
 
 def source_files(operators: Sequence[Operator] = OPERATORS) -> dict[str, bytes]:
     """Contents by file name, as the compiler gets them in one folder; none where csrc is not installed."""
-    found = sorted(_FOLDER.rglob("*"), key=lambda path: path.name)
-    written = {path.name: path.read_bytes() for path in found if path.suffix in (".cpp", ".h")}
+    written = written_sources(Path(__file__).parent / "csrc")
     return written and written | generated_headers(operators)
 
 

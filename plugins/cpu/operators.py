@@ -18,7 +18,6 @@ DType = Literal["float32", "float16", "int32", "weights"]
 _GENERATED = "// Made from plugins/cpu/operators.py when the library is built; changes here are lost.\n#pragma once\n"
 _ORT_TYPES = {"float32": "ort::FLOAT", "float16": "ort::FLOAT16", "int32": "ort::INT32", "weights": "ort::UNDEFINED"}
 _CPP_TYPES = {"int": "int64_t", "float": "float"}
-_READERS = {"int": "number", "float": "real"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def _struct(operator: Operator) -> str:
 
 def _read_attribute(a: Attribute) -> str:
     condition = f'node.has("{a.name}")' if a.name in a.only_with else " && ".join(a.only_with)
-    return f'{_if(condition)}{a.name} = node.{_READERS[a.type]}("{a.name}");'
+    return f'{_if(condition)}node.read({a.name}, "{a.name}");'
 
 
 def _read_input(i: Input) -> str:

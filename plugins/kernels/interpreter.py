@@ -42,11 +42,6 @@ def enable() -> None:
     _enabled = True
 
 
-def is_enabled() -> bool:
-    """Whether kernels are interpreted in this process."""
-    return _enabled
-
-
 def require() -> None:
     """Raise BackendError unless kernels are interpreted."""
     if not _enabled:

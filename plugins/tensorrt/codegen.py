@@ -14,8 +14,9 @@ from deepseek_trt.plugins.aot.records import Binary, KernelArg, Variant
 from deepseek_trt.plugins.kernels import launches
 from deepseek_trt.plugins.tensorrt.op_tables import ELEMENTS, GENERATED
 
-_SCALARS = {"i32": "int32_t", "i64": "int64_t", "fp32": "float"}
-_POINTEES = {"bf16": "bf16", "fp16": "fp16", "fp32": "float", "i32": "int32_t"}
+# The linker's version script: the two entry points that TensorRT looks for, and nothing else.
+EXPORTS_MAP = "{ global: setLoggerFinder; getCreators; local: *; };\n"
+_CPP_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "float", "i32": "int32_t"}
 _LAUNCH_CONSTANTS = {
     "kDecodePrograms": launches.DECODE_PROGRAMS,
     "kDecodeMaxSplits": launches.DECODE_MAX_SPLITS,
@@ -123,7 +124,7 @@ inline void launch(Loaded<{table.struct}> const& kernel, Grid grid, cudaStream_t
 
 def cpp_type(arg: KernelArg) -> str:
     """The C++ type that a kernel argument is passed as."""
-    return f"Ptr<{_POINTEES[arg.type[1:]]}>" if arg.type.startswith("*") else _SCALARS[arg.type]
+    return f"Ptr<{_CPP_TYPES[arg.type[1:]]}>" if arg.type.startswith("*") else _CPP_TYPES[arg.type]
 
 
 def tables_source(tables: Sequence[KernelTable], ops: Sequence[str]) -> str:
@@ -222,11 +223,6 @@ char const* const kLibraryId = "{library_id}";
 def unity_source(names: Sequence[str]) -> str:
     """The source all.cpp: compiling TensorRT's headers once takes a third of the time of once a file."""
     return "\n".join([GENERATED, *(f'#include "{name}"' for name in names), ""])
-
-
-def exports_map() -> str:
-    """The linker's version script: the two entry points that TensorRT looks for, and nothing else."""
-    return "{ global: setLoggerFinder; getCreators; local: *; };\n"
 
 
 def snake_case(name: str) -> str:

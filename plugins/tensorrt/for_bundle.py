@@ -45,8 +45,8 @@ def build_plugins(request: PluginRequest, report: PluginReporter = PluginReporte
         manifest.dtype,
         request.sms,
         jobs=request.jobs,
-        on_progress=lambda done, total, _: report.advance(done, total),
+        on_progress=report.advance,
         fallback=request.fallback,
     )
     folder = request.bundle / PLUGINS_FOLDER
-    return build_library(binaries, manifest.model, manifest.dtype, folder, cxx=request.cxx, progress=report.say)
+    return build_library(binaries, manifest.model, manifest.dtype, folder, cxx=request.cxx, say=report.say)

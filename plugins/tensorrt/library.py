@@ -24,7 +24,7 @@ from deepseek_trt.plugins.tensorrt.manifest import (
     MANIFEST,
     SCHEMA,
     Manifest,
-    binary_rows,
+    binary_row,
     read_manifest,
     version_of,
 )
@@ -45,10 +45,9 @@ _LINK_FLAGS = (
 
 @dataclass(frozen=True)
 class PluginLibrary:
-    """A library, its manifest, its sha256, and whether this call built it or found it up to date."""
+    """A library with its manifest beside it, its sha256, and whether this call built it or found it up to date."""
 
     path: Path
-    manifest_path: Path
     sha256: str
     built: bool
 
@@ -60,16 +59,14 @@ def build_library(
     out_dir: Path,
     *,
     cxx: str | None = None,
-    cache: Path | None = None,
-    progress: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> PluginLibrary:
     """Compile `binaries` and the plugins that launch them into a library in `out_dir`.
 
-    `cxx` names a compiler to use instead of zig; `cache` is zig's cache folder. Where `out_dir` holds a library made of
-    the same inputs, nothing is compiled. Raises BuildError where headers or compiler are missing, or fail.
+    `cxx` names a compiler to use instead of zig. Where `out_dir` holds a library made of the same inputs, nothing is
+    compiled. Raises BuildError where headers or compiler are missing, or fail.
     """
-    say = progress or (lambda _: None)
-    headers, compiler = find_headers(), find_compiler(cxx, cache)
+    headers, compiler = find_headers(), find_compiler(cxx)
     tables = codegen.kernel_tables(binaries)
     files = source_files(tables, config, dtype)
     inputs = _inputs_sha256(files, headers, compiler)
@@ -78,7 +75,7 @@ def build_library(
     current = _current_sha256(path, inputs)
     if current is not None:
         say(f"{path} is up to date")
-        return PluginLibrary(path, path.with_name(MANIFEST), current, built=False)
+        return PluginLibrary(path, current, built=False)
 
     say(f"compiling {path} with {compiler.identity}{compiler.first_run_note}")
     files["library_id.cpp"] = codegen.library_id_source(inputs[:16]).encode()
@@ -87,7 +84,7 @@ def build_library(
         made = _compile(Path(folder), files, headers, compiler)
         manifest = _manifest(tables, config, dtype, headers, compiler, inputs, made)
         _publish(made, manifest, path)
-    return PluginLibrary(path, path.with_name(MANIFEST), manifest.sha256, built=True)
+    return PluginLibrary(path, manifest.sha256, built=True)
 
 
 def _inputs_sha256(files: Mapping[str, bytes], headers: Headers, compiler: Compiler) -> str:
@@ -144,7 +141,7 @@ def _manifest(
             "compiler": compiler.identity,
             "nvinfer_headers": headers.version,
         },
-        binaries=binary_rows(tables),
+        binaries=[binary_row(b) for b in binaries],
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,16 +11,8 @@ from deepseek_trt.export.errors import BackendError
 from deepseek_trt.plugins.tensorrt import rtx_shim
 from deepseek_trt.plugins.tensorrt.manifest import Manifest, read_manifest
 
-
-@dataclass(frozen=True)
-class _Held:
-    """The library that a registry holds, and the registry's handle of it."""
-
-    sha256: str
-    handle: Any
-
-
-_held: dict[str, _Held] = {}  # by the TensorRT module's name: each has one registry a process
+# By the TensorRT module's name, as each has one registry a process: the sha256 and handle of the library it holds.
+_held: dict[str, tuple[str, Any]] = {}
 _opened: dict[Path, str] = {}  # sha256 of each file opened: the dynamic loader never opens a path a second time
 
 
@@ -33,20 +24,20 @@ def load_library(path: Path, trt_module: ModuleType) -> Manifest:
     Raises BuildError where the file is not what its manifest says, and BackendError where TensorRT refuses it.
     """
     manifest = read_manifest(path)
-    held = _held.get(trt_module.__name__)
-    if held is not None and held.sha256 == manifest.sha256:
+    name = trt_module.__name__
+    if name in _held and _held[name][0] == manifest.sha256:
         return manifest
     path = path.resolve()
     if _opened.setdefault(path, manifest.sha256) != manifest.sha256:
         raise BackendError(f"{path} was built anew after this process loaded it: start a new process")
     rtx_shim.prepare(trt_module)
     registry = trt_module.get_plugin_registry()
-    if held is not None:
-        registry.deregister_library(held.handle)
-        del _held[trt_module.__name__]
+    if name in _held:
+        _, held = _held.pop(name)
+        registry.deregister_library(held)
     ctypes.CDLL(str(path))  # never unloaded: engines may still run its code after it is deregistered
     handle = registry.load_library(str(path))
     if handle is None:
-        raise BackendError(f"{trt_module.__name__} does not take {path} (its log says why): is another one loaded?")
-    _held[trt_module.__name__] = _Held(manifest.sha256, handle)
+        raise BackendError(f"{name} does not take {path} (its log says why): is another one loaded?")
+    _held[name] = manifest.sha256, handle
     return manifest

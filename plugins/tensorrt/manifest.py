@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.aot.records import Binary
-
-if TYPE_CHECKING:
-    from deepseek_trt.plugins.tensorrt.codegen import KernelTable  # imports torch
 
 PLUGINS_FOLDER = "plugins"  # in the bundle
 LIBRARY = "libdeepseek_trt_plugins.so"
@@ -69,12 +66,8 @@ def read_manifest(library: Path) -> Manifest:
     return manifest
 
 
-def binary_rows(tables: Sequence[KernelTable]) -> list[dict[str, Any]]:
-    """One row a binary, without its image."""
-    return [_row(binary) for table in tables for binary in table.binaries]
-
-
-def _row(binary: Binary) -> dict[str, Any]:
+def binary_row(binary: Binary) -> dict[str, Any]:
+    """The manifest's row of a binary: without its image."""
     v = binary.variant
     return {
         "op": v.op,

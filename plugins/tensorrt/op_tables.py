@@ -61,11 +61,8 @@ class OpTable:
         """The fixed value of a symbol, a number, or a sum or product of those; None for a free symbol."""
         if dim.isidentifier() and dim not in self.fixed:
             return None
-        sums = ([self._factor(f) for f in term.split("*")] for term in dim.split("+"))
-        return sum(math.prod(factors) for factors in sums)
-
-    def _factor(self, name: str) -> int:
-        return int(name) if name.isdigit() else self.fixed[name]
+        terms = ([int(f) if f.isdigit() else self.fixed[f] for f in term.split("*")] for term in dim.split("+"))
+        return sum(map(math.prod, terms))
 
     def dtype_of(self, tensor: TensorArg) -> str:
         """The tensor's dtype, with "T" resolved."""
@@ -98,7 +95,6 @@ namespace deepseek_trt::spec {{
 
 def _struct(table: OpTable) -> str:
     spec, free = table.spec, table.free
-    fixed = {symbol: size for symbol, size in table.fixed.items() if symbol.isidentifier()}
     return f"""struct {spec.name} {{
     static constexpr char const* kName = "{spec.name}";
     static constexpr Tensor kAll[] = {{
@@ -108,7 +104,7 @@ def _struct(table: OpTable) -> str:
 
     struct Sizes {{
         {_lines(f"int64_t {symbol};" for symbol in free)}
-        {_lines(f"static constexpr int64_t {symbol} = {size};" for symbol, size in fixed.items())}
+        {_lines(f"static constexpr int64_t {symbol} = {size};" for symbol, size in table.fixed.items())}
     }};
     static constexpr int32_t kFreeSizes = {len(free)};
     static Sizes sizes(int64_t const* free) {{ return {{{", ".join(f"free[{i}]" for i in range(len(free)))}}}; }}

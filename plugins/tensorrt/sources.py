@@ -7,12 +7,11 @@ from pathlib import Path
 
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.ops import OPS
+from deepseek_trt.plugins.cxx import written_sources
 from deepseek_trt.plugins.tensorrt import codegen
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes, ops_header
 
 UNITS = ("all.cpp", "images.S")  # what the compiler is given; all.cpp takes in every other .cpp
-
-_FOLDER = Path(__file__).parent / "csrc"
 
 
 def ops_of(tables: Sequence[codegen.KernelTable]) -> tuple[str, ...]:
@@ -24,22 +23,16 @@ def ops_of(tables: Sequence[codegen.KernelTable]) -> tuple[str, ...]:
 def source_files(tables: Sequence[codegen.KernelTable], config: ModelConfig, dtype: str) -> dict[str, bytes]:
     """Contents by file name. `library_id.cpp` is left out: the id follows from the others."""
     ops = ops_of(tables)
-    files = _written_files(ops)
+    absent = {f"{codegen.snake_case(op.name)}.cpp" for op in OPS if op.name not in ops}
+    written = written_sources(Path(__file__).parent / "csrc")
+    files = {name: content for name, content in written.items() if name not in absent}
     texts = {
         "op_tables.h": ops_header([OpTable(op, dtype, fixed_sizes(config)) for op in OPS if op.name in ops]),
         "kernel_tables.h": codegen.kernels_header(tables, dtype),
         "tables.cpp": codegen.tables_source(tables, ops),
         "images.S": codegen.images_assembly(tables),
-        "exports.map": codegen.exports_map(),
+        "exports.map": codegen.EXPORTS_MAP,
         "all.cpp": codegen.unity_source([*(n for n in files if n.endswith(".cpp")), "tables.cpp", "library_id.cpp"]),
     }
     images = {codegen.image_file(b): b.image for table in tables for b in table.binaries}
     return files | {name: text.encode() for name, text in texts.items()} | images
-
-
-def _written_files(ops: Sequence[str]) -> dict[str, bytes]:
-    """The files of csrc by name (the compiler gets them in one folder), without plugins of ops that take no part."""
-    absent = {f"{codegen.snake_case(op.name)}.cpp" for op in OPS if op.name not in ops}
-    found = sorted(_FOLDER.rglob("*"), key=lambda path: path.name)
-    paths = (p for p in found if p.suffix in (".cpp", ".h") and p.name not in absent)
-    return {path.name: path.read_bytes() for path in paths}

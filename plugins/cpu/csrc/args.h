@@ -28,7 +28,7 @@ struct AttentionArgs {
     Type pool_type;
     const int32_t *page_table, *past_lengths;  // [B, M], [B]
     float* y;                                  // [B, hidden]
-    int64_t batch, hidden, pages, page, table_width, heads, nope, rope, value, rank;
+    int64_t batch, hidden, pages, page, table_width, heads, nope, value, rank;
     float eps, latent_eps, scale;
     Matrix norm, q_a, q_norm, q, kv_a, kv_norm, w_uk, w_uv, o;  // q_a and q_norm only with query compression
     Matrix q_a_bias, kv_a_bias, o_bias;

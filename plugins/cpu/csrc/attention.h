@@ -134,27 +134,20 @@ inline void attend(const AttentionArgs& a, const P* pool, int64_t row, int64_t f
     });
 }
 
-// Where a call keeps what its phases hand on.
-struct AttentionState {
-    float **compressed, **query, **latent, **absorbed, **value;
-    float *most, *sums, *totals;  // [B, chunks, H] and [B, chunks, H, L]
-    int64_t chunks;               // most of any row
-};
-
 class Attention {
 public:
     Attention(const AttentionArgs& args, Scratch& scratch) : a(args) {
         D = a.kv_a.rows;
-        s.chunks = 1;
-        for (int64_t b = 0; b < a.batch; ++b) s.chunks = std::max(s.chunks, chunks_of_row(b));
-        s.compressed = scratch.take_rows(a.batch, a.q_a.data ? a.q_a.rows : 0);
-        s.query = scratch.take_rows(a.batch, a.q.rows);
-        s.latent = scratch.take_rows(a.batch, D);
-        s.absorbed = scratch.take_rows(a.batch * a.heads, D);
-        s.value = scratch.take_rows(a.batch, a.heads * a.value);
-        s.most = scratch.take(a.batch * s.chunks * a.heads);
-        s.sums = scratch.take(a.batch * s.chunks * a.heads);
-        s.totals = scratch.take(a.batch * s.chunks * a.heads * a.rank);
+        chunks_ = 1;
+        for (int64_t b = 0; b < a.batch; ++b) chunks_ = std::max(chunks_, chunks_of_row(b));
+        compressed_ = scratch.take_rows(a.batch, a.q_a.data ? a.q_a.rows : 0);
+        query_ = scratch.take_rows(a.batch, a.q.rows);
+        latent_ = scratch.take_rows(a.batch, D);
+        absorbed_ = scratch.take_rows(a.batch * a.heads, D);
+        value_ = scratch.take_rows(a.batch, a.heads * a.value);
+        most_ = scratch.take(a.batch * chunks_ * a.heads);
+        sums_ = scratch.take(a.batch * chunks_ * a.heads);
+        totals_ = scratch.take(a.batch * chunks_ * a.heads * a.rank);
     }
 
     void run(Team& team) const {
@@ -182,12 +175,12 @@ private:
     // Rows of two matrices, of the same tokens, shared out in blocks.
     void project(Team& team, float** x) const {
         const Matrix& first = a.q_a.data ? a.q_a : a.q;
-        float** to = a.q_a.data ? s.compressed : s.query;
-        products(team, 0, first, a.q_a_bias, &a.kv_a, &a.kv_a_bias, x, to, s.latent);
+        float** to = a.q_a.data ? compressed_ : query_;
+        products(team, 0, first, a.q_a_bias, &a.kv_a, &a.kv_a_bias, x, to, latent_);
         if (a.q_a.data == nullptr) return;
         team.barrier();
-        for (int64_t b = 0; b < a.batch; ++b) rms_norm(s.compressed[b], a.q_norm, a.latent_eps, a.q_a.rows, x[b]);
-        products(team, 1, a.q, Matrix{}, nullptr, nullptr, x, s.query, nullptr);
+        for (int64_t b = 0; b < a.batch; ++b) rms_norm(compressed_[b], a.q_norm, a.latent_eps, a.q_a.rows, x[b]);
+        products(team, 1, a.q, Matrix{}, nullptr, nullptr, x, query_, nullptr);
     }
 
     void products(Team& team, int phase, const Matrix& m, const Matrix& bias, const Matrix* m2, const Matrix* bias2,
@@ -216,8 +209,8 @@ private:
             const int64_t h = item / parts, first = std::min(item % parts * columns, a.rank);
             const int64_t last = parts == 1 ? a.rank : std::min(first + columns, a.rank);
             for (int64_t b = 0; b < a.batch; ++b) {
-                q[b] = s.query[b] + h * width;
-                to[b] = s.absorbed[b * a.heads + h];
+                q[b] = query_[b] + h * width;
+                to[b] = absorbed_[b * a.heads + h];
                 if (first == 0) rotate(q[b] + a.nope, a.cos + b * R / 2, a.sin + b * R / 2, R, to[b] + a.rank);
             }
             with_type(a.w_uk.data, a.w_uk.type, [&](auto* w) {
@@ -228,27 +221,27 @@ private:
 
     void write_latent(int64_t b, int64_t R, Scratch& own) const {
         float* c = own.take(a.rank);
-        rms_norm(s.latent[b], a.kv_norm, a.latent_eps, a.rank, c);
+        rms_norm(latent_[b], a.kv_norm, a.latent_eps, a.rank, c);
         const int64_t t = a.past_lengths[b];
         const int64_t slot =
             a.page_table[b * a.table_width + std::min(t / a.page, a.table_width - 1)] * a.page + t % a.page;
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             auto* row = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(pool)>>*>(pool) + slot * D;
             for (int64_t i = 0; i < a.rank; ++i) put(row + i, c[i]);
-            rotate(s.latent[b] + a.rank, a.cos + b * R / 2, a.sin + b * R / 2, R, row + a.rank);
+            rotate(latent_[b] + a.rank, a.cos + b * R / 2, a.sin + b * R / 2, R, row + a.rank);
         });
     }
 
     void attend_all(Team& team, Scratch& own) const {
         float* scores = own.take(LARGEST_CHUNK * WIDEST_GROUP);
         const int64_t groups = (a.heads + WIDEST_GROUP - 1) / WIDEST_GROUP;
-        team.share(3, a.batch * s.chunks * groups, [&](int64_t item) {
-            const int64_t group = item % groups, chunk = item / groups % s.chunks, b = item / groups / s.chunks;
+        team.share(3, a.batch * chunks_ * groups, [&](int64_t item) {
+            const int64_t group = item % groups, chunk = item / groups % chunks_, b = item / groups / chunks_;
             const int64_t size = chunk_of(length(b)), first = chunk * size;
             if (first >= length(b)) return;
             const int64_t last = std::min(first + size, length(b));
             for (int64_t h = group * WIDEST_GROUP, end = std::min(h + WIDEST_GROUP, a.heads); h < end;) {
-                const int64_t at = (b * s.chunks + chunk) * a.heads + h;
+                const int64_t at = (b * chunks_ + chunk) * a.heads + h;
                 h += attend_group(b, first, last, h, end - h, at, scores, slot_of(b, first + size * team.count));
             }
         });
@@ -262,8 +255,8 @@ private:
     // Attend with as many heads at a time as fit; returns how many.
     int64_t attend_group(int64_t b, int64_t first, int64_t last, int64_t h, int64_t left, int64_t at, float* scores,
         int64_t next) const {
-        const float* q = s.absorbed[b * a.heads + h];
-        float *most = s.most + at, *sums = s.sums + at, *total = s.totals + at * a.rank;
+        const float* q = absorbed_[b * a.heads + h];
+        float *most = most_ + at, *sums = sums_ + at, *total = totals_ + at * a.rank;
         const int heads = left >= WIDEST_GROUP ? WIDEST_GROUP : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             switch (heads) {
@@ -290,7 +283,7 @@ private:
             if (first == last) return;
             for (int64_t b = 0; b < a.batch; ++b) {
                 put_together(b, h, attended[b]);
-                to[b] = s.value[b] + h * a.value + first;
+                to[b] = value_[b] + h * a.value + first;
             }
             rows_times(a.w_uv, h * a.value + first, h * a.value + last, attended, a.batch, to.data());
         });
@@ -298,13 +291,13 @@ private:
 
     void put_together(int64_t b, int64_t h, float* y) const {
         const int64_t chunks = chunks_of_row(b);
-        auto at = [&](int64_t chunk) { return (b * s.chunks + chunk) * a.heads + h; };
+        auto at = [&](int64_t chunk) { return (b * chunks_ + chunk) * a.heads + h; };
         float most = -INFINITY, total = 0.0f;
-        for (int64_t i = 0; i < chunks; ++i) most = std::max(most, s.most[at(i)]);
-        for (int64_t i = 0; i < chunks; ++i) total += s.sums[at(i)] * std::exp(s.most[at(i)] - most);
+        for (int64_t i = 0; i < chunks; ++i) most = std::max(most, most_[at(i)]);
+        for (int64_t i = 0; i < chunks; ++i) total += sums_[at(i)] * std::exp(most_[at(i)] - most);
         for (int64_t i = 0; i < chunks; ++i) {
-            const float share = std::exp(s.most[at(i)] - most) / total;
-            const float* part = s.totals + at(i) * a.rank;
+            const float share = std::exp(most_[at(i)] - most) / total;
+            const float* part = totals_ + at(i) * a.rank;
             for (int64_t l = 0; l < a.rank; ++l) y[l] = i == 0 ? part[l] * share : std::fma(part[l], share, y[l]);
         }
     }
@@ -313,7 +306,7 @@ private:
         float** part = own.take_rows(a.batch, BLOCK);
         team.share(5, (a.o.rows + BLOCK - 1) / BLOCK, [&](int64_t item) {
             const int64_t from = item * BLOCK, to = std::min(from + BLOCK, a.o.rows);
-            rows_times(a.o, from, to, s.value, a.batch, part);
+            rows_times(a.o, from, to, value_, a.batch, part);
             add_bias(a.o_bias, from, to, a.batch, part);
             for (int64_t b = 0; b < a.batch; ++b)
                 for (int64_t i = from; i < to; ++i) a.y[b * a.hidden + i] = a.x[b * a.hidden + i] + part[b][i - from];
@@ -322,7 +315,10 @@ private:
 
     const AttentionArgs& a;
     int64_t D;
-    AttentionState s;
+    // What the phases hand on.
+    float **compressed_, **query_, **latent_, **absorbed_, **value_;
+    float *most_, *sums_, *totals_;  // [B, chunks, H] and [B, chunks, H, L]
+    int64_t chunks_;                 // most of any row
 };
 
 }  // namespace ISA

@@ -8,13 +8,9 @@
 namespace ISA {
 namespace {
 
-void attention(const AttentionArgs& args, Pool& pool) {
-    const Attention half(args, shared_scratch());
-    pool.run([&](Team& team) { half.run(team); });
-}
-
-void feed_forward(const FeedForwardArgs& args, Pool& pool) {
-    const FeedForward half(args, shared_scratch());
+template <class Half, class Args>
+void run(const Args& args, Pool& pool) {
+    const Half half(args, shared_scratch());
     pool.run([&](Team& team) { half.run(team); });
 }
 
@@ -37,4 +33,4 @@ void head(const HeadArgs& a, Pool& pool) {
 }  // namespace ISA
 
 extern const Kernels NAME(ISA);
-const Kernels NAME(ISA) = {ISA::attention, ISA::feed_forward, ISA::head};
+const Kernels NAME(ISA) = {ISA::run<ISA::Attention>, ISA::run<ISA::FeedForward>, ISA::head};

@@ -25,22 +25,22 @@ public:
 
     bool has(const char* name) const {
         int64_t value;
-        return get(ort::Place::KernelInfoGetAttribute_int64, name, &value);
+        return get(value, name);
     }
-    int64_t number(const char* name) const { return needed<int64_t>(ort::Place::KernelInfoGetAttribute_int64, name); }
-    float real(const char* name) const { return needed<float>(ort::Place::KernelInfoGetAttribute_float, name); }
+    template <class T>
+    void read(T& value, const char* name) const {
+        if (!get(value, name)) throw std::runtime_error("attribute " + std::string(name) + " is missing");
+    }
 
 private:
-    template <class T>
-    T needed(ort::Place place, const char* name) const {
-        T value{};
-        if (!get(place, name, &value)) throw std::runtime_error("attribute " + std::string(name) + " is missing");
-        return value;
+    bool get(int64_t& value, const char* name) const {
+        return is_ok(api_.call(ort::KernelInfoGetAttribute_int64, info_, name, &value));
     }
-    template <class T>
-    bool get(ort::Place place, const char* name, T* value) const {
-        auto* status = api_.call<ort::Status*, const ort::KernelInfo*, const char*, T*>(place, info_, name, value);
-        if (status != nullptr) api_.call<void, ort::Status*>(ort::Place::ReleaseStatus, status);
+    bool get(float& value, const char* name) const {
+        return is_ok(api_.call(ort::KernelInfoGetAttribute_float, info_, name, &value));
+    }
+    bool is_ok(ort::Status* status) const {
+        if (status != nullptr) api_.call(ort::ReleaseStatus, status);
         return status == nullptr;
     }
 
@@ -51,18 +51,15 @@ private:
 class InputReader {
 public:
     InputReader(const ort::Api& api, const ort::KernelContext* context) : api_(api), context_(context) {
-        api_.call<ort::Status*, const ort::KernelContext*, size_t*>(
-            ort::Place::KernelContext_GetInputCount, context_, &count_);
+        api_.call(ort::KernelContext_GetInputCount, context_, &count_);
     }
 
     // The next input, of this ONNX type; UNDEFINED stands for any that weights may have.
     void read(Tensor& t, const char* name, int type) {
         if (next_ == count_) refuse("input " + std::string(name) + " is missing");
         const ort::Value* value = nullptr;
-        api_.call<ort::Status*, const ort::KernelContext*, size_t, const ort::Value**>(
-            ort::Place::KernelContext_GetInput, context_, next_++, &value);
-        api_.call<ort::Status*, const ort::Value*, void**>(
-            ort::Place::GetTensorMutableData, value, reinterpret_cast<void**>(const_cast<char**>(&t.data)));
+        api_.call(ort::KernelContext_GetInput, context_, next_++, &value);
+        api_.call(ort::GetTensorMutableData, value, reinterpret_cast<void**>(const_cast<char**>(&t.data)));
         const int found = read_shape(t, value);
         const bool is_float = found == ort::FLOAT || found == ort::FLOAT16 || found == ort::BFLOAT16;
         if (type == ort::UNDEFINED ? !is_float : found != type)
@@ -80,12 +77,12 @@ private:
         ort::ShapeInfo* info = nullptr;
         int type = 0;
         size_t rank = 0;
-        api_.call<ort::Status*, const ort::Value*, ort::ShapeInfo**>(ort::Place::GetTensorTypeAndShape, value, &info);
-        api_.call<ort::Status*, const ort::ShapeInfo*, int*>(ort::Place::GetTensorElementType, info, &type);
-        api_.call<ort::Status*, const ort::ShapeInfo*, size_t*>(ort::Place::GetDimensionsCount, info, &rank);
+        api_.call(ort::GetTensorTypeAndShape, value, &info);
+        api_.call(ort::GetTensorElementType, info, &type);
+        api_.call(ort::GetDimensionsCount, info, &rank);
         rank = rank < Tensor::MOST_DIMS ? rank : Tensor::MOST_DIMS;
-        api_.call<ort::Status*, const ort::ShapeInfo*, int64_t*, size_t>(ort::Place::GetDimensions, info, t.dims, rank);
-        api_.call<void, ort::ShapeInfo*>(ort::Place::ReleaseTensorTypeAndShapeInfo, info);
+        api_.call(ort::GetDimensions, info, t.dims, rank);
+        api_.call(ort::ReleaseTensorTypeAndShapeInfo, info);
         t.type = static_cast<Type>(type);
         t.rows = 1;
         for (size_t i = 0; i + 1 < rank; ++i) t.rows *= t.dims[i];

@@ -41,9 +41,8 @@ struct Call {
     char* output(size_t index, const int64_t (&dims)[N]) const {
         ort::Value* value = nullptr;
         void* data = nullptr;
-        node.api.template call<ort::Status*, ort::KernelContext*, size_t, const int64_t*, size_t, ort::Value**>(
-            ort::Place::KernelContext_GetOutput, context, index, dims, N, &value);
-        node.api.template call<ort::Status*, ort::Value*, void**>(ort::Place::GetTensorMutableData, value, &data);
+        node.api.call(ort::KernelContext_GetOutput, context, index, dims, N, &value);
+        node.api.call(ort::GetTensorMutableData, value, &data);
         return static_cast<char*>(data);
     }
     Pool& pool() const { return Pool::of(node.threads); }
@@ -167,17 +166,12 @@ EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
     using namespace operators;
     static const ort::CustomOp all[] = {make<Attention, attention<Attention>>(),
         make<AttentionFloat16, attention<AttentionFloat16>>(), make<FeedForward, feed_forward>(), make<Head, head>()};
-    const ort::Table table = base->get_api(ort::API_VERSION);
-    const ort::Api api(table);
+    const ort::Api api(base->get_api(ort::API_VERSION));
     if (!processor::supports_v3()) return api.error("deepseek_trt.cpu: this processor has no AVX2");
     ort::Domain* domain = nullptr;
-    ort::Status* status =
-        api.call<ort::Status*, const char*, ort::Domain**>(ort::Place::CreateCustomOpDomain, CPU_DOMAIN, &domain);
+    ort::Status* status = api.call(ort::CreateCustomOpDomain, CPU_DOMAIN, &domain);
     for (const ort::CustomOp& op : all) {
-        if (status != nullptr) return status;
-        status =
-            api.call<ort::Status*, ort::Domain*, const ort::CustomOp*>(ort::Place::CustomOpDomain_Add, domain, &op);
+        if (status == nullptr) status = api.call(ort::CustomOpDomain_Add, domain, &op);
     }
-    if (status != nullptr) return status;
-    return api.call<ort::Status*, ort::SessionOptions*, ort::Domain*>(ort::Place::AddCustomOpDomain, options, domain);
+    return status != nullptr ? status : api.call(ort::AddCustomOpDomain, options, domain);
 }

@@ -15,6 +15,7 @@ struct Value;
 struct ShapeInfo;
 struct Domain;
 struct SessionOptions;
+struct CustomOp;
 using Table = const void* const*;
 
 struct ApiBase {
@@ -24,24 +25,29 @@ struct ApiBase {
 
 constexpr uint32_t API_VERSION = 16;  // of CustomOp below; ONNX Runtime serves every older version
 
-enum class Place : int {
-    CreateStatus = 0,
-    CreateCustomOpDomain = 26,
-    CustomOpDomain_Add = 27,
-    AddCustomOpDomain = 28,
-    GetTensorMutableData = 51,
-    GetTensorElementType = 60,
-    GetDimensionsCount = 61,
-    GetDimensions = 62,
-    GetTensorTypeAndShape = 65,
-    KernelInfoGetAttribute_float = 85,
-    KernelInfoGetAttribute_int64 = 86,
-    KernelContext_GetInputCount = 88,
-    KernelContext_GetInput = 90,
-    KernelContext_GetOutput = 91,
-    ReleaseStatus = 93,
-    ReleaseTensorTypeAndShapeInfo = 99,
+// One function of OrtApi: its type, and its place in the table.
+template <class Type>
+struct Function {
+    int place;
 };
+
+constexpr Function<Status*(int code, const char* words)> CreateStatus{0};
+constexpr Function<Status*(const char* name, Domain**)> CreateCustomOpDomain{26};
+constexpr Function<Status*(Domain*, const CustomOp*)> CustomOpDomain_Add{27};
+constexpr Function<Status*(SessionOptions*, Domain*)> AddCustomOpDomain{28};
+constexpr Function<Status*(const Value*, void** data)> GetTensorMutableData{51};
+constexpr Function<Status*(const ShapeInfo*, int* type)> GetTensorElementType{60};
+constexpr Function<Status*(const ShapeInfo*, size_t* rank)> GetDimensionsCount{61};
+constexpr Function<Status*(const ShapeInfo*, int64_t* dims, size_t rank)> GetDimensions{62};
+constexpr Function<Status*(const Value*, ShapeInfo**)> GetTensorTypeAndShape{65};
+constexpr Function<Status*(const KernelInfo*, const char* name, float*)> KernelInfoGetAttribute_float{85};
+constexpr Function<Status*(const KernelInfo*, const char* name, int64_t*)> KernelInfoGetAttribute_int64{86};
+constexpr Function<Status*(const KernelContext*, size_t* count)> KernelContext_GetInputCount{88};
+constexpr Function<Status*(const KernelContext*, size_t index, const Value**)> KernelContext_GetInput{90};
+constexpr Function<Status*(KernelContext*, size_t index, const int64_t* dims, size_t rank, Value**)>
+    KernelContext_GetOutput{91};
+constexpr Function<void(Status*)> ReleaseStatus{93};
+constexpr Function<void(ShapeInfo*)> ReleaseTensorTypeAndShapeInfo{99};
 
 enum ElementType : int { UNDEFINED = 0, FLOAT = 1, INT32 = 6, INT64 = 7, FLOAT16 = 10, BFLOAT16 = 16 };
 enum Characteristic : int { REQUIRED = 0, OPTIONAL = 1, VARIADIC = 2 };
@@ -69,19 +75,16 @@ struct CustomOp {
     const void* later[8];  // of later versions, which this library does not speak
 };
 
-// The functions of one table, typed.
+// Calls the functions of one table.
 class Api {
 public:
     explicit Api(Table table) : table_(table) {}
 
-    Status* error(const char* words) const {
-        return call<Status*, int, const char*>(Place::CreateStatus, 1, words);  // 1: fail
+    template <class Result, class... Taken, class... Given>
+    Result call(Function<Result(Taken...)> function, Given... given) const {
+        return reinterpret_cast<Result (*)(Taken...)>(const_cast<void*>(table_[function.place]))(given...);
     }
-    template <class Result, class... Arguments>
-    Result call(Place place, Arguments... arguments) const {
-        using Function = Result (*)(Arguments...);
-        return reinterpret_cast<Function>(const_cast<void*>(table_[static_cast<int>(place)]))(arguments...);
-    }
+    Status* error(const char* words) const { return call(CreateStatus, 1, words); }  // 1: fail
 
 private:
     Table table_;

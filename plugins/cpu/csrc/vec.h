@@ -12,7 +12,8 @@
 namespace ISA {
 
 // So that vectors wider than the registers are never arguments of a call.
-#define INLINE inline __attribute__((always_inline))
+#define INLINE_BODY __attribute__((always_inline))  // of a lambda
+#define INLINE inline INLINE_BODY
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
@@ -20,6 +21,8 @@ typedef uint32_t u16 __attribute__((vector_size(64)));
 typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
 typedef v16 v16_unaligned __attribute__((aligned(4)));
+typedef i16 i16_unaligned __attribute__((aligned(4)));
+typedef u16 u16_unaligned __attribute__((aligned(4)));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
 typedef _Float16 f16x16 __attribute__((vector_size(32), aligned(2)));
 
@@ -37,6 +40,10 @@ INLINE v16 load(const Bfloat16* p) {
     const u16 wide = __builtin_convertvector(*reinterpret_cast<const h16*>(p), u16) << 16;
     return reinterpret_cast<v16>(wide);
 }
+INLINE i16 load(const int32_t* p) { return *reinterpret_cast<const i16_unaligned*>(p); }
+INLINE u16 load(const uint32_t* p) { return *reinterpret_cast<const u16_unaligned*>(p); }
+INLINE void store(int32_t* p, i16 x) { *reinterpret_cast<i16_unaligned*>(p) = x; }
+INLINE void store(uint32_t* p, u16 x) { *reinterpret_cast<u16_unaligned*>(p) = x; }
 INLINE void store(float* p, v16 x) { *reinterpret_cast<v16_unaligned*>(p) = x; }
 
 // The first n < 16 numbers at p, then zeros.
@@ -75,7 +82,7 @@ INLINE float sum(v16 x) {
 
 // Four such sums.
 INLINE v4 sums(v16 a, v16 b, v16 c, v16 d) {
-    const auto quarter = [](v16 x) __attribute__((always_inline)) {
+    const auto quarter = [](v16 x) INLINE_BODY {
         const v8 y = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7)
             + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
         return __builtin_shufflevector(y, y, 0, 1, 2, 3) + __builtin_shufflevector(y, y, 4, 5, 6, 7);

@@ -70,20 +70,18 @@ def test_two_builds_give_the_same_bytes(tmp_path, monkeypatch):
 
 def test_compiles_a_whole_model_in_order():
     calls = []
-    binaries = aot.compile_all(
-        DENSE, "float16", [90], jobs=2, on_progress=lambda done, total, binary: calls.append((done, total, binary.sm))
-    )
+    binaries = aot.compile_all(DENSE, "float16", [90], jobs=2, on_progress=lambda *done: calls.append(done))
     wanted = [*variants_for(DENSE, "float16", 90), *variants_for(DENSE, "float16", aot.FALLBACK_TILES_SM)]
     assert [b.variant for b in binaries] == wanted
     assert [(b.sm, b.is_ptx) for b in binaries] == [(90, False)] * 6 + [(80, True)] * 6
-    assert calls == [(n + 1, 12, calls[n][2]) for n in range(12)]
+    assert calls == [(n + 1, 12) for n in range(12)]
 
 
 def test_refuses_what_does_not_fit_the_chip():
     large = with_sizes(variant("moe_gate_up"), HIDDEN=4096, BLOCK_M=64, BLOCK_N=64, BLOCK_K=128)
     large = dataclasses.replace(large, num_stages=4)
     with pytest.raises(BuildError, match=r"moe_gate_up in bfloat16 for SM 86 needs \d+ bytes.* 101376.*BLOCK_K 128"):
-        aot.compile_variant(large, 86)
+        aot.checked(*aot.compile_requests([Request(large, 86)], jobs=1))
 
 
 def fabricated(shared=0, spill=0, scratch=0, sm=86, is_ptx=False):
@@ -133,7 +131,7 @@ def test_what_spills_is_tried_with_twice_the_warps(needed, warps, monkeypatch):
 def test_a_variant_that_does_not_match_its_kernel_is_said():
     wrong = dataclasses.replace(variant("moe_combine"), args=())
     with pytest.raises(BuildError, match=r"moe_combine in bfloat16 for SM 86 does not compile: .*takes"):
-        aot.compile_variant(wrong, 86)
+        aot.compile_requests([Request(wrong, 86)], jobs=1)
 
 
 def test_a_dead_compiler_is_said():

@@ -118,7 +118,7 @@ def test_second_build_does_nothing(
 ) -> None:
     said: list[str] = []
     folder = plugin_library.path.parent
-    again = build_library(uncompiled(plugin_config), plugin_config, "bfloat16", folder, progress=said.append)
+    again = build_library(uncompiled(plugin_config), plugin_config, "bfloat16", folder, say=said.append)
     assert again == dataclasses.replace(plugin_library, built=False)
     assert said == [f"{plugin_library.path} is up to date"]
 
@@ -128,10 +128,10 @@ def test_build_is_reproducible(
 ) -> None:
     """Also over a damaged library, which is built again."""
     (tmp_path / plugin_library.path.name).write_bytes(b"half a library")
-    shutil.copy(plugin_library.manifest_path, tmp_path)
+    shutil.copy(plugin_library.path.with_name(MANIFEST), tmp_path)
     said: list[str] = []
     binaries = uncompiled(plugin_config)[::-1]
-    again = build_library(binaries, plugin_config, "bfloat16", tmp_path, progress=said.append)
+    again = build_library(binaries, plugin_config, "bfloat16", tmp_path, say=said.append)
     assert (again.sha256, again.built) == (plugin_library.sha256, True)
     assert len(said) == 1
     assert said[0].startswith(f"compiling {again.path} with zig")
@@ -197,7 +197,7 @@ def test_damage_is_said(
 ) -> None:
     path = tmp_path / plugin_library.path.name
     shutil.copy(plugin_library.path, path)
-    shutil.copy(plugin_library.manifest_path, tmp_path)
+    shutil.copy(plugin_library.path.with_name(MANIFEST), tmp_path)
     change(path)
     with pytest.raises(BuildError, match=re.escape(message)):
         read_manifest(path)

@@ -25,6 +25,7 @@ from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.tensorrt import loading, rtx_shim
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.loading import load_library
+from deepseek_trt.plugins.tensorrt.manifest import MANIFEST
 from deepseek_trt.plugins.tensorrt.op_tables import fixed_sizes
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
@@ -142,14 +143,14 @@ def module_of(registry: Registry) -> ModuleType:
 
 def copy_to(folder: Path, library: PluginLibrary) -> Path:
     folder.mkdir(exist_ok=True)
-    shutil.copy(library.manifest_path, folder)
+    shutil.copy(library.path.with_name(MANIFEST), folder)
     return Path(shutil.copy(library.path, folder))
 
 
 def grow(path: Path, library: PluginLibrary) -> None:
     """Make the library at `path` another one, and its manifest fit it."""
     path.write_bytes(path.read_bytes() + b"more")
-    manifest = path.with_name(library.manifest_path.name)
+    manifest = path.with_name(MANIFEST)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     manifest.write_text(manifest.read_text().replace(library.sha256, digest))
 

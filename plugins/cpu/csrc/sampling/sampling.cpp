@@ -37,7 +37,7 @@ const float* adjusted(const SamplingRow& row, const float* x, int64_t n, Room& r
 }
 
 int64_t pick(SamplingRow& row, const float* x, int64_t n, float best, Room& room) {
-    if (row.steepness == 0 || row.top_k == 1) return first_equal(x, n, best);
+    if (row.steepness == 0 || row.top_k == 1) return place_of(best, x, n) % n;  // 0 where no logit is a number
     const bool top_k = row.top_k > 0 && row.top_k < n, some = top_k || row.min_p > 0;
     if (top_k) {
         largest(x, n, row.top_k, room);
@@ -64,19 +64,11 @@ int64_t pick(SamplingRow& row, const float* x, int64_t n, float best, Room& room
     return room.found ? room.ids[picked] : 0;  // none where no logit is a number
 }
 
-// Where id first comes in ids[n], or n.
-int64_t place_of(int32_t id, const int32_t* ids, int64_t n) {
-    int64_t i = 0;
-    while (i + LANES <= n && !any(load(ids + i) == id)) i += LANES;
-    while (i < n && ids[i] != id) ++i;
-    return i;
-}
-
 // Count the token as seen.
 void record(SamplingRow& row, int32_t token) {
     ++row.made;
     if (row.seen == nullptr) return;
-    const int64_t index = place_of(token, row.seen, row.seen_count);
+    const int64_t index = place_of<int32_t>(token, row.seen, row.seen_count);
     if (index == row.seen_room) return;  // the answer is longer than it was to be
     if (index == row.seen_count) row.seen[row.seen_count++] = token;
     row.counts[index] += 1;

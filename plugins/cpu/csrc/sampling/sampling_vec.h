@@ -2,39 +2,21 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
-#define INLINE_BODY __attribute__((always_inline))  // of a lambda
-#define INLINE inline INLINE_BODY
+#include "vec.h"
 
 namespace ISA {
 namespace {
 
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
 typedef bool bits16 __attribute__((ext_vector_type(16)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
 typedef uint64_t w8 __attribute__((vector_size(64)));
 typedef double d8 __attribute__((vector_size(64)));
-typedef v16 v16_unaligned __attribute__((aligned(4)));
-typedef i16 i16_unaligned __attribute__((aligned(4)));
-typedef u16 u16_unaligned __attribute__((aligned(4)));
 
-constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 256;  // logits with maxima and a sum of their own
 constexpr double HEAVIEST = 1 << 30;
 constexpr float LOWEST = -3.402823466e38f;
 
-INLINE v16 all(float x) { return v16{} + x; }
-INLINE v16 load(const float* p) { return *reinterpret_cast<const v16_unaligned*>(p); }
-INLINE i16 load(const int32_t* p) { return *reinterpret_cast<const i16_unaligned*>(p); }
-INLINE u16 load(const uint32_t* p) { return *reinterpret_cast<const u16_unaligned*>(p); }
-INLINE void store(float* p, v16 x) { *reinterpret_cast<v16_unaligned*>(p) = x; }
-INLINE void store(int32_t* p, i16 x) { *reinterpret_cast<i16_unaligned*>(p) = x; }
-INLINE void store(uint32_t* p, u16 x) { *reinterpret_cast<u16_unaligned*>(p) = x; }
 INLINE v16 larger(v16 a, v16 b) { return a > b ? a : b; }
 // Sums of two vectors, in pairs of lanes: two weights fit into 32 bits together, more need not.
 INLINE w8 sum_of(u16 a, u16 b) {
@@ -86,12 +68,13 @@ float maximum(const float* x, int64_t n, std::vector<float>& maxima) {
     return result;
 }
 
-int64_t first_equal(const float* x, int64_t n, float value) {
+// Where the value first comes in x[n], or n.
+template <class T>
+int64_t place_of(T value, const T* x, int64_t n) {
     int64_t i = 0;
-    for (; i + LANES <= n && !any(load(x + i) == all(value)); i += LANES) {
-    }
+    while (i + LANES <= n && !any(load(x + i) == value)) i += LANES;
     while (i < n && x[i] != value) ++i;
-    return i < n ? i : 0;
+    return i;
 }
 
 // Integers in the order of the floats; both zeros are one.
