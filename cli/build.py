@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_json, wrote
+from deepseek_trt.cli.output import json_option, print_result, wrote
 from deepseek_trt.engines.plans.plan import BuildSpec
 
 _DEFAULTS = BuildSpec()
@@ -36,7 +36,5 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     for plan in plans:
         r = plan.record
         counts = ", ".join(f"{count} {op}" for op, count in r.plugins.items())
-        if as_json:
-            print_json({"plan": str(plan.path), "bytes": r.plan_bytes, "plugins": r.plugins, "fresh": plan.fresh})
-        else:
-            click.echo(f"{wrote(plan.fresh, plan.path)} ({r.plan_bytes:,} bytes; {counts})")
+        facts = {"plan": str(plan.path), "bytes": r.plan_bytes, "plugins": r.plugins, "fresh": plan.fresh}
+        print_result(as_json, facts, f"{wrote(plan.fresh, plan.path)} ({r.plan_bytes:,} bytes; {counts})")

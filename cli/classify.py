@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from deepseek_trt.cli.output import print_json, say
+from deepseek_trt.cli.output import print_result, say
 
 
 @click.command("classify")
@@ -26,8 +26,6 @@ def command(bundle: Path, texts: tuple[str, ...], backend: str, as_json: bool) -
     if classifier.session.note:
         say(f"backend: {backend} ({classifier.session.note})")
     for text, result in zip(texts, classifier.classify(texts), strict=True):
-        if as_json:
-            print_json({"text": text, "label": result.label, "score": result.score, "scores": dict(result.scores)})
-        else:
-            scores = ", ".join(f"{label} {score:.4f}" for label, score in result.scores)
-            click.echo(f"{scores}: {text}")
+        facts = {"text": text, "label": result.label, "score": result.score, "scores": dict(result.scores)}
+        scores = ", ".join(f"{label} {score:.4f}" for label, score in result.scores)
+        print_result(as_json, facts, f"{scores}: {text}")

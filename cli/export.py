@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_json, say, wrote
+from deepseek_trt.cli.output import json_option, print_result, say, wrote
 from deepseek_trt.export.bundle.interface import GENERATION, IOS, NATIVE, TASKS
 from deepseek_trt.export.config import DTYPES
 
@@ -40,7 +40,5 @@ def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     for note in (*manifest.notes, *(f"dropped {d.name}: {d.reason}" for d in manifest.dropped)):
         say(f"note: {note}")
     tensors = len(manifest.weights)
-    if as_json:
-        print_json({"bundle": str(out), "fresh": result.fresh, "dtype": manifest.dtype, "tensors": tensors})
-    else:
-        click.echo(f"{wrote(result.fresh, out)} ({manifest.dtype}, {tensors} tensors)")
+    facts = {"bundle": str(out), "fresh": result.fresh, "dtype": manifest.dtype, "tensors": tensors}
+    print_result(as_json, facts, f"{wrote(result.fresh, out)} ({manifest.dtype}, {tensors} tensors)")

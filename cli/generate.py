@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deepseek_trt.cli.options import backend_option, sampling_options, threads_option
-from deepseek_trt.cli.output import print_json, say
+from deepseek_trt.cli.output import print_result, say
 from deepseek_trt.export.errors import RequestError
 
 if TYPE_CHECKING:
@@ -58,16 +58,13 @@ def command(
     if params.logprobs is not None and not as_json:
         raise click.UsageError("--logprobs are printed with --json only")
     with _opened(bundle, Prompts(prompt, token_ids, chat), params, backend, threads) as (llm, ids):
-        if as_json:
-            for result in llm.generate(ids, params):
-                print_json(_facts(result))
-        elif len(ids) == 1:
+        if len(ids) == 1 and not as_json:
             for piece in llm.stream(ids[0], params):
                 click.echo(piece.text if llm.text else f"{piece.token_id} ", nl=False)
             click.echo()
         else:
             for result in llm.generate(ids, params):
-                click.echo(_paragraph(result))
+                print_result(as_json, _facts(result), _paragraph(result))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_json, wrote
+from deepseek_trt.cli.output import json_option, print_result, wrote
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.model_repository.served import ClassifierSettings
@@ -54,10 +54,7 @@ def command(bundle: Path, repository: Path, name: str, as_json: bool, **sizes: A
         facts, lines = _classifier(written, settings)
     else:
         facts, lines = _generator(written, settings)
-    if as_json:
-        print_json(facts)
-    else:
-        click.echo("\n".join([wrote(written.fresh, repository / name), *lines]))
+    print_result(as_json, facts, "\n".join([wrote(written.fresh, repository / name), *lines]))
 
 
 def _generator(written: Repository, settings: ServingSettings) -> Result:

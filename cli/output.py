@@ -20,6 +20,14 @@ def print_json(facts: Any) -> None:
     click.echo(json.dumps(facts, ensure_ascii=False))
 
 
+def print_result(as_json: bool, facts: Any, text: str) -> None:
+    """Print what a command made: `facts` for machines, or `text` for people."""
+    if as_json:
+        print_json(facts)
+    else:
+        click.echo(text)
+
+
 def wrote(fresh: bool, what: object) -> str:
     """Say that a step wrote `what`, or that it was there, made of the same inputs."""
     return f"{'wrote' if fresh else 'nothing to do, same inputs as'} {what}"

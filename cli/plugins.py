@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_json, wrote
+from deepseek_trt.cli.output import json_option, print_result, wrote
 
 
 @click.command("plugins")
@@ -27,7 +27,5 @@ def command(as_json: bool, no_fallback: bool, **options: Any) -> None:
 
     with plugin_reporter() as report:
         library = build_plugins(PluginRequest(fallback=not no_fallback, **options), report)
-    if as_json:
-        print_json({"library": str(library.path), "sha256": library.sha256, "built": library.built})
-    else:
-        click.echo(wrote(library.built, library.path))
+    facts = {"library": str(library.path), "sha256": library.sha256, "built": library.built}
+    print_result(as_json, facts, wrote(library.built, library.path))

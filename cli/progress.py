@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -26,13 +26,13 @@ _NAME = TextColumn("{task.description}")
 
 
 @contextmanager
-def export_reporter(quiet: bool = False) -> Iterator[Reporter]:
+def export_reporter() -> Iterator[Reporter]:
     """Give an export's Reporter: steps as lines, bytes as bars."""
     from deepseek_trt.export.exporter import Reporter
 
     columns = (_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True, quiet=quiet)
-    with Progress(*columns, console=console, disable=quiet) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as bars:
         current = [bars.add_task("", visible=False, total=None)]
 
         def step(text: str, total: int | None) -> None:
@@ -54,11 +54,9 @@ def plugin_reporter() -> Iterator[PluginReporter]:
         yield PluginReporter(console.print, lambda done, total: advance("compiling kernels", done, total))
 
 
-@contextmanager
-def build_progress() -> Iterator[Callable[[str, int, int], None]]:
+def build_progress() -> AbstractContextManager[Callable[[str, int, int], None]]:
     """Give a function (phase, steps done, steps) that draws TensorRT's own progress."""
-    with _bars(*Progress.get_default_columns()) as advance:
-        yield advance
+    return _bars(*Progress.get_default_columns())
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from deepseek_trt.export.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-# safetensors' dtype names, in ours
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -58,9 +57,7 @@ def _stored(root: Path) -> dict[str, StoredTensor]:
     if index.is_file():
         return _tensors_of_index(root, index)
     single = root / SINGLE_FILE
-    if single.is_file():
-        return {t.name: t for t in read_header(single)}
-    found = sorted(root.glob("*.safetensors"))
+    found = [single] if single.is_file() else sorted(root.glob("*.safetensors"))
     if len(found) == 1:  # of several without an index nobody knows which belong together
         return {t.name: t for t in read_header(found[0])}
     raise CheckpointError(f"{root} holds neither {INDEX_FILE} nor {SINGLE_FILE}: download the safetensors files")

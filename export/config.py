@@ -187,11 +187,6 @@ class ModelConfig:
         sparse = self.n_routed_experts > 0 and self.num_experts_per_tok > 0
         return sparse and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
-    @classmethod
-    def from_file(cls, path: Path) -> ModelConfig:
-        """Read config.json at `path`."""
-        return cls.from_hf(read_config(path))
-
     @property
     def biased_routing(self) -> bool:
         """Whether a learned bias takes part in the choice of experts (V3 family)."""
@@ -276,9 +271,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def unsupported_features(raw: dict[str, Any]) -> tuple[str, ...]:
     """One sentence for each thing in config.json that the graphs cannot express, naming key and value."""
-    found = [f"model_type {_model_type(raw)!r} is not supported; supported: {', '.join(MODEL_TYPES)}"]
-    if _model_type(raw) in MODEL_TYPES:
-        found = []
+    found = _one_of("model_type", _model_type(raw), MODEL_TYPES)
     if any(isinstance(raw.get(key), dict) for key in ("language_config", "vision_config", "text_config")):
         found.append("this is a vision-language model (nested config); only text models are supported")
     if raw.get("use_mla") is False:

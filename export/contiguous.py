@@ -26,15 +26,9 @@ def run_masked(
     slots = past[0].shape[2] if past else 0
     cos, sin = backbone.rope(position_ids, position_ids.amax(1) + 1)
     sees = visible(attention_mask, slots, seq)
-    x = backbone.embed(tokens)  # [T, hidden]
-    present: list[Tensor] = []
-    for index, layer in enumerate(backbone.blocks()):
-        cached = past[2 * index : 2 * index + 2]
-        h, new = attend(layer.self_attn, layer.input_layernorm(x), cos, sin, cached, sees)
-        x = x + h
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-        present += new
-    return x.view(batch, seq, -1), present
+    pairs = [past[2 * index : 2 * index + 2] for index in range(len(backbone.layers))]
+    x, present = backbone.through(tokens, pairs, lambda attention, x, pair: attend(attention, x, cos, sin, pair, sees))
+    return x.view(batch, seq, -1), [part for pair in present for part in pair]
 
 
 def visible(attention_mask: Tensor, past: int, seq: int) -> Tensor:

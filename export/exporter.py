@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from deepseek_trt.export.dtypes import dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.source import Source, read_source
-from deepseek_trt.export.writing.partial import finish, forget_inputs, partial_folder
+from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
 from deepseek_trt.export.writing.tokenizer_files import carry_files
 from deepseek_trt.export.writing.transformers_files import write_export_json
-from deepseek_trt.export.writing.weight_file import WrittenTensor, forget_journal, weight_bytes, write_weights
+from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
@@ -105,7 +106,7 @@ class _Job:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights file: none where the bundle refers to the checkpoint."""
-        return 0 if self.request.by_reference else weight_bytes(self.source.plan.recipes, self.dtype)
+        return 0 if self.request.by_reference else sum(r.nbytes(self.dtype) for r in self.source.plan.recipes)
 
 
 def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> ExportResult:
@@ -155,13 +156,11 @@ def _existing(out: Path, fingerprint: str) -> Bundle | None:
     """The bundle at `out` if it was made of the same inputs; OutputError if something else lies there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    try:
+    with suppress(BundleError):
         bundle = Bundle.open(out)
-    except BundleError:
-        bundle = None
-    if bundle is None or bundle.manifest.fingerprint != fingerprint:
-        raise OutputError(f"{out} is not empty: name another folder, or remove it first")
-    return bundle
+        if bundle.manifest.fingerprint == fingerprint:
+            return bundle
+    raise OutputError(f"{out} is not empty: name another folder, or remove it first")
 
 
 def _fill(folder: Path, job: _Job, report: Reporter) -> None:
@@ -175,8 +174,8 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
         _trace_to_file(job, graph, written, folder)
         if job.source.interface.io == TRANSFORMERS:
             write_export_json(folder, graph, job.dtype)
-    forget_journal(folder)
-    forget_inputs(folder)
+    for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
+        (folder / name).unlink(missing_ok=True)
     (folder / MANIFEST_FILE).write_text(_manifest(job, written, notes, folder).to_json(), encoding="utf-8")
 
 
@@ -195,14 +194,14 @@ def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[WrittenTe
 def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ...], folder: Path) -> None:
     from deepseek_trt.export.trace import INV_FREQ, trace  # torch, and seconds to import
 
-    source, places = job.source, {w.name: w for w in written}
+    source, places = job.source, {w.name: (w.offset, w.nbytes) for w in written}
     model = trace(source.config, graph, job.dtype, source.interface, source.num_labels)
     for recipe in source.plan.recipes:
-        place = places.get(recipe.name)
+        offset, nbytes = places.get(recipe.name, (None, None))
         model.graph.initializers[recipe.name].const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
-            place.offset if place else None,
-            place.nbytes if place else None,
+            offset,
+            nbytes,
             ir.DataType(dtype_of(recipe.dtype(job.dtype)).onnx),
             shape=ir.Shape(recipe.shape),
             name=recipe.name,

@@ -21,10 +21,7 @@ def file_sha256(path: Path) -> str:
 def stream_sha256(stream: BinaryIO, length: int | None = None) -> str:
     """Hex digest of the next `length` bytes (None: of all that are left), or of fewer where the stream ends."""
     digest = hashlib.sha256()
-    while length is None or length > 0:
-        data = stream.read(CHUNK if length is None else min(length, CHUNK))
-        if not data:
-            break
+    while data := stream.read(CHUNK if length is None else min(length, CHUNK)):
         digest.update(data)
         length = None if length is None else length - len(data)
     return digest.hexdigest()

@@ -28,19 +28,9 @@ class Logits(DeepseekV2):
         super().__init__(config, interface.all_logits, embeddings)
         self.keep = interface.logits_to_keep
 
-    def prefill(
-        self,
-        input_ids: Tensor,
-        sequence_lengths: Tensor,
-        past_lengths: Tensor,
-        page_table: Tensor,
-        latents: Sequence[Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Logits [B, vocab], [B, S, vocab] or [B, keep, vocab]; rows shorter than `keep` begin with repeated ones."""
-        if not self.keep:
-            return super().prefill(input_ids, sequence_lengths, past_lengths, page_table, latents)
-        x, present = self.model.prefill(input_ids, sequence_lengths, past_lengths, page_table, latents)
-        return self.logits(last_tokens(x, sequence_lengths, self.keep)), present
+    def kept(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """[B, hidden], [B, S, hidden] or [B, keep, hidden]; rows shorter than `keep` begin with repeated ones."""
+        return last_tokens(x, lengths, self.keep) if self.keep else super().kept(x, lengths)
 
     def masked(
         self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]

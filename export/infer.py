@@ -30,7 +30,8 @@ def config_of_tensors(
     """
     tensors = _Tensors(checkpoint)
     found = {name: value for name, value in tensors.facts(config, written).items() if name not in written}
-    if tensors.has_q_proj:  # q_proj or q_a and q_b: the tensors decide whatever is written
+    # q_proj or q_a and q_b: the tensors decide whatever is written
+    if "model.layers.0.self_attn.q_proj.weight" in tensors.shapes:
         found["q_lora_rank"] = None
     changes = {name: value for name, value in found.items() if value != getattr(config, name)}
     notes = tuple(_note(name, getattr(config, name), value, written) for name, value in changes.items())
@@ -76,10 +77,6 @@ class _Tensors:
         self.layers = sorted(i for i, names in self.by_layer.items() if "eh_proj.weight" not in names)
         self.moe_layers = [i for i in self.layers if "mlp.gate.weight" in self.by_layer[i]]
 
-    @property
-    def has_q_proj(self) -> bool:
-        return "model.layers.0.self_attn.q_proj.weight" in self.shapes
-
     def facts(self, config: ModelConfig, written: Collection[str]) -> dict[str, Any]:
         """Every value that the tensors fix, by the name of the config's field."""
         attention = "model.layers.0.self_attn"
@@ -93,12 +90,10 @@ class _Tensors:
             "intermediate_size": self.size(f"model.layers.{dense}.mlp.gate_proj.weight", 0),
             "attention_bias": f"{attention}.o_proj.bias" in self.shapes,
             "mlp_bias": any(name.endswith("_proj.bias") and ".mlp." in name for name in self.shapes),
-            "tie_word_embeddings": LM_HEAD not in self.shapes,
+            "tie_word_embeddings": config.tie_word_embeddings or LM_HEAD not in self.shapes,  # tied: may carry a copy
             **self.head_sizes(config, written),
             **(self.moe_sizes() if self.moe_layers else {}),
         }
-        if "tie_word_embeddings" in found and not found["tie_word_embeddings"] and config.tie_word_embeddings:
-            del found["tie_word_embeddings"]  # tied models may carry a copy
         return {name: value for name, value in found.items() if value is not None}
 
     def head_sizes(self, config: ModelConfig, written: Collection[str]) -> dict[str, int]:

@@ -7,8 +7,8 @@ Parameters carry the published names; w_uk and w_uv are the two halves of kv_b_p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from deepseek_trt.export.config import ModelConfig, RopeConfig
 from deepseek_trt.export.ops.activations import activate
 from deepseek_trt.export.ops.torch_ops import mla_decode, mla_prefill, moe_biased_router, moe_experts, moe_router
 
+# A layer's cache before and after, paged or contiguous.
+Past = TypeVar("Past")
+New = TypeVar("New")
 LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says
 
 
@@ -81,12 +84,8 @@ class Attention(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.nope, self.rope_dim, self.rank = (
-            c.num_attention_heads,
-            c.qk_nope_head_dim,
-            c.qk_rope_head_dim,
-            c.kv_lora_rank,
-        )
+        self.heads, self.rank = c.num_attention_heads, c.kv_lora_rank
+        self.nope, self.rope_dim = c.qk_nope_head_dim, c.qk_rope_head_dim
         self.scale = c.softmax_scale
         width_q = self.heads * c.qk_head_dim
         if c.q_lora_rank is None:
@@ -247,6 +246,18 @@ class Backbone(nn.Module):
         x: Tensor = tokens if tokens.is_floating_point() else cast(nn.Embedding, self.embed_tokens)(tokens)
         return x.flatten(0, 1)
 
+    def through(
+        self, tokens: Tensor, caches: Iterable[Past], attend: Callable[[Attention, Tensor, Past], tuple[Tensor, New]]
+    ) -> tuple[Tensor, list[New]]:
+        """The last layer's output [T, hidden], and each layer's cache with the new tokens, as `attend` gives it."""
+        x, present = self.embed(tokens), []
+        for layer, past in zip(self.blocks(), caches, strict=True):
+            h, cache = attend(layer.self_attn, layer.input_layernorm(x), past)
+            x = x + h
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            present.append(cache)
+        return x, present
+
     def prefill(
         self,
         tokens: Tensor,
@@ -259,15 +270,11 @@ class Backbone(nn.Module):
         batch, seq = tokens.shape[:2]
         positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=tokens.device)  # [B, S]
         cos, sin = self.rope(positions, past_lengths + sequence_lengths)
-        x = self.embed(tokens)  # [T, hidden]
-        present = []
-        for layer, past in zip(self.blocks(), latents, strict=True):
-            h, pool = layer.self_attn.prefill(
-                layer.input_layernorm(x), cos, sin, past, page_table, past_lengths, sequence_lengths
-            )
-            x = x + h
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            present.append(pool)
+
+        def attend(attention: Attention, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+            return attention.prefill(x, cos, sin, past, page_table, past_lengths, sequence_lengths)
+
+        x, present = self.through(tokens, latents, attend)
         return x.view(batch, seq, -1), present
 
     def decode(
@@ -275,14 +282,11 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """The last layer's output [B, hidden] for one token a row, before the norm, and the pools with it."""
         cos, sin = self.rope(past_lengths.unsqueeze(1), past_lengths + 1)
-        x = self.embed(tokens)  # [B, hidden]
-        present = []
-        for layer, past in zip(self.blocks(), latents, strict=True):
-            h, pool = layer.self_attn.decode(layer.input_layernorm(x), cos, sin, past, page_table, past_lengths)
-            x = x + h
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            present.append(pool)
-        return x, present
+
+        def attend(attention: Attention, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+            return attention.decode(x, cos, sin, past, page_table, past_lengths)
+
+        return self.through(tokens, latents, attend)
 
 
 class DeepseekV2(nn.Module):
@@ -307,7 +311,11 @@ class DeepseekV2(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """input_ids int64 [B, S], right-padded. Logits [B, vocab] at each row's last real token, or [B, S, vocab]."""
         x, present = self.model.prefill(input_ids, sequence_lengths, past_lengths, page_table, latents)
-        return self.logits(x if self.all_logits else last_tokens(x, sequence_lengths)[:, 0]), present
+        return self.logits(self.kept(x, sequence_lengths)), present
+
+    def kept(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Those of x [B, S, hidden] that get logits after a prefill."""
+        return x if self.all_logits else last_tokens(x, lengths)[:, 0]
 
     def decode(
         self, input_ids: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]

@@ -103,7 +103,7 @@ def survey(checkpoint: Path, dtype: str | None = None, gpu_bytes: int = 80 * GIB
 def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
     config, plan, files = source.config, source.plan, source.checkpoint
     cache = CacheSpec.of(config, dtype)
-    weights = sum(recipe.size * dtype_bytes(recipe.dtype(dtype)) for recipe in plan.recipes)
+    weights = sum(recipe.nbytes(dtype) for recipe in plan.recipes)
     parameters = sum(recipe.size for recipe in plan.recipes)
     return Facts(
         config=config,

@@ -17,17 +17,7 @@ from onnxscript import values as onnxscript_values
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 
-from deepseek_trt.export.bundle.graph import (
-    BATCH,
-    DOMAIN,
-    PAGES,
-    PAST,
-    SEQUENCE,
-    TABLE,
-    TOTAL,
-    GraphSpec,
-    TensorSpec,
-)
+from deepseek_trt.export.bundle.graph import BATCH, DOMAIN, PAGES, PAST, SEQUENCE, TABLE, TOTAL, GraphSpec, TensorSpec
 from deepseek_trt.export.bundle.interface import DEFAULT, Interface
 from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.heads import MODELS, method_of
@@ -90,14 +80,11 @@ def _root(interface: Interface, spec: GraphSpec) -> Any:
 def _distinct_layers(config: ModelConfig) -> tuple[ModelConfig, list[int]]:
     """A config with one layer of each kind (dense, then MoE), and which of them each layer of `config` is."""
     sparse = [config.is_moe_layer(i) for i in range(config.num_hidden_layers)]
-    if len(set(sparse)) == 1:
-        dense_layers = 0 if sparse[0] else 1
-        distinct = dataclasses.replace(
-            config, num_hidden_layers=1, first_k_dense_replace=dense_layers, moe_layer_freq=1
-        )
-        return distinct, [0] * len(sparse)
-    distinct = dataclasses.replace(config, num_hidden_layers=2, first_k_dense_replace=1, moe_layer_freq=1)
-    return distinct, [int(is_moe) for is_moe in sparse]
+    kinds = sorted(set(sparse))
+    distinct = dataclasses.replace(
+        config, num_hidden_layers=len(kinds), first_k_dense_replace=kinds.count(False), moe_layer_freq=1
+    )
+    return distinct, [kinds.index(is_moe) for is_moe in sparse]
 
 
 def _first_layers(spec: GraphSpec, layers: int) -> GraphSpec:
@@ -119,28 +106,26 @@ def _fix_dims(graph: ir.Graph, spec: GraphSpec) -> None:
 
 
 def _export(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
-    names = (BATCH, SEQUENCE, PAGES, TABLE, PAST, TOTAL)
-    dims = {name: Dim(name, min=0 if name in (PAGES, PAST) else 1) for name in names}
+    dims = {name: Dim(name, min=0 if name in (PAGES, PAST) else 1) for name in _EXAMPLE}
     plain = [i for i in spec.inputs if not _CACHE.match(i.name)]
     pools = [i for i in spec.inputs if _CACHE.match(i.name)]
-    shapes: list[Any] = [_dynamic(i, dims) for i in plain]
-    args: list[Any] = [_example(i) for i in plain]
-    if pools:
-        shapes.append([_dynamic(i, dims) for i in pools])
-        args.append([_example(i) for i in pools])
+
+    def arguments(make: Callable[[TensorSpec], Any]) -> tuple[Any, ...]:
+        return (*map(make, plain), *([list(map(make, pools))] if pools else []))
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export's notes on its own internals
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module,
-            tuple(args),
+            arguments(_example),
             dynamo=True,
             optimize=False,
             verbose=False,
             opset_version=OPSET,
             input_names=[i.name for i in spec.inputs],
             output_names=[o.name for o in spec.outputs],
-            dynamic_shapes=tuple(shapes),
+            dynamic_shapes=arguments(lambda tensor: _dynamic(tensor, dims)),
             custom_translation_table={TORCH_OPS[op.name]._opoverload: _translation(op) for op in OPS},
         )
     assert program is not None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import ml_dtypes
@@ -23,7 +23,7 @@ _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astyp
 
 def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Array]:
     """The recipe's numbers in order, as one-dimensional arrays of the sources' dtypes; float32 where they are fp8."""
-    with _Reader() as reader:
+    with closing(_Reader()) as reader:
         for piece in recipe.pieces:
             source = tensors[piece.source]
             scales = reader.scales(tensors[piece.scale]) if piece.scale else None
@@ -51,18 +51,13 @@ class _Reader:
         self._file: Path | None = None
         self._stream: BinaryIO | None = None
 
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
 
     def plain(self, source: StoredTensor, start: int, rows: int) -> Iterator[Array]:
         """Rows of `source`, in chunks that need not end where a row does."""
-        row = _row_bytes(source)
+        row = source.nbytes // math.prod(source.shape[:-1])
         at, end = start * row, (start + rows) * row
         while at < end:
             length = min(end - at, CHUNK)
@@ -89,15 +84,10 @@ class _Reader:
     def _read(self, source: StoredTensor, at: int, length: int) -> bytes:
         """Bytes of a tensor, `at` counted from its start."""
         if source.file != self._file or self._stream is None:
-            if self._stream is not None:
-                self._stream.close()
+            self.close()
             self._file, self._stream = source.file, source.file.open("rb")
         self._stream.seek(source.offset + at)
         data = self._stream.read(length)
         if len(data) != length:
             raise CheckpointError(f"{source.file} ends inside {source.name}; download it again")
         return data
-
-
-def _row_bytes(source: StoredTensor) -> int:
-    return source.nbytes // (math.prod(source.shape[:-1]) if len(source.shape) > 1 else 1)

@@ -72,11 +72,6 @@ def present_name(layer: int) -> str:
     return f"present.{layer}.latent"
 
 
-def contiguous_names(prefix: str, layer: int) -> tuple[str, str]:
-    """A layer's two cache tensors with --io transformers: the latents, then the rotated rope parts."""
-    return f"{prefix}.{layer}.key", f"{prefix}.{layer}.value"
-
-
 def hidden_name(index: int) -> str:
     """0 is the embeddings, i the output of layer i - 1; the last one is after the final norm, as in transformers."""
     return f"hidden_states.{index}"
@@ -89,25 +84,19 @@ def graphs_of(
     if interface.io == TRANSFORMERS:
         return (_masked(config, cache, interface, num_labels),)
     lengths = TensorSpec("sequence_lengths", "int32", (BATCH,))
-    outputs = _outputs(config, interface, num_labels, SEQUENCE)
-    if not interface.cache:
-        return (GraphSpec("model", (_tokens(config, cache, interface, SEQUENCE), lengths), outputs),)
+    layers = range(cache.layers if interface.cache else 0)
     pool = (PAGES, cache.page_size, cache.latent_dim)
-    past = tuple(TensorSpec(past_name(i), cache.dtype, pool) for i in range(cache.layers))
-    present = tuple(TensorSpec(present_name(i), cache.dtype, pool) for i in range(cache.layers))
+    past = [TensorSpec(past_name(i), cache.dtype, pool) for i in layers]
+    present = [TensorSpec(present_name(i), cache.dtype, pool) for i in layers]
+
+    def graph(name: GraphName, steps: Dim, *places: TensorSpec) -> GraphSpec:
+        inputs = (_tokens(config, cache, interface, steps), *places, *past)
+        return GraphSpec(name, inputs, (*_outputs(config, interface, num_labels, steps), *present))
+
+    if not interface.cache:
+        return (graph("model", SEQUENCE, lengths),)
     cached = (TensorSpec("past_lengths", "int32", (BATCH,)), TensorSpec("page_table", "int32", (BATCH, TABLE)))
-    return (
-        GraphSpec(
-            "prefill",
-            (_tokens(config, cache, interface, SEQUENCE), lengths, *cached, *past),
-            (*outputs, *present),
-        ),
-        GraphSpec(
-            "decode",
-            (_tokens(config, cache, interface, 1), *cached, *past),
-            (*_outputs(config, interface, num_labels, 1), *present),
-        ),
-    )
+    return graph("prefill", SEQUENCE, lengths, *cached), graph("decode", 1, *cached)
 
 
 def _masked(config: ModelConfig, cache: CacheSpec, interface: Interface, num_labels: int) -> GraphSpec:
@@ -116,13 +105,13 @@ def _masked(config: ModelConfig, cache: CacheSpec, interface: Interface, num_lab
     outputs = _outputs(config, interface, num_labels, SEQUENCE)
     if not interface.cache:
         return GraphSpec("model", (tokens, TensorSpec("attention_mask", "int64", (BATCH, SEQUENCE))), outputs)
-    widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+    parts = {"key": config.kv_lora_rank, "value": config.qk_rope_head_dim}  # the latents, the rotated rope parts
 
     def pools(prefix: str, length: str) -> tuple[TensorSpec, ...]:
         return tuple(
-            TensorSpec(name, cache.dtype, (BATCH, 1, length, width))
+            TensorSpec(f"{prefix}.{layer}.{part}", cache.dtype, (BATCH, 1, length, width))
             for layer in range(cache.layers)
-            for name, width in zip(contiguous_names(prefix, layer), widths, strict=True)
+            for part, width in parts.items()
         )
 
     mask = TensorSpec("attention_mask", "int64", (BATCH, TOTAL))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from deepseek_trt.export.dtypes import dtype_bytes
+
 EMBEDDINGS, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 CORRECTION_BIAS = "e_score_correction_bias"
 SCALE_SUFFIX = "_scale_inv"  # weight_scale_inv [ceil(rows/128), ceil(columns/128)] beside an fp8 weight
@@ -51,6 +53,10 @@ class Recipe:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def nbytes(self, model: str) -> int:
+        """Bytes of this tensor in graphs of a `model` dtype."""
+        return self.size * dtype_bytes(self.dtype(model))
 
 
 @dataclass(frozen=True)

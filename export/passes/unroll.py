@@ -32,25 +32,32 @@ def unroll(model: ir.Model, kinds: Sequence[int]) -> None:
     """Change `model` so that its layer i is a copy of the traced layer kinds[i]."""
     graph = model.graph
     segments = [_segment(graph, layer) for layer in range(max(kinds) + 1)]
-    copies: list[ir.Node] = []
-    pools: list[ir.Value] = []
-    presents: list[ir.Value] = []
-    stream = segments[0].entry
     for segment in segments:
         for name in segment.own:
             graph.initializers.pop(name, None)
+    copies: list[ir.Node] = []
+    pools: dict[str, ir.Value] = {}
+    presents: list[ir.Value] = []
+    stream = segments[0].entry
     for layer, kind in enumerate(kinds):
         segment = segments[kind]
         own = {value: _own_copy(value, kind, layer) for value in segment.own.values()}
         nodes, values = _copy(segment, {**own, segment.entry: stream}, layer)
         copies += nodes
         stream = values[segment.exit]
-        pools += [value for value in own.values() if _is_past(value)]
+        for value in own.values():
+            (pools if _is_past(value) else graph.initializers)[_name(value)] = value
         for present in segment.presents:
             presents.append(values[present])
             presents[-1].name = _of_layer(present, kind, layer)
-        graph.initializers.update({_name(value): value for value in own.values() if not _is_past(value)})
-    _replace(graph, segments, copies, stream, pools, presents)
+    segments[-1].exit.replace_all_uses_with(stream)
+    for past in filter(_is_past, graph.inputs):
+        past.replace_all_uses_with(pools[_name(past)])
+    graph.insert_before(segments[0].nodes[0], copies)
+    graph.outputs[:] = [*(v for v in graph.outputs if not _name(v).startswith("present.")), *presents]
+    graph.remove([node for segment in segments for node in segment.nodes], safe=True)
+    graph.inputs[:] = [*(v for v in graph.inputs if not _is_past(v)), *pools.values()]
+    graph.sort()
 
 
 def _segment(graph: ir.Graph, layer: int) -> _Segment:
@@ -133,33 +140,3 @@ def _copy(
             )
         )
     return nodes, values
-
-
-def _replace(
-    graph: ir.Graph,
-    segments: Sequence[_Segment],
-    copies: Sequence[ir.Node],
-    stream: ir.Value,
-    pools: Sequence[ir.Value],
-    presents: Sequence[ir.Value],
-) -> None:
-    """Put the copies where the traced layers stood."""
-    traced_pools = {value for segment in segments for value in segment.own.values() if _is_past(value)}
-    traced_presents = {value for segment in segments for value in segment.presents}
-    plain_inputs = [v for v in graph.inputs if v not in traced_pools]
-    plain_outputs = [v for v in graph.outputs if v not in traced_presents]
-    graph.outputs[:] = [*plain_outputs, *presents]
-    originals = {node for segment in segments for node in segment.nodes}
-    by_name = {_name(pool): pool for pool in pools}
-    for pool in traced_pools:
-        for node, index in tuple(pool.uses()):
-            if node not in originals:
-                node.replace_input_with(index, by_name[_name(pool)])
-    last = segments[-1].exit
-    for node, index in last.uses():
-        if node not in originals:
-            node.replace_input_with(index, stream)
-    graph.insert_before(segments[0].nodes[0], copies)
-    graph.remove(originals, safe=True)
-    graph.inputs[:] = [*plain_inputs, *pools]
-    graph.sort()

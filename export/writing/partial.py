@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deepseek_trt.export.errors import OutputError
 
-_INPUTS_FILE = "inputs.sha256"
+INPUTS_FILE = "inputs.sha256"  # what the export that fills the folder is of
 
 
 @contextmanager
@@ -44,11 +44,6 @@ def finish(folder: Path, out: Path) -> None:
     folder.rename(out)
 
 
-def forget_inputs(folder: Path) -> None:
-    """Remove what only a continued run reads."""
-    (folder / _INPUTS_FILE).unlink()
-
-
 def _make_locked(folder: Path, out: Path) -> int:
     """A descriptor whose lock ends with the process, however that ends."""
     try:
@@ -65,7 +60,7 @@ def _make_locked(folder: Path, out: Path) -> int:
 
 
 def _keep_if_same(folder: Path, fingerprint: str) -> None:
-    inputs = folder / _INPUTS_FILE
+    inputs = folder / INPUTS_FILE
     if inputs.is_file() and inputs.read_text(encoding="utf-8") == fingerprint:
         return
     for path in folder.iterdir():

@@ -45,8 +45,7 @@ def carry_files(source: Path, target: Path) -> tuple[str, ...]:
         raise CheckpointError(f"{source / 'tokenizer.json'} cannot be loaded ({error}); download it again") from None
 
     def back_and_forth(text: str) -> str:
-        result: str = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
-        return result
+        return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids))
 
     back = back_and_forth(_PROBE)
     if back != _PROBE:

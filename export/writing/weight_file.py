@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +21,7 @@ from deepseek_trt.export.arrays import Array, numpy_dtype
 from deepseek_trt.export.bundle.assemble import chunks
 from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.checkpoint import StoredTensor
-from deepseek_trt.export.dtypes import WEIGHT_DTYPES, dtype_bytes
+from deepseek_trt.export.dtypes import dtype_of
 from deepseek_trt.export.files import stream_sha256
 
 JOURNAL_FILE = "weights.journal"  # one line for each finished tensor
@@ -34,12 +35,10 @@ class WrittenTensor:
     """A graph tensor in the weights file. `overflows` counts values that float16 turned into infinity."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
     offset: int
     nbytes: int
-    sha256: str
-    overflows: int
+    sha256: str = ""
+    overflows: int = 0
 
 
 def write_weights(
@@ -48,7 +47,7 @@ def write_weights(
     """Write all tensors, in the model's dtype `dtype`, holding a few chunks in memory at a time.
 
     A file that an earlier run of the same recipes left half done at `path` is continued: tensors that its journal calls
-    finished are hashed, not written again. The journal stays, for whoever is killed later: `forget_journal` it.
+    finished are hashed, not written again. The journal stays, for whoever is killed later.
     """
     header, places = _layout(recipes, dtype)
     journal = path.with_name(JOURNAL_FILE)
@@ -62,22 +61,12 @@ def write_weights(
     ):
         log.writelines(_line(w) for w in written)
         for recipe, place in list(zip(recipes, places, strict=True))[len(written) :]:
-            digest, overflows = _write_tensor(out, recipe, tensors, place.dtype, hasher, progress)
-            written.append(_with_digest(place, digest, overflows))
+            digest, overflows = _write_tensor(out, recipe, tensors, recipe.dtype(dtype), hasher, progress)
+            written.append(replace(place, sha256=digest, overflows=overflows))
             out.flush()  # a journal must not be ahead of what it describes
             log.write(_line(written[-1]))
             log.flush()
     return tuple(written)
-
-
-def forget_journal(folder: Path) -> None:
-    """Remove what only a continued run reads."""
-    (folder / JOURNAL_FILE).unlink(missing_ok=True)
-
-
-def weight_bytes(recipes: tuple[Recipe, ...], dtype: str) -> int:
-    """Size of the weights file, but for its header."""
-    return sum(recipe.size * dtype_bytes(recipe.dtype(dtype)) for recipe in recipes)
 
 
 @contextmanager
@@ -125,26 +114,16 @@ def _write_tensor(
 
 def _layout(recipes: tuple[Recipe, ...], dtype: str) -> tuple[bytes, list[WrittenTensor]]:
     """The file's header, padded to a page, and where each tensor goes (sha256 still empty)."""
-    names = {ours: theirs for theirs, ours in WEIGHT_DTYPES.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    sizes, offset = [], 0
-    for recipe in recipes:
-        kind = recipe.dtype(dtype)
-        sizes.append(recipe.size * dtype_bytes(kind))
-        entries[recipe.name] = {
-            "dtype": names[kind],
-            "shape": recipe.shape,
-            "data_offsets": [offset, offset + sizes[-1]],
-        }
-        offset += sizes[-1]
+    ends = list(itertools.accumulate((recipe.nbytes(dtype) for recipe in recipes), initial=0))
+    for recipe, place in zip(recipes, itertools.pairwise(ends), strict=True):
+        kind = dtype_of(recipe.dtype(dtype)).safetensors
+        entries[recipe.name] = {"dtype": kind, "shape": recipe.shape, "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    header, at = struct.pack("<Q", len(text)) + text, 8 + len(text)
-    places = []
-    for recipe, size in zip(recipes, sizes, strict=True):
-        places.append(WrittenTensor(recipe.name, recipe.dtype(dtype), recipe.shape, at, size, "", 0))
-        at += size
-    return header, places
+    header = struct.pack("<Q", len(text)) + text
+    places = zip(recipes, ends[:-1], strict=True)
+    return header, [WrittenTensor(recipe.name, len(header) + at, recipe.nbytes(dtype)) for recipe, at in places]
 
 
 def _open(path: Path, header: bytes, end: int) -> BinaryIO:
@@ -170,7 +149,7 @@ def _finished(
         for place, line in zip(places, _read_journal(journal), strict=False):
             if line.get("name") != place.name or line.get("sha256") != stream_sha256(stream, place.nbytes):
                 break
-            found.append(_with_digest(place, line["sha256"], line["overflows"]))
+            found.append(replace(place, sha256=line["sha256"], overflows=line["overflows"]))
             progress(place.nbytes)
         return found
 
@@ -185,10 +164,6 @@ def _read_journal(journal: Path) -> Iterator[dict[str, Any]]:
 
 def _line(tensor: WrittenTensor) -> str:
     return json.dumps({"name": tensor.name, "sha256": tensor.sha256, "overflows": tensor.overflows}) + "\n"
-
-
-def _with_digest(place: WrittenTensor, sha256: str, overflows: int) -> WrittenTensor:
-    return WrittenTensor(place.name, place.dtype, place.shape, place.offset, place.nbytes, sha256, overflows)
 
 
 def _convert(chunk: Array, dtype: str) -> tuple[memoryview, int]:

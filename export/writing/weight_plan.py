@@ -50,13 +50,9 @@ def plan_weights(
     recipes = tuple(_Planner(config, checkpoint).plan(interface, num_labels))
     pieces = [piece for recipe in recipes for piece in recipe.pieces]
     used = {piece.source for piece in pieces} | {piece.scale for piece in pieces if piece.scale}
-    dropped, unexplained = [], []
-    for name in sorted(checkpoint.tensors.keys() - used):
-        reason = _why_dropped(name, config, checkpoint_layers) or _why_no_head(name, interface)
-        if reason:
-            dropped.append(Dropped(name, reason))
-        else:
-            unexplained.append(name)
+    left = sorted(checkpoint.tensors.keys() - used)
+    reasons = {name: _why_dropped(name, config, checkpoint_layers, interface) for name in left}
+    unexplained = [name for name, reason in reasons.items() if reason is None]
     if unexplained:
         raise CheckpointError(
             f"{len(unexplained)} tensors are left over, e.g. {unexplained[0]}: config.json does not describe this model"
@@ -64,7 +60,7 @@ def plan_weights(
     for piece in pieces:
         _check_dtype(checkpoint.tensors[piece.source], piece)
     main = checkpoint.tensors.get(EMBEDDINGS, checkpoint.tensors[FINAL_NORM]).dtype
-    return WeightPlan(recipes, tuple(dropped), main)
+    return WeightPlan(recipes, tuple(Dropped(name, reason) for name, reason in reasons.items() if reason), main)
 
 
 def _check_dtype(source: StoredTensor, piece: Piece) -> None:
@@ -76,7 +72,8 @@ def _check_dtype(source: StoredTensor, piece: Piece) -> None:
         raise CheckpointError(f"tensor {source.name} is {source.dtype}, which is not supported; use bfloat16")
 
 
-def _why_dropped(name: str, config: ModelConfig, checkpoint_layers: int) -> str | None:
+def _why_dropped(name: str, config: ModelConfig, checkpoint_layers: int, interface: Interface) -> str | None:
+    """Why the graphs of this interface do without a tensor; None where nothing explains it."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and int(layer[1]) >= checkpoint_layers:
         return f"layer {layer[1]} is beyond num_hidden_layers {checkpoint_layers} (multi-token prediction)"
@@ -86,11 +83,6 @@ def _why_dropped(name: str, config: ModelConfig, checkpoint_layers: int) -> str 
         return "rope frequencies are computed from config.json"
     if name == LM_HEAD and config.tie_word_embeddings:
         return "tied to model.embed_tokens.weight"
-    return None
-
-
-def _why_no_head(name: str, interface: Interface) -> str | None:
-    """Why the graphs of this interface do without a tensor outside the layers."""
     if name in (LM_HEAD, SCORE):
         return f"the task {interface.task} does not need it"
     if name == EMBEDDINGS and interface.inputs_embeds:
@@ -164,7 +156,7 @@ class _Planner:
     def separate_experts(self, at: str) -> Iterator[Recipe]:
         """Stack experts as DeepSeek publishes them: one tensor an expert and projection."""
         c = self.c
-        for name, rows, columns in self.expert_shapes():
+        for name, rows, columns in self.projections(c.moe_intermediate_size):
             sources = [self.source(f"{at}.{e}.{name}.weight", rows, columns) for e in range(c.n_routed_experts)]
             pieces = tuple(Piece(source, 0, rows, rows, 1, self.scale(source)) for source in sources)
             yield Recipe(f"{at}.{name}", (c.n_routed_experts, rows, columns), pieces)
@@ -180,18 +172,17 @@ class _Planner:
             "up_proj": Piece(both, inner, inner, 2 * inner, E),
             "down_proj": Piece(down, 0, c.hidden_size, c.hidden_size, E),
         }
-        for name, rows, columns in self.expert_shapes():
+        for name, rows, columns in self.projections(inner):
             yield Recipe(f"{at}.{name}", (E, rows, columns), (pieces[name],))
 
-    def expert_shapes(self) -> tuple[tuple[str, int, int], ...]:
-        inner, hidden = self.c.moe_intermediate_size, self.c.hidden_size
-        return ("gate_proj", inner, hidden), ("up_proj", inner, hidden), ("down_proj", hidden, inner)
+    def projections(self, width: int) -> tuple[tuple[str, int, int], ...]:
+        """Names, rows and columns of the weights of one expert, or of a dense layer, of this width."""
+        hidden = self.c.hidden_size
+        return ("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)
 
     def mlp(self, at: str, width: int) -> Iterator[Recipe]:
-        c = self.c
-        yield from self.linear(f"{at}.gate_proj", width, c.hidden_size, c.mlp_bias)
-        yield from self.linear(f"{at}.up_proj", width, c.hidden_size, c.mlp_bias)
-        yield from self.linear(f"{at}.down_proj", c.hidden_size, width, c.mlp_bias)
+        for name, rows, columns in self.projections(width):
+            yield from self.linear(f"{at}.{name}", rows, columns, self.c.mlp_bias)
 
     def linear(self, at: str, rows: int, columns: int, bias: bool) -> Iterator[Recipe]:
         yield self.whole(f"{at}.weight", rows, columns)
@@ -199,7 +190,7 @@ class _Planner:
             yield self.whole(f"{at}.bias", rows)
 
     def whole(self, name: str, *shape: int) -> Recipe:
-        rows = math.prod(shape[:-1]) if len(shape) > 1 else 1
+        rows = math.prod(shape[:-1])
         return Recipe(name, shape, (Piece(self.source(name, *shape), 0, rows, rows, 1, self.scale(name)),))
 
     def scale(self, name: str) -> str | None:
