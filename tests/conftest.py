@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from deepseek_trt.export import trace as tracing
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
@@ -147,6 +148,26 @@ def _small(name: str, tmp_path_factory: pytest.TempPathFactory) -> Small:
     hf = transformers_model(raw)
     path = tmp_path_factory.mktemp(name) / "checkpoint"
     return Small(raw, hf, write_checkpoint(path, raw, published_tensors(hf)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_traced_once() -> Iterator[None]:
+    """Exports share traced graphs, which depend on the config and on no weight: tracing takes most of an export's time.
+
+    Tests of tracing itself take `trace` at import, and so the real one.
+    """
+    traced: dict[str, Any] = {}
+
+    def trace(*args: Any) -> Any:
+        key = repr(args)
+        if key not in traced:
+            traced[key] = real(*args)
+        return traced[key].clone()  # to which an export gives its own weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = tracing.trace
+        patch.setattr(tracing, "trace", trace)
+        yield
 
 
 @pytest.fixture(scope="session")
