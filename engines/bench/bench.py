@@ -155,10 +155,10 @@ def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, ba
         prefill_tokens_per_second=batch * request.context / max(times.first),
         time_to_first_token=float(np.mean(times.first)),
         time_per_token={"p50": p50, "p95": p95, "p99": p99},
-        bytes_a_step={"weights": traffic.weights, "experts": traffic.experts, "cache": traffic.cache},
+        bytes_a_step=traffic,
         experts_hit=hit,
         experts="expected" if measured is None else "measured",
-        bandwidth_fraction=traffic.total / p50 / bandwidth,
+        bandwidth_fraction=sum(traffic.values()) / p50 / bandwidth,
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from deepseek_trt.engines.generation.answer import Answer
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.request import Event
-from deepseek_trt.engines.serving.metrics import Ended, Gauges, Metrics
+from deepseek_trt.engines.serving import metrics as m
 from deepseek_trt.engines.serving.request import Tensors, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream
 from deepseek_trt.export.errors import BackendError, DeepseekTrtError
@@ -50,7 +50,7 @@ class Service:
     nothing is taken, and what still runs after `drain_seconds` is ended with an error.
     """
 
-    def __init__(self, llm: LLM, max_inflight: int, drain_seconds: float, metrics: Metrics, host: Host) -> None:
+    def __init__(self, llm: LLM, max_inflight: int, drain_seconds: float, metrics: m.Metrics, host: Host) -> None:
         if llm.text is None:
             raise BackendError("the bundle has no tokenizer.json: export a checkpoint that has one")
         self._llm, self._text = llm, llm.text
@@ -153,11 +153,11 @@ class Service:
                 looked = now
                 for stream in tuple(self._live):
                     self._guard(stream, self._poll)
-                self._metrics.flush(now, self._gauges)
+                self._metrics.flush(now, self._held)
             if now - asked >= _ASK_AFTER or self._failure:
                 asked = now
                 self._talk_to_host()
-        self._metrics.flush(None, self._gauges)
+        self._metrics.flush(None, self._held)
 
     def _send_ready(self) -> None:
         """Send everything that is there now; what comes meanwhile is for the next round."""
@@ -232,7 +232,7 @@ class Service:
 
     def _send_refusal(self, channel: Channel, failure: Failure) -> None:
         self._send(channel, failure, final=True)
-        self._metrics.ended(Ended(failure.kind))
+        self._metrics.ended(m.Ended(failure.kind))
 
     def _send(self, channel: Channel, response: Response | Failure, final: bool) -> None:
         """Send, or send an empty final response where that fails: the client must not wait for ever."""
@@ -245,25 +245,25 @@ class Service:
             with contextlib.suppress(Exception):
                 channel.send(None, final=True)
 
-    def _gauges(self) -> Gauges:
+    def _held(self) -> dict[m.MetricSpec, int]:
         scheduler = self._llm.scheduler
         free = scheduler.pool.free
-        return Gauges(
-            batch_size=scheduler.running,
-            inflight_requests=len(self._live),
-            pages_used=scheduler.pool.pages - 1 - free,
-            pages_free=free,
-            preemptions=scheduler.counters.preemptions,
-        )
+        return {
+            m.PREEMPTIONS: scheduler.counters.preemptions,
+            m.BATCH_SIZE: scheduler.running,
+            m.INFLIGHT: len(self._live),
+            m.PAGES_USED: scheduler.pool.pages - 1 - free,
+            m.PAGES_FREE: free,
+        }
 
 
 class _RefusedError(Exception):
     """The service takes no request now, right as this one may be."""
 
 
-def _ended(stream: Stream, result: str) -> Ended:
+def _ended(stream: Stream, result: str) -> m.Ended:
     first, more = stream.first_token, stream.made - 1
-    return Ended(
+    return m.Ended(
         result,
         input_tokens=len(stream.request.prompt_ids),
         output_tokens=stream.made,

@@ -97,14 +97,13 @@ class Board:
     def __init__(self):
         self.values = {}
 
-    def add(self, metric, value, label=""):
-        self.values[metric.name, label] = self.values.get((metric.name, label), 0) + value
-
-    def set(self, metric, value):
-        self.values[metric.name, ""] = value
-
-    def observe(self, metric, value):
-        self.values.setdefault((metric.name, ""), []).append(value)
+    def show(self, metric, value, label=""):
+        if metric.kind == "counter":
+            self.values[metric.name, label] = self.values.get((metric.name, label), 0) + value
+        elif metric.kind == "gauge":
+            self.values[metric.name, label] = value
+        else:
+            self.values.setdefault((metric.name, label), []).append(value)
 
 
 class Host:
