@@ -89,15 +89,10 @@ def _embed_small(bundle: Bundle, model: ir.Model) -> None:
 
 
 def _plugins(network: Any) -> dict[str, int]:
-    """Plugin layers by the op that they run."""
-    names = (network.get_layer(i) for i in range(network.num_layers))
-    kinds = [layer for layer in names if layer.type.name == "PLUGIN_V3"]
-    return dict(collections.Counter(_op_of(layer.name) for layer in kinds))
-
-
-def _op_of(layer: str) -> str:
-    """The parser names a plugin's layer after its node, which export names <Op>_<n>."""
-    return layer.split("_", 1)[0]
+    """Plugin layers by the op that they run; the parser names one after its node, which export names <Op>_<n>."""
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    plugins = (layer.name for layer in layers if layer.type.name == "PLUGIN_V3")
+    return dict(collections.Counter(name.split("_", 1)[0] for name in plugins))
 
 
 def layers_by_kind(network: Any) -> dict[str, int]:

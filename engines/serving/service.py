@@ -57,7 +57,7 @@ class Service:
         self._max_inflight, self._drain_seconds = max_inflight, drain_seconds
         self._metrics, self._host = metrics, host
         self._admission = threading.Lock()  # guards the three below
-        self._live: set[Stream] = set()
+        self._live: set[Stream] = set()  # have not had their final response
         self._closed = ""  # why nothing is taken any more
         self._abort_at = math.inf  # when what is live is ended with an error
         self._failure = ""  # of the engine, to be told to the host
@@ -94,11 +94,6 @@ class Service:
         self._wake.set()
         self._thread.join()
         self._llm.close()
-
-    @property
-    def live(self) -> int:
-        """Requests that have not had their final response."""
-        return len(self._live)
 
     def _submit(self, stream: Stream) -> None:
         with self._admission:
