@@ -81,7 +81,7 @@ class Ended:
 class Metrics:
     """Gathers ended requests, and shows them on the board when flushed. One thread at a time."""
 
-    def __init__(self, board: Board | None = None) -> None:
+    def __init__(self, board: Board) -> None:
         self._board = board
         self._ended: list[Ended] = []
         self._shown: dict[MetricSpec, float] = {PREEMPTIONS: 0}
@@ -99,34 +99,31 @@ class Metrics:
             return
         self._flushed = now or self._flushed
         ended, self._ended = self._ended, []
-        if self._board is None:
-            return
         try:
-            self._show_ended(self._board, ended)
-            self._show_held(self._board, held())
+            self._show_ended(ended)
+            self._show_held(held())
         except Exception:  # answers matter more
             _log.exception("metrics could not be handed on")
 
-    def _show_ended(self, board: Board, ended: list[Ended]) -> None:
+    def _show_ended(self, ended: list[Ended]) -> None:
         for result in RESULTS:
-            _add(board, REQUESTS, sum(each.result == result for each in ended), result)
-        _add(board, CANCELLATIONS, sum(each.result == "cancelled" for each in ended))
-        _add(board, INPUT_TOKENS, sum(each.input_tokens for each in ended))
-        _add(board, OUTPUT_TOKENS, sum(each.output_tokens for each in ended))
+            self._add(REQUESTS, sum(each.result == result for each in ended), result)
+        self._add(CANCELLATIONS, sum(each.result == "cancelled" for each in ended))
+        self._add(INPUT_TOKENS, sum(each.input_tokens for each in ended))
+        self._add(OUTPUT_TOKENS, sum(each.output_tokens for each in ended))
         for each in ended:
             if each.seconds_to_first_token is not None:
-                board.show(FIRST_TOKEN, each.seconds_to_first_token)
+                self._board.show(FIRST_TOKEN, each.seconds_to_first_token)
             if each.seconds_per_output_token is not None:
-                board.show(EACH_TOKEN, each.seconds_per_output_token)
+                self._board.show(EACH_TOKEN, each.seconds_per_output_token)
 
-    def _show_held(self, board: Board, held: dict[MetricSpec, int]) -> None:
+    def _show_held(self, held: dict[MetricSpec, int]) -> None:
         for metric, value in held.items():
             before = self._shown.get(metric)
             if value != before:
-                board.show(metric, value - (before or 0) if metric.kind == "counter" else value)
+                self._board.show(metric, value - (before or 0) if metric.kind == "counter" else value)
                 self._shown[metric] = value
 
-
-def _add(board: Board, metric: MetricSpec, value: float, label: str = "") -> None:
-    if value:
-        board.show(metric, value, label)
+    def _add(self, metric: MetricSpec, value: float, label: str = "") -> None:
+        if value:
+            self._board.show(metric, value, label)

@@ -157,7 +157,9 @@ class Service:
     def _send_ready(self) -> None:
         """Send everything that is there now; what comes meanwhile is for the next round."""
         for _ in range(len(self._refused)):
-            self._send_refusal(*self._refused.popleft())
+            channel, failure = self._refused.popleft()
+            self._send(channel, failure, final=True)
+            self._metrics.ended(m.Ended(failure.kind))
         for _ in range(len(self._ready)):
             self._guard(self._ready.popleft(), self._advance)
         if self._ready:
@@ -179,7 +181,7 @@ class Service:
             work(stream)
         except Exception as error:
             _log.exception("a request has failed")
-            self._finish(stream, "failed", Failure("failed", f"{type(error).__name__}: {error}"))
+            self._finish(stream, Failure("failed", f"{type(error).__name__}: {error}"))
 
     def _advance(self, stream: Stream) -> None:
         if stream not in self._live:
@@ -189,17 +191,15 @@ class Service:
             return
         stream.queued = False  # before taking, so that what comes meanwhile is told of
         response = stream.take()
-        if isinstance(response, Failure):
-            self._finish(stream, response.kind, response)
-        elif response and response.finish_reason:
-            self._finish(stream, "ok", response)
+        if isinstance(response, Failure) or (response and response.finish_reason):
+            self._finish(stream, response)
         elif response:
             self._send(stream.channel, response, final=False)
 
     def _poll(self, stream: Stream) -> None:
         failure = self._reason_to_end(stream, time.perf_counter()) if stream.ticket else None
         if failure:
-            self._finish(stream, failure.kind, failure)
+            self._finish(stream, failure)
 
     def _reason_to_end(self, stream: Stream, now: float) -> Failure | None:
         if now >= self._abort_at:
@@ -213,7 +213,7 @@ class Service:
             return Failure("cancelled", f"the request was cancelled after {stream.made} tokens")
         return None
 
-    def _finish(self, stream: Stream, result: str, response: Response | Failure) -> None:
+    def _finish(self, stream: Stream, response: Response | Failure) -> None:
         """Send the final response; the request is over even where it cannot be sent."""
         try:
             if stream.ticket:  # has ended, unless with a failure or a stop string
@@ -223,11 +223,7 @@ class Service:
             with self._admission:
                 self._live.discard(stream)
             stream.ticket = None  # it leads back to the stream: shared memory would wait for the garbage collector
-            self._metrics.ended(_ended(stream, result))
-
-    def _send_refusal(self, channel: Channel, failure: Failure) -> None:
-        self._send(channel, failure, final=True)
-        self._metrics.ended(m.Ended(failure.kind))
+            self._metrics.ended(_ended(stream, response))
 
     def _send(self, channel: Channel, response: Response | Failure, final: bool) -> None:
         """Send, or send an empty final response where that fails: the client must not wait for ever."""
@@ -256,10 +252,10 @@ class _RefusedError(Exception):
     """The service takes no request now, right as this one may be."""
 
 
-def _ended(stream: Stream, result: str) -> m.Ended:
+def _ended(stream: Stream, response: Response | Failure) -> m.Ended:
     first, more = stream.first_token, stream.made - 1
     return m.Ended(
-        result,
+        response.kind if isinstance(response, Failure) else "ok",
         input_tokens=len(stream.request.prompt_ids),
         output_tokens=stream.made,
         seconds_to_first_token=first - stream.arrived if first is not None else None,
