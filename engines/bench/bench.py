@@ -138,12 +138,13 @@ class _Times:
 
 
 def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, bandwidth: float) -> Point:
-    session, prompts = opened.session, _prompts(bundle.manifest.model.vocab_size, batch, request.context)
+    session, model = opened.session, bundle.manifest.model
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, request.context)).tolist()
     _run(opened, bundle, prompts, WARM_TOKENS)
     times = _run(opened, bundle, prompts, request.new_tokens)
     mean_length = request.context + len(times.steps) // 2
-    measured = _experts_hit(bundle.manifest.model, times)
-    hit = distinct_experts(bundle.manifest.model, batch) if measured is None else measured
+    measured = _experts_hit(model, times)
+    hit = distinct_experts(model, batch) if measured is None else measured
     lengths = [mean_length] * batch
     traffic = decode_traffic(bundle.manifest, session.cache, lengths, session.weights_dtype, hit)
     p50, p95, p99 = (float(np.quantile(times.steps, q)) for q in (0.5, 0.95, 0.99))
@@ -155,10 +156,10 @@ def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, ba
         prefill_tokens_per_second=batch * request.context / max(times.first),
         time_to_first_token=float(np.mean(times.first)),
         time_per_token={"p50": p50, "p95": p95, "p99": p99},
-        bytes_a_step={"weights": traffic.weights, "experts": traffic.experts, "cache": traffic.cache},
+        bytes_a_step=traffic,
         experts_hit=hit,
         experts="expected" if measured is None else "measured",
-        bandwidth_fraction=traffic.total / p50 / bandwidth,
+        bandwidth_fraction=sum(traffic.values()) / p50 / bandwidth,
     )
 
 
@@ -188,11 +189,6 @@ def _experts_hit(model: ModelConfig, times: _Times) -> float | None:
     """Distinct experts of a layer in a step, the mean; None unless every such layer of every timed step was counted."""
     layers = len(times.steps) * sum(map(model.is_moe_layer, range(model.num_hidden_layers)))
     return times.hit.experts / layers if layers and times.hit.layers == layers else None
-
-
-def _prompts(vocab: int, batch: int, context: int) -> list[list[int]]:
-    ids = np.random.default_rng(0).integers(0, vocab, (batch, context))
-    return [row.tolist() for row in ids]
 
 
 def _bandwidth(choice: Choice, threads: int, make_device: Callable[[], Device] = open_device) -> float:

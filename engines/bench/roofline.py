@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from deepseek_trt.export.bundle.folder import Manifest, WeightRecord
 from deepseek_trt.export.bundle.graph import CacheSpec
@@ -11,27 +10,14 @@ from deepseek_trt.export.config import ModelConfig
 from deepseek_trt.export.dtypes import dtype_bytes
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that one decode step moves.
+def decode_traffic(
+    manifest: Manifest, cache: CacheSpec, lengths: Sequence[int], weights_dtype: str, experts_hit: float
+) -> dict[str, int]:
+    """Bytes that one decode step moves: one token a row after `lengths` cached tokens each, which hit `experts_hit`
+    routed experts a layer.
 
     weights: what every step reads whatever the tokens are. experts: of the routed experts that are hit. cache: the
     latents read and written.
-    """
-
-    weights: int
-    experts: int
-    cache: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.experts + self.cache
-
-
-def decode_traffic(
-    manifest: Manifest, cache: CacheSpec, lengths: Sequence[int], weights_dtype: str, experts_hit: float
-) -> Traffic:
-    """For one token a row after `lengths` cached tokens each, which hit `experts_hit` routed experts a layer.
 
     `cache` and `weights_dtype` are what the session computes in, which may be wider than the bundle. Each weight counts
     once however many rows use it, and of the embedding one row a token.
@@ -41,12 +27,11 @@ def decode_traffic(
     each = sum(_nbytes(w, weights_dtype) for w in routed) / max(model.n_routed_experts, 1)
     always = sum(_nbytes(w, weights_dtype) for w in manifest.weights if not _is_routed(w) and not _is_table(w, model))
     embedded = batch * model.hidden_size * dtype_bytes(weights_dtype)
-    read = cache.bytes_per_token * sum(lengths)
-    return Traffic(
-        weights=always + embedded,
-        experts=round(each * experts_hit),
-        cache=read + cache.bytes_per_token * batch,
-    )
+    return {
+        "weights": always + embedded,
+        "experts": round(each * experts_hit),
+        "cache": cache.bytes_per_token * (sum(lengths) + batch),
+    }
 
 
 def distinct_experts(model: ModelConfig, tokens: int) -> float:

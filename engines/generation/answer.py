@@ -66,7 +66,7 @@ class Answer:
     """Turns a request's events into pieces, with text up to the first stop."""
 
     def __init__(self, text: Text | None, params: SamplingParams) -> None:
-        self._stream = text.stream() if text else None
+        self._text_of = text.stream() if text else None
         self._stops = StopText(params.stop)
         self._min_tokens = params.min_tokens
         self._made = 0
@@ -81,8 +81,8 @@ class Answer:
     def _piece(self, event: Event) -> Piece:
         self._made += 1
         text, finished = "", event.finished
-        if self._stream and finished != "stop":  # a stop token has no text
-            text = self._stops.push(self._stream.push(event.token), armed=self._made >= self._min_tokens)
+        if self._text_of and finished != "stop":  # a stop token has no text
+            text = self._stops.push(self._text_of(event.token), armed=self._made >= self._min_tokens)
         if self._stops.found:
             finished = "stop"
         elif finished:

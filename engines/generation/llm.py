@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from deepseek_trt.engines.generation.answer import Answer, Piece, Result
 from deepseek_trt.engines.generation.loop import EngineLoop, Ticket
@@ -149,9 +148,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _requests(self, prompts: Sequence[Prompt], params: ParamsOrMany) -> list[tuple[list[int], SamplingParams]]:

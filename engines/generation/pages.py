@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -106,19 +106,6 @@ class PagePool:
             self._cached.pop(page, None)
             self._owners[page] = self._owners.get(page, 0) + 1
 
-    def check(self, owned: Iterable[Sequence[int]]) -> None:
-        """RuntimeError unless the pool's books agree with `owned`, the pages of every owner, and no page is lost."""
-        counts = Counter(page for pages in owned for page in pages)
-        _hold(dict(counts) == self._owners, f"owners {self._owners} but tables hold {dict(counts)}")
-        states = [*self._blank, *self._cached, *self._owners]
-        _hold(sorted(states) == list(range(1, self.pages)), f"pages 1..{self.pages - 1} are kept as {sorted(states)}")
-        shared = [page for page, count in counts.items() if count > 1]
-        _hold(all(page in self._key_of for page in shared), f"of {shared} some have several owners and no key")
-        named = {page: key for key, page in self._page_of.items()}
-        _hold(named == self._key_of, "keys and pages do not name each other")
-        _hold(self._cached.keys() <= named.keys(), "a cached page has no key")
-        _hold(not named.keys() & set(self._blank), "a blank page has a key")
-
     def _take_one(self) -> int:
         if self._blank:
             return self._blank.pop()
@@ -138,8 +125,3 @@ def page_table(owned: Sequence[Sequence[int]]) -> Int32s:
     width = max(map(len, owned))
     padding = [SCRATCH_PAGE] * width
     return np.array([[*pages, *padding[len(pages) :]] for pages in owned], dtype=np.int32)
-
-
-def _hold(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.sampling import Sampler
-from deepseek_trt.plugins.cpu.sampling_row import TopLogprobs, unpack
 
 FinishReason = Literal["stop", "length"]
 
@@ -23,10 +22,6 @@ class Event(NamedTuple):  # made for every token: a frozen dataclass takes three
     finished: FinishReason | None
     logprob: float | None = None
     likeliest: bytes = b""
-
-    @property
-    def top_logprobs(self) -> TopLogprobs:
-        return unpack(self.likeliest)
 
 
 @dataclass

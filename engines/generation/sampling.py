@@ -51,13 +51,12 @@ class Sampler:
         """Tokens of the answer so far."""
         return int(self.row.made)
 
-    def pick(self, logits: Floats) -> int:
-        """The next token for logits [vocab]; of equal logits greedy takes the lowest id."""
-        return sample_rows([self], logits[None])[0][0]
-
 
 def sample_rows(samplers: Sequence[Sampler], logits: Floats, native: NativeSampler | None = None) -> list[Choice]:
-    """Pick a token for every row of logits [B, vocab], and remember it in the row's sampler."""
+    """Pick a token for every row of logits [B, vocab], and remember it in the row's sampler.
+
+    Of equal logits greedy takes the lowest id.
+    """
     return _native(samplers, logits, native) if native else _numpy(samplers, logits)
 
 

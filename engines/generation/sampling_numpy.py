@@ -72,11 +72,6 @@ def _powers(y: Floats) -> Floats:
     return powers
 
 
-def _weights(y: Floats) -> Int64s:
-    """_powers, rounded down."""
-    return _powers(y).astype(np.int64)
-
-
 def _log_sum(logits: Floats) -> float:
     """The natural logarithm of the sum of e^logits [vocab], eight at a time in float32 and those sums in float64."""
     padded = np.full(-(-len(logits) // _BLOCK) * _BLOCK, -np.inf, dtype=np.float32)
@@ -133,8 +128,8 @@ def _draw(logits: Floats, rows: Rows, top_k: int) -> Int64s:
     kept = logits if ids is None else np.take_along_axis(logits, ids, axis=1)
     steepness = _column(rows, "steepness").astype(np.float32)
     with np.errstate(over="ignore"):  # a tiny temperature leaves the likeliest token alone
-        weights = _weights((kept - np.maximum(kept.max(axis=1, keepdims=True), _LOWEST)) * steepness)
-    columns = _draw_columns(weights, rows)
+        powers = _powers((kept - np.maximum(kept.max(axis=1, keepdims=True), _LOWEST)) * steepness)
+    columns = _draw_columns(powers.astype(np.int64), rows)  # rounded down
     return columns if ids is None else np.take_along_axis(ids, columns[:, None], axis=1)[:, 0]
 
 

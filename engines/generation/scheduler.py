@@ -77,10 +77,6 @@ class Scheduler:
         self._next_id = 0
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def running(self) -> int:
         return len(self._running)
 
@@ -149,10 +145,6 @@ class Scheduler:
         rows = {w.request.id: row for w, row in work}
         ready = [request for request in self._running if request.id in rows and not request.left]
         return self._sample(ready, [rows[request.id] for request in ready])
-
-    def check_pages(self) -> None:
-        """RuntimeError when a page is lost, owned twice without being shared, or scratch and owned; for tests."""
-        self.pool.check(request.pages for request in [*self._running, *self._waiting])
 
     def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         return min(params.max_new_tokens, self._config.max_position_embeddings - len(prompt))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +55,10 @@ class Text:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def stream(self) -> TextStream:
-        return TextStream(self._tokenizer)
-
-
-class TextStream:
-    """One answer's text as it grows; bytes of an unfinished character are held back."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes, possibly none."""
-        return self._stream.step(self._tokenizer, token) or ""
+    def stream(self) -> Callable[[int], str]:
+        """A function from one answer's tokens, one after another, to the text that each completes, possibly none."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._tokenizer, token) or ""
 
 
 def render_chat(tokenizer_config: dict[str, Any], messages: Sequence[Message]) -> str:

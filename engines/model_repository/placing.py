@@ -7,37 +7,46 @@ import os
 import shutil
 from pathlib import Path
 
-from deepseek_trt.engines.plans.plan import PlanRecord
+from deepseek_trt.engines.plans.plan import PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
 
-_PLANS = (".plan", ".plan.json", ".plan.tmp")
+_RECORD = ".plan.json"
+_PLANS = (".plan", _RECORD, ".plan.tmp")  # of the tensorrt backend
 
 
-def carried_files(bundle: Bundle, backend: str) -> list[Path]:
-    """Every file that a repository for `backend` takes from the bundle, and the plugin libraries of its plans."""
-    if backend != "tensorrt":
-        return _bundle_files(bundle)
-    records = [bundle.path / f"{graph.name}.plan.json" for graph in bundle.manifest.graphs]
-    beside = {file for record in records for file in _plugin_files(bundle, PlanRecord.read(record))}
-    return [*_bundle_files(bundle), *(file.with_suffix("") for file in records), *records, *sorted(beside)]
+def carried_files(bundle: Bundle, backend: str) -> dict[str, Path]:
+    """Every file that a repository for `backend` takes from the bundle, by its path there.
+
+    Plans bring the plugin library that they want beside them, and the library's manifest.
+    """
+    files = (file for file in bundle.path.iterdir() if file.is_file() and not file.name.endswith(_PLANS))
+    carried = {file.name: file for file in sorted(files)}
+    for graph in bundle.manifest.graphs if backend == "tensorrt" else ():
+        plan = plan_path(bundle, graph.name)
+        record = plan.with_suffix(_RECORD)
+        carried |= {plan.name: plan, record.name: record}
+        built = PlanRecord.read(record)
+        if not built.spec.embed_plugins:
+            library = (bundle.path / built.plugin_library).resolve()
+            carried |= {f"{PLUGINS_FOLDER}/{f.name}": f for f in (library, library.with_name(MANIFEST))}
+    return carried
 
 
 def place_bundle(bundle: Bundle, backend: str, target: Path) -> None:
     """Make the folder `target`, and in it all that a session of `backend` reads."""
-    target.mkdir(parents=True)
-    for file in _bundle_files(bundle):
-        _place(file, target / file.name)
+    for name, file in carried_files(bundle, backend).items():
+        placed = target / name
+        placed.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(_RECORD):  # names the library where it lies in the repository
+            record = PlanRecord.read(file)
+            dataclasses.replace(record, plugin_library=f"{PLUGINS_FOLDER}/{LIBRARY}").write(placed)
+        else:
+            _place(file, placed)
     if backend == "tensorrt":
-        _place_plans(bundle, target)
         _place_compiled(bundle, target)  # they sample
     else:
         _place_prepared(bundle, target)
-
-
-def _bundle_files(bundle: Bundle) -> list[Path]:
-    """What every backend needs: the folder's files but plans; plugin libraries lie in a folder of their own."""
-    return sorted(file for file in bundle.path.iterdir() if file.is_file() and not file.name.endswith(_PLANS))
 
 
 def _place(source: Path, target: Path) -> None:
@@ -47,29 +56,6 @@ def _place(source: Path, target: Path) -> None:
         os.link(real, target)
     except OSError:  # another disk, or one without links
         shutil.copyfile(real, target)
-
-
-def _place_plans(bundle: Bundle, target: Path) -> None:
-    """Place plans, their plugin libraries, and records that name the library where it lies in the repository."""
-    for graph in bundle.manifest.graphs:
-        plan = bundle.path / f"{graph.name}.plan"
-        record = PlanRecord.read(plan.with_suffix(".plan.json"))
-        for file in _plugin_files(bundle, record):
-            placed = target / PLUGINS_FOLDER / file.name
-            placed.parent.mkdir(exist_ok=True)
-            if not placed.exists():  # another graph's plan wants it, too
-                _place(file, placed)
-        _place(plan, target / plan.name)
-        named = dataclasses.replace(record, plugin_library=f"{PLUGINS_FOLDER}/{LIBRARY}")
-        named.write(target / f"{plan.name}.json")
-
-
-def _plugin_files(bundle: Bundle, record: PlanRecord) -> tuple[Path, ...]:
-    """The plugin library that a plan wants beside it, and the library's manifest."""
-    if record.spec.embed_plugins:
-        return ()
-    library = (bundle.path / record.plugin_library).resolve()
-    return library, library.with_name(MANIFEST)
 
 
 def _place_prepared(bundle: Bundle, target: Path) -> None:

@@ -18,28 +18,25 @@ GENERATOR = f"{PACKAGE}.engines.serving.triton_model"
 CLASSIFIER = f"{PACKAGE}.engines.serving.classifier_model"
 # Imported by functions that the backend does not call.
 _LEFT_OUT = {
-    "ort": tuple(
-        f"{PACKAGE}.{name}"
-        for name in (
-            "export.heads",
-            "export.passes.widen",
-            "plugins.cpu.fuse",
-            "engines.sessions.torch",
-            "engines.sessions.tensorrt.session",
-        )
+    "ort": (
+        "export.heads",
+        "export.passes.widen",
+        "plugins.cpu.fuse",
+        "engines.sessions.torch",
+        "engines.sessions.tensorrt.session",
     ),
-    "tensorrt": tuple(f"{PACKAGE}.engines.sessions.{name}" for name in ("torch", "ort")),
+    "tensorrt": ("engines.sessions.torch", "engines.sessions.ort"),
 }
 
 
 def runtime_files(backend: str, start: str = GENERATOR) -> dict[str, Path]:
     """Map paths under runtime/ to the sources of the modules that the server imports for `start` with this backend."""
     modules: dict[str, Path] = {}
-    _gather(start, modules, _LEFT_OUT[backend])
+    _gather(start, modules, {f"{PACKAGE}.{name}" for name in _LEFT_OUT[backend]})
     return {_relative(name, path): path for name, path in sorted(modules.items())}
 
 
-def _gather(name: str, modules: dict[str, Path], left_out: tuple[str, ...]) -> None:
+def _gather(name: str, modules: dict[str, Path], left_out: set[str]) -> None:
     """Add `name`, its packages (the root, too: an installed one must not stand before it), and all that they import."""
     if not name or name in modules or name in left_out:
         return

@@ -10,14 +10,7 @@ from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, REQUIREMENTS
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
 from deepseek_trt.engines.serving.settings import ServingSettings
-from deepseek_trt.engines.serving.tensors import (
-    CLASSIFIER_INPUTS,
-    INPUTS,
-    MAX_BATCH_SIZE,
-    OUTPUTS,
-    Field,
-    classifier_outputs,
-)
+from deepseek_trt.engines.serving.tensors import CLASSIFIER_INPUTS, INPUTS, OUTPUTS, Field, classifier_outputs
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import CLASSIFICATION
 from deepseek_trt.export.errors import BundleError
@@ -111,7 +104,7 @@ def _generator(bundle: Bundle, name: str, settings: ServingSettings) -> Served:
         backend=settings.backend,
         start=GENERATOR,
         decoupled=True,
-        max_batch_size=MAX_BATCH_SIZE,
+        max_batch_size=1,  # its scheduler batches
         batching="response_cache { enable: false }",
         instance=f"name: {json.dumps(name)} count: 1 kind: {kind}",
         inputs=INPUTS,

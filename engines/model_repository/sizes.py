@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from deepseek_trt.engines.generation.pages import MIB, pages_needed, pages_within, sequence_pages
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.plans.check import Limits, limits_of, read_plans
+from deepseek_trt.engines.plans.plan import plan_path
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
@@ -56,7 +57,7 @@ def _backend(bundle: Bundle, wanted: str) -> str:
     """For auto the plans where there are both, else ONNX Runtime; this machine's GPU does not matter."""
     if wanted != "auto":
         return wanted
-    planned = all((bundle.path / f"{graph.name}.plan").is_file() for graph in bundle.manifest.graphs)
+    planned = all(plan_path(bundle, graph.name).is_file() for graph in bundle.manifest.graphs)
     return "tensorrt" if planned else "ort"
 
 

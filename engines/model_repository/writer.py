@@ -94,7 +94,7 @@ def _fingerprint(model: Served) -> str:
 
     That is config.pbtxt, which holds the request, the bundle's files by size and time, and this package's sources.
     """
-    carried = carried_files(model.bundle, model.backend)
+    carried = carried_files(model.bundle, model.backend).values()
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in carried]
     sources = [*runtime_files(model.backend, model.start).values(), *Path(__file__).parent.glob("*.py")]
     digest = hashlib.sha256(repr((config_pbtxt(model), stats)).encode())

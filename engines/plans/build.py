@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
-from deepseek_trt.engines.plans.parse import Parsed, first_reason, layers_by_kind, network_tensors, parse_graph
-from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, Profile, plan_path
+from deepseek_trt.engines.plans.parse import Parsed, layers_by_kind, network_tensors, parse_graph
+from deepseek_trt.engines.plans.plan import BuildSpec, Plan, PlanRecord, Profile, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec
@@ -25,11 +25,9 @@ BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
 
 
 @dataclass(frozen=True)
-class BuiltPlan:
-    """A plan on disk, and whether it was built now or had been built of the same inputs before."""
+class BuiltPlan(Plan):
+    """`fresh`: whether it was built now or had been built of the same inputs before."""
 
-    path: Path
-    record: PlanRecord
     fresh: bool
 
 
@@ -49,72 +47,100 @@ def build_with_library(
             f"{large[0].name} {list(large[0].shape)} holds 2^31 numbers or more, which TensorRT cannot take: "
             "run this bundle with ONNX Runtime, deepseek-trt generate --backend ort"
         )
-    messages: list[str] = []
-    flavour = open_flavour(spec.flavour, lambda severity, text: _keep(messages, severity, text))
+    flavour = open_flavour(spec.flavour)
     manifest = load_library(library, flavour.trt)
     if manifest.dtype != bundle.manifest.dtype:
         raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
     missing = [sm for sm in spec.sms if sm not in manifest.sms and not manifest.ptx_sms]
     if missing:
         raise BuildError(f"{library} has no kernels for SM {missing[0]}: run deepseek-trt plugins --sm {missing[0]}")
-    return tuple(
-        _build_one(bundle, graph, spec, flavour, library, manifest.sha256, messages, progress or (lambda *_: None))
-        for graph in bundle.manifest.graphs
-    )
+    build = _Build(bundle, spec, flavour, library, manifest.sha256, progress or (lambda *_: None))
+    return tuple(map(build.plan, bundle.manifest.graphs))
 
 
-def _build_one(
-    bundle: Bundle,
-    graph: GraphSpec,
-    spec: BuildSpec,
-    flavour: Flavour,
-    library: Path,
-    library_sha256: str,
-    messages: list[str],
-    progress: BuildProgress,
-) -> BuiltPlan:
-    path = plan_path(bundle, graph.name)
-    source = _source_sha256(bundle, graph, spec, flavour, library_sha256)
-    done = _up_to_date(path, source)
-    if done is not None:
-        return BuiltPlan(path, done, fresh=False)
-    messages.clear()
-    parsed = parse_graph(bundle, graph, spec, flavour, messages)
-    profile = profile_of(graph, bundle.manifest.cache, spec)
-    config = _configure(parsed, profile, spec, flavour, library, progress)
-    aside = path.with_suffix(".plan.tmp")
-    try:
-        _serialize(parsed, config, flavour, aside, messages)
-        record = PlanRecord(
-            graph=graph.name,
-            spec=spec,
-            flavour_version=flavour.version,
-            inputs=network_tensors(parsed.network, "input"),
-            weights=parsed.weights,
-            outputs=network_tensors(parsed.network, "output"),
-            profile=profile,
-            layers=layers_by_kind(parsed.network),
-            plugins=parsed.plugins,
-            plugin_library=os.path.relpath(library, bundle.path),
-            plugin_library_sha256=library_sha256,
-            source_sha256=source,
-            plan_sha256=file_sha256(aside),
-            plan_bytes=aside.stat().st_size,
-        )
-        path.with_suffix(".plan.json").unlink(missing_ok=True)  # never a record beside another plan
-        aside.rename(path)
-        record.write(path.with_suffix(".plan.json"))
-    finally:
-        aside.unlink(missing_ok=True)
-    return BuiltPlan(path, record, fresh=True)
+@dataclass(frozen=True)
+class _Build:
+    """What all plans of one build have in common."""
 
+    bundle: Bundle
+    spec: BuildSpec
+    flavour: Flavour
+    library: Path
+    library_sha256: str
+    progress: BuildProgress
 
-def _source_sha256(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour, library_sha256: str) -> str:
-    """Of all that decides what the plan holds; its small weights, or all of them, come from one export."""
-    digest = hashlib.sha256(bundle.graph_path(graph.name).read_bytes())
-    facts = [dataclasses.astuple(spec), flavour.name, flavour.version, library_sha256, bundle.manifest.fingerprint]
-    digest.update(repr(facts).encode())
-    return digest.hexdigest()
+    def plan(self, graph: GraphSpec) -> BuiltPlan:
+        path, source = plan_path(self.bundle, graph.name), self._source_sha256(graph)
+        done = _up_to_date(path, source)
+        if done is not None:
+            return BuiltPlan(path, done, fresh=False)
+        self.flavour.log.errors.clear()
+        parsed = parse_graph(self.bundle, graph, self.spec, self.flavour)
+        profile = profile_of(graph, self.bundle.manifest.cache, self.spec)
+        config = self._configure(parsed, profile)
+        aside = path.with_suffix(".plan.tmp")
+        try:
+            self._serialize(parsed, config, aside)
+            record = PlanRecord(
+                graph=graph.name,
+                spec=self.spec,
+                flavour_version=self.flavour.version,
+                inputs=network_tensors(parsed.network, "input"),
+                weights=parsed.weights,
+                outputs=network_tensors(parsed.network, "output"),
+                profile=profile,
+                layers=layers_by_kind(parsed.network),
+                plugins=parsed.plugins,
+                plugin_library=os.path.relpath(self.library, self.bundle.path),
+                plugin_library_sha256=self.library_sha256,
+                source_sha256=source,
+                plan_sha256=file_sha256(aside),
+                plan_bytes=aside.stat().st_size,
+            )
+            path.with_suffix(".plan.json").unlink(missing_ok=True)  # never a record beside another plan
+            aside.rename(path)
+            record.write(path.with_suffix(".plan.json"))
+        finally:
+            aside.unlink(missing_ok=True)
+        return BuiltPlan(path, record, fresh=True)
+
+    def _source_sha256(self, graph: GraphSpec) -> str:
+        """Of all that decides what the plan holds; its small weights, or all of them, come from one export."""
+        digest = hashlib.sha256(self.bundle.graph_path(graph.name).read_bytes())
+        versions = [self.flavour.name, self.flavour.version, self.library_sha256]
+        facts = [dataclasses.astuple(self.spec), *versions, self.bundle.manifest.fingerprint]
+        digest.update(repr(facts).encode())
+        return digest.hexdigest()
+
+    def _configure(self, parsed: Parsed, profile: Profile) -> Any:
+        trt = self.flavour.trt
+        config = parsed.builder.create_builder_config()
+        shapes = parsed.builder.create_optimization_profile()
+        for name, (smallest, likeliest, largest) in profile.shapes.items():
+            shapes.set_shape(name, smallest, likeliest, largest)
+        if config.add_optimization_profile(shapes) < 0:
+            raise BuildError(f"{self.flavour.name} refuses the profile {profile.shapes}")
+        self.flavour.set_chips(config, self.spec.sms)
+        config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
+        if self.spec.embed_plugins:
+            config.plugins_to_serialize = [str(self.library)]
+        config.progress_monitor = _monitor(trt, self.progress)
+        return config
+
+    def _serialize(self, parsed: Parsed, config: Any, path: Path) -> None:
+        """Build, and write the plan as it is made where the flavour can stream."""
+        if hasattr(parsed.builder, "build_serialized_network_to_stream"):
+            with path.open("wb") as out:
+                stream = _writer(self.flavour.trt, out.write)
+                built = parsed.builder.build_serialized_network_to_stream(parsed.network, config, stream)
+        else:
+            plan = parsed.builder.build_serialized_network(parsed.network, config)
+            built = plan is not None
+            if built:
+                path.write_bytes(memoryview(plan))
+        if not built:
+            raise BuildError(f"{self.flavour.name} cannot build {path.stem}: {self.flavour.log.last()}")
 
 
 def _up_to_date(path: Path, source: str) -> PlanRecord | None:
@@ -126,41 +152,6 @@ def _up_to_date(path: Path, source: str) -> PlanRecord | None:
         return None
     same = record.source_sha256 == source and record.plan_bytes == path.stat().st_size
     return record if same and record.plan_sha256 == file_sha256(path) else None
-
-
-def _configure(
-    parsed: Parsed, profile: Profile, spec: BuildSpec, flavour: Flavour, library: Path, progress: BuildProgress
-) -> Any:
-    trt = flavour.trt
-    config = parsed.builder.create_builder_config()
-    shapes = parsed.builder.create_optimization_profile()
-    for name, (smallest, likeliest, largest) in profile.shapes.items():
-        shapes.set_shape(name, smallest, likeliest, largest)
-    if config.add_optimization_profile(shapes) < 0:
-        raise BuildError(f"{flavour.name} refuses the profile {profile.shapes}")
-    flavour.set_chips(config, spec.sms)
-    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
-    if spec.embed_plugins:
-        config.plugins_to_serialize = [str(library)]
-    config.progress_monitor = _monitor(trt, progress)
-    return config
-
-
-def _serialize(parsed: Parsed, config: Any, flavour: Flavour, path: Path, messages: list[str]) -> None:
-    """Build, and write the plan as it is made where the flavour can stream."""
-    if hasattr(parsed.builder, "build_serialized_network_to_stream"):
-        with path.open("wb") as out:
-            built = parsed.builder.build_serialized_network_to_stream(
-                parsed.network, config, _writer(flavour.trt, out.write)
-            )
-    else:
-        plan = parsed.builder.build_serialized_network(parsed.network, config)
-        built = plan is not None
-        if built:
-            path.write_bytes(memoryview(plan))
-    if not built:
-        raise BuildError(f"{flavour.name} cannot build {path.stem}: {first_reason([], messages)}")
 
 
 def _writer(trt: Any, write: Callable[[Any], Any]) -> Any:
@@ -194,9 +185,3 @@ def _monitor(trt: Any, progress: BuildProgress) -> Any:
             progress(phase_name, steps, steps)
 
     return Monitor()
-
-
-def _keep(messages: list[str], severity: str, text: str) -> None:
-    """What can explain a failure; TensorRT logs every verbose line, too, and those would pile up with the layers."""
-    if severity in ("INTERNAL_ERROR", "ERROR"):
-        messages.append(f"{severity}: {text}")

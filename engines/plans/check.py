@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_trt.engines.plans.flavour import MODULES, Flavour
-from deepseek_trt.engines.plans.plan import PlanRecord, plan_path
+from deepseek_trt.engines.plans.plan import Plan, PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec, TensorSpec, past_name
 from deepseek_trt.export.errors import BackendError, BundleError
@@ -14,14 +14,6 @@ from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.tensorrt.manifest import Manifest, read_manifest
 
 AGAIN = "run deepseek-trt build again"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A plan on disk, and what lies beside it."""
-
-    path: Path
-    record: PlanRecord
 
 
 @dataclass(frozen=True)

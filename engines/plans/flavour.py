@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -18,16 +19,34 @@ MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 # What the builder cannot do without; a TensorRT that lacks one is older than 10.15.
 _NEEDED = (("OnnxParserFlag", "ENABLE_PLUGIN_OVERRIDE"), ("PreviewFeature", "ALIASED_PLUGIN_IO_10_03"))
 
-Log = Callable[[str, str], None]  # severity ("ERROR", "WARNING", ...), message
+
+class ErrorLog:
+    """TensorRT's last errors, each a severity and a message: it explains itself nowhere else."""
+
+    def __init__(self) -> None:
+        self.errors: collections.deque[tuple[str, str]] = collections.deque(maxlen=100)
+
+    def __call__(self, severity: str, message: str) -> None:
+        """Keep errors; TensorRT logs every verbose line, too, and those would pile up with the layers."""
+        if severity in ("INTERNAL_ERROR", "ERROR"):
+            self.errors.append((severity, message))
+
+    def first(self) -> str:
+        """The first message since `errors` were cleared; later ones are mostly consequences of it."""
+        return self.errors[0][1].strip() if self.errors else "no reason was logged"
+
+    def last(self) -> str:
+        return ": ".join(self.errors[-1]) if self.errors else "no reason was logged"
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """One installed TensorRT, and what can be asked of it."""
+    """One installed TensorRT, and what can be asked of it; its logger hands on to `log`."""
 
     name: str
     trt: ModuleType
     logger: Any
+    log: ErrorLog = field(default_factory=ErrorLog)
 
     @property
     def version(self) -> str:
@@ -61,7 +80,7 @@ class Flavour:
         return 0 if flag is None else 1 << int(flag)
 
 
-def open_flavour(name: str, log: Log | None = None) -> Flavour:
+def open_flavour(name: str) -> Flavour:
     """Import the flavour `name`; BuildError saying how to install it where it is absent or too old."""
     try:
         trt = importlib.import_module(MODULES[name])
@@ -70,13 +89,14 @@ def open_flavour(name: str, log: Log | None = None) -> Flavour:
     for owner, member in _NEEDED:
         if not hasattr(getattr(trt, owner, None), member):
             raise BuildError(f"{MODULES[name]} {trt.__version__} lacks {owner}.{member}: {INSTALL[name]}")
-    return Flavour(name, trt, _logger(trt, log or (lambda severity, message: None)))
+    log = ErrorLog()
+    return Flavour(name, trt, _logger(trt, log), log)
 
 
 _LOGGERS: dict[str, Any] = {}
 
 
-def _logger(trt: ModuleType, log: Log) -> Any:
+def _logger(trt: ModuleType, log: ErrorLog) -> Any:
     """TensorRT keeps a process's first logger and ignores later ones: so there is one, whose target can change."""
     if trt.__name__ not in _LOGGERS:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +39,7 @@ class Parsed:
     plugins: dict[str, int]
 
 
-def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour, messages: list[str]) -> Parsed:
+def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour) -> Parsed:
     """Parse the graph with plugins in place of the custom ops' bodies, and make sure that none fell back."""
     trt = flavour.trt
     builder = trt.Builder(flavour.logger)
@@ -57,8 +56,11 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     else:
         parsed = parser.parse_from_file(str(bundle.graph_path(graph.name)))
     if not parsed:
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise BuildError(f"{flavour.name} cannot parse {graph.file}: {first_reason(errors, messages)}")
+        reason = flavour.log.last()
+        if parser.num_errors:
+            error = parser.get_error(0)
+            reason = f"{error.node_name()} ({error.node_operator()}): {error.desc()}"
+        raise BuildError(f"{flavour.name} cannot parse {graph.file}: {reason}")
     found = _plugins(network)
     if found != dict(wanted):
         raise BuildError(f"{graph.file}: plugins took over {found}, not {dict(wanted)}: build the plugin library again")
@@ -87,15 +89,10 @@ def _embed_small(bundle: Bundle, model: ir.Model) -> None:
 
 
 def _plugins(network: Any) -> dict[str, int]:
-    """Plugin layers by the op that they run."""
-    names = (network.get_layer(i) for i in range(network.num_layers))
-    kinds = [layer for layer in names if layer.type.name == "PLUGIN_V3"]
-    return dict(collections.Counter(_op_of(layer.name) for layer in kinds))
-
-
-def _op_of(layer: str) -> str:
-    """The parser names a plugin's layer after its node, which export names <Op>_<n>."""
-    return layer.split("_", 1)[0]
+    """Plugin layers by the op that they run; the parser names one after its node, which export names <Op>_<n>."""
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    plugins = (layer.name for layer in layers if layer.type.name == "PLUGIN_V3")
+    return dict(collections.Counter(name.split("_", 1)[0] for name in plugins))
 
 
 def layers_by_kind(network: Any) -> dict[str, int]:
@@ -109,10 +106,3 @@ def network_tensors(network: Any, kind: str) -> tuple[TensorSpec, ...]:
     count = getattr(network, f"num_{kind}s")
     tensors = [getattr(network, f"get_{kind}")(i) for i in range(count)]
     return tuple(TensorSpec(t.name, DTYPES[t.dtype.name], tuple(int(d) for d in t.shape)) for t in tensors)
-
-
-def first_reason(errors: Sequence[Any], messages: list[str]) -> str:
-    """What a person should read of a failure: the parser's first error, else the log's last error."""
-    if errors:
-        return f"{errors[0].node_name()} ({errors[0].node_operator()}): {errors[0].desc()}"
-    return messages[-1] if messages else "no reason was logged"

@@ -86,6 +86,14 @@ class PlanRecord:
             raise BundleError(f"{path} is damaged ({error!r}): build the plans again") from None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk, and what lies beside it."""
+
+    path: Path
+    record: PlanRecord
+
+
 def _three(shapes: list[list[int]]) -> tuple[Shape, Shape, Shape]:
     smallest, likeliest, largest = (tuple(shape) for shape in shapes)
     return smallest, likeliest, largest

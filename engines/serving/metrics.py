@@ -63,11 +63,8 @@ METRICS = (
 class Board(Protocol):
     """Where metrics are shown. One thread at a time."""
 
-    def add(self, metric: MetricSpec, value: float, label: str = "") -> None: ...
-
-    def set(self, metric: MetricSpec, value: float) -> None: ...
-
-    def observe(self, metric: MetricSpec, value: float) -> None: ...
+    def show(self, metric: MetricSpec, value: float, label: str = "") -> None:
+        """Add `value` to a counter, set a gauge to it, or let a histogram observe it."""
 
 
 @dataclass(frozen=True)
@@ -81,66 +78,52 @@ class Ended:
     seconds_per_output_token: float | None = None
 
 
-@dataclass(frozen=True)
-class Gauges:
-    """What the scheduler holds at one moment; preemptions are counted from its start."""
-
-    batch_size: int
-    inflight_requests: int
-    pages_used: int
-    pages_free: int
-    preemptions: int
-
-
 class Metrics:
     """Gathers ended requests, and shows them on the board when flushed. One thread at a time."""
 
-    def __init__(self, board: Board | None = None) -> None:
+    def __init__(self, board: Board) -> None:
         self._board = board
         self._ended: list[Ended] = []
-        self._shown: dict[MetricSpec, float] = {}
-        self._preemptions = 0
+        self._shown: dict[MetricSpec, float] = {PREEMPTIONS: 0}
         self._flushed = 0.0
 
     def ended(self, ended: Ended) -> None:
         self._ended.append(ended)
 
-    def flush(self, now: float | None, gauges: Callable[[], Gauges]) -> None:
-        """Show what is new: at once where `now` is None, else if the last time is _EVERY ago. Never raises."""
+    def flush(self, now: float | None, held: Callable[[], dict[MetricSpec, int]]) -> None:
+        """Show what is new: at once where `now` is None, else if the last time is _EVERY ago. Never raises.
+
+        `held` gives what the service holds now, and of counters what they have come to since it began.
+        """
         if now is not None and now - self._flushed < _EVERY:
             return
         self._flushed = now or self._flushed
         ended, self._ended = self._ended, []
-        if self._board is None:
-            return
         try:
-            self._show_ended(self._board, ended)
-            self._show_gauges(self._board, gauges())
+            self._show_ended(ended)
+            self._show_held(held())
         except Exception:  # answers matter more
             _log.exception("metrics could not be handed on")
 
-    def _show_ended(self, board: Board, ended: list[Ended]) -> None:
+    def _show_ended(self, ended: list[Ended]) -> None:
         for result in RESULTS:
-            _add(board, REQUESTS, sum(each.result == result for each in ended), result)
-        _add(board, CANCELLATIONS, sum(each.result == "cancelled" for each in ended))
-        _add(board, INPUT_TOKENS, sum(each.input_tokens for each in ended))
-        _add(board, OUTPUT_TOKENS, sum(each.output_tokens for each in ended))
+            self._add(REQUESTS, sum(each.result == result for each in ended), result)
+        self._add(CANCELLATIONS, sum(each.result == "cancelled" for each in ended))
+        self._add(INPUT_TOKENS, sum(each.input_tokens for each in ended))
+        self._add(OUTPUT_TOKENS, sum(each.output_tokens for each in ended))
         for each in ended:
             if each.seconds_to_first_token is not None:
-                board.observe(FIRST_TOKEN, each.seconds_to_first_token)
+                self._board.show(FIRST_TOKEN, each.seconds_to_first_token)
             if each.seconds_per_output_token is not None:
-                board.observe(EACH_TOKEN, each.seconds_per_output_token)
+                self._board.show(EACH_TOKEN, each.seconds_per_output_token)
 
-    def _show_gauges(self, board: Board, gauges: Gauges) -> None:
-        _add(board, PREEMPTIONS, gauges.preemptions - self._preemptions)
-        self._preemptions = gauges.preemptions
-        values = (gauges.batch_size, gauges.inflight_requests, gauges.pages_used, gauges.pages_free)
-        for metric, value in zip((BATCH_SIZE, INFLIGHT, PAGES_USED, PAGES_FREE), values, strict=True):
-            if self._shown.get(metric) != value:
-                board.set(metric, value)
+    def _show_held(self, held: dict[MetricSpec, int]) -> None:
+        for metric, value in held.items():
+            before = self._shown.get(metric)
+            if value != before:
+                self._board.show(metric, value - (before or 0) if metric.kind == "counter" else value)
                 self._shown[metric] = value
 
-
-def _add(board: Board, metric: MetricSpec, value: float, label: str = "") -> None:
-    if value:
-        board.add(metric, value, label)
+    def _add(self, metric: MetricSpec, value: float, label: str = "") -> None:
+        if value:
+            self._board.show(metric, value, label)

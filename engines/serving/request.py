@@ -22,8 +22,7 @@ DEFAULT_MAX_TOKENS = 128
 # What tritonserver and its clients add to a request's parameters by themselves.
 _OWN_PARAMETERS = ("id", "binary_data_output", "sequence_id", "sequence_start", "sequence_end")
 _OWN_PREFIX = "triton_"
-_SAMPLING = ("top_k", "top_p", "min_p", "temperature")
-_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_SAMPLING = ("top_k", "top_p", "min_p", "temperature", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _sampling(tensors: Tensors) -> SamplingParams:
     if max_tokens < 1:
         raise RequestError(f"max_tokens {max_tokens}: must be at least 1 (an int32: 2147483648 and more wrap)")
     defaults = SamplingParams()
-    numbers = {name: _scalar(tensors, name, getattr(defaults, name)) for name in (*_SAMPLING, *_PENALTIES)}
+    numbers = {name: _scalar(tensors, name, getattr(defaults, name)) for name in _SAMPLING}
     return SamplingParams(
         max_new_tokens=max_tokens,
         min_tokens=_scalar(tensors, "min_tokens", 0),

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from deepseek_trt.engines.generation.answer import Answer
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.request import Event
-from deepseek_trt.engines.serving.metrics import Ended, Gauges, Metrics
+from deepseek_trt.engines.serving import metrics as m
 from deepseek_trt.engines.serving.request import Tensors, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream
 from deepseek_trt.export.errors import BackendError, DeepseekTrtError
@@ -50,14 +50,14 @@ class Service:
     nothing is taken, and what still runs after `drain_seconds` is ended with an error.
     """
 
-    def __init__(self, llm: LLM, max_inflight: int, drain_seconds: float, metrics: Metrics, host: Host) -> None:
+    def __init__(self, llm: LLM, max_inflight: int, drain_seconds: float, metrics: m.Metrics, host: Host) -> None:
         if llm.text is None:
             raise BackendError("the bundle has no tokenizer.json: export a checkpoint that has one")
         self._llm, self._text = llm, llm.text
         self._max_inflight, self._drain_seconds = max_inflight, drain_seconds
         self._metrics, self._host = metrics, host
         self._admission = threading.Lock()  # guards the three below
-        self._live: set[Stream] = set()
+        self._live: set[Stream] = set()  # have not had their final response
         self._closed = ""  # why nothing is taken any more
         self._abort_at = math.inf  # when what is live is ended with an error
         self._failure = ""  # of the engine, to be told to the host
@@ -94,11 +94,6 @@ class Service:
         self._wake.set()
         self._thread.join()
         self._llm.close()
-
-    @property
-    def live(self) -> int:
-        """Requests that have not had their final response."""
-        return len(self._live)
 
     def _submit(self, stream: Stream) -> None:
         with self._admission:
@@ -153,16 +148,18 @@ class Service:
                 looked = now
                 for stream in tuple(self._live):
                     self._guard(stream, self._poll)
-                self._metrics.flush(now, self._gauges)
+                self._metrics.flush(now, self._held)
             if now - asked >= _ASK_AFTER or self._failure:
                 asked = now
                 self._talk_to_host()
-        self._metrics.flush(None, self._gauges)
+        self._metrics.flush(None, self._held)
 
     def _send_ready(self) -> None:
         """Send everything that is there now; what comes meanwhile is for the next round."""
         for _ in range(len(self._refused)):
-            self._send_refusal(*self._refused.popleft())
+            channel, failure = self._refused.popleft()
+            self._send(channel, failure, final=True)
+            self._metrics.ended(m.Ended(failure.kind))
         for _ in range(len(self._ready)):
             self._guard(self._ready.popleft(), self._advance)
         if self._ready:
@@ -184,7 +181,7 @@ class Service:
             work(stream)
         except Exception as error:
             _log.exception("a request has failed")
-            self._finish(stream, "failed", Failure("failed", f"{type(error).__name__}: {error}"))
+            self._finish(stream, Failure("failed", f"{type(error).__name__}: {error}"))
 
     def _advance(self, stream: Stream) -> None:
         if stream not in self._live:
@@ -194,17 +191,15 @@ class Service:
             return
         stream.queued = False  # before taking, so that what comes meanwhile is told of
         response = stream.take()
-        if isinstance(response, Failure):
-            self._finish(stream, response.kind, response)
-        elif response and response.finish_reason:
-            self._finish(stream, "ok", response)
+        if isinstance(response, Failure) or (response and response.finish_reason):
+            self._finish(stream, response)
         elif response:
             self._send(stream.channel, response, final=False)
 
     def _poll(self, stream: Stream) -> None:
         failure = self._reason_to_end(stream, time.perf_counter()) if stream.ticket else None
         if failure:
-            self._finish(stream, failure.kind, failure)
+            self._finish(stream, failure)
 
     def _reason_to_end(self, stream: Stream, now: float) -> Failure | None:
         if now >= self._abort_at:
@@ -218,7 +213,7 @@ class Service:
             return Failure("cancelled", f"the request was cancelled after {stream.made} tokens")
         return None
 
-    def _finish(self, stream: Stream, result: str, response: Response | Failure) -> None:
+    def _finish(self, stream: Stream, response: Response | Failure) -> None:
         """Send the final response; the request is over even where it cannot be sent."""
         try:
             if stream.ticket:  # has ended, unless with a failure or a stop string
@@ -228,11 +223,7 @@ class Service:
             with self._admission:
                 self._live.discard(stream)
             stream.ticket = None  # it leads back to the stream: shared memory would wait for the garbage collector
-            self._metrics.ended(_ended(stream, result))
-
-    def _send_refusal(self, channel: Channel, failure: Failure) -> None:
-        self._send(channel, failure, final=True)
-        self._metrics.ended(Ended(failure.kind))
+            self._metrics.ended(_ended(stream, response))
 
     def _send(self, channel: Channel, response: Response | Failure, final: bool) -> None:
         """Send, or send an empty final response where that fails: the client must not wait for ever."""
@@ -245,26 +236,26 @@ class Service:
             with contextlib.suppress(Exception):
                 channel.send(None, final=True)
 
-    def _gauges(self) -> Gauges:
+    def _held(self) -> dict[m.MetricSpec, int]:
         scheduler = self._llm.scheduler
         free = scheduler.pool.free
-        return Gauges(
-            batch_size=scheduler.running,
-            inflight_requests=len(self._live),
-            pages_used=scheduler.pool.pages - 1 - free,
-            pages_free=free,
-            preemptions=scheduler.counters.preemptions,
-        )
+        return {
+            m.PREEMPTIONS: scheduler.counters.preemptions,
+            m.BATCH_SIZE: scheduler.running,
+            m.INFLIGHT: len(self._live),
+            m.PAGES_USED: scheduler.pool.pages - 1 - free,
+            m.PAGES_FREE: free,
+        }
 
 
 class _RefusedError(Exception):
     """The service takes no request now, right as this one may be."""
 
 
-def _ended(stream: Stream, result: str) -> Ended:
+def _ended(stream: Stream, response: Response | Failure) -> m.Ended:
     first, more = stream.first_token, stream.made - 1
-    return Ended(
-        result,
+    return m.Ended(
+        response.kind if isinstance(response, Failure) else "ok",
         input_tokens=len(stream.request.prompt_ids),
         output_tokens=stream.made,
         seconds_to_first_token=first - stream.arrived if first is not None else None,

@@ -15,8 +15,6 @@ class Field:
     optional: bool = True
 
 
-MAX_BATCH_SIZE = 1  # a generator's: its scheduler batches
-
 INPUTS = (
     Field("text_input", "TYPE_STRING"),
     Field("messages", "TYPE_STRING"),

@@ -26,6 +26,7 @@ _CODES = {
     "timeout": "CANCELLED",
     "failed": "INTERNAL",
 }
+_SHOWS = {"counter": "increment", "gauge": "set", "histogram": "observe"}
 
 
 class TritonPythonModel:
@@ -115,14 +116,8 @@ class MetricBoard:
             for value in spec.values
         }
 
-    def add(self, metric: MetricSpec, value: float, label: str = "") -> None:
-        self._metrics[metric, label].increment(value)
-
-    def set(self, metric: MetricSpec, value: float) -> None:
-        self._metrics[metric, ""].set(value)
-
-    def observe(self, metric: MetricSpec, value: float) -> None:
-        self._metrics[metric, ""].observe(value)
+    def show(self, metric: MetricSpec, value: float, label: str = "") -> None:
+        getattr(self._metrics[metric, label], _SHOWS[metric.kind])(value)
 
 
 def _metric(family: Any, spec: MetricSpec, labels: dict[str, str], value: str) -> Any:

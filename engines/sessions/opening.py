@@ -101,9 +101,7 @@ class Surroundings:
     """What a choice depends on beside the bundle; tests give others."""
 
     gpu: Callable[[], str | None] = visible_gpu
-    ort_providers: Callable[[], list[str]] = lambda: list(
-        importlib.import_module("onnxruntime").get_available_providers()
-    )
+    ort_providers: Callable[[], list[str]] = lambda: importlib.import_module("onnxruntime").get_available_providers()
 
 
 def check_generates(bundle: Bundle) -> None:

@@ -13,8 +13,8 @@ import onnxruntime as ort
 
 from deepseek_trt.engines.sessions.huge_pages import weights_fit, weights_in_memory, zeros
 from deepseek_trt.engines.sessions.prepared import fused_decode, widened_graph
-from deepseek_trt.engines.sessions.session import Session, widening_note
-from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.engines.sessions.session import GraphPair, widening_note
+from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
 from deepseek_trt.export.bundle.weights import WeightReader
@@ -104,7 +104,7 @@ def ort_values(arrays: Arrays) -> OrtValues:
     return {name: _ort_value(array) for name, array in arrays.items()}
 
 
-class _BoundSession(Session):
+class _BoundSession(GraphPair):
     """Both graphs over one set of page pools; each pool is bound as past and present at once."""
 
     backend = "ort"
@@ -125,14 +125,7 @@ class _BoundSession(Session):
                 binding.bind_ortvalue_input(past_name(layer), pool)
                 binding.bind_ortvalue_output(present_name(layer), pool)
 
-    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        feeds: Arrays = {"input_ids": input_ids, "sequence_lengths": sequence_lengths}
-        return self._run("prefill", feeds | {"past_lengths": past_lengths, "page_table": page_table})
-
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        return self._run("decode", {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table})
-
-    def _run(self, graph: str, feeds: Arrays) -> Floats:
+    def compute(self, graph: str, feeds: Arrays) -> Floats:
         binding = self._bindings[graph]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))

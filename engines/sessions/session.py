@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deepseek_trt.export.arrays import Array, Floats, Int32s, Int64s
+from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.plugins.cpu.library import ExpertsHit
@@ -54,6 +54,22 @@ class Session(Protocol):
     def close(self) -> None:
         """Give back what it holds beside this process's memory; happens by itself when the session goes."""
         return None
+
+
+class GraphPair(Session):
+    """A session whose graphs both run in one way, `compute`."""
+
+    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        feeds: Arrays = {"input_ids": input_ids, "sequence_lengths": sequence_lengths}
+        return self.compute("prefill", feeds | {"past_lengths": past_lengths, "page_table": page_table})
+
+    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        feeds: Arrays = {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table}
+        return self.compute("decode", feeds)
+
+    def compute(self, graph: str, feeds: Arrays) -> Floats:
+        """Run the graph "prefill" or "decode" on its inputs by name, in its order."""
+        raise NotImplementedError
 
 
 def row_latents(session: Session, layer: int, pages: Int32s, length: int) -> Floats:

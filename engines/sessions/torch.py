@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.export.arrays import Array, Floats, Int32s, Int64s
+from deepseek_trt.engines.sessions.session import GraphPair
+from deepseek_trt.export.arrays import Array, Arrays, Floats
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.heads import Features, Scores
@@ -20,7 +20,7 @@ Weights = Callable[[str], torch.Tensor]  # by the name of a graph tensor
 Model = TypeVar("Model", bound=DeepseekV2 | Features | Scores)
 
 
-class TorchSession(Session):
+class TorchSession(GraphPair):
     """Eager torch on the CPU, in float32 unless told otherwise."""
 
     backend = "torch"
@@ -35,15 +35,9 @@ class TorchSession(Session):
         self._pools = [torch.zeros(shape, dtype=getattr(torch, dtype)) for _ in range(self.cache.layers)]
 
     @torch.inference_mode()
-    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        ids, lengths, past, table = _given(input_ids, sequence_lengths, past_lengths, page_table)
-        logits, self._pools = self.model.prefill(ids, lengths, past, table, self._pools)
-        return _floats(logits)
-
-    @torch.inference_mode()
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        ids, past, table = _given(input_ids, past_lengths, page_table)
-        logits, self._pools = self.model.decode(ids, past, table, self._pools)
+    def compute(self, graph: str, feeds: Arrays) -> Floats:
+        given = [torch.from_numpy(np.ascontiguousarray(array)) for array in feeds.values()]
+        logits, self._pools = getattr(self.model, graph)(*given, self._pools)
         return _floats(logits)
 
     def pool(self, layer: int) -> Array:
@@ -72,10 +66,6 @@ def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | No
     model.model.rope = rope
     model.eval()
     return model
-
-
-def _given(*arrays: Array) -> list[torch.Tensor]:
-    return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
 
 
 def bundle_weights(bundle: Bundle) -> Weights:

@@ -61,9 +61,6 @@ class FakeDevice:
     def activate(self):
         self.active = True
 
-    def free_bytes(self):
-        return self.room
-
     def allocate(self, nbytes, what):
         if nbytes > self.room:
             raise BackendError(f"{self.name} has no room for {what}")

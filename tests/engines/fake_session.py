@@ -5,6 +5,8 @@ A wrong page, a page that another row wrote, a stale length or a token twice cha
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from deepseek_trt.engines.sessions.session import Session
@@ -39,6 +41,30 @@ def logits_after(tokens):
     for position, token in enumerate(tokens):
         values.append(value_after(values[-1], token, position))
     return logits_of(values[1:])
+
+
+def check_pages(scheduler):
+    """RuntimeError when a page is lost, owned twice without being shared, or scratch and owned."""
+    check_pool(scheduler.pool, [request.pages for request in [*scheduler._running, *scheduler._waiting]])
+
+
+def check_pool(pool, owned):
+    """RuntimeError unless the pool's books agree with `owned`, the pages of every owner, and no page is lost."""
+    counts = Counter(page for pages in owned for page in pages)
+    _hold(dict(counts) == pool._owners, f"owners {pool._owners} but tables hold {dict(counts)}")
+    states = [*pool._blank, *pool._cached, *pool._owners]
+    _hold(sorted(states) == list(range(1, pool.pages)), f"pages 1..{pool.pages - 1} are kept as {sorted(states)}")
+    shared = [page for page, count in counts.items() if count > 1]
+    _hold(all(page in pool._key_of for page in shared), f"of {shared} some have several owners and no key")
+    named = {page: key for key, page in pool._page_of.items()}
+    _hold(named == pool._key_of, "keys and pages do not name each other")
+    _hold(pool._cached.keys() <= named.keys(), "a cached page has no key")
+    _hold(not named.keys() & set(pool._blank), "a blank page has a key")
+
+
+def _hold(condition, message):
+    if not condition:
+        raise RuntimeError(message)
 
 
 class FakeSession(Session):

@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.ort import open_graph
-from deepseek_trt.engines.sessions.session import Session, widening_note
-from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.engines.sessions.session import GraphPair, Session, widening_note
+from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.graph import DOMAIN, past_name
 from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.passes.widen import WidenBfloat16
@@ -26,7 +26,7 @@ from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.steps import Step
 
 
-class ExportedSession(Session):
+class ExportedSession(GraphPair):
     """Custom ops by their function bodies; bfloat16 bundles are computed in float32.
 
     `seen` holds the inner values of the last call, of the places that `show` named, by probe name.
@@ -52,18 +52,10 @@ class ExportedSession(Session):
         for graph in ("prefill", "decode"):
             self._loaded(graph)
 
-    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        feeds: Arrays = {"input_ids": input_ids, "sequence_lengths": sequence_lengths}
-        return self._run("prefill", feeds | {"past_lengths": past_lengths, "page_table": page_table})
-
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        feeds: Arrays = {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table}
-        return self._run("decode", feeds)
-
     def pool(self, layer: int) -> Array:
         return self._pools[past_name(layer)]
 
-    def _run(self, graph: str, feeds: Arrays) -> Floats:
+    def compute(self, graph: str, feeds: Arrays) -> Floats:
         logits, self.seen, presents = self._loaded(graph).run(feeds | self._pools)
         self._pools = dict(zip(self._pools, presents, strict=True))
         return logits

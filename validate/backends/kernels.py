@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from deepseek_trt.engines.sessions.torch import TorchSession
-from deepseek_trt.export.arrays import Floats, Int32s, Int64s
+from deepseek_trt.export.arrays import Arrays, Floats
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.spec import OpSpec
@@ -51,10 +51,6 @@ class KernelSession(TorchSession):
         super().__init__(bundle, pages, bundle.manifest.dtype)
         self.note = f"custom ops by their Triton kernels in the interpreter, in {bundle.manifest.dtype}"
 
-    def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+    def compute(self, graph: str, feeds: Arrays) -> Floats:
         with _kernels():
-            return super().prefill(input_ids, sequence_lengths, past_lengths, page_table)
-
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        with _kernels():
-            return super().decode(input_ids, past_lengths, page_table)
+            return super().compute(graph, feeds)

@@ -72,12 +72,8 @@ class CudaDevice:
     def activate(self) -> None:
         self._call("cuCtxSetCurrent", self._context)
 
-    def free_bytes(self) -> int:
-        free, _ = self._call("cuMemGetInfo")
-        return int(free)
-
     def allocate(self, nbytes: int, what: str) -> int:
-        free = self.free_bytes()
+        free, _ = self._call("cuMemGetInfo")
         error, *found = self._driver.cuMemAlloc(max(nbytes, 1))
         if error == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise BackendError(

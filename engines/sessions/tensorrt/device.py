@@ -12,6 +12,11 @@ import numpy.typing as npt
 ALIGNMENT = 256  # bytes; what TensorRT asks of activation memory, and more than what the kernels ask of tensors
 
 
+def aligned(nbytes: int) -> int:
+    """`nbytes`, rounded up so that what comes next is aligned."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Pinned:
     """Page-locked host memory: `array` uint8 [n] at `address`. Do not touch it once it is given back."""
@@ -32,8 +37,6 @@ class Device(Protocol):
 
     def activate(self) -> None:
         """Make this GPU the calling thread's, for TensorRT's calls too."""
-
-    def free_bytes(self) -> int: ...
 
     def allocate(self, nbytes: int, what: str) -> int:
         """Memory on the GPU until `close`; BackendError naming `what` when there is not enough."""

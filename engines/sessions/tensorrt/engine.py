@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepseek_trt.engines.plans.check import AGAIN, Plan, is_for_chip, wrong_chip
+from deepseek_trt.engines.plans.check import AGAIN, is_for_chip, wrong_chip
 from deepseek_trt.engines.plans.flavour import Flavour
+from deepseek_trt.engines.plans.plan import Plan
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.files import aside
-
-
-class TrtLog:
-    """TensorRT's last messages: it explains itself nowhere else."""
-
-    def __init__(self) -> None:
-        self._messages: collections.deque[tuple[str, str]] = collections.deque(maxlen=100)
-
-    def __call__(self, severity: str, message: str) -> None:
-        self._messages.append((severity, message))
-
-    def clear(self) -> None:
-        self._messages.clear()
-
-    def first_error(self) -> str:
-        """Since `clear`; later errors are mostly consequences of the first."""
-        errors = [message for severity, message in self._messages if severity.endswith("ERROR")]
-        return errors[0].strip() if errors else "no reason was logged"
 
 
 class Engine:
     """A deserialised plan. Bind and shape everything, then enqueue; activation memory first."""
 
-    def __init__(self, plan: Plan, flavour: Flavour, log: TrtLog, sm: int, gpu: str, specialise: bool) -> None:
+    def __init__(self, plan: Plan, flavour: Flavour, sm: int, gpu: str, specialise: bool) -> None:
         """`specialise`: compile for each new shape before it first runs, where the flavour compiles at run time.
 
         Raises BackendError with TensorRT's own words where it does not take the plan.
         """
         self.note = ""
-        self._plan, self._flavour, self._log = plan, flavour, log
-        log.clear()
+        self._plan, self._flavour = plan, flavour
+        flavour.log.errors.clear()
         runtime = flavour.trt.Runtime(flavour.logger)
         if plan.record.spec.embed_plugins:
             runtime.engine_host_code_allowed = True
@@ -51,7 +33,7 @@ class Engine:
             self._check_valid(runtime, data, sm, gpu)
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise BackendError(f"{flavour.name} does not take {plan.path} ({log.first_error()}): {AGAIN}")
+            raise BackendError(f"{flavour.name} does not take {plan.path} ({flavour.log.first()}): {AGAIN}")
         self._runtime: Any = runtime
         self._engine: Any = engine
         self._cache: Any = None
@@ -115,7 +97,7 @@ class Engine:
         if validity == self._flavour.trt.EngineValidity.INVALID:
             if not listed:
                 raise wrong_chip(self._plan, sm, gpu)
-            words = ", ".join(reasons) or self._log.first_error()
+            words = ", ".join(reasons) or self._flavour.log.first()
             raise BackendError(f"{self._flavour.name} does not take {self._plan.path} on {gpu} ({words}): {AGAIN}")
         if validity != self._flavour.trt.EngineValidity.VALID or not listed:
             built = ", ".join(map(str, self._plan.record.spec.sms))
@@ -155,4 +137,4 @@ class Engine:
 
     def _refusal(self, what: str) -> BackendError:
         name = f"{self._flavour.name} {self._flavour.version}"
-        return BackendError(f"{name} refuses {what} with {self._plan.path.name}: {self._log.first_error()}")
+        return BackendError(f"{name} refuses {what} with {self._plan.path.name}: {self._flavour.log.first()}")

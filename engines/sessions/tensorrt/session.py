@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from deepseek_trt.engines.plans.check import (
-    Plan,
     check_file,
     check_library,
     check_pages,
@@ -19,11 +18,12 @@ from deepseek_trt.engines.plans.check import (
     read_plans,
 )
 from deepseek_trt.engines.plans.flavour import open_flavour
+from deepseek_trt.engines.plans.plan import Plan
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
-from deepseek_trt.engines.sessions.tensorrt.device import Device
-from deepseek_trt.engines.sessions.tensorrt.engine import Engine, TrtLog
-from deepseek_trt.engines.sessions.tensorrt.staging import Staging, aligned, given_inputs
+from deepseek_trt.engines.sessions.tensorrt.device import Device, aligned
+from deepseek_trt.engines.sessions.tensorrt.engine import Engine
+from deepseek_trt.engines.sessions.tensorrt.staging import Staging, given_inputs
 from deepseek_trt.engines.sessions.tensorrt.weight_upload import UploadProgress, upload_weights
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
@@ -79,8 +79,8 @@ class TrtSession(Session):
         stack: contextlib.ExitStack,
         progress: UploadProgress | None,
     ) -> None:
-        log, plans = TrtLog(), list(self._plans.values())
-        flavour = open_flavour(plans[0].record.spec.flavour, log)
+        plans = list(self._plans.values())
+        flavour = open_flavour(plans[0].record.spec.flavour)
         for plan in plans:
             check_version(plan, flavour)
         device = self._device = make_device()
@@ -93,7 +93,7 @@ class TrtSession(Session):
             load_library(library, flavour.trt)  # type: ignore[arg-type]
         self._engines: dict[str, Engine] = {}
         for name, plan in self._plans.items():
-            engine = Engine(plan, flavour, log, device.sm, device.name, self._cuda_graphs and name == "decode")
+            engine = Engine(plan, flavour, device.sm, device.name, self._cuda_graphs and name == "decode")
             stack.callback(engine.close)
             self._engines[name] = engine
         notes = [f"{flavour.name} {flavour.version} on {device.name}", *(e.note for e in self._engines.values())]

@@ -7,15 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from deepseek_trt.engines.plans.plan import PlanRecord
-from deepseek_trt.engines.sessions.tensorrt.device import ALIGNMENT, Device
+from deepseek_trt.engines.sessions.tensorrt.device import Device, aligned
 from deepseek_trt.export.arrays import Array, numpy_dtype
 from deepseek_trt.export.bundle.graph import TensorSpec
 from deepseek_trt.export.dtypes import dtype_bytes
-
-
-def aligned(nbytes: int) -> int:
-    """`nbytes`, rounded up so that what comes next is aligned."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def given_inputs(record: PlanRecord) -> tuple[TensorSpec, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from deepseek_trt.engines.sessions.tensorrt.device import ALIGNMENT, Device, Pinned
+from deepseek_trt.engines.sessions.tensorrt.device import Device, Pinned, aligned
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import WeightReader
 
@@ -30,9 +31,8 @@ def upload_weights(
         return {}
     reader = WeightReader(bundle)
     sizes = {name: reader.nbytes(name) for name in wanted}
-    offsets, total = _lay_out(sizes)
-    base = device.allocate(total, "the model's weights")
-    addresses = {name: base + offset for name, offset in offsets.items()}
+    base = device.allocate(sum(map(aligned, sizes.values())), "the model's weights")
+    addresses = dict(zip(sizes, itertools.accumulate(map(aligned, sizes.values()), initial=base), strict=False))
     payload, done = sum(sizes.values()), 0
     stager = _Stager(device)
     try:
@@ -44,15 +44,6 @@ def upload_weights(
     finally:
         stager.close()
     return addresses
-
-
-def _lay_out(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Each tensor's offset, and the size of all."""
-    offsets, at = {}, 0
-    for name, nbytes in sizes.items():
-        offsets[name] = at
-        at += -(-nbytes // ALIGNMENT) * ALIGNMENT
-    return offsets, at
 
 
 class _Stager:

@@ -27,6 +27,10 @@ P = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01])
 LOGITS = np.log(P).astype(np.float32)
 
 
+def pick(sampler, logits):
+    return sample_rows([sampler], logits[None])[0][0]
+
+
 def expected(p, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """The distribution after temperature, top-k, top-p and min-p, one token at a time."""
     p = p ** (1 / temperature)
@@ -59,7 +63,7 @@ OPTIONS = [
 def test_frequencies(options):
     """Each token's count lies within 5 standard deviations of a binomial; a token that is cut off never comes."""
     sampler = Sampler(SamplingParams(**{"temperature": 1.0, **options}))
-    counts = np.bincount([sampler.pick(LOGITS) for _ in range(DRAWS)], minlength=len(P))
+    counts = np.bincount([pick(sampler, LOGITS) for _ in range(DRAWS)], minlength=len(P))
     want = expected(P, **options)
     assert (counts[want == 0] == 0).all()
     assert (np.abs(counts - DRAWS * want) <= 5 * np.sqrt(DRAWS * want * (1 - want))).all()
@@ -69,7 +73,7 @@ def test_frequencies_of_a_nucleus_wider_than_the_first_candidates():
     """3,000 tokens, nearly equal: top-p 0.5 keeps about half of them, more than are looked at first."""
     p = RNG.permutation(np.linspace(1.0, 1.1, 3000))
     sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.5))
-    picks = np.array([sampler.pick(np.log(p).astype(np.float32)) for _ in range(400)])
+    picks = np.array([pick(sampler, np.log(p).astype(np.float32)) for _ in range(400)])
     want = expected(p, top_p=0.5)
     edge = 3 / 3000 * p.max()  # float32 logits may move the edge by a few tokens
     low = np.sort(p[want > 0])[0] - edge
@@ -114,11 +118,11 @@ def test_batch_and_order_change_nothing():
 def test_seeds_differ():
     flat = np.zeros(50, dtype=np.float32)
     runs = {
-        tuple(s.pick(flat) for _ in range(8)) for s in (Sampler(SamplingParams(temperature=1, seed=n)) for n in (1, 2))
+        tuple(pick(s, flat) for _ in range(8)) for s in (Sampler(SamplingParams(temperature=1, seed=n)) for n in (1, 2))
     }
     again = Sampler(SamplingParams(temperature=1, seed=1))
     assert len(runs) == 2
-    assert tuple(again.pick(flat) for _ in range(8)) in runs
+    assert tuple(pick(again, flat) for _ in range(8)) in runs
 
 
 def test_logits_are_left_as_they_were():
@@ -129,9 +133,9 @@ def test_logits_are_left_as_they_were():
 
 def test_tiny_temperature_is_greedy_and_top_k_1_too():
     logits = np.array([0.0, 5.0, 5.0, 1.0], dtype=np.float32)
-    assert Sampler(SamplingParams(temperature=1.0, top_k=1)).pick(logits) == 1
-    assert Sampler(SamplingParams(temperature=1e-9)).pick(logits) in (1, 2)
-    assert Sampler(SamplingParams(temperature=1.0, top_k=100)).pick(logits) in range(4)
+    assert pick(Sampler(SamplingParams(temperature=1.0, top_k=1)), logits) == 1
+    assert pick(Sampler(SamplingParams(temperature=1e-9)), logits) in (1, 2)
+    assert pick(Sampler(SamplingParams(temperature=1.0, top_k=100)), logits) in range(4)
 
 
 def test_infinitely_unlikely_tokens_never_come():
@@ -139,7 +143,7 @@ def test_infinitely_unlikely_tokens_never_come():
     logits[[3, 500]] = 0.0
     for params in ({}, {"top_p": 0.9}, {"top_k": 9}, {"min_p": 0.01}):
         sampler = Sampler(SamplingParams(temperature=1.0, **params))
-        assert {sampler.pick(logits) for _ in range(60)} == {3, 500}
+        assert {pick(sampler, logits) for _ in range(60)} == {3, 500}
 
 
 def test_penalties():

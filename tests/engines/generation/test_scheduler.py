@@ -65,7 +65,7 @@ def drain(scheduler, limit=2000):
         if not scheduler.busy:
             return events
         events += scheduler.step()
-        scheduler.check_pages()
+        fake.check_pages(scheduler)
     raise AssertionError("the scheduler does not come to an end")
 
 
@@ -74,7 +74,7 @@ def answers(events):
     for event in events:
         made.setdefault(event.request, []).append(event)
     return {
-        request: ([(e.token, e.logprob, e.top_logprobs) for e in own], own[-1].finished)
+        request: ([(e.token, e.logprob, unpack(e.likeliest)) for e in own], own[-1].finished)
         for request, own in made.items()
     }
 
@@ -298,7 +298,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert [e.request for e in events] == sorted({e.request for e in events})
         for event in events:
             own = self.made[event.request]
-            own.append((event.token, event.logprob, event.top_logprobs))
+            own.append((event.token, event.logprob, unpack(event.likeliest)))
             tokens, reason = alone(*self.wanted[event.request])
             assert own[-1] == tokens[len(own) - 1]
             assert event.finished == (reason if len(own) == len(tokens) else None)
@@ -308,9 +308,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def pages_are_in_order(self):
         if hasattr(self, "scheduler"):
-            self.scheduler.check_pages()
+            fake.check_pages(self.scheduler)
             assert self.scheduler.running <= self.scheduler.limits.max_running
-            assert self.scheduler.running + self.scheduler.waiting == len(self.wanted)
+            assert self.scheduler.running + len(self.scheduler._waiting) == len(self.wanted)
 
     def teardown(self):
         if hasattr(self, "scheduler"):
@@ -360,6 +360,6 @@ def test_demo_model_under_pressure_equals_alone(demo):
     while scheduler.busy:
         for event in scheduler.step():
             made[event.request].append(event.token)
-        scheduler.check_pages()
+        fake.check_pages(scheduler)
     assert list(made.values()) == expected
     assert scheduler.counters.preemptions > 0

@@ -43,10 +43,7 @@ class Letters:
         return self.encode("".join(message["content"] for message in messages))
 
     def stream(self):
-        return self
-
-    def push(self, token):
-        return LETTERS[token]
+        return LETTERS.__getitem__
 
 
 class GatedSession(fake.FakeSession):
@@ -97,14 +94,13 @@ class Board:
     def __init__(self):
         self.values = {}
 
-    def add(self, metric, value, label=""):
-        self.values[metric.name, label] = self.values.get((metric.name, label), 0) + value
-
-    def set(self, metric, value):
-        self.values[metric.name, ""] = value
-
-    def observe(self, metric, value):
-        self.values.setdefault((metric.name, ""), []).append(value)
+    def show(self, metric, value, label=""):
+        if metric.kind == "counter":
+            self.values[metric.name, label] = self.values.get((metric.name, label), 0) + value
+        elif metric.kind == "gauge":
+            self.values[metric.name, label] = value
+        else:
+            self.values.setdefault((metric.name, label), []).append(value)
 
 
 class Host:
@@ -138,7 +134,7 @@ def served():
     yield served
     served.session.gate.set()
     served.service.close()
-    assert served.service.live == 0
+    assert not served.service._live
     assert served.llm.scheduler.pool.free == served.session.pages - 1
     assert not [t for t in threading.enumerate() if t.name.startswith("deepseek-trt")]
 
@@ -242,7 +238,7 @@ def test_what_is_wrong_is_said(served, inputs, words):
     (failure,) = served.ask(**inputs).answer()
     assert failure.kind == "invalid"
     assert re.search(words, failure.message)
-    assert served.service.live == 0
+    assert not served.service._live
 
 
 def test_unknown_parameters_are_named_and_the_servers_own_are_not():

@@ -20,7 +20,7 @@ from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.pages import answer_lengths, page_table, pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
-from deepseek_trt.engines.plans.flavour import Flavour
+from deepseek_trt.engines.plans.flavour import ErrorLog, Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.engines.sessions.session import row_latents
@@ -63,7 +63,8 @@ class World:
         self.trt = fake_gpu.fake_trt(name, self.bundle, self.records, self.device, weights)
         self.trt.__version__ = "1.0"
         self.loaded = []
-        monkeypatch.setattr(trt_module, "open_flavour", lambda flavour, log: Flavour(flavour, self.trt, log))
+        log = ErrorLog()
+        monkeypatch.setattr(trt_module, "open_flavour", lambda flavour: Flavour(flavour, self.trt, log, log))
         monkeypatch.setattr(trt_module, "load_library", lambda path, trt: self.loaded.append(path))
 
     def plan(self, graph):
