@@ -3,7 +3,8 @@
     python benchmarks/checkouts.py OLD NEW WORKDIR
 
 OLD and NEW are checkouts, each with its own .venv (scripts/setup). Files are compared by their bytes, JSON by its
-values; what names a version, a time or a module's path is left out, and said. Exit code 1 where anything else differs.
+values; what names a version, a time or a module's path is left out, and said. Plans are compared by their records: two
+builds of one checkout differ in their bytes. Exit code 1 where anything else differs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,16 @@ UNLIKE = {
 }
 # Of a plugin library: follows from its sources' bytes, comments included, and lies in the binary as 16 digits.
 LIBRARY_ID = ("library_id", "inputs_sha256")
+# Builds a bundle's library in the new checkout with the id of another; prints the library's path.
+WITH_ID = """
+import sys
+from pathlib import Path
+from deepseek_trt.plugins.tensorrt import codegen
+from deepseek_trt.plugins.tensorrt.for_bundle import PluginRequest, build_plugins
+source = codegen.library_id_source
+codegen.library_id_source = lambda _: source(sys.argv[2])
+print(build_plugins(PluginRequest(Path(sys.argv[1]), (86,))).path)
+"""
 EXPORTS: dict[str, tuple[str, ...]] = {
     "float32": ("--dtype", "float32"),
     "float16": ("--dtype", "float16"),
@@ -59,6 +70,7 @@ def main(old: Path, new: Path, workdir: Path) -> int:
         if not (workdir / name / "done").is_file():
             shutil.rmtree(workdir / name, ignore_errors=True)
             run_all(checkout.resolve(), checkpoint, workdir / name)
+    rebuild_library(new.resolve(), *folders)
     return print_differences(*folders)
 
 
@@ -90,6 +102,15 @@ def run_all(checkout: Path, checkpoint: Path, out: Path) -> None:
     (out / "done").touch()
 
 
+def rebuild_library(checkout: Path, old: Path, new: Path) -> None:
+    """Replace the new plugin library by one with the id of the old."""
+    manifest = json.loads((old / "float16/plugins/libdeepseek_trt_plugins.json").read_text())
+    bundle = new / "float16"
+    shutil.rmtree(bundle / "plugins")
+    command = [checkout / ".venv/bin/python", "-c", WITH_ID, bundle, manifest["library_id"]]
+    subprocess.run(command, check=True, stdout=sys.stderr, cwd=checkout.anchor)
+
+
 def print_differences(old: Path, new: Path) -> int:
     """A line a file that differs or stands on one side only, then the counts."""
     files = [
@@ -103,16 +124,14 @@ def print_differences(old: Path, new: Path) -> int:
     print(f"CPU library sha256: {libraries[0]}\n               then {libraries[1]}")
     print("\n".join(found))
     print(f"{len(both)} files compared, {len(found)} differences")
-    print(f"left out of JSON: {', '.join(sorted(UNLIKE))}; of the plugin library: its id, which covers comments")
+    print(f"left out of JSON: {', '.join(sorted(UNLIKE))}; of plans: their bytes")
+    print("the plugin library of the new checkout was built with the id of the old, which covers comments, too")
     return int(bool(found))
 
 
 def kept(name: Path) -> bool:
-    return (
-        "cache" not in name.parts
-        and name.suffix not in (".html", ".lock")
-        and not name.name.endswith("polygraphy.json")
-    )
+    unlike = name.suffix in (".html", ".lock", ".plan") or name.name.endswith("polygraphy.json")
+    return "cache" not in name.parts and not unlike
 
 
 def cpu_library(folder: Path) -> str:
@@ -128,17 +147,8 @@ def differences(old: Path, new: Path) -> Iterator[str]:
         yield from (
             f"{key} {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)
         )
-    elif contents(old) != contents(new):
+    elif old.read_bytes() != new.read_bytes():
         yield f"{old.stat().st_size} bytes -> {new.stat().st_size}"
-
-
-def contents(path: Path) -> bytes:
-    """The file's bytes; a plugin library's without its id, a plan's without TensorRT's own time stamps."""
-    data = path.read_bytes()
-    if path.suffix == ".so":
-        manifest = json.loads(path.with_suffix(".json").read_text())
-        data = data.replace(manifest["library_id"].encode(), b"")
-    return data
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
