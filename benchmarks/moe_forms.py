@@ -178,7 +178,7 @@ def session_of(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
 
 
 def median_ms(run: Callable[[], Any], seconds: float) -> float:
-    """Of as many runs as fit, at least five; each with other experts, so that caches hold no weights."""
+    """Time as many runs as fit, at least five; each with other experts, so that caches hold no weights."""
     times: list[float] = []
     while sum(times) < seconds or len(times) < 5:
         start = time.perf_counter()

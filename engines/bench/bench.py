@@ -192,7 +192,7 @@ def _experts_hit(model: ModelConfig, times: _Times) -> float | None:
 
 
 def _bandwidth(choice: Choice, threads: int, make_device: Callable[[], Device] = open_device) -> float:
-    """Of the device that computes; measured before the session takes the memory."""
+    """The bandwidth of the device that computes, measured before the session takes the memory."""
     if choice.device == "cpu":
         return read_bandwidth(threads)
     device = make_device()
