@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from deepseek_trt.cli.output import json_option, print_json, say
-from deepseek_trt.export.config import DTYPES, ModelConfig
+from deepseek_trt.export.config.model_config import DTYPES, ModelConfig
 from deepseek_trt.export.survey import GIB, Facts, survey
 
 

@@ -9,7 +9,7 @@ import click
 
 from deepseek_trt.cli.output import json_option, print_result, say, wrote
 from deepseek_trt.export.bundle.interface import GENERATION, IOS, NATIVE, TASKS
-from deepseek_trt.export.config import DTYPES
+from deepseek_trt.export.config.model_config import DTYPES
 
 
 @click.command("export")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deepseek_trt.engines.generation.answer import Result
     from deepseek_trt.engines.generation.llm import LLM
     from deepseek_trt.engines.generation.params import SamplingParams
-    from deepseek_trt.engines.generation.text import Text
+    from deepseek_trt.engines.text.text import Text
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def _opened(
     from deepseek_trt.engines.generation.llm import LLM
     from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
     from deepseek_trt.engines.generation.scheduler import SchedulerLimits
-    from deepseek_trt.engines.generation.text import Text
     from deepseek_trt.engines.sessions.opening import SessionRequest, check_generates, open_session
+    from deepseek_trt.engines.text.text import Text
     from deepseek_trt.export.bundle.folder import Bundle
 
     bundle = Bundle.open(path)

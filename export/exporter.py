@@ -16,11 +16,11 @@ import onnx_ir as ir
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle, Manifest, SourceFile, WeightRecord
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
-from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.dtypes import dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
-from deepseek_trt.export.source import Source, read_source
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.source import Source, read_source
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
 from deepseek_trt.export.writing.tokenizer_files import carry_files
 from deepseek_trt.export.writing.transformers_files import write_export_json

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, GraphName, GraphSpec
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, FEATURES, GENERATION, TRANSFORMERS, Interface
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.contiguous import positions_of, run_masked
 from deepseek_trt.export.model import Backbone, DeepseekV2, Linear, last_tokens
 

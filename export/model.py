@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.onnx.ops import rotary_embedding
 
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
-from deepseek_trt.export.config import ModelConfig, RopeConfig
+from deepseek_trt.export.config.model_config import ModelConfig
+from deepseek_trt.export.config.rope import RopeConfig
 from deepseek_trt.export.ops.activations import activate
 from deepseek_trt.export.ops.torch_ops import mla_decode, mla_prefill, moe_biased_router, moe_experts, moe_router
 

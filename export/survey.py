@@ -9,11 +9,11 @@ from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.bundle.recipes import Dropped
-from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.config import ModelConfig, read_config, unsupported_features
+from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
 from deepseek_trt.export.dtypes import computed_in, dtype_bytes
 from deepseek_trt.export.errors import CheckpointError, ConfigError
-from deepseek_trt.export.source import Source, read_source
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.source import Source, read_source
 from deepseek_trt.export.writing.weight_plan import WeightPlan
 
 GIB = 2**30

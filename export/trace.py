@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from deepseek_trt.export.bundle.graph import BATCH, DOMAIN, PAGES, PAST, SEQUENCE, TABLE, TOTAL, GraphSpec, TensorSpec
 from deepseek_trt.export.bundle.interface import DEFAULT, Interface
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.heads import MODELS, method_of
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.functions import attach_functions

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from polygraphy.comparator import AccuracyResults, Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.backends.runner import Runner, Stepper, feeds_of
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher

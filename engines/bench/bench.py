@@ -27,7 +27,7 @@ from deepseek_trt.engines.sessions.opening import (
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import Device
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.library import ExpertsHit
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from deepseek_trt.export.bundle.folder import Manifest, WeightRecord
 from deepseek_trt.export.bundle.graph import CacheSpec
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import dtype_bytes
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.request import Event, FinishReason
-from deepseek_trt.engines.generation.stops import StopText
-from deepseek_trt.engines.generation.text import Text
+from deepseek_trt.engines.text.stops import StopText
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.plugins.cpu.sampling_row import TopLogprobs, unpack
 
 

@@ -16,7 +16,6 @@ from deepseek_trt.engines.generation.pages import pages_needed, pages_within
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
-from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.sessions.opening import (
     AUTO,
     Choice,
@@ -26,8 +25,9 @@ from deepseek_trt.engines.sessions.opening import (
     open_session,
 )
 from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle, Manifest
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import RequestError
 
 Prompt = str | Sequence[int]

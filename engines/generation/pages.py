@@ -9,7 +9,7 @@ import numpy as np
 
 from deepseek_trt.export.arrays import Int32s
 from deepseek_trt.export.bundle.graph import CacheSpec
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import RequestError
 
 SCRATCH_PAGE = 0

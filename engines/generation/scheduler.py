@@ -15,7 +15,7 @@ from deepseek_trt.engines.generation.request import Event, Request, Work
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.sampler import load_sampler
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, REQUIREMENTS
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.tensors import CLASSIFIER_INPUTS, INPUTS, OUTPUTS, Field, classifier_outputs
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import CLASSIFICATION
 from deepseek_trt.export.errors import BundleError

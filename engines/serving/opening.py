@@ -7,9 +7,9 @@ from pathlib import Path
 
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.text import Text
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.sessions.opening import SessionRequest, open_session
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.text import Message, Text
 from deepseek_trt.engines.serving.tensors import INPUTS
+from deepseek_trt.engines.text.template import Message
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import RequestError
 
 Tensors = Mapping[str, npt.NDArray[Any]]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deepseek_trt.engines.generation.text import Text
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.arrays import Arrays, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import TRANSFORMERS
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BundleError, RequestError
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
 from deepseek_trt.export.bundle.recipes import Recipe
-from deepseek_trt.export.checkpoint import StoredTensor
-from deepseek_trt.export.config import FP8_BLOCK
+from deepseek_trt.export.config.model_config import FP8_BLOCK
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import CHUNK
+from deepseek_trt.export.reading.checkpoint import StoredTensor
 
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 

@@ -11,9 +11,10 @@ from typing import Any
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, TensorSpec
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.bundle.recipes import Dropped, Piece, Recipe
-from deepseek_trt.export.classifier import Classifier
-from deepseek_trt.export.config import ModelConfig, RopeConfig
+from deepseek_trt.export.config.model_config import ModelConfig
+from deepseek_trt.export.config.rope import RopeConfig
 from deepseek_trt.export.errors import BundleError
+from deepseek_trt.export.reading.classifier import Classifier
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself

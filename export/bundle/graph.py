@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, DEFAULT, FEATURES, TRANSFORMERS, Interface
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import dtype_bytes
 
 GraphName = Literal["prefill", "decode", "model"]

@@ -11,10 +11,10 @@ import numpy.typing as npt
 from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
 from deepseek_trt.export.bundle.assemble import assemble
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
-from deepseek_trt.export.checkpoint import Checkpoint, read_header
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.files import stream_sha256
+from deepseek_trt.export.reading.checkpoint import Checkpoint, read_header
 
 Bytes = npt.NDArray[np.uint8]
 

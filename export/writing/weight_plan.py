@@ -19,11 +19,11 @@ from deepseek_trt.export.bundle.recipes import (
     Piece,
     Recipe,
 )
-from deepseek_trt.export.checkpoint import Checkpoint, StoredTensor
-from deepseek_trt.export.classifier import SCORE
-from deepseek_trt.export.config import FP8_BLOCK, ModelConfig
+from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.reading.checkpoint import Checkpoint, StoredTensor
+from deepseek_trt.export.reading.classifier import SCORE
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.cxx import written_sources
 from deepseek_trt.plugins.tensorrt import codegen

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from deepseek_trt.engines.sessions.torch import TorchSession, load_model
-from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.config import ModelConfig, RopeConfig
+from deepseek_trt.export.config.model_config import ModelConfig
+from deepseek_trt.export.config.rope import RopeConfig
 from deepseek_trt.export.model import DeepseekV2
+from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.writing.weight_plan import plan_weights
 
 # float32 keeps 2**-24 = 6e-8 a rounding; some hundred roundings in a row over three layers stay below 1e-5 of the

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.survey import GIB, survey
 

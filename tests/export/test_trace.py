@@ -13,7 +13,7 @@ from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
 from deepseek_trt.export.bundle.graph import CacheSpec, graphs_of
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.trace import trace
 

@@ -13,10 +13,11 @@ import torch
 
 from deepseek_trt.export.bundle.assemble import assemble
 from deepseek_trt.export.bundle.recipes import Piece, Recipe, too_large_for_tensorrt
-from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.config import ModelConfig, RopeConfig, unsupported_features
+from deepseek_trt.export.config.model_config import ModelConfig, unsupported_features
+from deepseek_trt.export.config.rope import RopeConfig
 from deepseek_trt.export.errors import CheckpointError, ConfigError
-from deepseek_trt.export.infer import config_of_tensors
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.infer import config_of_tensors
 from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
 
 RAW: dict[str, Any] = {

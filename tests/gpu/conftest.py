@@ -12,7 +12,7 @@ import torch
 
 from deepseek_trt.engines.plans.flavour import open_flavour
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BackendError, BuildError
 from deepseek_trt.plugins.aot.compile import FALLBACK_TILES_SM, compile_all
 

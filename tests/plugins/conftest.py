@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.plugins.aot.records import Binary, Variant
 from deepseek_trt.plugins.aot.variants import variants_for
 from deepseek_trt.plugins.cxx import find_compiler

@@ -17,10 +17,10 @@ from torch import Tensor
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.recipes import CORRECTION_BIAS, SCALE_SUFFIX
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
-from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.config import FP8_BLOCK, ModelConfig, read_config
+from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig, read_config
 from deepseek_trt.export.errors import BundleError, RequestError
-from deepseek_trt.export.infer import config_of_tensors
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.infer import config_of_tensors
 from deepseek_trt.export.writing.weight_plan import plan_weights
 
 _HALVES = ("w_uk", "w_uv")  # of each head's rows in kv_b_proj

@@ -86,6 +86,6 @@ def _load(bundle: Bundle) -> Any:
 
 
 def _stored_dtype(folder: Path) -> str:
-    from deepseek_trt.export.checkpoint import Checkpoint
+    from deepseek_trt.export.reading.checkpoint import Checkpoint
 
     return next(iter(Checkpoint.open(folder).tensors.values())).dtype

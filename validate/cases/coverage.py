@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepseek_trt.engines.sessions.session import Session
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.validate.backends.probes import Probes, all_steps
 from deepseek_trt.validate.backends.sessions import run_step
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher

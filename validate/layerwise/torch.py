@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepseek_trt.engines.sessions.torch import Weights
 from deepseek_trt.export.arrays import Array, Arrays
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.model import Layer, RmsNorm, Rope
 from deepseek_trt.validate.backends.torch_watch import OpWatch, Route, array_of
 from deepseek_trt.validate.steps import Part, Step

@@ -13,7 +13,7 @@ import numpy as np
 from polygraphy.comparator import AccuracyResults, IterationResult
 
 from deepseek_trt.export.bundle.interface import Interface
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.validate.cases.coverage import Coverage, coverage
 from deepseek_trt.validate.findings.bisect import Fault, first_fault
 from deepseek_trt.validate.findings.greedy import GreedyAgreement, greedy_agreement

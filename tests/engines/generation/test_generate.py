@@ -11,9 +11,10 @@ from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
-from deepseek_trt.engines.generation.text import Text, render_chat
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
+from deepseek_trt.engines.text.template import render_chat
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import BundleError, RequestError
 
 PROMPTS = (

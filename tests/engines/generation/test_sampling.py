@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows, with_logprobs
 from deepseek_trt.engines.generation.sampling_numpy import adjusted
-from deepseek_trt.engines.generation.stops import StopText
+from deepseek_trt.engines.text.stops import StopText
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.sampling_row import unpack
 

@@ -345,8 +345,8 @@ def demo(demo_checkpoint, bundle_of):
 
 def test_demo_model_under_pressure_equals_alone(demo):
     """Through ONNX Runtime: short prompts, few pages, shared prefixes; each token as in a batch of one."""
-    from deepseek_trt.engines.generation.text import Text
     from deepseek_trt.engines.sessions.ort import OrtSession
+    from deepseek_trt.engines.text.text import Text
 
     config = dataclasses.replace(demo.manifest.model, eos_token_ids=())
     session = OrtSession(demo, 10, threads=1)

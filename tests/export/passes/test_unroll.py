@@ -12,7 +12,7 @@ import pytest
 
 from deepseek_trt.export import trace as trace_module
 from deepseek_trt.export.bundle.graph import CacheSpec, graphs_of
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 
 RAW = {
     "model_type": "deepseek_v2",

@@ -8,7 +8,8 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from deepseek_trt.engines.generation.text import Text, render_chat
+from deepseek_trt.engines.text.template import render_chat
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.writing.tokenizer_files import CARRIED, carry_files
 

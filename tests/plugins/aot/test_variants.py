@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot import variants
 from deepseek_trt.plugins.aot.variants import KERNELS, variants_for

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.spec import OpSpec
 from deepseek_trt.plugins.aot.records import Variant

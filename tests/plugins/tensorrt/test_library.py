@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.aot.compile import compile_all

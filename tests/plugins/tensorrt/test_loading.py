@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BackendError, BuildError
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.aot.records import Binary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.validate.backends.backends import make_reference
 from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.cases import coverage

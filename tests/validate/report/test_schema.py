@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.validate.report.report import SCHEMA_VERSION, AccuracyReport
 
 # sha256 of the fields of each schema version, as fields() lists them. A mismatch means that report.json has changed:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek_trt.export.checkpoint import Checkpoint
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.reading.checkpoint import Checkpoint
 
 SCORE = "score.weight"  # [num_labels, hidden], no bias
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

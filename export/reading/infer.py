@@ -12,10 +12,10 @@ from typing import Any
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, FEATURES, GENERATION
 from deepseek_trt.export.bundle.recipes import LM_HEAD
-from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.classifier import SCORE
-from deepseek_trt.export.config import ModelConfig
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import ConfigError
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.classifier import SCORE
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 

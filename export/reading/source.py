@@ -9,11 +9,11 @@ from typing import Any
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
 from deepseek_trt.export.bundle.recipes import LM_HEAD, too_large_for_tensorrt
-from deepseek_trt.export.checkpoint import Checkpoint
-from deepseek_trt.export.classifier import Classifier
-from deepseek_trt.export.config import ModelConfig, read_config
+from deepseek_trt.export.config.model_config import ModelConfig, read_config
 from deepseek_trt.export.errors import CheckpointError, ConfigError
-from deepseek_trt.export.infer import config_of_tensors, task_of, written_keys
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.classifier import Classifier
+from deepseek_trt.export.reading.infer import config_of_tensors, task_of, written_keys
 from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
 
 

@@ -10,10 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from deepseek_trt.engines.text.template import Message, render_chat
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
-
-Message = dict[str, str]  # role, content
 
 _LONG = 4096  # characters: encoding one text stops all other threads, encoding a batch lets them run
 
@@ -61,40 +60,9 @@ class Text:
         return lambda token: stream.step(self._tokenizer, token) or ""
 
 
-def render_chat(tokenizer_config: dict[str, Any], messages: Sequence[Message]) -> str:
-    """The conversation as the checkpoint's template writes it; templates run in jinja2's sandbox.
-
-    Raises RequestError when there is no template, or when it refuses the messages.
-    """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    template = tokenizer_config.get("chat_template")
-    if not template:
-        raise RequestError("the checkpoint has no chat template: leave out --chat")
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    tokens = {name: _token_text(tokenizer_config.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-    try:
-        return environment.from_string(template).render(messages=list(messages), add_generation_prompt=True, **tokens)
-    except TemplateError as error:
-        raise RequestError(f"the chat template refuses these messages: {error}") from None
-
-
 def _tokenizer_config(root: Path) -> dict[str, Any]:
     file, template = root / "tokenizer_config.json", root / "chat_template.jinja"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if template.is_file():  # newer checkpoints keep it apart
         config["chat_template"] = template.read_text(encoding="utf-8")
     return config
-
-
-def _token_text(token: str | dict[str, Any] | None) -> str:
-    """tokenizer_config.json holds a token as text or as an object with its content."""
-    if isinstance(token, dict):
-        return str(token.get("content", ""))
-    return token or ""

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from deepseek_trt.export.config.rope import DEFAULT_MAX_POSITIONS, ROPE_KINDS, RopeConfig, rope_kind, rope_settings
 from deepseek_trt.export.errors import ConfigError
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3", "kimi_k2")
@@ -22,9 +23,6 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 _ACTIVATION_NAMES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
 DTYPES = ("float32", "float16", "bfloat16")
 FP8_BLOCK = 128  # rows and columns that share a scale in fp8 checkpoints
-
-RopeKind = Literal["default", "linear", "dynamic", "yarn"]
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn")
 
 # What a key that config.json lacks means in the V3 family, where it differs from V2.
 _V3_DEFAULTS: dict[str, Any] = {
@@ -50,84 +48,6 @@ _V3_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: plain, linearly scaled, dynamic NTK, or YaRN (arXiv:2309.00071).
-
-    original_max_position_embeddings is YaRN's, and for dynamic the length above which frequencies change.
-    """
-
-    theta: float = 10000.0
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> RopeConfig:
-        """Translate `rope_scaling: {type}`, `rope_scaling: {rope_type}` or `rope_parameters` of config.json."""
-        scaling = _rope_settings(raw)
-        theta = float(scaling.get("rope_theta") or raw.get("rope_theta") or cls.theta)
-        kind = _rope_kind(scaling)
-        if kind == "default":
-            return cls(theta=theta)
-        if scaling.get("factor") is None:
-            raise ConfigError(f"rope scaling {kind!r} needs a 'factor' in config.json")
-        if kind == "linear":
-            return cls(theta=theta, kind="linear", factor=float(scaling["factor"]))
-        if kind == "dynamic":
-            trained = int(raw.get("max_position_embeddings") or ModelConfig.max_position_embeddings)
-            factor = float(scaling["factor"])
-            return cls(theta=theta, kind="dynamic", factor=factor, original_max_position_embeddings=trained)
-        given = {f.name for f in dataclasses.fields(cls)} & scaling.keys()
-        numbers = {name: float(scaling[name]) for name in given if scaling[name] is not None}
-        original = int(numbers.pop("original_max_position_embeddings", cls.original_max_position_embeddings))
-        return cls(theta=theta, kind="yarn", original_max_position_embeddings=original, **numbers)
-
-    @property
-    def rotation_amplitude(self) -> float:
-        """Factor on cos and sin: m(mscale) / m(mscale_all_dim), exactly 1 for the published models."""
-        if self.kind != "yarn":
-            return 1.0
-        return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
-
-    @property
-    def softmax_amplitude(self) -> float:
-        """Factor on the softmax scale: m(mscale_all_dim) squared when mscale_all_dim is non-zero."""
-        if self.kind != "yarn" or not self.mscale_all_dim:
-            return 1.0
-        return yarn_mscale(self.factor, self.mscale_all_dim) ** 2
-
-    def inverse_frequencies(self, dim: int) -> list[float]:
-        """The dim/2 rotation speeds in radians a token, in double precision; dynamic: of sequences that are not long.
-
-        YaRN blends plain and plain/factor; the ramp runs from floor(dim at beta_fast) to ceil(dim at beta_slow).
-        """
-        plain = [self.theta ** (-2.0 * i / dim) for i in range(dim // 2)]
-        if self.kind in ("default", "dynamic"):
-            return plain
-        if self.kind == "linear":
-            return [f / self.factor for f in plain]
-        low = max(math.floor(self._dim_at_rotations(self.beta_fast, dim)), 0)
-        high = min(math.ceil(self._dim_at_rotations(self.beta_slow, dim)), dim - 1)
-        width = (high - low) or 0.001
-        ramp = [min(max((i - low) / width, 0.0), 1.0) for i in range(dim // 2)]
-        return [f * (1.0 - r) + f / self.factor * r for f, r in zip(plain, ramp, strict=True)]
-
-    def _dim_at_rotations(self, rotations: float, dim: int) -> float:
-        """The (fractional) dimension that turns `rotations` times over the original context."""
-        turns = self.original_max_position_embeddings / (rotations * 2.0 * math.pi)
-        return dim * math.log(turns) / (2.0 * math.log(self.theta))
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention amplitude m(x) = 0.1 x ln(factor) + 1, or 1 when nothing is stretched."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """Everything about a DeepSeek-V2 model that shapes its graphs. Defaults are those of an absent key."""
 
@@ -137,7 +57,7 @@ class ModelConfig:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = DEFAULT_MAX_POSITIONS
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -148,7 +68,7 @@ class ModelConfig:
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     # MoE; n_routed_experts == 0 means that every layer is dense
     n_routed_experts: int = 64
     n_shared_experts: int = 2
@@ -279,7 +199,7 @@ def unsupported_features(raw: dict[str, Any]) -> tuple[str, ...]:
     for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if key in raw and not raw[key]:
             found.append(f"{key} is {raw[key]!r}: this is not a DeepSeek model with multi-head latent attention")
-    found += _one_of("rope scaling", _rope_kind(_rope_settings(raw)), ROPE_KINDS)
+    found += _one_of("rope scaling", rope_kind(rope_settings(raw)), ROPE_KINDS)
     found += _one_of("hidden_act", _activation(raw), ACTIVATIONS)
     found += _one_of("torch_dtype", _dtype(raw), DTYPES)
     return (*found, *_unsupported_router(raw), *_unsupported_quantization(raw))
@@ -317,14 +237,6 @@ def _model_type(raw: dict[str, Any]) -> str:
 
 def _is_v3_family(raw: dict[str, Any]) -> bool:
     return _model_type(raw) in ("deepseek_v3", "kimi_k2")
-
-
-def _rope_settings(raw: dict[str, Any]) -> dict[str, Any]:
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-
-
-def _rope_kind(scaling: dict[str, Any]) -> Any:
-    return scaling.get("rope_type") or scaling.get("type") or "default"
 
 
 def _activation(raw: dict[str, Any]) -> str:

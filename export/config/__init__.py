@@ -1,0 +1,1 @@
+"""config.json, translated once into frozen dataclasses."""

@@ -1,0 +1,146 @@
+"""What people bring, in small: checkpoints to change, and the one verdict that check and export must agree on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from deepseek_trt.cli.main import main
+
+TESTS = Path(__file__).parents[1]
+V2: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_shared_experts": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "torch_dtype": "float32",
+}
+V3: dict[str, Any] = {
+    **V2,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+BASES = {"v2": V2, "v3": V3}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` and `export` say of a checkpoint; `bundle` where it was exported."""
+
+    accepted: bool
+    check: str
+    export: str
+    bundle: Path | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint folder, what its config.json says, and its tensors under the published names."""
+
+    path: Path
+    raw: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def _shared(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"shared_{file.parent.name}_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def _export_tests() -> Any:
+    return _shared(TESTS / "export" / "conftest.py")
+
+
+@pytest.fixture
+def made(tmp_path: Path, _export_tests: Any) -> Callable[..., Made]:
+    """made("v2", key=value, ...): a whole checkpoint in one file, float32 unless `dtype` says another.
+
+    A value of ... leaves the key out. `name` is the folder's; `stored` turns the tensors into those that are saved.
+    """
+
+    def make(
+        base: str = "v2",
+        name: str = "checkpoint",
+        stored: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda tensors: tensors,
+        **changes: Any,
+    ) -> Made:
+        raw = {key: value for key, value in {**BASES[base], **changes}.items() if value is not ...}
+        sizes = {**BASES[base], **{k: v for k, v in changes.items() if isinstance(v, (int, str, type(None)))}}
+        tensors = stored(_export_tests.random_weights(dict(_export_tests.shapes_of(sizes))))
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(raw))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return Made(folder, raw, tensors)
+
+    return make
+
+
+@pytest.fixture
+def verdict(tmp_path: Path) -> Callable[..., Verdict]:
+    """verdict(folder, *export options): runs both commands; fails unless both accept or both refuse, in one sentence.
+
+    No traceback, one `error:` line at least where refused, and nothing left at OUT.
+    """
+
+    def judge(folder: Path, *options: str) -> Verdict:
+        out = tmp_path / f"bundle-of-{folder.name}"
+        check = CliRunner().invoke(main, ["check", str(folder)])
+        export = CliRunner().invoke(main, ["export", str(folder), str(out), *options])
+        for result in (check, export):
+            assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+            assert result.exit_code in (0, 1), result.output
+            assert result.exit_code == 0 or "error: " in result.output
+        assert check.exit_code == export.exit_code, f"check: {check.output}\nexport: {export.output}"
+        accepted = export.exit_code == 0
+        assert out.exists() == accepted
+        return Verdict(accepted, check.output, export.output, out if accepted else None)
+
+    return judge
