@@ -16,9 +16,10 @@ import onnx_ir as ir
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle, Manifest, SourceFile, WeightRecord
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
-from deepseek_trt.export.dtypes import dtype_of
+from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.source import Source, read_source
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
@@ -173,7 +174,7 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
         report.step(f"tracing {graph.name}", None)
         _trace_to_file(job, graph, written, folder)
         if job.source.interface.io == TRANSFORMERS:
-            write_export_json(folder, graph, job.dtype)
+            write_export_json(folder, graph.as_computed(), computed_in(job.dtype))
     for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
         (folder / name).unlink(missing_ok=True)
     (folder / MANIFEST_FILE).write_text(_manifest(job, written, notes, folder).to_json(), encoding="utf-8")
@@ -210,6 +211,18 @@ def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ..
     unlinked = set(model.graph.initializers) - {r.name for r in source.plan.recipes} - {INV_FREQ}
     if unlinked:
         raise AssertionError(f"initializers without a recipe: {sorted(unlinked)}")
+    _save(model, graph, job, folder)
+
+
+def _save(model: ir.Model, graph: GraphSpec, job: _Job, folder: Path) -> None:
+    """The graph that ONNX Runtime loads, and beside it the traced one where that is another.
+
+    Only ONNX Runtime and its like read --io transformers, so that one file serves there.
+    """
+    if computed_in(job.dtype) != job.dtype:
+        if job.source.interface.io != TRANSFORMERS:
+            onnx.save(ir.to_proto(model), folder / f"{graph.name}.{job.dtype}.onnx")
+        WidenBfloat16()(model)
     onnx.save(ir.to_proto(model), folder / graph.file)
 
 

@@ -59,23 +59,15 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _place_prepared(bundle: Bundle, target: Path) -> None:
-    """Place the graphs that ONNX Runtime's sessions make at load: the server's Python has no onnx.
-
-    Decode goes through the compiled operators where they take over all of it; bfloat16 is computed in float32.
-    """
-    from deepseek_trt.engines.sessions.prepared import fused_path, widened_path
-    from deepseek_trt.export.passes.widen import widened_bytes
+    """Place decode for the compiled operators, where they take over all of it: the server's Python has no onnx."""
+    from deepseek_trt.engines.sessions.prepared import fused_path
     from deepseek_trt.plugins.cpu.fuse import fused_bytes
 
     placed = dataclasses.replace(bundle, path=target)
-    graphs = [graph.name for graph in bundle.manifest.graphs]
-    if "decode" in graphs:
-        fused, left = fused_bytes(bundle.graph_path("decode"))
+    if any(graph.name == "decode" for graph in bundle.manifest.graphs):
+        fused, left = fused_bytes(bundle.traced_path("decode"))
         if not left and _place_compiled(bundle, target):
             fused_path(placed).write_bytes(fused)
-    if bundle.manifest.dtype == "bfloat16":
-        for graph in graphs:
-            widened_path(placed, graph).write_bytes(widened_bytes(bundle.graph_path(graph)))
 
 
 def _place_compiled(bundle: Bundle, target: Path) -> bool:

@@ -106,7 +106,7 @@ class _Build:
 
     def _source_sha256(self, graph: GraphSpec) -> str:
         """The sha256 of what decides what the plan holds; its small weights, or all of them, come from one export."""
-        digest = hashlib.sha256(self.bundle.graph_path(graph.name).read_bytes())
+        digest = hashlib.sha256(self.bundle.traced_path(graph.name).read_bytes())
         versions = [self.flavour.name, self.flavour.version, self.library_sha256]
         facts = [dataclasses.astuple(self.spec), *versions, self.bundle.manifest.fingerprint]
         digest.update(repr(facts).encode())

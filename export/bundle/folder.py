@@ -13,12 +13,13 @@ from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.bundle.recipes import Dropped, Piece, Recipe
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.config.rope import RopeConfig
+from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.reading.classifier import Classifier
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,13 @@ class Bundle:
         raise BundleError(f"{self.path} has no {name} graph; it holds {[g.name for g in self.manifest.graphs]}")
 
     def graph_path(self, name: str) -> Path:
+        """The graph for ONNX Runtime: that of a bfloat16 bundle computes in float32, over weights in bfloat16."""
         return self.path / f"{name}.onnx"
+
+    def traced_path(self, name: str) -> Path:
+        """The graph in the bundle's own dtype, for TensorRT and for whatever is made of graphs."""
+        dtype = self.manifest.dtype
+        return self.graph_path(name) if computed_in(dtype) == dtype else self.path / f"{name}.{dtype}.onnx"
 
     @property
     def tokenizer_path(self) -> Path | None:

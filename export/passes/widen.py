@@ -6,20 +6,10 @@ Weights stay bfloat16 in their file and are cast when the graph is loaded; input
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 _NARROW, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
-
-
-def widened_bytes(path: Path) -> bytes:
-    """The graph file in float32; its weights stay where they are, in bfloat16."""
-    model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
-    WidenBfloat16()(model)
-    data: bytes = ir.to_proto(model).SerializeToString()
-    return data
 
 
 class WidenBfloat16(ir.passes.InPlacePass):
