@@ -20,7 +20,8 @@ COMMANDS = {
     "bench": "Measure speed, and how near it is to the memory's.",
     "model-repository": "Write a tritonserver model repository that serves a bundle.",
     "classify": "Label texts with a text-classification bundle.",
-    "demo": "Run the whole line on the small model that ships with the package.",
+    "env": "Say what this machine and installation are, for a bug report.",
+    "demo": "Run the whole pipeline on the small model that ships with the package.",
 }
 
 
