@@ -12,8 +12,8 @@ COPY --from=wheel /wheels /wheels
 RUN pip install --no-cache-dir "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu \
     && pip install --no-cache-dir /wheels/*.whl \
     && rm -r /wheels \
-    && useradd --create-home user
-USER user
+    && useradd --create-home --uid 10001 user
+USER 10001
 WORKDIR /work
 # The CPU operators, compiled once here instead of at every first start.
 RUN python -c "from deepseek_trt.plugins.cpu.library import cpu_library; print(cpu_library().path)"

@@ -10,11 +10,9 @@ ARG REPOSITORY=repository
 # What `model-repository` prints for an ONNX Runtime model; for plans: cuda-bindings and the TensorRT that built them.
 ARG REQUIREMENTS="numpy>=1.26,<2 onnxruntime>=1.23,<2 tokenizers>=0.21,<1 jinja2>=3.1,<4 ml_dtypes>=0.5,<1"
 # hadolint ignore=DL3013,SC2086
-RUN echo "${REQUIREMENTS}" | tr ' ' '\n' > /tmp/requirements.txt \
-    && pip install --no-cache-dir --requirement /tmp/requirements.txt \
-    && useradd --create-home server
-COPY --chown=server ${REPOSITORY} /repository
-USER server
+RUN pip install --no-cache-dir ${REQUIREMENTS} && useradd --create-home --uid 10001 server
+COPY --chown=10001 ${REPOSITORY} /repository
+USER 10001
 EXPOSE 8000 8001 8002
 # All addresses of the container: what it publishes to (above: loopback) and what stands before it decide who gets in.
 ENTRYPOINT ["/repository/serve.sh", "--http-address=0.0.0.0", "--grpc-address=0.0.0.0"]
