@@ -15,7 +15,14 @@ _DEFAULTS = BuildSpec()
 
 @click.command("build")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--flavour", type=click.Choice(["rtx", "tensorrt"]), default=_DEFAULTS.flavour, show_default=True)
+@click.option(
+    "--flavour",
+    "--flavor",
+    type=click.Choice(["rtx", "tensorrt"]),
+    default=_DEFAULTS.flavour,
+    show_default=True,
+    help="TensorRT-RTX or TensorRT.",
+)
 @click.option("--sm", "sms", type=int, multiple=True, help="Chips to build for (rtx: needed, no GPU is).")
 @click.option("--max-batch-size", default=_DEFAULTS.max_batch_size, show_default=True)
 @click.option("--max-input-len", default=_DEFAULTS.max_input_len, show_default=True, help="Tokens of one prefill.")
