@@ -80,8 +80,8 @@ def test_without_plugins_it_is_an_error(bundle, library, monkeypatch):
 
 @pytest.mark.tensorrt
 def test_library_without_the_chip_is_refused(bundle, library):
-    with pytest.raises(BuildError, match="no kernels for SM 75"):
-        build_with_library(bundle, dataclasses.replace(SPEC, sms=(75,)), library.path)
+    with pytest.raises(BuildError, match="no kernels for SM 121"):
+        build_with_library(bundle, dataclasses.replace(SPEC, sms=(121,)), library.path)
 
 
 @pytest.mark.tensorrt
