@@ -48,7 +48,7 @@ class Memory:
 
 
 CPU, CUDA = Place(), Place("CUDAExecutionProvider", "cuda")
-USUAL, LEAN = Memory(), Memory(packed=False, folded=False)
+USUAL, LEAN = Memory(packed=False), Memory(packed=False, folded=False)
 
 
 def open_graph(
