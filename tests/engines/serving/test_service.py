@@ -39,7 +39,7 @@ class Letters:
     def decode(self, ids):
         return "".join(LETTERS[token] for token in ids)
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, tools=None, **arguments):
         return self.encode("".join(message["content"] for message in messages))
 
     def stream(self):
