@@ -82,7 +82,7 @@ class Prompts:
     @property
     def interactive(self) -> bool:
         """Whether nothing is given, and someone sits at a terminal."""
-        return not (self.texts or self.files or self.token_ids) and sys.stdin.isatty()
+        return not (self.texts or self.files or self.token_ids) and sys.stdin is not None and sys.stdin.isatty()
 
     def check_usage(self) -> None:
         """click.UsageError for options that do not go together."""
@@ -183,7 +183,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 
 
 def _standard_input(or_usage: bool = False) -> str:
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read() if sys.stdin is not None else b""  # None where it was closed
     if not data and or_usage:
         raise click.UsageError(
             "there is no prompt: give either --prompt or --token-ids, --prompt-file, text on standard input, or a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,9 +17,9 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
 from deepseek_trt.engines.text import limits
+from deepseek_trt.engines.text.syntax import metered, none_tested_names
 
 _LONGEST_TEMPLATE = 1_000_000  # characters; DeepSeek's own have some thousands
 # Filters that make a text of whatever they are given, or a list that grows with a number.
@@ -48,10 +48,10 @@ class Compiled:
     variables: frozenset[str]
     none_tested: frozenset[str]
 
-    def render(self, **values: Any) -> str:
+    def render(self, values: Mapping[str, Any]) -> str:
         """The text; raises whatever a template can raise."""
         with limits.limited():
-            return self.template.render(**values)
+            return self.template.render(values)
 
 
 @functools.lru_cache(maxsize=16)
@@ -62,10 +62,10 @@ def compile_template(source: str, name: str) -> Compiled:
     with limits.limited():
         environment = _Environment()
         tree = environment.parse(source, name, name)
-        variables, none_tested = meta.find_undeclared_variables(tree), frozenset(_none_tested(tree))
-        code = environment.compile(_Metered().visit(tree), name, name)
+        variables, none_tested = frozenset(meta.find_undeclared_variables(tree)), none_tested_names(tree)
+        code = environment.compile(metered(tree), name, name)
         template = environment.template_class.from_code(environment, code, environment.make_globals(None))
-        return Compiled(template, frozenset(variables), none_tested)
+        return Compiled(template, variables, none_tested)
 
 
 class _Generation(Extension):
@@ -117,6 +117,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         limits.current().make(sum(map(limits.weight, parts)))
         return "".join(map(str, parts))
 
+    def held(self, value: Any) -> Any:
+        """Weigh a list, tuple or dictionary that is written down: what holds itself twice, again and again, grows."""
+        limits.current().hold(limits.weight(value))
+        return value
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         limits.current().make(limits.weight_of_operation(operator, left, right))
         return super().call_binop(context, operator, left, right)
@@ -128,52 +133,6 @@ class _Environment(ImmutableSandboxedEnvironment):
             given = (*args, *kwargs.values())
             limits.current().make(limits.weight_of_call(method.__name__, method.__self__, given))
         return super().call(__context, __obj, *args, **kwargs)
-
-
-class _Metered(NodeTransformer):
-    """Makes every body that may run more than once count itself, and ~ go through the environment."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 (jinja2's names)
-        self.generic_visit(node)
-        node.body.insert(0, _count(node))
-        return node
-
-    visit_Macro = visit_CallBlock = visit_Block = visit_For  # noqa: N815
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        self.generic_visit(node)
-        return _environment_call(node, "joined", list(node.nodes))
-
-
-def _count(node: nodes.Node) -> nodes.Node:
-    literals = (leaf.data for leaf in node.find_all(nodes.TemplateData))
-    constants = (leaf.value for leaf in node.find_all(nodes.Const) if isinstance(leaf.value, str))
-    characters = nodes.Const(sum(map(len, (*literals, *constants))))
-    return nodes.ExprStmt(_environment_call(node, "step", [characters])).set_lineno(node.lineno)
-
-
-def _environment_call(node: nodes.Node, method: str, args: list[nodes.Expr]) -> nodes.Call:
-    call = nodes.Call(nodes.EnvironmentAttribute(method), args, [], None, None)
-    assert node.environment is not None
-    call.set_environment(node.environment)
-    call.set_lineno(node.lineno)
-    return call
-
-
-def _none_tested(tree: nodes.Template) -> Iterator[str]:
-    """Yield the names in expressions of which the template asks whether they are none."""
-    for test in tree.find_all(nodes.Test):
-        if test.name == "none":
-            yield from _names(test)
-    for comparison in tree.find_all(nodes.Compare):
-        if any(isinstance(leaf, nodes.Const) and leaf.value is None for leaf in comparison.find_all(nodes.Const)):
-            yield from _names(comparison)
-
-
-def _names(node: nodes.Node) -> Iterator[str]:
-    yield from (leaf.name for leaf in node.find_all(nodes.Name))
-    yield from (leaf.attr for leaf in node.find_all(nodes.Getattr))
-    yield from (leaf.value for leaf in node.find_all(nodes.Const) if isinstance(leaf.value, str))
 
 
 def _weighed(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,7 +178,9 @@ class _Dict:
     """The global `dict`: makes dictionaries, and gives nothing of the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
+        made = dict(*args, **kwargs)
+        limits.current().hold(limits.weight(made))
+        return made
 
     def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
         return dict.fromkeys(keys, value)

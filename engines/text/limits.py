@@ -43,13 +43,17 @@ class Budget:
 
     def make(self, characters: int) -> None:
         """One more text; it is not there yet."""
+        self.hold(characters)
         self._made += characters
-        if characters > LONGEST:
-            raise LimitError(f"it makes a text of more than {LONGEST:,} characters")
         if self._made > TOTAL:
             raise LimitError(f"it makes texts of more than {TOTAL:,} characters together")
         if time.monotonic() > self._end:
             raise LimitError(f"it takes more than {SECONDS:g} seconds")
+
+    def hold(self, characters: int) -> None:
+        """One more value that holds others, none of them new."""
+        if characters > LONGEST:
+            raise LimitError(f"it makes a text of more than {LONGEST:,} characters, or a list that holds them")
 
 
 _CURRENT: ContextVar[Budget] = ContextVar("budget")

@@ -86,7 +86,7 @@ def render_chat(
     fixed = {"tools": tools, "documents": None, "add_generation_prompt": True, **(values or {})}
 
     def render(conversation: Messages) -> str:
-        return _guarded(template, lambda: compiled.render(messages=conversation, **fixed))
+        return _guarded(template, lambda: compiled.render({**fixed, "messages": conversation}))
 
     if has_parts(given) and _takes_parts(render, given):
         return _in_either_form(render, given)

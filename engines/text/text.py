@@ -38,6 +38,7 @@ class Text:
     def encode_chat(
         self,
         messages: Sequence[Message],
+        /,
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template: str | None = None,
         **arguments: Any,

@@ -191,3 +191,26 @@ def test_input_that_is_no_terminal_is_one_prompt(demo):
     run = subprocess.run(command, input=b"The number\nof\n", capture_output=True, timeout=WAIT)
     assert run.returncode == 0, run.stderr
     assert re.search(rb"\n4 tokens, [\d.]+ tokens/s, first after [\d.]+ s\n$", run.stderr)
+
+
+def test_what_was_said_before_is_not_computed_again(demo, monkeypatch, capsys):
+    """The pages of the conversation are found by their tokens."""
+    from deepseek_trt.cli.prompting.chat import Chat
+    from deepseek_trt.cli.prompting.prompts import ChatOptions
+    from deepseek_trt.engines.generation.llm import LLM
+    from deepseek_trt.engines.generation.params import SamplingParams
+    from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+
+    lines = iter(["word " * 100, "and then?"])
+
+    def typed(prompt: str = "") -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    with LLM.open(demo, threads=1, limits=SchedulerLimits(max_running=1), pages=40) as llm:
+        Chat(llm, llm.text, SamplingParams(4), ChatOptions(system="Be brief.")).run()
+        assert llm.scheduler.counters.reused >= 64
+    assert capsys.readouterr().err.count("tokens/s") == 2

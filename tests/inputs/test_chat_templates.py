@@ -375,7 +375,7 @@ def test_special_tokens(config, decoder, tmp_path, demo_checkpoint):
 def test_arguments_stand_before_special_tokens(tmp_path, demo_checkpoint):
     template = "{{ bos_token }}{{ documents[0].title }}{{ thinking }}{{ add_generation_prompt }}"
     path = folder(tmp_path, demo_checkpoint, {"chat_template.jinja": template})
-    values = {"bos_token": "B", "documents": [{"title": "T"}], "thinking": 1, "add_generation_prompt": False}
+    values = {"bos_token": "B", "documents": [{"title": "T"}], "thinking": 1, "add_generation_prompt": False, "self": 0}
     assert ChatTemplates(path).render([USER], arguments=values) == "BT1False"
     assert ChatTemplates(path).unused({"thinking": 1, "thinkng": 1}, tools=[]) == ["thinkng", "tools"]
     for refused in (
@@ -444,6 +444,11 @@ HOSTILE = {
     "sum of lists": DOUBLING.replace("STEP", "[ns.s] + [ns.s]") + "{{ ns.s }}",
     "nested lists": DOUBLING.replace("STEP", "[ns.s, ns.s]") + "{{ ns.s }}",
     "nested lists as JSON": DOUBLING.replace("STEP", "[ns.s, ns.s]") + "{{ ns.s | tojson }}",
+    "equal lists": DOUBLING.replace("STEP", "[ns.s, ns.s]").replace("s='", "t='x', s='").replace(
+        "{% endfor %}", "{% set ns.t = [ns.t, ns.t] %}{% endfor %}{{ ns.s == ns.t }}"
+    ),
+    "hashed tuples": DOUBLING.replace("STEP", "(ns.s, ns.s)") + "{{ {ns.s: 1} }}",
+    "nested dictionaries": DOUBLING.replace("STEP", "dict(a=ns.s, b=ns.s)") + "{{ ns.s == 1 }}",
     "concatenation": DOUBLING.replace("STEP", "ns.s ~ ns.s"),
     "replace": DOUBLING.replace("STEP", "ns.s.replace('', ns.s)"),
     "replace filter": DOUBLING.replace("STEP", "ns.s | replace('x', ns.s)"),
