@@ -81,9 +81,12 @@ class LLM:
         text = Text(found) if found.tokenizer_path else None
         return cls(opened.session, found.manifest.model, text, limits, opened.choice)
 
-    def generate(self, prompts: Sequence[Prompt], params: ParamsOrMany = None) -> list[Result]:
+    def generate(
+        self, prompts: Sequence[Prompt], params: ParamsOrMany = None, on_token: Callable[[], None] = lambda: None
+    ) -> list[Result]:
         """Answers in order of the prompts. With one SamplingParams for all, prompt i samples with its seed + i.
 
+        `on_token` is called after every token of any of them.
         Raises RequestError, before anything is computed, for a prompt or parameter that the model cannot take.
         """
         requests = self._requests(prompts, params)
@@ -91,7 +94,7 @@ class LLM:
         tickets: list[Ticket] = []
         try:
             for (ids, own), mine in zip(requests, pieces, strict=True):
-                tickets.append(self._submit(ids, own, mine.append))
+                tickets.append(self._submit(ids, own, _keeper(mine, on_token)))
             while not all(ticket.ended for ticket in tickets):
                 self._loop.step(unless=lambda: all(ticket.ended for ticket in tickets))
         finally:
@@ -222,6 +225,14 @@ class LLM:
     async def _acollect(self, ids: list[int], params: SamplingParams) -> Result:
         async with contextlib.aclosing(self._apieces(ids, params)) as pieces:
             return Result.of(ids, [piece async for piece in pieces], self.text is not None)
+
+
+def _keeper(pieces: list[Piece | Exception], on_token: Callable[[], None]) -> Callable[[Piece | Exception], None]:
+    def keep(piece: Piece | Exception) -> None:
+        pieces.append(piece)
+        on_token()
+
+    return keep
 
 
 def _good(piece: Piece | Exception) -> Piece:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.serving.tensors import INPUTS
-from deepseek_trt.engines.text.template import Message
+from deepseek_trt.engines.text.messages import checked_arguments, checked_messages, checked_tools
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import RequestError
 
@@ -59,26 +59,32 @@ def _prompt(tensors: Tensors, text: Text) -> tuple[list[int], str]:
     if ("text_input" in tensors) == ("messages" in tensors):
         raise RequestError("give either text_input or messages")
     if "messages" in tensors:
-        ids = text.encode_chat(_messages(_string(tensors, "messages")))
+        ids = _chat_ids(tensors, text)
         return ids, text.decode(ids)
+    alone = [name for name in ("tools", "chat_template_kwargs") if name in tensors]
+    if alone:
+        raise RequestError(f"{alone[0]} is for the chat template: give messages instead of text_input")
     prompt = _string(tensors, "text_input")
     if not prompt:
         raise RequestError("text_input is empty: give at least one character")
     return text.encode(prompt), prompt
 
 
-def _messages(given: str) -> list[Message]:
+def _chat_ids(tensors: Tensors, text: Text) -> list[int]:
+    messages = checked_messages(_json(tensors, "messages"))
+    tools = checked_tools(_json(tensors, "tools"))
+    arguments = checked_arguments(_json(tensors, "chat_template_kwargs") or {})
+    return text.encode_chat(messages, tools, **arguments)
+
+
+def _json(tensors: Tensors, name: str) -> Any:
+    """The value of a tensor that holds JSON as a string; None where it is not sent."""
+    if name not in tensors:
+        return None
     try:
-        messages = json.loads(given)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"messages is not JSON ({error}): give a list of {{role, content}} as a string") from None
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(f"messages {given[:80]!r}: give a list of at least one {{role, content}}")
-    for message in messages:
-        texts = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        if not texts:
-            raise RequestError(f"messages: {json.dumps(message)[:80]} has no role and content that are strings")
-    return messages
+        return json.loads(_string(tensors, name))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is not JSON ({error}): give it as a string that holds JSON") from None
 
 
 def _sampling(tensors: Tensors) -> SamplingParams:

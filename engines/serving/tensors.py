@@ -18,6 +18,8 @@ class Field:
 INPUTS = (
     Field("text_input", "TYPE_STRING"),
     Field("messages", "TYPE_STRING"),
+    Field("tools", "TYPE_STRING"),
+    Field("chat_template_kwargs", "TYPE_STRING"),
     Field("max_tokens", "TYPE_INT32"),
     Field("min_tokens", "TYPE_INT32"),
     Field("stream", "TYPE_BOOL"),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from deepseek_trt.engines.text.template import Message, render_chat
+from deepseek_trt.engines.text.messages import Message
+from deepseek_trt.engines.text.template import ChatTemplates
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
 
@@ -25,7 +24,7 @@ class Text:
         if bundle.tokenizer_path is None:
             raise BundleError(f"{bundle.path} has no tokenizer.json: give token ids instead of text")
         self._tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
-        self._root = bundle.path
+        self.chat = ChatTemplates(bundle.path)
         longest = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
         self._most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings  # twice: normalizers may shorten
 
@@ -36,10 +35,20 @@ class Text:
         """
         return self._encode(text, special=True)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation rendered with the checkpoint's chat template, ready for the answer."""
-        rendered = render_chat(_tokenizer_config(self._root), messages)
-        return self._encode(rendered, special=False)
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        /,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **arguments: Any,
+    ) -> list[int]:
+        """Token ids of a conversation rendered with the checkpoint's chat template, ready for the answer.
+
+        `chat_template` is the name of one of several, or a file; `arguments` are what the template reads beside
+        messages and tools, e.g. thinking=True. Raises RequestError.
+        """
+        return self._encode(self.chat.render(messages, tools, chat_template, arguments), special=False)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         if len(text) > self._most_bytes:
@@ -58,11 +67,3 @@ class Text:
         """A function from one answer's tokens, one after another, to the text that each completes, possibly none."""
         stream = DecodeStream(skip_special_tokens=True)
         return lambda token: stream.step(self._tokenizer, token) or ""
-
-
-def _tokenizer_config(root: Path) -> dict[str, Any]:
-    file, template = root / "tokenizer_config.json", root / "chat_template.jinja"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if template.is_file():  # newer checkpoints keep it apart
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    return config

@@ -13,7 +13,6 @@ from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
-from deepseek_trt.engines.text.template import render_chat
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import BundleError, RequestError
 
@@ -181,12 +180,6 @@ def test_bad_parameters_are_refused(options):
 def test_bundle_without_tokenizer(small_v2, bundle_of):
     with pytest.raises(BundleError, match="token ids"):
         Text(bundle_of(small_v2.checkpoint))
-
-
-def test_chat_template_runs_in_a_sandbox():
-    hostile = {"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}
-    with pytest.raises(RequestError, match="refuses"):
-        render_chat(hostile, [{"role": "user", "content": "hi"}])
 
 
 def test_chat_of_the_demo_model(demo):

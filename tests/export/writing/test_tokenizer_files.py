@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: carried as they are, tried at export, rendered in a sandbox."""
+"""Tokenizers and chat templates: carried as they are, tried at export."""
 
 from __future__ import annotations
 
@@ -8,53 +8,9 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from deepseek_trt.engines.text.template import render_chat
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.writing.tokenizer_files import CARRIED, carry_files
-
-V2_TEMPLATE = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}"
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-# V2.5's and V3's: the system prompt is collected first, in a namespace.
-V3_TEMPLATE = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
-    "{% set ns = namespace(is_first=true, system_prompt='') %}"
-    "{%- for message in messages %}{%- if message['role'] == 'system' %}"
-    "{%- if ns.is_first %}{% set ns.system_prompt = ns.system_prompt + message['content'] %}"
-    "{% set ns.is_first = false %}"
-    "{%- else %}{% set ns.system_prompt = ns.system_prompt + '\n\n' + message['content'] %}{%- endif %}"
-    "{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}"
-    "{%- for message in messages %}"
-    "{%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{%- endif %}"
-    "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
-    "{{ '<｜Assistant｜>' + message['content'] + eos_token }}{%- endif %}{%- endfor -%}"
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
-)
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "1 + 1?"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": " and\n2 + 2?"},
-]
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (V2_TEMPLATE, f"{BOS}Be brief.\n\nUser: 1 + 1?\n\nAssistant: 2{EOS}User:  and\n2 + 2?\n\nAssistant:"),
-        (V3_TEMPLATE, f"{BOS}Be brief.<｜User｜>1 + 1?<｜Assistant｜>2{EOS}<｜User｜> and\n2 + 2?<｜Assistant｜>"),
-    ],
-)
-def test_chat_templates(template, expected):
-    token = {"__type": "AddedToken", "content": BOS}
-    config = {"chat_template": template, "bos_token": token, "eos_token": EOS}
-    assert render_chat(config, TURNS) == expected
 
 
 def test_files_arrive_as_they_are(demo_checkpoint, tmp_path):
