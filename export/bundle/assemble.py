@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
-from deepseek_trt.export.bundle.recipes import Recipe
+from deepseek_trt.export.bundle.recipes import Piece, Recipe
 from deepseek_trt.export.config.model_config import FP8_BLOCK
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import CHUNK
@@ -27,9 +27,10 @@ def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Arra
         for piece in recipe.pieces:
             source = tensors[piece.source]
             scales = reader.scales(tensors[piece.scale]) if piece.scale else None
+            row = source.nbytes // _rows(source, piece)
             for start, rows in piece.strips():
                 if scales is None:
-                    yield from reader.plain(source, start, rows)
+                    yield from reader.plain(source, start * row, rows * row)
                 else:
                     yield from reader.scaled(source, scales, start, rows)
 
@@ -44,6 +45,12 @@ def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) ->
     return result.reshape(recipe.shape)
 
 
+def _rows(source: StoredTensor, piece: Piece) -> int:
+    """Rows of the tensor, as the piece counts them."""
+    whole = len(source.shape) == 1 and piece.halves
+    return source.shape[0] if whole else math.prod(source.shape[:-1])
+
+
 class _Reader:
     """Keeps the shard open that was read last: a recipe's pieces mostly lie in one."""
 
@@ -55,10 +62,9 @@ class _Reader:
         if self._stream is not None:
             self._stream.close()
 
-    def plain(self, source: StoredTensor, start: int, rows: int) -> Iterator[Array]:
-        """Rows of `source`, in chunks that need not end where a row does."""
-        row = source.nbytes // math.prod(source.shape[:-1])
-        at, end = start * row, (start + rows) * row
+    def plain(self, source: StoredTensor, at: int, nbytes: int) -> Iterator[Array]:
+        """Bytes of `source`, in chunks that need not end where a row does."""
+        end = at + nbytes
         while at < end:
             length = min(end - at, CHUNK)
             yield np.frombuffer(self._read(source, at, length), dtype=numpy_dtype(source.dtype))
