@@ -105,17 +105,6 @@ def test_halves_by_reference(made, tmp_path):
         assert np.array_equal(ours, published(weight.recipe.name).numpy()), weight.recipe.name
 
 
-def test_the_two_rotations_differ_by_more_than_the_tolerance(made):
-    ids = np.arange(20)
-    pairs = transformers_logits(made("v3", **DENSE).path, ids)
-    assert relative(transformers_logits(made("v3", name="halves", **HALVES).path, ids)[1:], pairs[1:]) > 100 * RELATIVE
-
-
-def test_a_manifest_grows_by_no_piece(made):
-    plain, halves = (read_source(made("v3", name=str(k), rope_interleave=k).path).plan.recipes for k in (True, False))
-    assert [len(recipe.pieces) for recipe in plain] == [len(recipe.pieces) for recipe in halves]
-
-
 def test_halves_of_fp8(tmp_path):
     """Two heads of 150 rows, 100 of which are rotated: blocks of 128 rows end inside a half."""
     from safetensors.torch import save_file
