@@ -54,11 +54,11 @@ def config_notes(raw: Raw) -> tuple[str, ...]:
 
 
 def _wrong_values(raw: Raw) -> dict[str, str]:
-    """One sentence for each used key whose value is of another type, or out of range."""
+    """One sentence for each key that is read whose value is of another type, or out of range."""
     found = {}
     for name, value in raw.items():
         key = KEYS.get(name)
-        if key is None or key.use != "used" or (value is None and key.null):
+        if key is None or key.use not in ("used", "checked") or (value is None and key.null):
             continue
         if not key.kind.admits(value) and not (value is None and name in _LATENT_KEYS):
             found[name] = wrong_value(name, value, key.kind)

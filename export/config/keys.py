@@ -1,4 +1,4 @@
-"""Every key that config.json of this family may hold, and what becomes of it: used, harmless or refused.
+"""Every key that config.json of this family may hold, and what becomes of it: used, checked, harmless or refused.
 
 The family: DeepSeek-V2, V3 and V3.1, Kimi-K2, Moonlight, GLM-4.7-Flash under these names, and whatever transformers
 writes into any config.json. docs/checkpoints.md prints this table. A key that is not in it is named in a note, unless
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from deepseek_trt.export.config.values import Anything, Flag, Integer, Kind, ListOf, Number, Object, Text
 
-Use = Literal["used", "harmless", "refused"]
+Use = Literal["used", "checked", "harmless", "refused"]
 
 NONE_OF_IT: tuple[Any, ...] = (None, False, 0, "", [], {})  # what says that a feature is absent
 UNCHANGED: tuple[Any, ...] = (None, 1)  # the factors that change nothing
@@ -20,9 +20,10 @@ UNCHANGED: tuple[Any, ...] = (None, 1)  # the factors that change nothing
 
 @dataclass(frozen=True)
 class Key:
-    """One key. `why` completes "it is ... because", or says what is used.
+    """One key. `why` says what it is used for, what it must agree with, or why it is harmless or refused.
 
-    `kind` is checked for keys that are used. `null` says what null means; where it is empty, null is refused as any
+    A key is checked where it must agree with others, from which the model is made. `kind` is that of a used or checked
+    key's values. `null` says what null means; where it is empty, null is refused as any
     other wrong value. A refused key's `neutral` values are accepted: they say that the feature is absent.
     """
 
@@ -36,6 +37,10 @@ class Key:
 
 def _used(name: str, kind: Kind, why: str, null: str = "") -> Key:
     return Key(name, "used", why, kind, null)
+
+
+def _checked(name: str, kind: Kind, why: str, null: str = "absent") -> Key:
+    return Key(name, "checked", why, kind, null)
 
 
 def _harmless(why: str, *names: str) -> tuple[Key, ...]:
@@ -82,15 +87,12 @@ _ATTENTION = (
         Flag(),
         "false: halves are rotated, not adjacent pairs; deepseek_v3 and kimi_k2 only (deepseek_v2: refused)",
     ),
-    _used(
-        "num_key_value_heads",
-        Integer(high=2**16),
-        "nothing: every head has its key in kv_b_proj; another number than the heads' is named in a note",
-        "as many as heads",
+    _checked(
+        "num_key_value_heads", _HEADS, "a note names another number than num_attention_heads: each head has its key"
     ),
-    _used("head_dim", Integer(), "nothing; refused where it is none of the model's widths", "absent"),
-    _used("qk_head_dim", Integer(), "nothing; must be qk_nope_head_dim + qk_rope_head_dim", "absent"),
-    _used("original_max_position_embeddings", Integer(), "nothing; must be what YaRN's settings say", "absent"),
+    _checked("head_dim", _SIZE, "must be one of the widths above, or of their sums"),
+    _checked("qk_head_dim", _SIZE, "must be qk_nope_head_dim + qk_rope_head_dim"),
+    _checked("original_max_position_embeddings", _SIZE, "must be what YaRN's settings say"),
     *_refused(
         "only a part of the rope dimensions would be rotated", "partial_rotary_factor", "rotary_pct", neutral=UNCHANGED
     ),
@@ -106,11 +108,9 @@ _ATTENTION = (
     ),
     *_refused("attention would see only some tokens", "index_topk", "index_n_heads", "index_head_dim"),
     *_refused("attention would see only some tokens", "attention_chunk_size", "no_rope_layers", "use_sliding_window"),
-    _used(
-        "sliding_window", Anything(), "refused unless null or use_sliding_window is false: all tokens are seen", "none"
-    ),
-    _used("layer_types", Anything(), "refused unless every layer is full_attention", "absent"),
-    _used("use_mla", Flag(), "refused where it is false: there is no latent attention then", "absent"),
+    _checked("sliding_window", Anything(), "must be null, 0, or beside a use_sliding_window of false"),
+    _checked("layer_types", Anything(), "every layer must be full_attention"),
+    _checked("use_mla", Flag(), "must be true"),
 )
 _ROUTER = (
     _used("n_routed_experts", _EXPERTS, "experts a layer; 0: every layer is dense", "0"),
@@ -127,7 +127,7 @@ _ROUTER = (
     _used("topk_group", _SIZE, "groups that a token may choose from", "1"),
     _used("norm_topk_prob", Flag(), "whether the chosen weights are normalised", "false, as in transformers"),
     _used("routed_scaling_factor", Number(0.0, above=True), "factor on the routed experts"),
-    _used("mlp_layer_types", Anything(), "refused where it contradicts first_k_dense_replace", "absent"),
+    _checked("mlp_layer_types", Anything(), "must agree with first_k_dense_replace and moe_layer_freq"),
     *_refused("experts' activations would be cut", "swiglu_limit", "swiglu_alpha"),
     *_refused("there would be experts that compute nothing", "zero_expert_num", "zero_expert_type"),
 )
@@ -179,6 +179,7 @@ _HARMLESS = (
         "how the work is spread, not what is computed",
         *("ep_size", "pretraining_tp", "chunk_size_feed_forward", "attn_implementation", "experts_implementation"),
         *("_attn_implementation", "_attn_implementation_autoset", "_experts_implementation", "use_cache"),
+        *("_attn_implementation_internal", "_experts_implementation_internal"),
         *("tp_plan", "base_model_tp_plan", "torchscript", "use_flash_attn", "max_window_layers"),
     ),
     *_harmless(

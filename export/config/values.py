@@ -35,7 +35,7 @@ class Integer:
 
     @property
     def expected(self) -> str:
-        return f"a whole number from {self.low} to {self.high}"
+        return f"a whole number from {self.low} to {'2^31 - 1' if self.high == MAX_SIZE else self.high}"
 
     def admits(self, value: Any) -> bool:
         whole = is_number(value) and (isinstance(value, int) or (self.floats and value.is_integer()))
@@ -89,7 +89,7 @@ class ListOf:
 
     @property
     def expected(self) -> str:
-        return f"{f'{self.item.expected}, or ' if self.or_one else ''}a list of such ({self.item.expected})"
+        return f"{self.item.expected}, or a list of such" if self.or_one else f"a list, each of it {self.item.expected}"
 
     def admits(self, value: Any) -> bool:
         if isinstance(value, list):

@@ -106,7 +106,7 @@ def rotate(x: Array, angles: Array, amplitude: float) -> Array:
 
 
 def scaling_of(c: dict[str, Any]) -> dict[str, Any]:
-    settings = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    settings = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
     settings["kind"] = settings.get("rope_type", settings.get("type", "default"))
     return settings
 
@@ -146,11 +146,12 @@ def yarn_frequencies(s: dict[str, Any], theta: float, dim: int) -> Array:
 def amplitudes(c: dict[str, Any]) -> tuple[float, float]:
     """Of cos and sin, and of the softmax scale."""
     s = scaling_of(c)
-    if s["kind"] != "yarn":
+    if s["kind"] == "default":
         return 1.0, 1.0
     m = lambda x: 0.1 * x * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0  # noqa: E731
     mscale, all_dim = s.get("mscale", 1), s.get("mscale_all_dim", 0)
-    return m(mscale) / m(all_dim), m(all_dim) ** 2 if all_dim else 1.0
+    turning = s.get("attention_factor", m(mscale) / m(all_dim)) if s["kind"] == "yarn" else 1.0
+    return turning, m(all_dim) ** 2 if all_dim else 1.0
 
 
 # Feed-forward
