@@ -83,8 +83,9 @@ def attention(c: dict[str, Any], weights: Weights, at: str, x: Array, lengths: A
     expanded = linear(weights, f"{at}.kv_b_proj", latent).reshape(len(x), heads, nope + c["v_head_dim"])
     angles = rope_angles(c, lengths)  # [S, rope / 2]
     amplitude, scale = amplitudes(c)
-    k_rope = rotate(kv[:, None, rank:], angles, amplitude)[:, 0]
-    q_rope = rotate(q[..., nope:], angles, amplitude)
+    pairs = in_pairs if c.get("rope_interleave", True) is False else lambda x: x
+    k_rope = rotate(pairs(kv[:, None, rank:]), angles, amplitude)[:, 0]
+    q_rope = rotate(pairs(q[..., nope:]), angles, amplitude)
     scale *= (nope + rope) ** -0.5
     out = np.zeros((len(x), heads, c["v_head_dim"]))
     for head in range(heads):
@@ -95,6 +96,12 @@ def attention(c: dict[str, Any], weights: Weights, at: str, x: Array, lengths: A
             share = np.exp(scores - scores.max())
             out[s, head] = share / share.sum() @ expanded[: s + 1, head, nope:]
     return linear(weights, f"{at}.o_proj", out.reshape(len(x), -1))
+
+
+def in_pairs(x: Array) -> Array:
+    """x_i and x_(i + rope/2), which rotate together, side by side; scores do not depend on the order."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.stack([first, second], axis=-1).reshape(x.shape)
 
 
 def rotate(x: Array, angles: Array, amplitude: float) -> Array:
