@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -25,14 +26,19 @@ def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Arra
     """The recipe's numbers in order, as one-dimensional arrays of the sources' dtypes; float32 where they are fp8."""
     with closing(_Reader()) as reader:
         for piece in recipe.pieces:
-            source = tensors[piece.source]
+            source = _counted_by(piece, tensors[piece.source])
             scales = reader.scales(tensors[piece.scale]) if piece.scale else None
-            row = source.nbytes // _rows(source, piece)
             for start, rows in piece.strips():
                 if scales is None:
-                    yield from reader.plain(source, start * row, rows * row)
+                    yield from reader.plain(source, start, rows)
                 else:
                     yield from reader.scaled(source, scales, start, rows)
+
+
+def _counted_by(piece: Piece, source: StoredTensor) -> StoredTensor:
+    """The tensor with the rows that the piece counts: where it orders a bias, each number is one."""
+    as_column = piece.halves and len(source.shape) == 1
+    return dataclasses.replace(source, shape=(*source.shape, 1)) if as_column else source
 
 
 def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) -> Array:
@@ -43,12 +49,6 @@ def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) ->
         result[at : at + chunk.size] = chunk
         at += chunk.size
     return result.reshape(recipe.shape)
-
-
-def _rows(source: StoredTensor, piece: Piece) -> int:
-    """Rows of the tensor, as the piece counts them."""
-    whole = len(source.shape) == 1 and piece.halves
-    return source.shape[0] if whole else math.prod(source.shape[:-1])
 
 
 class _Reader:
@@ -62,9 +62,10 @@ class _Reader:
         if self._stream is not None:
             self._stream.close()
 
-    def plain(self, source: StoredTensor, at: int, nbytes: int) -> Iterator[Array]:
-        """Bytes of `source`, in chunks that need not end where a row does."""
-        end = at + nbytes
+    def plain(self, source: StoredTensor, start: int, rows: int) -> Iterator[Array]:
+        """Rows of `source`, in chunks that need not end where a row does."""
+        row = source.nbytes // math.prod(source.shape[:-1])
+        at, end = start * row, (start + rows) * row
         while at < end:
             length = min(end - at, CHUNK)
             yield np.frombuffer(self._read(source, at, length), dtype=numpy_dtype(source.dtype))
