@@ -53,7 +53,7 @@ def _refused(why: str, *names: str, neutral: tuple[Any, ...] = NONE_OF_IT) -> tu
 
 _SIZE = Integer()
 _LATENT = Integer(low=0)  # 0 and null have a sentence of their own: there is no latent attention
-_ID = Integer(low=-1)
+_ID = Integer(low=0)
 _LAYERS, _EXPERTS, _HEADS = Integer(high=10_000), Integer(low=0, high=2**16), Integer(high=2**16)
 
 _MODEL = (
@@ -152,7 +152,7 @@ _OTHER_MODELS = (
 )
 _TEXT = (
     _used("bos_token_id", _ID, "the first token of a text", "none"),
-    _used("eos_token_id", ListOf(Integer(low=0), or_one=True), "the tokens that end an answer", "none"),
+    _used("eos_token_id", ListOf(_ID, or_one=True), "the tokens that end an answer", "none"),
     _used("pad_token_id", _ID, "padding of classifiers", "none"),
     _used("id2label", Object(Text()), "names of the classes", "absent"),
     _used("num_labels", Integer(), "classes, where id2label is absent", "absent"),

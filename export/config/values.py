@@ -5,12 +5,14 @@ As transformers' config classes: a number in quotes is no number, true is no 1, 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 MAX_SIZE = 2**31 - 1  # TensorRT and the graphs' int32 inputs count in 31 bits
+_HUGE = 1e30  # no setting is as large
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -48,11 +50,13 @@ class Number:
 
     low: float
     above: bool = False
-    high: float = 1e30
+    high: float = _HUGE
 
     @property
     def expected(self) -> str:
-        return f"a number {'above' if self.above else 'from'} {self.low:g} {'' if self.above else 'on'}".rstrip()
+        if self.above:
+            return f"a number above {self.low:g}"
+        return f"a number from {self.low:g} {f'to {self.high:g}' if self.high < _HUGE else 'on'}"
 
     def admits(self, value: Any) -> bool:
         return is_number(value) and self.low <= value <= self.high and not (self.above and value == self.low)
@@ -131,8 +135,8 @@ def is_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """The value for a message: escaped, and cut where it is long."""
-    text = repr(value) if value is not None else "null"
+    """The value for a message: as JSON spells it where it is no text, escaped, and cut where it is long."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

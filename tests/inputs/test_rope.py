@@ -190,7 +190,7 @@ def test_notes(made, changes, words):
         ({**YARN, "factor": -4}, "rope_scaling.factor is -4"),
         ({**YARN, "factor": float("inf")}, "rope_scaling.factor is inf"),
         ({**YARN, "factor": [8]}, r"rope_scaling.factor is [8]"),
-        ({**YARN, "factor": True}, "rope_scaling.factor is True"),
+        ({**YARN, "factor": True}, "rope_scaling.factor is true"),
         ({**YARN, "beta_fast": 0}, "rope_scaling.beta_fast is 0"),
         ({**YARN, "mscale_all_dim": -30}, "rope_scaling.mscale_all_dim is -30"),
         ({**YARN, "mscale": float("nan")}, "rope_scaling.mscale is nan"),
