@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
-from deepseek_trt.export.bundle.recipes import Recipe
+from deepseek_trt.export.bundle.recipes import Piece, Recipe
 from deepseek_trt.export.config.model_config import FP8_BLOCK
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import CHUNK
@@ -25,13 +26,19 @@ def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Arra
     """The recipe's numbers in order, as one-dimensional arrays of the sources' dtypes; float32 where they are fp8."""
     with closing(_Reader()) as reader:
         for piece in recipe.pieces:
-            source = tensors[piece.source]
+            source = _counted_by(piece, tensors[piece.source])
             scales = reader.scales(tensors[piece.scale]) if piece.scale else None
             for start, rows in piece.strips():
                 if scales is None:
                     yield from reader.plain(source, start, rows)
                 else:
                     yield from reader.scaled(source, scales, start, rows)
+
+
+def _counted_by(piece: Piece, source: StoredTensor) -> StoredTensor:
+    """The tensor with the rows that the piece counts: where it orders a bias, each number is one."""
+    as_column = piece.halves and len(source.shape) == 1
+    return dataclasses.replace(source, shape=(*source.shape, 1)) if as_column else source
 
 
 def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) -> Array:

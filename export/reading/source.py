@@ -9,7 +9,7 @@ from typing import Any
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
 from deepseek_trt.export.bundle.recipes import LM_HEAD, too_large_for_tensorrt
-from deepseek_trt.export.config.model_config import ModelConfig, read_config
+from deepseek_trt.export.config.model_config import ModelConfig, config_notes, read_config
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import Classifier
@@ -39,14 +39,15 @@ def read_source(folder: Path, interface: Interface | None = None, num_layers: in
     Raises ConfigError or CheckpointError, naming key or tensor.
     """
     checkpoint, raw = Checkpoint.open(folder), read_config(folder / "config.json")
+    written = ModelConfig.from_hf(raw)  # before anything else looks at raw
     interface = interface or Interface(task_of(raw, checkpoint))
-    declared, notes = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, written_keys(raw, interface.task))
+    declared, notes = config_of_tensors(written, checkpoint, written_keys(raw, interface.task))
     classifier = Classifier.from_hf(raw, checkpoint) if interface.task == CLASSIFICATION else None
     _check_lm_head(interface, raw, checkpoint)
     config = _cut(declared, num_layers)
     labels = len(classifier.labels) if classifier else 0
     plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, labels)
-    return Source(checkpoint, interface, config, classifier, plan, notes + _too_large(plan))
+    return Source(checkpoint, interface, config, classifier, plan, config_notes(raw) + notes + _too_large(plan))
 
 
 def _check_lm_head(interface: Interface, raw: dict[str, Any], checkpoint: Checkpoint) -> None:

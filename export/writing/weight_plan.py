@@ -121,16 +121,26 @@ class _Planner:
         c = self.c
         queries = c.num_attention_heads * c.qk_head_dim
         if c.q_lora_rank is None:
-            yield self.whole(f"{at}.q_proj.weight", queries, c.hidden_size)
+            yield self.rotated(f"{at}.q_proj.weight", c.num_attention_heads, queries, c.hidden_size)
         else:
             yield from self.linear(f"{at}.q_a_proj", c.q_lora_rank, c.hidden_size, c.attention_bias)
             yield self.whole(f"{at}.q_a_layernorm.weight", c.q_lora_rank)
-            yield self.whole(f"{at}.q_b_proj.weight", queries, c.q_lora_rank)
-        yield from self.linear(f"{at}.kv_a_proj_with_mqa", c.latent_dim, c.hidden_size, c.attention_bias)
+            yield self.rotated(f"{at}.q_b_proj.weight", c.num_attention_heads, queries, c.q_lora_rank)
+        yield self.rotated(f"{at}.kv_a_proj_with_mqa.weight", 1, c.latent_dim, c.hidden_size)
+        if c.attention_bias:
+            yield self.rotated(f"{at}.kv_a_proj_with_mqa.bias", 1, c.latent_dim)
         yield self.whole(f"{at}.kv_a_layernorm.weight", c.kv_lora_rank)
         yield from self.halves_of_kv_b(at)
         values = c.num_attention_heads * c.v_head_dim
         yield from self.linear(f"{at}.o_proj", c.hidden_size, values, c.attention_bias)
+
+    def rotated(self, name: str, heads: int, *shape: int) -> Recipe:
+        """Rows of which each head's last are rotated: adjacent pairs, or halves where rope_interleave is false."""
+        if self.c.rope_interleave:
+            return self.whole(name, *shape)
+        head = shape[0] // heads
+        piece = Piece(self.source(name, *shape), 0, head, head, heads, self.scale(name), halves=self.c.qk_rope_head_dim)
+        return Recipe(name, shape, (piece,))
 
     def halves_of_kv_b(self, at: str) -> Iterator[Recipe]:
         """kv_b_proj's rows are per head [nope | v]: W_UK and W_UV are strips of it."""

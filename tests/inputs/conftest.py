@@ -98,6 +98,12 @@ def _export_tests() -> Any:
     return _shared(TESTS / "export" / "conftest.py")
 
 
+@pytest.fixture(scope="session")
+def bases() -> dict[str, dict[str, Any]]:
+    """The config.json that `made` changes, by name."""
+    return BASES
+
+
 @pytest.fixture
 def made(tmp_path: Path, _export_tests: Any) -> Callable[..., Made]:
     """made("v2", key=value, ...): a whole checkpoint in one file, float32 unless `dtype` says another.

@@ -7,6 +7,7 @@ export took from the wrong place, stacked in the wrong order or cut in the wrong
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from deepseek_trt.export.reading.infer import config_of_tensors
 from deepseek_trt.export.writing.weight_plan import plan_weights
 
 _HALVES = ("w_uk", "w_uv")  # of each head's rows in kv_b_proj
+_ROTATED = {"q_proj", "q_b_proj", "kv_a_proj_with_mqa"}
 _EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 
 
@@ -32,13 +34,14 @@ class PublishedWeights:
     """Call it with a parameter's name; it holds no tensor itself.
 
     Tensors are float32, rounded to `dtype` (the bundle's) first, as every export rounds them; the correction bias is
-    kept as it is.
+    kept as it is. `interleaved` is config.json's rope_interleave: the torch model rotates adjacent pairs always.
     """
 
     root: Path
     files: dict[str, Path]
     config: ModelConfig
     dtype: str
+    interleaved: bool = True
 
     @property
     def note(self) -> str:
@@ -51,7 +54,17 @@ class PublishedWeights:
             return self._half(f"{base}.kv_b_proj.weight", last)
         if name.endswith(_EXPERTS):
             return self._experts(base, last)
-        return self._rounded(name)
+        tensor = self._rounded(name)
+        return tensor if self.interleaved or not _ROTATED & set(name.split(".")) else self._in_pairs(name, tensor)
+
+    def _in_pairs(self, name: str, tensor: Tensor) -> Tensor:
+        """Let rows i and i + R/2 of each head's rotated part lie side by side; the keys have one head."""
+        rope, heads = self.config.qk_rope_head_dim, self.config.num_attention_heads
+        heads = 1 if "kv_a_proj_with_mqa" in name else heads
+        rows = tensor.view(heads, len(tensor) // heads, -1).clone()  # [heads, rows, columns]
+        first, second = rows[:, -rope:].clone().chunk(2, dim=1)
+        rows[:, -rope:] = torch.stack([first, second], dim=2).flatten(1, 2)
+        return rows.view(tensor.shape)
 
     def _half(self, source: str, half: str) -> Tensor:
         """[H, N, L] or [H, V, L] of kv_b_proj [H * (N + V), L]."""
@@ -103,7 +116,9 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
     if checkpoint is not None:
         _check_same_model(bundle, found)
     files = {name: tensor.file for name, tensor in found.tensors.items()}
-    return PublishedWeights(root, files, bundle.manifest.model, bundle.manifest.dtype)
+    raw = json.loads((root / "config.json").read_text(encoding="utf-8"))  # its own reading
+    interleaved = raw.get("rope_interleave", True)
+    return PublishedWeights(root, files, bundle.manifest.model, bundle.manifest.dtype, interleaved)
 
 
 def _recorded(bundle: Bundle) -> Path | None:
