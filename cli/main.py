@@ -8,6 +8,7 @@ import sys
 import click
 
 from deepseek_trt.export.errors import DeepseekTrtError
+from deepseek_trt.export.text.valid import printable
 
 # Each command's line in --help; its file has its name.
 COMMANDS = {
@@ -47,7 +48,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except DeepseekTrtError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             sys.exit(1)
 
 

@@ -64,7 +64,10 @@ def _keep_if_same(folder: Path, fingerprint: str) -> None:
     if inputs.is_file() and inputs.read_text(encoding="utf-8") == fingerprint:
         return
     for path in folder.iterdir():
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     inputs.write_text(fingerprint, encoding="utf-8")
 
 
