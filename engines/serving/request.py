@@ -89,6 +89,7 @@ def _messages(given: str) -> list[Message]:
         texts = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not texts:
             raise RequestError(f"messages: {json.dumps(message)[:80]} has no role and content that are strings")
+    check_text(json.dumps(messages, ensure_ascii=False), "messages")
     return messages
 
 

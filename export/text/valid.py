@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from deepseek_trt.export.errors import RequestError
+from pathlib import Path
+
+from deepseek_trt.export.errors import DeepseekTrtError, RequestError
 
 _FIRST_ESCAPED, _LAST_ESCAPED = 0xDC80, 0xDCFF  # what Python makes of bytes that are no UTF-8 (PEP 383)
 
@@ -33,6 +35,12 @@ def text_of_bytes(data: bytes, name: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): encode it as UTF-8") from None
+
+
+def check_place(path: Path, error: type[DeepseekTrtError]) -> None:
+    """Raise `error` for a path that is not UTF-8: ONNX Runtime opens no file there."""
+    if flaw_of(str(path)):
+        raise error(f"{str(path)!r} {flaw_of(str(path))}: name a folder in UTF-8")
 
 
 def printable(text: str) -> str:
