@@ -39,8 +39,9 @@ class Token:
 class SpecialTokens:
     """tokenizer_config.json, special_tokens_map.json and added_tokens.json, typed.
 
-    named: bos_token and the others that are given, tokenizer_config.json's before special_tokens_map.json's. more:
-    special ones without a name. added: by id. add_bos and add_eos are None where tokenizer_config.json does not say.
+    named: bos_token and the others that are given. Where both files name one, special_tokens_map.json counts if
+    tokenizer_config.json lists no added_tokens_decoder (transformers' rule), else tokenizer_config.json. more: special
+    ones without a name. added: by id. add_bos and add_eos are None where tokenizer_config.json does not say.
     raw: tokenizer_config.json as it is.
     """
 
@@ -58,16 +59,17 @@ class SpecialTokens:
         """Read the folder's files, those that there are. Raises ConfigError naming file and key for a wrong type."""
         path, other = folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS_MAP
         raw, mapped = read_object(path), read_object(other)
-        named, second = _named(path, raw), _named(other, mapped)
+        own, second = _named(path, raw), _named(other, mapped)
+        named = {**second, **own} if "added_tokens_decoder" in raw else {**own, **second}
         return cls(
             raw=raw,
-            named={**second, **named},
+            named=named,
             more=(*_listed(path, raw), *_listed(other, mapped)),
-            added={**_by_content(folder / ADDED_TOKENS, {*named.values(), *second.values()}), **_by_id(path, raw)},
+            added={**_by_content(folder / ADDED_TOKENS, {*own.values(), *second.values()}), **_by_id(path, raw)},
             add_bos=_flag(path, raw, "add_bos_token"),
             add_eos=_flag(path, raw, "add_eos_token"),
             split_special=_flag(path, raw, "split_special_tokens") or False,
-            notes=(*_contradictions(named, second), *_ignored(path, raw)),
+            notes=(*_contradictions(own, second, named), *_ignored(path, raw)),
         )
 
     def text(self, name: str) -> str:
@@ -137,12 +139,14 @@ def _flag(path: Path, raw: Mapping[str, Any], key: str) -> bool | None:
     return value
 
 
-def _contradictions(named: Mapping[str, Token], second: Mapping[str, Token]) -> tuple[str, ...]:
+def _contradictions(
+    own: Mapping[str, Token], second: Mapping[str, Token], named: Mapping[str, Token]
+) -> tuple[str, ...]:
     return tuple(
-        f"{SPECIAL_TOKENS_MAP}: {name} {second[name].content!r} is not the {named[name].content!r} of "
-        f"{TOKENIZER_CONFIG}, which counts"
-        for name in named.keys() & second.keys()
-        if named[name].content != second[name].content
+        f"{name} is {own[name].content!r} in {TOKENIZER_CONFIG} and {second[name].content!r} in {SPECIAL_TOKENS_MAP}: "
+        f"{named[name].content!r} counts"
+        for name in NAMES
+        if name in own and name in second and own[name].content != second[name].content
     )
 
 

@@ -21,6 +21,7 @@ SENTENCES = ["hello world, this is a small text", "the number of tokens is small
 CONFIG = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": BOS, "eos_token": EOS, "model_max_length": 16384}
 MODEL = ModelConfig(vocab_size=400, bos_token_id=0, eos_token_ids=(1,))
 TEXT = "hello world"
+ADDED = {"300": {"content": USER, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}}
 
 
 def trained(template=None) -> Tokenizer:
@@ -123,6 +124,17 @@ def test_bos_is_named_by_any_file(folder, bos, where):
     assert ids_of(path) == [0, *plain(path)]
 
 
+@pytest.mark.parametrize(("listed", "counts"), [(..., PAD), (ADDED, BOS)])
+def test_where_two_files_name_bos(folder, listed, counts):
+    """transformers reads special_tokens_map.json only beside a tokenizer_config.json without added_tokens_decoder."""
+    path = folder(added_tokens_decoder=listed, add_bos_token=True)
+    (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": PAD}))
+    assert LoadedTokenizer.load(path, MODEL).special.text("bos_token") == counts
+    assert any(f"{counts!r} counts" in note for note in notes_of(path))
+    transformers = pytest.importorskip("transformers")
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(path).bos_token == counts
+
+
 def test_bos_that_nobody_names_is_an_error(folder):
     path = folder(add_bos_token=True, bos_token=None)
     with pytest.raises(ConfigError, match="add_bos_token is true, and no file says"):
@@ -162,9 +174,6 @@ def test_truncation_and_padding_of_a_training_run_are_switched_off(folder):
     assert ids_of(path) == [0, *expected]
     assert not [note for note in notes_of(path) if "unchanged" in note]  # export tries the same tokenizer
     assert read_text(path, {}, MODEL)[0].eos_token_ids == (1,)
-
-
-ADDED = {"300": {"content": USER, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}}
 
 
 @pytest.mark.parametrize("special", [True, False])
