@@ -49,6 +49,10 @@ class LoadedTokenizer:
         last = _added(special.add_eos, eos, back, "add_eos_token", folder)
         return cls(tokenizer, special, front=(*first, *front), back=(*back, *last))
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, between `front` and `back`."""
+        return [*self.front, *self.tokenizer.encode(text, add_special_tokens=False).ids, *self.back]
+
     def token_id(self, name: str) -> int | None:
         """The id of a named token, such as eos_token; None where the files name none."""
         return _id_of(self.tokenizer, self.special, name, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from deepseek_trt.engines.tasks.rows import encoder_of
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.config.model_config import ModelConfig
@@ -100,6 +101,13 @@ BOTH = f"{BOS} $A {EOS}"
 def test_what_is_put_around_a_text(folder, template, add_bos, add_eos, front, back):
     path = folder(trained(template), add_bos_token=add_bos, add_eos_token=add_eos)
     assert ids_of(path) == [*front, *plain(path), *back]
+
+
+def test_every_way_to_encode_does_the_same(folder):
+    """Embedder and TextClassifier take encoder_of, validate the tokenizer itself."""
+    path = folder(add_bos_token=True)
+    bundle = Bundle(path, Manifest(MODEL))
+    assert encoder_of(bundle)(TEXT) == LoadedTokenizer.load(path, MODEL).encode(TEXT) == ids_of(path)
 
 
 @pytest.mark.parametrize("template", [None, f"{BOS} $A", BOTH])
