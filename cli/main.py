@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import click
 
 from deepseek_trt.export.errors import DeepseekTrtError
-from deepseek_trt.export.text.valid import printable
 
 # Each command's line in --help; its file has its name.
 COMMANDS = {
@@ -45,10 +45,13 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """A user's mistake is one sentence on stderr and exit code 1."""
+        for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8, and a terminal may know less than it
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except DeepseekTrtError as error:
-            click.echo(printable(f"error: {error}"), err=True)
+            click.echo(f"error: {error}", err=True)
             sys.exit(1)
 
 

@@ -7,19 +7,17 @@ from typing import Any
 
 import click
 
-from deepseek_trt.export.text.valid import printable
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 def say(line: str) -> None:
     """Print progress or a note, on stderr."""
-    click.echo(printable(line), err=True)
+    click.echo(line, err=True)
 
 
 def print_json(facts: Any) -> None:
     """Print one line of JSON, on stdout."""
-    click.echo(printable(json.dumps(facts, ensure_ascii=False)))  # JSON's own escapes
+    click.echo(json.dumps(facts, ensure_ascii=False))
 
 
 def print_result(as_json: bool, facts: Any, text: str) -> None:
@@ -27,7 +25,7 @@ def print_result(as_json: bool, facts: Any, text: str) -> None:
     if as_json:
         print_json(facts)
     else:
-        click.echo(printable(text))
+        click.echo(text)
 
 
 def wrote(fresh: bool, what: object) -> str:

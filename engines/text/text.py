@@ -57,10 +57,15 @@ class Text:
         if len(text) > self._most_bytes:
             raise RequestError(f"{name} has {len(text)} characters, more than the model has tokens for: shorten it")
         check_text(text, name)
-        if len(text) < _LONG:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        try:
+            if len(text) < _LONG:
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            else:
+                ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises bare ones, for what a vocabulary without <unk> does not hold
+            raise RequestError(
+                f"{name} cannot be encoded ({error}): leave out what the tokenizer does not know"
+            ) from None
         return ids
 
     def _template_config(self) -> dict[str, Any]:

@@ -34,17 +34,21 @@ class LoadedTokenizer:
     def load(cls, folder: Path, model: ModelConfig) -> LoadedTokenizer:
         """Load the folder's files. Raises ConfigError or CheckpointError naming file and key or token.
 
-        Truncation and padding that a training run left in tokenizer.json are switched off.
+        Truncation, padding and dropout that a training run left in tokenizer.json are switched off.
         """
         special = SpecialTokens.read(folder)
         tokenizer = _from_file(folder / TOKENIZER)
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if getattr(tokenizer.model, "dropout", None):
+            tokenizer.model.dropout = None
         tokenizer.encode_special_tokens = special.split_special
         _add_tokens(tokenizer, special, folder)
         bos = _id_of(tokenizer, special, "bos_token", model.bos_token_id)
         eos = _id_of(tokenizer, special, "eos_token", next(iter(model.eos_token_ids), None))
-        front, back = (_kept(ids, special, bos, eos) for ids in _around(tokenizer, folder))
+        front, back = _around(tokenizer, folder)
+        front = tuple(token for token in front if special.add_bos is not False or token != bos)
+        back = tuple(token for token in back if special.add_eos is not False or token != eos)
         first = _added(special.add_bos, bos, front, "add_bos_token", folder)
         last = _added(special.add_eos, eos, back, "add_eos_token", folder)
         return cls(tokenizer, special, front=(*first, *front), back=(*back, *last))
@@ -91,8 +95,10 @@ def _check_id(found: int | None, wanted: int, content: str, folder: Path) -> Non
 
 def _around(tokenizer: Tokenizer, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What tokenizer.json's post-processor puts before and after a text."""
-    plain = tokenizer.encode(PROBE, add_special_tokens=False).ids
-    whole = tokenizer.encode(PROBE, add_special_tokens=True).ids
+    try:
+        plain, whole = (tokenizer.encode(PROBE, add_special_tokens=special).ids for special in (False, True))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{folder / TOKENIZER} cannot encode {PROBE!r} ({error}); download it again") from None
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start]), tuple(whole[start + len(plain) :])
@@ -102,12 +108,6 @@ def _around(tokenizer: Tokenizer, folder: Path) -> tuple[tuple[int, ...], tuple[
 def _id_of(tokenizer: Tokenizer, special: SpecialTokens, name: str, default: int | None) -> int | None:
     text = special.text(name)
     return tokenizer.token_to_id(text) if text else default
-
-
-def _kept(ids: tuple[int, ...], special: SpecialTokens, bos: int | None, eos: int | None) -> tuple[int, ...]:
-    """What is left of the post-processor's tokens by add_bos_token and add_eos_token."""
-    dropped = {token for add, token in ((special.add_bos, bos), (special.add_eos, eos)) if add is False}
-    return tuple(token for token in ids if token not in dropped)
 
 
 def _added(add: bool | None, token: int | None, ids: tuple[int, ...], key: str, folder: Path) -> tuple[int, ...]:

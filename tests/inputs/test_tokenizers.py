@@ -154,12 +154,19 @@ def test_a_text_that_begins_with_bos_gets_another_as_in_transformers_and_vllm(fo
     assert ids_of(path, BOS + TEXT) == [0, 0, *plain(path)]
 
 
+def test_bos_and_eos_may_be_one_token(folder):
+    """add_eos_token false takes nothing away from the front."""
+    path = folder(trained(f"{BOS} $A {BOS}"), eos_token=BOS, add_bos_token=True, add_eos_token=False)
+    assert ids_of(path) == [0, *plain(path)]
+
+
 def test_notes_say_what_is_put_around_and_what_does_not_agree(folder):
     path = folder(add_bos_token=True, add_eos_token=False)
     assert f"a text is encoded with {BOS!r} (0) before it" in notes_of(path)
     shutil.rmtree(path)
     path = folder()
     assert "a text is encoded with no token around it" in notes_of(path)
+    assert any("does not say add_bos_token" in note for note in notes_of(path))
     assert any("bos_token has id 0, config.json's bos_token_id is 7" in note for note in notes_of(path, bos_token_id=7))
     small = ModelConfig(vocab_size=200, bos_token_id=0, eos_token_ids=(1,))
     assert any("the tokenizer has ids up to 299, the model up to 199" in note for note in notes_of(path, small))
@@ -172,10 +179,11 @@ def test_keys_that_are_not_honoured_are_named(folder, key):
     assert any(f"{key} True is not honoured" in note for note in notes_of(folder(**{key: True})))
 
 
-def test_truncation_and_padding_of_a_training_run_are_switched_off(folder):
+def test_leavings_of_a_training_run_are_switched_off(folder):
     tokenizer = trained()
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(direction="left", pad_id=2, pad_token=PAD, length=13)
+    tokenizer.model.dropout = 0.9
     path = folder(tokenizer, add_bos_token=True)
     expected = trained().encode(TEXT, add_special_tokens=False).ids
     assert len(expected) > 2
@@ -262,6 +270,18 @@ def test_broken_files_are_one_sentence(folder, name, content):
     (path / name).write_text(content, errors="surrogateescape")
     with pytest.raises(ConfigError, match=name):
         LoadedTokenizer.load(path, MODEL)
+
+
+def test_a_vocabulary_without_unk_is_one_sentence(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"hello": 0, "world": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert any("emoji" in note for note in notes_of(tmp_path))
+    with pytest.raises(RequestError, match="the prompt cannot be encoded"):
+        ids_of(tmp_path, "hello moon")
+    Tokenizer(models.WordLevel({"moon": 0}, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="cannot encode 'hello world'"):
+        notes_of(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "mend"), [("tokenizer.model", "sentencepiece"), ("tiktoken.model", "tiktoken")])
