@@ -116,8 +116,8 @@ def _on_tokens(loaded: LoadedTokenizer, raw: dict[str, Any], config: ModelConfig
         and "Llama" in str(loaded.special.raw.get("tokenizer_class"))
     ):
         yield (
-            "tokenizer_config.json does not say add_bos_token, which transformers below 5 takes for true with its Llama "
-            "class: write true where the model is used to BOS"
+            "tokenizer_config.json does not say add_bos_token, which transformers below 5 takes for true with its "
+            "Llama class: write true where the model is used to BOS"
         )
     bos, eos = loaded.token_id("bos_token"), loaded.token_id("eos_token")
     wanted = raw.get("bos_token_id")
