@@ -23,7 +23,7 @@ from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.source import Source, read_source
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
-from deepseek_trt.export.writing.tokenizer_files import carry_files
+from deepseek_trt.export.writing.tokenizer_files import carry_files, text_digests
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
 
@@ -144,8 +144,9 @@ def _fingerprint(request: ExportRequest, checkpoint: Checkpoint, dtype: str) -> 
     options = (request.interface, dtype, request.by_reference, request.num_layers, request.page_size)
     facts = [repr(options), importlib.metadata.version("deepseek-trt"), str(request.checkpoint.resolve())]
     facts += [repr(source) for source in _sources(checkpoint)]
+    facts += [repr(file) for file in text_digests(request.checkpoint)]
     facts.append((request.checkpoint / "config.json").read_text(encoding="utf-8"))
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    return hashlib.sha256("\n".join(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _sources(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:
@@ -167,7 +168,7 @@ def _existing(out: Path, fingerprint: str) -> Bundle | None:
 def _fill(folder: Path, job: _Job, report: Reporter) -> None:
     """Write all files of the bundle, its manifest last."""
     checkpoint = job.request.checkpoint
-    notes = job.source.notes + carry_files(checkpoint, folder)
+    carry_files(checkpoint, folder)
     shutil.copyfile(checkpoint / "config.json", folder / "config.json")
     written = () if job.request.by_reference else _write_weights(job, folder, report)
     for graph in job.graphs:
@@ -177,7 +178,8 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
             write_export_json(folder, graph.as_computed(), computed_in(job.dtype))
     for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
         (folder / name).unlink(missing_ok=True)
-    (folder / MANIFEST_FILE).write_text(_manifest(job, written, notes, folder).to_json(), encoding="utf-8")
+    manifest = _manifest(job, written, folder).to_json()
+    (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
 
 
 def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[WrittenTensor, ...]:
@@ -226,9 +228,9 @@ def _save(model: ir.Model, graph: GraphSpec, job: _Job, folder: Path) -> None:
     onnx.save(ir.to_proto(model), folder / graph.file)
 
 
-def _manifest(job: _Job, written: tuple[WrittenTensor, ...], notes: tuple[str, ...], folder: Path) -> Manifest:
+def _manifest(job: _Job, written: tuple[WrittenTensor, ...], folder: Path) -> Manifest:
     digests = {w.name: w.sha256 for w in written}
-    files = sorted(p for p in folder.iterdir() if p.name != WEIGHTS_FILE and not p.is_symlink())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != WEIGHTS_FILE and not p.is_symlink())
     source = job.source
     return Manifest(
         interface=source.interface,
@@ -242,8 +244,8 @@ def _manifest(job: _Job, written: tuple[WrittenTensor, ...], notes: tuple[str, .
         weights=tuple(WeightRecord(r, r.dtype(job.dtype), digests.get(r.name)) for r in source.plan.recipes),
         sources=_sources(source.checkpoint),
         dropped=source.plan.dropped,
-        notes=notes,
+        notes=source.notes,
         classifier=source.classifier,
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
-        files={p.name: file_sha256(p) for p in files},
+        files={p.relative_to(folder).as_posix(): file_sha256(p) for p in files},
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deepseek_trt.engines.plans.plan import PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.text.files import text_files
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
 
 _RECORD = ".plan.json"
@@ -22,6 +23,7 @@ def carried_files(bundle: Bundle, backend: str) -> dict[str, Path]:
     """
     files = (file for file in bundle.path.iterdir() if file.is_file() and not file.name.endswith(_PLANS))
     carried = {file.name: file for file in sorted(files)}
+    carried |= {file.relative_to(bundle.path).as_posix(): file for file in text_files(bundle.path)}
     for graph in bundle.manifest.graphs if backend == "tensorrt" else ():
         plan = plan_path(bundle, graph.name)
         record = plan.with_suffix(_RECORD)

@@ -24,6 +24,7 @@ INPUTS = (
     Field("min_tokens", "TYPE_INT32"),
     Field("stream", "TYPE_BOOL"),
     Field("stop_words", "TYPE_STRING", (-1,)),
+    Field("stop_token_ids", "TYPE_INT32", (-1,)),
     Field("bad_words", "TYPE_STRING", (-1,)),
     Field("temperature", "TYPE_FP32"),
     Field("top_k", "TYPE_INT32"),

@@ -16,6 +16,7 @@ from deepseek_trt.export.config.rope import RopeConfig
 from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.reading.classifier import Classifier
+from deepseek_trt.export.text.valid import check_place
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
@@ -117,6 +118,7 @@ class Bundle:
     @classmethod
     def open(cls, path: Path) -> Bundle:
         """Read the manifest; BundleError when there is none, or when a file that it names is missing."""
+        check_place(path, BundleError)
         file = path / MANIFEST_FILE
         if not file.is_file():
             raise BundleError(f"{path} is not a bundle ({MANIFEST_FILE} is missing): make one with deepseek-trt export")

@@ -14,6 +14,7 @@ from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import Classifier
 from deepseek_trt.export.reading.infer import config_of_tensors, task_of, written_keys
+from deepseek_trt.export.text.reading import read_text
 from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
 
 
@@ -42,12 +43,14 @@ def read_source(folder: Path, interface: Interface | None = None, num_layers: in
     written = ModelConfig.from_hf(raw)  # before anything else looks at raw
     interface = interface or Interface(task_of(raw, checkpoint))
     declared, notes = config_of_tensors(written, checkpoint, written_keys(raw, interface.task))
+    declared, text_notes = read_text(folder, raw, declared)
     classifier = Classifier.from_hf(raw, checkpoint) if interface.task == CLASSIFICATION else None
     _check_lm_head(interface, raw, checkpoint)
     config = _cut(declared, num_layers)
     labels = len(classifier.labels) if classifier else 0
     plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, labels)
-    return Source(checkpoint, interface, config, classifier, plan, config_notes(raw) + notes + _too_large(plan))
+    notes = config_notes(raw) + notes + text_notes + _too_large(plan)
+    return Source(checkpoint, interface, config, classifier, plan, notes)
 
 
 def _check_lm_head(interface: Interface, raw: dict[str, Any], checkpoint: Checkpoint) -> None:

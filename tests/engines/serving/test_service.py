@@ -20,6 +20,7 @@ from deepseek_trt.engines.serving.request import parse_request
 from deepseek_trt.engines.serving.service import Service
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.stream import Failure, Response
+from deepseek_trt.engines.text.stream import Part
 from deepseek_trt.export.errors import RequestError
 
 _SPEC = importlib.util.spec_from_file_location("fake_session", Path(__file__).parents[1] / "fake_session.py")
@@ -44,7 +45,13 @@ class Letters:
         return self.encode("".join(one.get("content", "") for one in said))
 
     def stream(self):
-        return LETTERS.__getitem__
+        return self
+
+    def step(self, token):
+        return Part(LETTERS[token])
+
+    def flush(self):
+        return ""
 
 
 class GatedSession(fake.FakeSession):

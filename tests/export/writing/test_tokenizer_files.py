@@ -9,12 +9,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deepseek_trt.engines.text.text import Text
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import CheckpointError
-from deepseek_trt.export.writing.tokenizer_files import CARRIED, carry_files
+from deepseek_trt.export.text.files import CARRIED
+from deepseek_trt.export.text.reading import read_text
+from deepseek_trt.export.writing.tokenizer_files import carry_files, text_digests
 
 
 def test_files_arrive_as_they_are(demo_checkpoint, tmp_path):
-    assert carry_files(demo_checkpoint, tmp_path) == ()  # every kind of text survives
+    carry_files(demo_checkpoint, tmp_path)
     carried = {path.name for path in tmp_path.iterdir()}
     assert carried == {name for name in CARRIED if (demo_checkpoint / name).is_file()}
     for name in carried:
@@ -35,21 +38,38 @@ def words(path, vocabulary):
     return path
 
 
+def notes_of(folder):
+    return read_text(folder, {"eos_token_id": 1}, ModelConfig(eos_token_ids=(1,)))[1]
+
+
+def test_every_kind_of_text_survives_the_demo_models(demo_checkpoint):
+    assert not [note for note in notes_of(demo_checkpoint) if "unchanged" in note]
+
+
 def test_lossy_tokenizer_is_reported_and_a_broken_one_refused(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    notes = carry_files(words(tmp_path / "lossy", ["hello", "world", "?"]), out)
+    notes = notes_of(words(tmp_path / "lossy", ["hello", "world", "?"]))
     assert "the tokenizer does not give double spaces back unchanged" in notes
     with pytest.raises(CheckpointError, match="hello world"):
-        carry_files(words(tmp_path / "broken", ["hello", "?"]), out)
+        notes_of(words(tmp_path / "broken", ["hello", "?"]))
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        carry_files(tmp_path / "broken", out)
+        notes_of(tmp_path / "broken")
 
 
 def test_no_tokenizer_is_said(tmp_path):
-    (tmp_path / "a").mkdir()
-    assert "no tokenizer.json" in carry_files(tmp_path, tmp_path / "a")[0]
+    assert "no tokenizer.json" in notes_of(tmp_path)[0]
+
+
+def test_templates_in_a_folder_are_carried(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    target.mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (source / "chat_template.json").write_text("{}")
+    carry_files(source, target)
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
+    names = ["chat_template.json", "additional_chat_templates/rag.jinja"]
+    assert [name for name, _ in text_digests(source)] == names
 
 
 def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
@@ -58,7 +78,7 @@ def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
 
     carry_files(demo_checkpoint, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
-    manifest = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=64))
+    manifest = SimpleNamespace(model=ModelConfig(max_position_embeddings=64))
     bundle = SimpleNamespace(path=tmp_path, tokenizer_path=tmp_path / "tokenizer.json", manifest=manifest)
     ids = Text(bundle).encode_chat([{"role": "user", "content": "hello"}])
     bos = json.loads((demo_checkpoint / "config.json").read_text())["bos_token_id"]
