@@ -1,10 +1,11 @@
-"""Read graph tensors out of the checkpoint: runs of bytes in a new order, fp8 blocks multiplied by their scales."""
+"""Read graph tensors out of the checkpoint: runs of bytes in a new order, fp8 multiplied out, adapters added."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,26 +13,28 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
-from deepseek_trt.export.bundle.recipes import Recipe
+from deepseek_trt.export.bundle.recipes import FP8, Recipe
 from deepseek_trt.export.config.model_config import FP8_BLOCK
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import CHUNK
-from deepseek_trt.export.reading.checkpoint import StoredTensor
+from deepseek_trt.export.reading.tensors import LowRank, StoredTensor
 
+_SCALE_DTYPES = {"F8_E8M0": ml_dtypes.float8_e8m0fnu}  # powers of two, beside those that weights may be
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Array]:
-    """The recipe's numbers in order, as one-dimensional arrays of the sources' dtypes; float32 where they are fp8."""
+    """The recipe's numbers in order, as one-dimensional arrays of the sources' dtypes, or of float32 once computed."""
     with closing(_Reader()) as reader:
         for piece in recipe.pieces:
             source = tensors[piece.source]
             scales = reader.scales(tensors[piece.scale]) if piece.scale else None
+            added = reader.product(source.update) if source.update else None
             for start, rows in piece.strips():
-                if scales is None:
+                if scales is None and added is None:
                     yield from reader.plain(source, start, rows)
                 else:
-                    yield from reader.scaled(source, scales, start, rows)
+                    yield from reader.computed(source, scales, added, start, rows)
 
 
 def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) -> Array:
@@ -42,6 +45,19 @@ def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) ->
         result[at : at + chunk.size] = chunk
         at += chunk.size
     return result.reshape(recipe.shape)
+
+
+@dataclass(frozen=True)
+class Product:
+    """scale * left [rows, r] @ right [r, columns] in double precision, some rows at a time."""
+
+    left: Array
+    right: Array
+    scale: float
+
+    def rows(self, first: int, count: int) -> Array:
+        product: Array = self.left[first : first + count] @ self.right
+        return product * self.scale
 
 
 class _Reader:
@@ -64,22 +80,41 @@ class _Reader:
             yield np.frombuffer(self._read(source, at, length), dtype=numpy_dtype(source.dtype))
             at += length
 
-    def scaled(self, source: StoredTensor, scales: Array, start: int, rows: int) -> Iterator[Array]:
-        """Rows of the fp8 tensor `source`, each block of 128 x 128 multiplied by its scale."""
+    def computed(
+        self, source: StoredTensor, scales: Array | None, added: Product | None, start: int, rows: int
+    ) -> Iterator[Array]:
+        """Rows of `source` in float32, its fp8 blocks of 128 x 128 multiplied by their scales, then `added` to it."""
         columns = source.shape[-1]
         step = max(CHUNK // (4 * columns), 1)
         for first in range(start, start + rows, step):
             count = min(step, start + rows - first)
-            codes = np.frombuffer(self._read(source, first * columns, count * columns), dtype=np.uint8)
-            values = _FP8_VALUES[codes].reshape(count, columns)
-            blocks = scales[np.arange(first, first + count) // FP8_BLOCK]  # [count, ceil(columns / 128)]
-            values *= np.repeat(blocks, FP8_BLOCK, axis=1)[:, :columns]
+            values = self._values(source, first * columns, count * columns).reshape(count, columns)
+            if scales is not None:
+                blocks = scales[np.arange(first, first + count) // FP8_BLOCK]  # [count, ceil(columns / 128)]
+                values *= np.repeat(blocks, FP8_BLOCK, axis=1)[:, :columns]
+            if added is not None:
+                values = (values + added.rows(first, count)).astype(np.float32)
             yield values.reshape(-1)
 
     def scales(self, source: StoredTensor) -> Array:
         """A whole tensor of block scales, [ceil(rows / 128), ceil(columns / 128)] in float32."""
-        data = np.frombuffer(self._read(source, 0, source.nbytes), dtype=numpy_dtype(source.dtype))
-        return data.astype(np.float32).reshape(source.shape)
+        return self._values(source, 0, math.prod(source.shape)).reshape(source.shape)
+
+    def product(self, update: LowRank) -> Product:
+        left, right = (
+            self._values(factor, 0, math.prod(factor.shape)).reshape(factor.shape).astype(np.float64)
+            for factor in (update.left, update.right)
+        )
+        return Product(left.T, right.T, update.scale) if update.transposed else Product(left, right, update.scale)
+
+    def _values(self, source: StoredTensor, at: int, count: int) -> Array:
+        """`count` numbers of a tensor in float32, in memory of their own."""
+        if source.dtype == FP8:
+            codes = np.frombuffer(self._read(source, at, count), dtype=np.uint8)
+            return np.asarray(_FP8_VALUES[codes])
+        dtype = np.dtype(_SCALE_DTYPES.get(source.dtype) or numpy_dtype(source.dtype))
+        data = self._read(source, at * dtype.itemsize, count * dtype.itemsize)
+        return np.frombuffer(data, dtype=dtype).astype(np.float32)
 
     def _read(self, source: StoredTensor, at: int, length: int) -> bytes:
         """Bytes of a tensor, `at` counted from its start."""

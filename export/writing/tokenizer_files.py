@@ -27,28 +27,33 @@ _PROBES = {
 }
 
 
-def carry_files(source: Path, target: Path) -> tuple[str, ...]:
-    """Copy what is there of CARRIED; returns notes for the manifest, one for each kind of text that does not survive.
-
-    Raises CheckpointError when tokenizer.json cannot say "hello world" and back.
-    """
+def carry_files(source: Path, target: Path) -> None:
+    """Copy what is there of CARRIED."""
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if not (target / "tokenizer.json").is_file():
+
+
+def check_tokenizer(source: Path) -> tuple[str, ...]:
+    """Notes for people, one for each kind of text that the tokenizer does not give back.
+
+    Raises CheckpointError when tokenizer.json cannot say "hello world" and back.
+    """
+    file = source / "tokenizer.json"
+    if not file.is_file():
         return ("the checkpoint has no tokenizer.json: generate wants --token-ids instead of --prompt",)
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{source / 'tokenizer.json'} cannot be loaded ({error}); download it again") from None
+        raise CheckpointError(f"{file} cannot be loaded ({error}); download it again") from None
 
     def back_and_forth(text: str) -> str:
         return str(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids))
 
     back = back_and_forth(_PROBE)
     if back != _PROBE:
-        raise CheckpointError(f"{source / 'tokenizer.json'} turns {_PROBE!r} into {back!r}; download it again")
+        raise CheckpointError(f"{file} turns {_PROBE!r} into {back!r}; download it again")
     lost = [kind for kind, text in _PROBES.items() if back_and_forth(text) != text]
     return tuple(f"the tokenizer does not give {kind} back unchanged" for kind in lost)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from deepseek_trt.engines.text.template import render_chat
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import CheckpointError
-from deepseek_trt.export.writing.tokenizer_files import CARRIED, carry_files
+from deepseek_trt.export.writing.tokenizer_files import CARRIED, carry_files, check_tokenizer
 
 V2_TEMPLATE = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}"
@@ -58,7 +58,8 @@ def test_chat_templates(template, expected):
 
 
 def test_files_arrive_as_they_are(demo_checkpoint, tmp_path):
-    assert carry_files(demo_checkpoint, tmp_path) == ()  # every kind of text survives
+    assert check_tokenizer(demo_checkpoint) == ()  # every kind of text survives
+    carry_files(demo_checkpoint, tmp_path)
     carried = {path.name for path in tmp_path.iterdir()}
     assert carried == {name for name in CARRIED if (demo_checkpoint / name).is_file()}
     for name in carried:
@@ -80,20 +81,17 @@ def words(path, vocabulary):
 
 
 def test_lossy_tokenizer_is_reported_and_a_broken_one_refused(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    notes = carry_files(words(tmp_path / "lossy", ["hello", "world", "?"]), out)
+    notes = check_tokenizer(words(tmp_path / "lossy", ["hello", "world", "?"]))
     assert "the tokenizer does not give double spaces back unchanged" in notes
     with pytest.raises(CheckpointError, match="hello world"):
-        carry_files(words(tmp_path / "broken", ["hello", "?"]), out)
+        check_tokenizer(words(tmp_path / "broken", ["hello", "?"]))
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        carry_files(tmp_path / "broken", out)
+        check_tokenizer(tmp_path / "broken")
 
 
 def test_no_tokenizer_is_said(tmp_path):
-    (tmp_path / "a").mkdir()
-    assert "no tokenizer.json" in carry_files(tmp_path, tmp_path / "a")[0]
+    assert "no tokenizer.json" in check_tokenizer(tmp_path)[0]
 
 
 def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
