@@ -40,6 +40,9 @@ def published_names(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, Stor
             "merge_and_unload), or export the model that was trained on with --adapter and the adapter's folder"
         )
     names, notes = {name: _WRAPPERS.sub("", name) for name in tensors}, []
+    wrapped = next((stored for stored, name in names.items() if stored != name), None)
+    if wrapped:
+        notes.append(f"what torch puts between names is taken away, as in {shown(wrapped)}")
     while prefix := _common_prefix(names.values()):
         names = {stored: name.removeprefix(prefix) for stored, name in names.items()}
         notes.append(f"the tensors' names begin with {prefix}, which is taken away")
@@ -66,9 +69,10 @@ def _common_prefix(names: Collection[str]) -> str | None:
             f"some tensors' names begin with {prefix} ({some(having, 1)}) and others do not ({some(others, 1)}): "
             "save the model again, unwrapped"
         )
-    heads = tuple(_DOUBLED + head for head in (_DOUBLED, *_HEADS))
-    whole = all(name.startswith(_DOUBLED) for name in names)
-    return _DOUBLED if whole and any(name.startswith(heads) for name in names) else None
+    body = [name for name in names if not name.startswith(_HEADS)]
+    marks = tuple(_DOUBLED + head for head in (_DOUBLED, *_HEADS))
+    doubled = all(name.startswith(_DOUBLED) for name in body) and any(name.startswith(marks) for name in body)
+    return _DOUBLED if doubled else None
 
 
 def _is_body(names: Collection[str], prefix: str) -> bool:

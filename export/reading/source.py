@@ -70,8 +70,15 @@ def read_source(
     config = _cut(declared, num_layers)
     plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, labels)
     plan = dataclasses.replace(plan, dtype=main_dtype(base))  # an adapter is often kept in float32
-    notes += base.notes + fp8_notes(raw, base.tensors) + ((merged.note,) if merged else ()) + _too_large(plan)
-    return Source(checkpoint, interface, config, classifier, plan, notes + check_tokenizer(folder), merged)
+    notes += (
+        *_task_note(interface, raw, checkpoint),
+        *base.notes,
+        *fp8_notes(raw, base.tensors),
+        *([merged.note] if merged else []),
+        *_too_large(plan),
+        *check_tokenizer(folder),
+    )
+    return Source(checkpoint, interface, config, classifier, plan, notes, merged)
 
 
 def export_dtype(source: Source, wanted: str | None, by_reference: bool) -> str:
@@ -101,6 +108,12 @@ def _open(folder: Path, adapter: Path | None) -> tuple[Checkpoint, Adapter | Non
 
 def _default_interface(task: str) -> Interface:
     return Interface(task, cache=task != CLASSIFICATION)
+
+
+def _task_note(interface: Interface, raw: dict[str, Any], checkpoint: Checkpoint) -> tuple[str, ...]:
+    if interface.task == GENERATION or interface.task != task_of(raw, checkpoint):
+        return ()
+    return (f"the checkpoint has no {LM_HEAD}: it is for {interface.task}, and generates no text",)
 
 
 def _check_tied(config: ModelConfig, adapter: Adapter | None) -> None:
