@@ -153,7 +153,7 @@ def _record(adapter: Adapter) -> AdapterRecord:
         r=adapter.config.r,
         alpha=adapter.config.alpha,
         target_modules=(targets,) if isinstance(targets, str) else targets,
-        updated=len(adapter.updates),
+        modules=len(adapter.pairs),
         replaced=len(adapter.replaced),
     )
 

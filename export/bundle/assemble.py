@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +16,7 @@ from deepseek_trt.export.bundle.recipes import FP8, Recipe
 from deepseek_trt.export.config.model_config import FP8_BLOCK
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import CHUNK
-from deepseek_trt.export.reading.tensors import LowRank, StoredTensor
+from deepseek_trt.export.reading.tensors import Factor, StoredTensor
 
 _SCALE_DTYPES = {"F8_E8M0": ml_dtypes.float8_e8m0fnu}  # powers of two, beside those that weights may be
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -29,7 +28,7 @@ def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Arra
         for piece in recipe.pieces:
             source = tensors[piece.source]
             scales = reader.scales(tensors[piece.scale]) if piece.scale else None
-            added = reader.product(source.update) if source.update else None
+            added = Product(reader, source) if source.updates else None
             for start, rows in piece.strips():
                 if scales is None and added is None:
                     yield from reader.plain(source, start, rows)
@@ -47,25 +46,13 @@ def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) ->
     return result.reshape(recipe.shape)
 
 
-@dataclass(frozen=True)
-class Product:
-    """scale * left [rows, r] @ right [r, columns] in double precision, some rows at a time."""
-
-    left: Array
-    right: Array
-    scale: float
-
-    def rows(self, first: int, count: int) -> Array:
-        product: Array = self.left[first : first + count] @ self.right
-        return product * self.scale
-
-
 class _Reader:
     """Keeps the shard open that was read last: a recipe's pieces mostly lie in one."""
 
     def __init__(self) -> None:
         self._file: Path | None = None
         self._stream: BinaryIO | None = None
+        self._matrices: dict[StoredTensor, Array] = {}
 
     def close(self) -> None:
         if self._stream is not None:
@@ -100,12 +87,19 @@ class _Reader:
         """A whole tensor of block scales, [ceil(rows / 128), ceil(columns / 128)] in float32."""
         return self._values(source, 0, math.prod(source.shape)).reshape(source.shape)
 
-    def product(self, update: LowRank) -> Product:
-        left, right = (
-            self._values(factor, 0, math.prod(factor.shape)).reshape(factor.shape).astype(np.float64)
-            for factor in (update.left, update.right)
+    def factor(self, factor: Factor) -> Array:
+        """In float64. A stored matrix that many factors are part of is read once for all that follow each other."""
+        tensor = factor.tensor
+        if tensor not in self._matrices:
+            if len(self._matrices) == 2:
+                del self._matrices[next(iter(self._matrices))]
+            self._matrices[tensor] = self._values(tensor, 0, math.prod(tensor.shape)).reshape(tensor.shape)
+        rows, columns = (
+            slice(None) if part is None else slice(part.start, part.stop, part.step)
+            for part in (factor.rows, factor.columns)
         )
-        return Product(left.T, right.T, update.scale) if update.transposed else Product(left, right, update.scale)
+        part = self._matrices[tensor][rows, columns].astype(np.float64)
+        return part.T if factor.transposed else part
 
     def _values(self, source: StoredTensor, at: int, count: int) -> Array:
         """`count` numbers of a tensor in float32, in memory of their own."""
@@ -126,3 +120,29 @@ class _Reader:
         if len(data) != length:
             raise CheckpointError(f"{source.file} ends inside {source.name}; download it again")
         return data
+
+
+class Product:
+    """What a tensor's updates add to its rows, in float64: some rows at a time, one update in memory."""
+
+    def __init__(self, reader: _Reader, source: StoredTensor) -> None:
+        self._reader, self._updates = reader, source.updates
+        self._each = math.prod(source.shape[:-1]) // len(source.updates)
+        self._index, self._left, self._right = -1, np.empty(0), np.empty(0)
+
+    def rows(self, first: int, count: int) -> Array:
+        """[count, columns]."""
+        parts, end = [], first + count
+        while first < end:
+            index, at = divmod(first, self._each)
+            stop = min(at + end - first, self._each)
+            self._load(index)
+            parts.append(self._left[at:stop] @ self._right * self._updates[index].scale)
+            first += stop - at
+        return np.concatenate(parts)
+
+    def _load(self, index: int) -> None:
+        if index != self._index:
+            update = self._updates[index]
+            self._index, self._left = index, self._reader.factor(update.left)
+            self._right = self._reader.factor(update.right)

@@ -43,7 +43,7 @@ class SourceFile:
 class AdapterRecord:
     """The LoRA adapter that was merged: its absolute folder, its files' sha256 by name, and what it is.
 
-    `updated` and `replaced` count weights.
+    `modules` counts those with LoRA, `replaced` the weights that were trained whole.
     """
 
     path: str
@@ -51,7 +51,7 @@ class AdapterRecord:
     r: int
     alpha: float
     target_modules: tuple[str, ...]
-    updated: int
+    modules: int
     replaced: int
 
 

@@ -15,11 +15,12 @@ from deepseek_trt.export.bundle.recipes import SCALE_SUFFIX
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.reading.adapter_config import LoraConfig
+from deepseek_trt.export.reading.adapter_experts import updates_of_experts
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import SCORE
 from deepseek_trt.export.reading.formats import ADAPTER_CONFIG
 from deepseek_trt.export.reading.header import read_header
-from deepseek_trt.export.reading.tensors import LowRank, StoredTensor
+from deepseek_trt.export.reading.tensors import Factor, LowRank, StoredTensor
 from deepseek_trt.export.reading.wording import shown
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -30,15 +31,16 @@ _FACTORS = (
     (".lora_B.weight", ".lora_A.weight", False),
     (".lora_embedding_A", ".lora_embedding_B", True),
 )
+_STACKED = (".experts", ".experts.base_layer")  # modules whose parameters are all experts' weights
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`updates` are what is added to a weight, `replaced` the weights that take another's place; by published name."""
+    """`pairs` are the factors by the module's name in the file, `replaced` the weights that take another's place."""
 
     root: Path
     config: LoraConfig
-    updates: Mapping[str, LowRank]
+    pairs: Mapping[str, tuple[Factor, Factor]]
     replaced: Mapping[str, StoredTensor]
 
     @property
@@ -46,10 +48,15 @@ class Adapter:
         return self.root / ADAPTER_CONFIG, self.root / ADAPTER_WEIGHTS
 
     @property
+    def touched(self) -> set[str]:
+        """Published names of the weights that it changes, those of routed experts left out."""
+        return {_published(f"{module}.weight") for module in self.pairs} | set(self.replaced)
+
+    @property
     def note(self) -> str:
         """What is merged, for people."""
-        whole = f", {len(self.replaced)} replaced" if self.replaced else ""
-        return f"the adapter in {self.root} is merged into {len(self.updates)} weights (rank {self.config.r}{whole})"
+        whole = f"; {len(self.replaced)} weights are replaced" if self.replaced else ""
+        return f"the adapter in {self.root} is merged: LoRA of rank {self.config.r} in {len(self.pairs)} modules{whole}"
 
     @classmethod
     def open(cls, root: Path) -> Adapter:
@@ -63,12 +70,12 @@ class Adapter:
         file = root / ADAPTER_WEIGHTS
         if not file.exists():
             raise CheckpointError(f"--adapter {root} lacks {ADAPTER_WEIGHTS}: save it with peft, in safetensors")
-        rest = {_module(t): t for t in read_header(file)}
-        updates = _take_updates(rest, config)
+        rest = {_in_model(t): t for t in read_header(file)}
+        pairs = _take_pairs(rest)
         replaced = {_published(name): _replacement(name, tensor, config) for name, tensor in rest.items()}
-        if not updates and not replaced:
+        if not pairs and not replaced:
             raise CheckpointError(f"{file} holds no tensors; save the adapter again")
-        return cls(root, config, updates, replaced)
+        return cls(root, config, pairs, replaced)
 
     def merged_into(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with updated and replaced tensors; CheckpointError naming one that it has no place for."""
@@ -78,14 +85,20 @@ class Adapter:
                 _check_place(tensor, tensor.shape, name, tensors)
             tensors[name] = tensor
             tensors.pop(f"{name}{SCALE_SUFFIX}", None)  # of the weight that was replaced
-        for name, update in self.updates.items():
-            left, right = update.shapes
-            _check_place(update.left, (left[0], right[1]), name, tensors)
-            tensors[name] = dataclasses.replace(tensors[name], update=update)
+        for module, (left, right) in self.pairs.items():
+            if module.endswith(_STACKED):
+                at = _published(module.removesuffix(".base_layer"))
+                updates = updates_of_experts(at, left.tensor, right.tensor, tensors, self.config)
+            else:
+                updates = {_published(f"{module}.weight"): (_update(module, left, right, self.config),)}
+            for name, parts in updates.items():
+                if len(parts) == 1:
+                    _check_place(left.tensor, parts[0].shape, name, tensors)
+                tensors[name] = dataclasses.replace(tensors[name], updates=parts)
         return dataclasses.replace(checkpoint, tensors=tensors)
 
 
-def _module(tensor: StoredTensor) -> str:
+def _in_model(tensor: StoredTensor) -> str:
     """The tensor's name in the model that was trained; CheckpointError where it is not of an adapter, or packed."""
     if not tensor.name.startswith(_PREFIX):
         raise CheckpointError(f"adapter tensor {shown(tensor.name)} does not begin with {_PREFIX}, as peft writes it")
@@ -94,29 +107,34 @@ def _module(tensor: StoredTensor) -> str:
     return tensor.name.removeprefix(_PREFIX)
 
 
-def _take_updates(rest: dict[str, StoredTensor], config: LoraConfig) -> dict[str, LowRank]:
-    """Take pairs of factors out of `rest`, and give the update of each weight."""
-    updates = {}
+def _take_pairs(rest: dict[str, StoredTensor]) -> dict[str, tuple[Factor, Factor]]:
+    """Take pairs of factors out of `rest`."""
+    pairs = {}
     for ending, other, transposed in _FACTORS:
         for name in [name for name in rest if name.endswith(ending)]:
             module = name.removesuffix(ending)
             if module + other not in rest:
                 raise CheckpointError(f"adapter tensor {shown(rest[name].name)} lacks its other half, {other[1:]}")
-            update = LowRank(rest.pop(name), rest.pop(module + other), config.scale_of(module), transposed)
-            _check_factors(update, module, config)
-            updates[_published(f"{module}.weight")] = update
-    return updates
+            tensors = rest.pop(name), rest.pop(module + other)
+            if any(len(tensor.shape) != 2 for tensor in tensors):
+                raise CheckpointError(f"adapter tensor {shown(tensors[0].name)} or its other half is no matrix")
+            left, right = (Factor(tensor, transposed=transposed) for tensor in tensors)
+            pairs[module] = (left, right)
+    return pairs
 
 
-def _check_factors(update: LowRank, module: str, config: LoraConfig) -> None:
-    name, (left, right), rank = shown(update.left.name), update.shapes, config.rank_of(module)
-    if not config.has(module):
+def _update(module: str, left: Factor, right: Factor, config: LoraConfig) -> LowRank:
+    name, parameter = shown(left.tensor.name), f"{module}.weight"
+    if not config.has(module) and not config.has_parameter(parameter):
         raise CheckpointError(f"adapter tensor {name}: {ADAPTER_CONFIG} does not target {module}; save both again")
-    if len(left) != 2 or len(right) != 2 or (left[1], right[0]) != (rank, rank):
+    key = module if config.has(module) else parameter
+    rank = config.rank_of(key)
+    if (left.shape[1], right.shape[0]) != (rank, rank):
         raise CheckpointError(
-            f"adapter tensor {name}: {ADAPTER_CONFIG} says rank {rank}, its factors are {list(left)} and "
-            f"{list(right)}; save both again"
+            f"adapter tensor {name}: {ADAPTER_CONFIG} says rank {rank}, its factors are {list(left.shape)} and "
+            f"{list(right.shape)}; save both again"
         )
+    return LowRank(left, right, config.scale_of(key))
 
 
 def _replacement(name: str, tensor: StoredTensor, config: LoraConfig) -> StoredTensor:

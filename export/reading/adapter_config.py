@@ -40,6 +40,7 @@ _READ = (
     "lora_alpha",
     "use_rslora",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -64,6 +65,7 @@ class LoraConfig:
     layers: tuple[int, ...]  # none: all
     layers_pattern: tuple[str, ...]
     saved: tuple[str, ...]  # modules that were trained whole
+    parameters: tuple[str, ...] = ()  # names that a parameter's name ends in, of those that are in no linear layer
     ranks: Mapping[str, int] = field(default_factory=dict)  # by pattern
     alphas: Mapping[str, float] = field(default_factory=dict)
 
@@ -89,11 +91,13 @@ class LoraConfig:
             layers=_layers([layers] if isinstance(layers, int) else layers or []),
             layers_pattern=_list(raw, "layers_pattern"),
             saved=_list(raw, "modules_to_save"),
+            parameters=_list(raw, "target_parameters"),
             ranks=_pattern(raw, "rank_pattern", int),
             alphas=_pattern(raw, "alpha_pattern", float),
         )
 
     def rank_of(self, module: str) -> int:
+        """Of a module, or of a parameter."""
         return int(_by_pattern(self.ranks, module, self.r))
 
     def scale_of(self, module: str) -> float:
@@ -109,6 +113,10 @@ class LoraConfig:
         if isinstance(self.targets, str):
             return self.targets == "all-linear" or _named(self.targets, module)
         return _named(self.targets, module) and (not self.layers or self._layer(module) in self.layers)
+
+    def has_parameter(self, name: str) -> bool:
+        """Whether peft would put LoRA on a parameter itself, as on stacked experts."""
+        return _named(self.parameters, name)
 
     def replaces(self, module: str) -> bool:
         """Whether the adapter holds the module whole, or one that it is part of."""

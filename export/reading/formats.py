@@ -101,6 +101,8 @@ def check_tensors(tensors: Mapping[str, StoredTensor]) -> None:
                 f"tensor {shown(name)} holds packed numbers ({tensor.dtype}): the checkpoint is quantized, "
                 f"which is not supported: {_MEND}"
             )
+        if tensor.dtype == FP8 and len(tensor.shape) != 2:
+            raise CheckpointError(f"tensor {shown(name)} is fp8 {list(tensor.shape)}; only matrices may be fp8")
         if tensor.dtype in _FP8_KINDS and not name.endswith(SCALE_SUFFIX):
             raise CheckpointError(f"tensor {shown(name)} is {tensor.dtype}; of fp8, {FP8} is supported: {_MEND}")
 

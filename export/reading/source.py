@@ -117,8 +117,7 @@ def _task_note(interface: Interface, raw: dict[str, Any], checkpoint: Checkpoint
 
 
 def _check_tied(config: ModelConfig, adapter: Adapter | None) -> None:
-    touched = {*adapter.updates, *adapter.replaced} if adapter else set()
-    if config.tie_word_embeddings and touched & {EMBEDDINGS, LM_HEAD}:
+    if adapter and config.tie_word_embeddings and adapter.touched & {EMBEDDINGS, LM_HEAD}:
         raise CheckpointError(
             "the adapter changes the embeddings or lm_head, which config.json ties together (tie_word_embeddings): "
             "merge the adapter with peft (merge_and_unload), and export what that gives"

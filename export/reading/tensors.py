@@ -10,7 +10,8 @@ from pathlib import Path
 class StoredTensor:
     """Where a tensor's bytes lie. dtype is ours where we have a name, else safetensors' own (e.g. F8_E4M3).
 
-    `name` is the one in the file. `update` is added to the numbers whenever they are read.
+    `name` is the one in the file. `updates` are added to the numbers whenever they are read: each to as many of its
+    rows (leading dims flattened), one update after the other.
     """
 
     name: str
@@ -19,23 +20,35 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    update: LowRank | None = None
+    updates: tuple[LowRank, ...] = ()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A matrix that is part of a stored one: its rows and columns (None: all), then transposed if so said."""
+
+    tensor: StoredTensor
+    rows: range | None = None
+    columns: range | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the part as it is multiplied."""
+        parts = zip(self.tensor.shape, (self.rows, self.columns), strict=True)
+        rows, columns = (size if part is None else len(part) for size, part in parts)
+        return (columns, rows) if self.transposed else (rows, columns)
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """scale * left @ right, in the shape of the weight: left is [rows, r], right [r, columns].
+    """scale * left [rows, r] @ right [r, columns]."""
 
-    `transposed` says that both are stored as their transposes, as peft stores those of an embedding.
-    """
-
-    left: StoredTensor
-    right: StoredTensor
+    left: Factor
+    right: Factor
     scale: float
-    transposed: bool = False
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of left and right as they are multiplied."""
-        step = -1 if self.transposed else 1
-        return self.left.shape[::step], self.right.shape[::step]
+    def shape(self) -> tuple[int, int]:
+        """Of the product."""
+        return self.left.shape[0], self.right.shape[1]

@@ -212,8 +212,6 @@ class _Planner:
         scale = f"{name}{SCALE_SUFFIX}"
         if self.tensors[name].dtype != FP8 or scale not in self.tensors:
             return None
-        if len(self.tensors[name].shape) != 2:
-            raise CheckpointError(f"tensor {name} is fp8 {list(self.tensors[name].shape)}; only matrices may be fp8")
         if self.tensors[scale].dtype not in _SCALES:
             raise CheckpointError(f"tensor {scale} is {self.tensors[scale].dtype}; scales may be: {', '.join(_SCALES)}")
         blocks = tuple(-(-size // FP8_BLOCK) for size in self.tensors[name].shape)

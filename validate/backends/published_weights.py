@@ -121,7 +121,7 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
         if checkpoint is None:
             return None
         raise RequestError(f"--checkpoint {checkpoint}: the merged adapter {merged.path} is gone or has changed")
-    adapter = PublishedAdapter.open(Path(merged.path)) if merged else None
+    adapter = PublishedAdapter.open(Path(merged.path), bundle.manifest.model.n_routed_experts) if merged else None
     return PublishedWeights(root, published_files(root), bundle.manifest.model, bundle.manifest.dtype, adapter)
 
 
