@@ -7,6 +7,7 @@ every weight, to the dtype of the export.
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _FACTORS = (
     (".lora_B.weight", ".lora_A.weight", False),
     (".lora_embedding_A", ".lora_embedding_B", True),
 )
+_TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _STACKED = (".experts", ".experts.base_layer")  # modules whose parameters are all experts' weights
 
 
@@ -52,11 +54,15 @@ class Adapter:
         """Published names of the weights that it changes, those of routed experts left out."""
         return {_published(f"{module}.weight") for module in self.pairs} | set(self.replaced)
 
-    @property
-    def note(self) -> str:
-        """What is merged, for people."""
+    def notes(self, base: Path) -> tuple[str, ...]:
+        """What is merged into the checkpoint in `base`, and what of the adapter's folder is not used."""
         whole = f"; {len(self.replaced)} weights are replaced" if self.replaced else ""
-        return f"the adapter in {self.root} is merged: LoRA of rank {self.config.r} in {len(self.pairs)} modules{whole}"
+        merged = (
+            f"the adapter in {self.root} is merged: LoRA of rank {self.config.r} in {len(self.pairs)} modules{whole}"
+        )
+        other = [name for name in _TEXT if _differs(self.root / name, base / name)]
+        unused = f"the checkpoint's text files are used; the adapter's differ: {', '.join(other)}"
+        return (merged, unused) if other else (merged,)
 
     @classmethod
     def open(cls, root: Path) -> Adapter:
@@ -96,6 +102,11 @@ class Adapter:
                     _check_place(left.tensor, parts[0].shape, name, tensors)
                 tensors[name] = dataclasses.replace(tensors[name], updates=parts)
         return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _differs(file: Path, other: Path) -> bool:
+    """Whether there is a file, and the other is not the same."""
+    return file.is_file() and not (other.is_file() and filecmp.cmp(file, other, shallow=False))
 
 
 def _in_model(tensor: StoredTensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ _SUFFIXES = (
     ("one scale a tensor or channel, as compressed-tensors and modelopt write", (".weight_scale", ".input_scale")),
     ("another quantization", (".scales", "_scales", ".weight_scale_1", ".activation_scale")),
 )
+_INFERENCE = re.compile(r"model\d+-mp\d+\.safetensors")  # what inference/convert.py writes, under names of its own
 _FP8_KINDS = ("F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2")
 
@@ -81,6 +83,11 @@ def check_folder(root: Path) -> None:
         _refuse_other_files(root)
     if any(name.startswith("shard-") for name in safetensors):
         raise CheckpointError(f"{root} is a distributed checkpoint (shard-*): save the model whole")
+    split = next((name for name in safetensors if _INFERENCE.fullmatch(name)), None)
+    if split and "model.safetensors" not in names:
+        raise CheckpointError(
+            f"{root} is split for DeepSeek's own inference code ({split}): use the checkpoint that it was made from"
+        )
     for name, kind in _SIDE_FILES.items():
         if name in names and (method := _quantized_by(root / name, kind)):
             raise CheckpointError(f"{root} is quantized ({method}; {name}), which is not supported: {_MEND}")

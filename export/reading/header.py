@@ -57,7 +57,7 @@ def _entries(file: Path) -> tuple[dict[str, Any], int, int]:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({_reason(error)}); download it again") from None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not text.startswith(b"{"):
         raise CheckpointError(f"{file} has a damaged header (not a JSON object); download it again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -74,7 +74,7 @@ def read_source(
         *_task_note(interface, raw, checkpoint),
         *base.notes,
         *fp8_notes(raw, base.tensors),
-        *([merged.note] if merged else []),
+        *(merged.notes(folder) if merged else ()),
         *_too_large(plan),
         *check_tokenizer(folder),
     )

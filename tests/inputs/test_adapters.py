@@ -48,7 +48,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> Pat
 
 @pytest.fixture
 def trained(tmp_path) -> Callable[..., tuple[Path, State, State]]:
-    """trained(checkpoint, **LoraConfig's): an adapter as peft saves it, the weights merged by peft, and those before."""
+    """trained(checkpoint, **LoraConfig's): an adapter as peft saves it, the weights it merges, and those before."""
     peft = pytest.importorskip("peft", reason="peft is the test extra's")
     transformers = pytest.importorskip("transformers", reason="transformers is the test extra's")
 
@@ -290,6 +290,13 @@ def test_folders_that_hold_no_adapter(made, verdict, tmp_path, files, words):
     for name, text in files.items():
         (tmp_path / "a" / name).write_text(text)
     assert words in verdict(made().path, "--adapter", str(tmp_path / "a")).check
+
+
+def test_text_files_of_the_adapter_are_not_used(made, tmp_path):
+    one = made()
+    adapter = write(tmp_path / "a", lora(one.tensors, Q, O))
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    assert any("the adapter's differ: chat_template.jinja" in n for n in read_source(one.path, adapter=adapter).notes)
 
 
 def test_no_folder(made, verdict, tmp_path):

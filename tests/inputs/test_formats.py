@@ -128,6 +128,7 @@ OTHER_FILES = {
     "MLX": "weights.npz",
     "ONNX": "model.onnx",
     "distributed": "__0_0.distcp",
+    "inference": "model0-mp16.safetensors",
 }
 
 

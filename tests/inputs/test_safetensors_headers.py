@@ -44,6 +44,7 @@ def test_tensors_of_no_numbers(tmp_path):
 
 DAMAGED = {
     "a list": ([], "not a JSON object"),
+    "a space in front": (b" " + json.dumps(GOOD).encode(), "not a JSON object"),
     "not JSON": (b"{nothing", "not JSON"),
     "not UTF-8": (b'{"\xff": 1}', "not JSON"),
     "nested": (b"[" * 100_000, "nested too deeply"),
