@@ -13,15 +13,24 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle, Manifest, SourceFile, WeightRecord
+from deepseek_trt.export.bundle.folder import (
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    AdapterRecord,
+    Bundle,
+    Manifest,
+    SourceFile,
+    WeightRecord,
+)
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
-from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
+from deepseek_trt.export.bundle.interface import CLASSIFICATION, TRANSFORMERS, Interface
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.passes.widen import WidenBfloat16
+from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
-from deepseek_trt.export.reading.source import Source, read_source
+from deepseek_trt.export.reading.source import Source, export_dtype, read_source
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
 from deepseek_trt.export.writing.tokenizer_files import carry_files, text_digests
 from deepseek_trt.export.writing.transformers_files import write_export_json
@@ -33,14 +42,15 @@ _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export. dtype None keeps the checkpoint's; num_layers None keeps all.
+    """What to export. task None is the checkpoint's own; dtype None keeps the checkpoint's; num_layers None keeps all.
 
-    The options that Interface has too are explained there; all_logits is logits_to_keep 0.
+    `adapter` is a LoRA folder of peft to merge. The options that Interface has too are explained there; all_logits is
+    logits_to_keep 0.
     """
 
     checkpoint: Path
     out: Path
-    task: str = GENERATION
+    task: str | None = None
     dtype: str | None = None
     all_logits: bool = False
     by_reference: bool = False
@@ -51,18 +61,18 @@ class ExportRequest:
     inputs_embeds: bool = False
     hidden_states: bool = False
     logits_to_keep: int | None = None
+    adapter: Path | None = None
 
-    @property
-    def interface(self) -> Interface:
-        """What the graphs take and give. Raises ConfigError where options contradict each other."""
+    def interface(self, task: str) -> Interface:
+        """What the graphs of that task take and give. Raises ConfigError where options contradict each other."""
         if self.all_logits and self.logits_to_keep:
             raise ConfigError(f"--all-logits and --logits-to-keep {self.logits_to_keep}: leave out one of them")
         if self.by_reference and self.io == TRANSFORMERS:
             raise ConfigError(f"--io {TRANSFORMERS} is for runtimes that read the weights: leave out --by-reference")
         interface = Interface(
-            task=self.task,
+            task=task,
             io=self.io,
-            cache=not self.no_cache and self.task != CLASSIFICATION,
+            cache=not self.no_cache and task != CLASSIFICATION,
             inputs_embeds=self.inputs_embeds,
             hidden_states=self.hidden_states,
             logits_to_keep=0 if self.all_logits else self.logits_to_keep,
@@ -94,6 +104,7 @@ class _Job:
     request: ExportRequest
     source: Source
     dtype: str
+    adapter: AdapterRecord | None
     fingerprint: str
 
     @property
@@ -128,22 +139,31 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
 
 
 def _plan(request: ExportRequest) -> _Job:
-    source = read_source(request.checkpoint, request.interface, request.num_layers)
-    stored = source.plan.dtype
-    if request.by_reference and request.dtype not in (None, stored):
-        raise ConfigError(
-            f"--by-reference keeps the checkpoint's dtype {stored}: leave out --dtype {request.dtype}, "
-            "or export with weights"
-        )
-    dtype = request.dtype or stored
-    return _Job(request, source, dtype, _fingerprint(request, source.checkpoint, dtype))
+    wanted = request.interface if request.task is None else request.interface(request.task)
+    source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter)
+    dtype = export_dtype(source, request.dtype, request.by_reference)
+    adapter = _record(source.adapter) if source.adapter else None
+    return _Job(request, source, dtype, adapter, _fingerprint(request, source, dtype, adapter))
 
 
-def _fingerprint(request: ExportRequest, checkpoint: Checkpoint, dtype: str) -> str:
+def _record(adapter: Adapter) -> AdapterRecord:
+    targets = adapter.config.targets
+    return AdapterRecord(
+        path=str(adapter.root.resolve()),
+        files={file.name: file_sha256(file) for file in adapter.files},
+        r=adapter.config.r,
+        alpha=adapter.config.alpha,
+        target_modules=(targets,) if isinstance(targets, str) else targets,
+        modules=len(adapter.pairs),
+        replaced=len(adapter.replaced),
+    )
+
+
+def _fingerprint(request: ExportRequest, source: Source, dtype: str, adapter: AdapterRecord | None) -> str:
     """The sha256 of everything that decides what the bundle holds."""
-    options = (request.interface, dtype, request.by_reference, request.num_layers, request.page_size)
+    options = (source.interface, dtype, request.by_reference, request.num_layers, request.page_size, adapter)
     facts = [repr(options), importlib.metadata.version("deepseek-trt"), str(request.checkpoint.resolve())]
-    facts += [repr(source) for source in _sources(checkpoint)]
+    facts += [repr(file) for file in _sources(source.checkpoint)]
     facts += [repr(file) for file in text_digests(request.checkpoint)]
     facts.append((request.checkpoint / "config.json").read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(facts).encode("utf-8", "backslashreplace")).hexdigest()
@@ -246,6 +266,7 @@ def _manifest(job: _Job, written: tuple[WrittenTensor, ...], folder: Path) -> Ma
         dropped=source.plan.dropped,
         notes=source.notes,
         classifier=source.classifier,
+        adapter=job.adapter,
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
         files={p.relative_to(folder).as_posix(): file_sha256(p) for p in files},
     )

@@ -42,6 +42,22 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """The LoRA adapter that was merged: its absolute folder, its files' sha256 by name, and what it is.
+
+    `modules` counts those with LoRA, `replaced` the weights that were trained whole.
+    """
+
+    path: str
+    files: dict[str, str]
+    r: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    modules: int
+    replaced: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle is. `checkpoint` is the absolute folder that a by-reference bundle reads its weights from."""
 
@@ -59,6 +75,7 @@ class Manifest:
     notes: tuple[str, ...]
     versions: dict[str, str]
     classifier: Classifier | None = None  # of the task text-classification
+    adapter: AdapterRecord | None = None
     files: dict[str, str] = field(default_factory=dict)  # sha256 by name, of all files but the weights
     schema_version: int = SCHEMA_VERSION
 
@@ -92,9 +109,13 @@ class Manifest:
         classifier = raw["classifier"]
         if classifier is not None:
             classifier = Classifier(tuple(classifier["labels"]), classifier["problem_type"])
+        adapter = raw.get("adapter")
+        if adapter is not None:
+            adapter = AdapterRecord(**{**adapter, "target_modules": tuple(adapter["target_modules"])})
         return cls(
             **{
                 **raw,
+                "adapter": adapter,
                 "interface": Interface(**raw["interface"]),
                 "classifier": classifier,
                 "model": ModelConfig(**model),

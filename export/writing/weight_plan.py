@@ -22,8 +22,12 @@ from deepseek_trt.export.bundle.recipes import (
 from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError, ConfigError
-from deepseek_trt.export.reading.checkpoint import Checkpoint, StoredTensor
+from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import SCORE
+from deepseek_trt.export.reading.tensors import StoredTensor
+
+_UNINDEXED = "the index does not name it, and the model does not need it"
+_SCALES = (*WEIGHT_DTYPES.values(), "F8_E8M0")  # what fp8 block scales may be
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,11 @@ def plan_weights(
     pieces = [piece for recipe in recipes for piece in recipe.pieces]
     used = {piece.source for piece in pieces} | {piece.scale for piece in pieces if piece.scale}
     left = sorted(checkpoint.tensors.keys() - used)
-    reasons = {name: _why_dropped(name, config, checkpoint_layers, interface) for name in left}
+    reasons = {
+        name: _why_dropped(name, config, checkpoint_layers, interface)
+        or (_UNINDEXED if name in checkpoint.unindexed else None)
+        for name in left
+    }
     unexplained = [name for name, reason in reasons.items() if reason is None]
     if unexplained:
         raise CheckpointError(
@@ -59,8 +67,14 @@ def plan_weights(
         )
     for piece in pieces:
         _check_dtype(checkpoint.tensors[piece.source], piece)
-    main = checkpoint.tensors.get(EMBEDDINGS, checkpoint.tensors[FINAL_NORM]).dtype
-    return WeightPlan(recipes, tuple(Dropped(name, reason) for name, reason in reasons.items() if reason), main)
+    dropped = tuple(Dropped(name, reason) for name, reason in reasons.items() if reason)
+    return WeightPlan(recipes, dropped, main_dtype(checkpoint))
+
+
+def main_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of the embeddings, or of the last norm, of whichever is not quantized."""
+    kinds = [checkpoint.tensors[name].dtype for name in (EMBEDDINGS, FINAL_NORM) if name in checkpoint.tensors]
+    return next((kind for kind in kinds if kind in WEIGHT_DTYPES.values()), "bfloat16")
 
 
 def _check_dtype(source: StoredTensor, piece: Piece) -> None:
@@ -208,6 +222,8 @@ class _Planner:
         scale = f"{name}{SCALE_SUFFIX}"
         if self.tensors[name].dtype != FP8 or scale not in self.tensors:
             return None
+        if self.tensors[scale].dtype not in _SCALES:
+            raise CheckpointError(f"tensor {scale} is {self.tensors[scale].dtype}; scales may be: {', '.join(_SCALES)}")
         blocks = tuple(-(-size // FP8_BLOCK) for size in self.tensors[name].shape)
         return self.source(scale, *blocks)
 

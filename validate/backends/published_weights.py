@@ -15,14 +15,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import AdapterRecord, Bundle
 from deepseek_trt.export.bundle.recipes import CORRECTION_BIAS, SCALE_SUFFIX
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig, read_config
 from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.infer import config_of_tensors
 from deepseek_trt.export.writing.weight_plan import plan_weights
+from deepseek_trt.validate.backends.published_adapter import PublishedAdapter
+from deepseek_trt.validate.backends.published_files import Place, published_files
 
 _HALVES = ("w_uk", "w_uv")  # of each head's rows in kv_b_proj
 _ROTATED = {"q_proj", "q_b_proj", "kv_a_proj_with_mqa"}
@@ -38,15 +41,17 @@ class PublishedWeights:
     """
 
     root: Path
-    files: dict[str, Path]
+    places: dict[str, Place]
     config: ModelConfig
     dtype: str
     interleaved: bool = True
+    adapter: PublishedAdapter | None = None
 
     @property
     def note(self) -> str:
         """What they are, for a report."""
-        return f"the weights of {self.root}, rounded to {self.dtype} as export rounds them"
+        merged = f" with the adapter in {self.adapter.file.parent} merged" if self.adapter else ""
+        return f"the weights of {self.root}{merged}, rounded to {self.dtype} as export rounds them"
 
     def __call__(self, name: str) -> Tensor:
         base, _, last = name.rpartition(".")
@@ -76,7 +81,7 @@ class PublishedWeights:
     def _experts(self, base: str, name: str) -> Tensor:
         """Stacked [E, rows, columns], one expert in memory beside them."""
         c = self.config
-        if f"{base}.gate_up_proj" in self.files:
+        if f"{base}.gate_up_proj" in self.places:
             stored = self._rounded(f"{base}.{name if name == 'down_proj' else 'gate_up_proj'}")
             parts = {"down_proj": stored, **dict(zip(("gate_proj", "up_proj"), stored.chunk(2, dim=1), strict=True))}
             return parts[name].contiguous()
@@ -91,16 +96,26 @@ class PublishedWeights:
         stored = self._stored(name)
         if name.endswith(CORRECTION_BIAS):
             return stored.float()
-        if f"{name}{SCALE_SUFFIX}" in self.files:
-            rows, columns = stored.shape
-            scales = self._stored(f"{name}{SCALE_SUFFIX}").float().repeat_interleave(FP8_BLOCK, 0)[:rows]
-            stored = stored.float() * scales.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+        if self.adapter is not None:
+            stored = self.adapter.merged(name, stored)
         return stored.to(getattr(torch, self.dtype)).float()
 
     def _stored(self, name: str) -> Tensor:
+        """As it is published, or as the adapter holds it whole; fp8 multiplied by its block scales."""
+        if self.adapter is not None and name in self.adapter.whole:
+            return self.adapter.tensor(self.adapter.whole[name])
+        stored = self._read(name)
+        if f"{name}{SCALE_SUFFIX}" not in self.places:
+            return stored
+        rows, columns = stored.shape
+        scales = self._read(f"{name}{SCALE_SUFFIX}").float().repeat_interleave(FP8_BLOCK, 0)[:rows]
+        return stored.float() * scales.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+
+    def _read(self, name: str) -> Tensor:
         """A copy: a file that stays mapped counts as memory."""
-        with safe_open(str(self.files[name]), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        place = self.places[name]
+        with safe_open(str(place.file), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(place.name)
             return tensor.clone()
 
 
@@ -112,13 +127,18 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
     root = checkpoint or _recorded(bundle)
     if root is None:
         return None
-    found = Checkpoint.open(root)
     if checkpoint is not None:
-        _check_same_model(bundle, found)
-    files = {name: tensor.file for name, tensor in found.tensors.items()}
+        _check_same_model(bundle, Checkpoint.open(checkpoint))
+    merged = bundle.manifest.adapter
+    if merged is not None and not _is_unchanged(merged):
+        if checkpoint is None:
+            return None
+        raise RequestError(f"--checkpoint {checkpoint}: the merged adapter {merged.path} is gone or has changed")
+    adapter = PublishedAdapter.open(Path(merged.path), bundle.manifest.model.n_routed_experts) if merged else None
     raw = json.loads((root / "config.json").read_text(encoding="utf-8"))  # its own reading
     interleaved = raw.get("rope_interleave", True)
-    return PublishedWeights(root, files, bundle.manifest.model, bundle.manifest.dtype, interleaved)
+    manifest, places = bundle.manifest, published_files(root)
+    return PublishedWeights(root, places, manifest.model, manifest.dtype, interleaved, adapter)
 
 
 def _recorded(bundle: Bundle) -> Path | None:
@@ -126,6 +146,11 @@ def _recorded(bundle: Bundle) -> Path | None:
         return unchanged_checkpoint(bundle)
     except BundleError:
         return None
+
+
+def _is_unchanged(adapter: AdapterRecord) -> bool:
+    files = {name: Path(adapter.path) / name for name in adapter.files}
+    return all(file.is_file() and file_sha256(file) == adapter.files[name] for name, file in files.items())
 
 
 def _check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
