@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_result, wrote
+from deepseek_trt.cli.printing.output import json_option, print_result, wrote
 from deepseek_trt.engines.plans.plan import BuildSpec
 
 _DEFAULTS = BuildSpec()
@@ -35,7 +35,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
 
     Example: deepseek-trt build ./v2-lite --sm 86 --sm 120 --max-batch-size 16
     """
-    from deepseek_trt.cli.progress import build_progress, plugin_reporter
+    from deepseek_trt.cli.printing.progress import build_progress, plugin_reporter
     from deepseek_trt.engines.plans.request import BuildRequest, build_plans
 
     with plugin_reporter() as plugins, build_progress() as progress:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_json, say
+from deepseek_trt.cli.printing.output import json_option, print_json, say
 from deepseek_trt.export.bundle.interface import TASKS
 from deepseek_trt.export.config.model_config import DTYPES, ModelConfig
 from deepseek_trt.export.survey import GIB, Facts, survey

@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_result
+from deepseek_trt.cli.printing.output import json_option, print_result
 
 
 @click.command("env")

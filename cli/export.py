@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_result, say, wrote
+from deepseek_trt.cli.printing.output import json_option, print_result, say, wrote
 from deepseek_trt.export.bundle.interface import IOS, NATIVE, TASKS
 from deepseek_trt.export.config.model_config import DTYPES
 
@@ -32,7 +32,7 @@ def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     Example: deepseek-trt export ./DeepSeek-V2-Lite ./v2-lite --dtype bfloat16
     """
-    from deepseek_trt.cli.progress import export_reporter
+    from deepseek_trt.cli.printing.progress import export_reporter
     from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
     with export_reporter() as report:

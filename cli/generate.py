@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deepseek_trt.cli.options import backend_option, sampling_options, threads_option
-from deepseek_trt.cli.output import print_result, say
+from deepseek_trt.cli.printing.output import print_result, say
 from deepseek_trt.cli.prompting.prompts import Prompts, prompt_options
 from deepseek_trt.cli.prompting.speed import Speed
 
@@ -100,7 +100,7 @@ def _llm(
     bundle: Bundle, text: Text | None, pages: int, limits: SchedulerLimits, backend: str, threads: int
 ) -> Iterator[LLM]:
     """Give an LLM with so many pages; say on stderr what runs it, and why."""
-    from deepseek_trt.cli.progress import weight_progress
+    from deepseek_trt.cli.printing.progress import weight_progress
     from deepseek_trt.engines.generation.llm import LLM
     from deepseek_trt.engines.sessions.opening import SessionRequest, open_session
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from deepseek_trt.cli.output import say
+from deepseek_trt.cli.printing.output import say
 from deepseek_trt.engines.generation.params import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_result, wrote
+from deepseek_trt.cli.printing.output import json_option, print_result, wrote
 
 
 @click.command("plugins")
@@ -22,7 +22,7 @@ def command(as_json: bool, no_fallback: bool, **options: Any) -> None:
 
     Example: deepseek-trt plugins ./v2-lite --sm 86 --sm 90 --sm 120
     """
-    from deepseek_trt.cli.progress import plugin_reporter
+    from deepseek_trt.cli.printing.progress import plugin_reporter
     from deepseek_trt.plugins.tensorrt.for_bundle import PluginRequest, build_plugins
 
     with plugin_reporter() as report:

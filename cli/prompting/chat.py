@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.output import say
+from deepseek_trt.cli.printing.output import say
 from deepseek_trt.cli.prompting.speed import Speed
 from deepseek_trt.engines.generation.answer import Answer, Piece
 from deepseek_trt.engines.generation.request import Event

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deepseek_trt.cli.output import say
+from deepseek_trt.cli.printing.output import say
 from deepseek_trt.export.errors import RequestError
 
 if TYPE_CHECKING:
