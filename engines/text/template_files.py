@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.text.files import read_object
 
 JINJA, FOLDER, LEGACY, CONFIG = (
     "chat_template.jinja",
@@ -40,7 +40,7 @@ def read_templates(folder: Path) -> Named:
     if apart:
         return apart
     for file in (CONFIG, LEGACY):
-        named = dict(_inside(file, _json(folder / file).get("chat_template")))
+        named = dict(_inside(file, read_object(folder / file).get("chat_template")))
         if named:
             return named
     return {}
@@ -51,8 +51,8 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
 
     special_tokens_map.json counts where tokenizer_config.json lists no added tokens (transformers' rule).
     """
-    config = _json(folder / CONFIG)
-    given = config if "added_tokens_decoder" in config else config | _json(folder / TOKEN_MAP)
+    config = read_object(folder / CONFIG)
+    given = config if "added_tokens_decoder" in config else config | read_object(folder / TOKEN_MAP)
     extra = given.get("extra_special_tokens")
     given = given | (extra if isinstance(extra, dict) else {})
     texts = {key: _token_text(value) for key, value in given.items() if key.endswith("_token")}
@@ -119,18 +119,6 @@ def _token_text(token: Any) -> str | None:
     """A token is written as text, or as an object with its content."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(_text(file))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file} is not JSON ({error}): mend the file") from None
-    if not isinstance(found, dict):
-        raise BundleError(f"{file} holds no JSON object: mend the file")
-    return found
 
 
 def _text(file: Path) -> str:

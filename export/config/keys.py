@@ -70,6 +70,7 @@ _MODEL = (
     _used("attention_bias", Flag(), "biases of q_a, kv_a and o projections"),
     _used("mlp_bias", Flag(), "biases of the feed-forward layers"),
     _used("torch_dtype", Text(), "where dtype is absent", "float32"),
+    _used("transformers_weights", Anything(), "the file or index of the weights, in place of the usual ones", "absent"),
     _used("dtype", Text(), "float32, float16 or bfloat16; the tensors decide", "float32"),
 )
 _ATTENTION = (
@@ -198,7 +199,7 @@ _HARMLESS = (
             "tokenizer_class",
         ),
         *("task_specific_params", "unsloth_version", "unsloth_fixed", "model_name", "torch_version", "revision"),
-        *("transformers_weights", "model_max_length", "seq_length"),
+        *("model_max_length", "seq_length"),
     ),
     *_harmless("remote code is never imported", "auto_map", "custom_pipelines"),
     *_harmless("id2label says it", "label2id"),

@@ -7,16 +7,25 @@ model's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.config.family import DTYPES as DTYPES
 from deepseek_trt.export.config.family import shape_of
 from deepseek_trt.export.config.findings import config_notes as config_notes
 from deepseek_trt.export.config.findings import unsupported_features as unsupported_features
-from deepseek_trt.export.config.json_file import read_config as read_config
 from deepseek_trt.export.config.quantization import FP8_BLOCK as FP8_BLOCK
 from deepseek_trt.export.config.shape import ModelShape
 from deepseek_trt.export.errors import ConfigError
+from deepseek_trt.export.json_file import read_object
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as it is; ConfigError when there is none, or when it is not a JSON object of sane size and depth."""
+    try:
+        return read_object(path, nan=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: give a folder with config.json and *.safetensors") from None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.errors import ConfigError
+from deepseek_trt.export.json_file import read_object
 from deepseek_trt.export.reading.wording import shown
 
 # Keys that say where an adapter is from, how it was trained or initialized, or how it is run unmerged.
@@ -73,13 +73,9 @@ class LoraConfig:
     def read(cls, file: Path) -> LoraConfig:
         """Read adapter_config.json; ConfigError names the key that is wrong, or that cannot be merged."""
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = read_object(file)
         except FileNotFoundError:
             raise ConfigError(f"{file} is missing: --adapter takes the folder of a LoRA adapter of peft") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{file} is not JSON ({shown(str(error))}); download it again") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{file} does not hold an object; download it again")
         _refuse_others(raw)
         layers = raw.get("layers_to_transform")
         return cls(

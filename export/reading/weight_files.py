@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deepseek_trt.export.errors import CheckpointError
+from deepseek_trt.export.json_file import read_object
 from deepseek_trt.export.reading.wording import shown, some
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+_MAX_INDEX = 256 * 2**20  # bytes; 20 MB are an index of 150,000 tensors
 CHOICE_KEY = "transformers_weights"  # of config.json: the file to load in place of the usual ones
 _INDEX_ENDING = ".safetensors.index.json"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # what transformers loads where it finds neither
@@ -114,10 +115,9 @@ def _only(root: Path) -> Path:
 def _read_index(root: Path, index: Path) -> dict[str, str]:
     """The file of each tensor, by the tensor's name."""
     try:
-        raw: Any = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = raw["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({shown(error)}); download it again") from None
+        weight_map = read_object(index, CheckpointError, _MAX_INDEX).get("weight_map")
+    except (CheckpointError, FileNotFoundError) as error:
+        raise CheckpointError(f"{index} is not a safetensors index ({shown(str(error))}); download it again") from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is not a safetensors index (no weight_map); download it again")
     for name, file in weight_map.items():

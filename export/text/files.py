@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from deepseek_trt.export import json_file
 from deepseek_trt.export.errors import ConfigError
 
 TOKENIZER = "tokenizer.json"
@@ -35,21 +35,10 @@ def text_files(folder: Path) -> Iterator[Path]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file, {} where there is no file; ConfigError for anything else."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ConfigError(f"{path} holds {constant}, which is no JSON: write a number or leave the key out")
-
-    if not path.is_file():
-        return {}
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers with thousands of digits
-        raise ConfigError(f"{path} is not JSON ({error}); download it again") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): mend its permissions") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} does not hold an object; download it again")
-    return raw
+        return json_file.read_object(path)
+    except FileNotFoundError:
+        return {}
 
 
 def wrong_value(path: Path, key: str, value: object, mend: str) -> ConfigError:

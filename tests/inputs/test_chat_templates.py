@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from deepseek_trt.engines.text import limits
 from deepseek_trt.engines.text.template import ChatTemplates, render_chat
 from deepseek_trt.engines.text.template_files import ChatTemplate
-from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.errors import BundleError, ConfigError, RequestError
 
 TEMPLATES = {file.stem: file.read_text(encoding="utf-8") for file in (Path(__file__).parent / "templates").iterdir()}
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -346,7 +346,7 @@ def test_templates_of_another_type_are_refused(config, words, tmp_path, demo_che
 @pytest.mark.parametrize("spoiled", [b"{", b"[]", b"\xff{}", b"[" * 100_000])
 def test_a_spoiled_tokenizer_config_is_named(spoiled, tmp_path):
     (tmp_path / "tokenizer_config.json").write_bytes(spoiled)
-    with pytest.raises(BundleError, match=r"tokenizer_config\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
         ChatTemplates(tmp_path).render([USER])
 
 

@@ -11,9 +11,8 @@ import json
 
 import pytest
 
-from deepseek_trt.export.config.json_file import read_config
 from deepseek_trt.export.config.keys import KEYS
-from deepseek_trt.export.config.model_config import ModelConfig, unsupported_features
+from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
 from deepseek_trt.export.config.values import Anything, Flag, Integer, ListOf, Number, Object, Text, shown
 from deepseek_trt.export.errors import ConfigError
 
@@ -170,7 +169,7 @@ def test_a_folder_of_that_name(made, verdict):
     folder = made("v2").path
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    assert "cannot be read" in verdict(folder).check
+    assert "is no regular file" in verdict(folder).check
 
 
 def test_numbers_that_json_lacks_are_named_with_their_key(tmp_path, bases):
