@@ -25,6 +25,8 @@ from deepseek_trt.export.config.model_config import DTYPES
 @click.option("--logits-to-keep", type=int, help="Prefill gives the logits of the last K tokens; 0 is all.")
 @click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
 @click.option("--num-layers", type=int, help="Export only the first layers, to debug accuracy.")
+@click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite; a note says which.")
+@click.option("--allow-zeros", is_flag=True, help="Go on where matrices or norms are zeros alone; a note says which.")
 @json_option
 def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Trace CHECKPOINT (config.json and safetensors) into ONNX graphs in OUT: prefill and decode, or one model.

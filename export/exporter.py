@@ -17,16 +17,18 @@ from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundl
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
 from deepseek_trt.export.dtypes import dtype_of
-from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
+from deepseek_trt.export.errors import BundleError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.source import Source, read_source
+from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
 from deepseek_trt.export.writing.tokenizer_files import carry_files
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
+_UNREAD = "the weights' numbers were not read: validate looks for NaN, infinities and tensors of zeros"
 _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
 
 
@@ -34,7 +36,8 @@ _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
 class ExportRequest:
     """What to export. dtype None keeps the checkpoint's; num_layers None keeps all.
 
-    The options that Interface has too are explained there; all_logits is logits_to_keep 0.
+    The options that Interface has too are explained there; all_logits is logits_to_keep 0. allow_nonfinite goes on with
+    weights that are NaN or infinite, allow_zeros with matrices and norms of zeros alone; both make a note.
     """
 
     checkpoint: Path
@@ -50,6 +53,12 @@ class ExportRequest:
     inputs_embeds: bool = False
     hidden_states: bool = False
     logits_to_keep: int | None = None
+    allow_nonfinite: bool = False
+    allow_zeros: bool = False
+
+    @property
+    def allowed(self) -> Allowed:
+        return Allowed(self.allow_nonfinite, self.allow_zeros)
 
     @property
     def interface(self) -> Interface:
@@ -127,6 +136,8 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
 
 
 def _plan(request: ExportRequest) -> _Job:
+    if request.by_reference and request.allowed != Allowed():
+        raise ConfigError("--by-reference reads no numbers: leave out --allow-nonfinite and --allow-zeros")
     source = read_source(request.checkpoint, request.interface, request.num_layers)
     stored = source.plan.dtype
     if request.by_reference and request.dtype not in (None, stored):
@@ -140,7 +151,7 @@ def _plan(request: ExportRequest) -> _Job:
 
 def _fingerprint(request: ExportRequest, checkpoint: Checkpoint, dtype: str) -> str:
     """The sha256 of everything that decides what the bundle holds."""
-    options = (request.interface, dtype, request.by_reference, request.num_layers, request.page_size)
+    options = (request.interface, dtype, request.by_reference, request.num_layers, request.page_size, request.allowed)
     facts = [repr(options), importlib.metadata.version("deepseek-trt"), str(request.checkpoint.resolve())]
     facts += [repr(source) for source in _sources(checkpoint)]
     facts.append((request.checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -168,7 +179,7 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
     checkpoint = job.request.checkpoint
     notes = job.source.notes + carry_files(checkpoint, folder)
     shutil.copyfile(checkpoint / "config.json", folder / "config.json")
-    written = () if job.request.by_reference else _write_weights(job, folder, report)
+    written, seen = ((), (_UNREAD,)) if job.request.by_reference else _write_weights(job, folder, report)
     for graph in job.graphs:
         report.step(f"tracing {graph.name}", None)
         _trace_to_file(job, graph, written, folder)
@@ -176,19 +187,16 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
             write_export_json(folder, graph, job.dtype)
     for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
         (folder / name).unlink(missing_ok=True)
-    (folder / MANIFEST_FILE).write_text(_manifest(job, written, notes, folder).to_json(), encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(_manifest(job, written, notes + seen, folder).to_json(), encoding="utf-8")
 
 
-def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[WrittenTensor, ...]:
+def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[tuple[WrittenTensor, ...], tuple[str, ...]]:
+    """What was written, and what is to be noted of its numbers."""
     report.step(f"writing {WEIGHTS_FILE}", job.weight_bytes)
     recipes, tensors = job.source.plan.recipes, job.source.checkpoint.tensors
     written = write_weights(recipes, tensors, job.dtype, folder / WEIGHTS_FILE, report.advance)
-    lost = [w for w in written if w.overflows]
-    if lost:
-        raise CheckpointError(
-            f"{sum(w.overflows for w in lost)} weights overflow float16, e.g. in {lost[0].name}; use --dtype bfloat16"
-        )
-    return written
+    odd = [numbers for tensor in written for numbers in tensor.odd]
+    return written, judge_numbers(odd, recipes, tensors, job.dtype, job.request.allowed)
 
 
 def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ...], folder: Path) -> None:

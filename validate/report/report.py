@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +12,7 @@ from polygraphy.comparator import AccuracyResults, IterationResult
 
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.config.model_config import ModelConfig
+from deepseek_trt.export.json_text import json_text, plain_json
 from deepseek_trt.validate.cases.coverage import Coverage, coverage
 from deepseek_trt.validate.findings.bisect import Fault, first_fault
 from deepseek_trt.validate.findings.greedy import GreedyAgreement, greedy_agreement
@@ -138,7 +137,7 @@ class AccuracyReport:
         return plain
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(self.to_dict(), indent=1) + "\n"
 
 
 @dataclass(frozen=True)
@@ -224,14 +223,3 @@ def _by_graph(script: Script, results: Sequence[IterationResult]) -> dict[str, t
     for step, result in zip(script.steps, results, strict=True):
         times.setdefault(step.graph, []).append(round(result.runtime * 1e3, 3))
     return {graph: tuple(values) for graph, values in times.items()}
-
-
-def plain_json(value: Any) -> Any:
-    """Lists and dicts with string keys; nan and the infinities as strings."""
-    if isinstance(value, dict):
-        return {str(key): plain_json(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_json(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepseek_trt.export.json_text import plain_json
 from deepseek_trt.validate.findings.bisect import Fault, place_of_weight
-from deepseek_trt.validate.report.report import AccuracyReport, BackendReport, plain_json
+from deepseek_trt.validate.report.report import AccuracyReport, BackendReport
 
 _TEXT = ("passed", "scored", "loss", "reference_loss", "perplexity", "reference_perplexity", "tolerance")
 
