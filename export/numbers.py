@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from deepseek_trt.export.arrays import Array
@@ -40,8 +41,21 @@ def look(chunk: Array) -> tuple[int, bool]:
     return 0 if is_finite else int(((bits & (sign - 1)) >= infinity).sum()), most <= 0 and least <= sign
 
 
-def piece_size(piece: Piece, tensors: Mapping[str, StoredTensor]) -> int:
-    """Numbers that the piece takes of its source."""
+def may_be_zero(name: str) -> bool:
+    """Whether training may leave the tensor at zero: a bias. Matrices and norms of zeros are no such thing."""
+    return name.endswith("bias")
+
+
+def sizes_of(recipes: Iterable[Recipe], tensors: Mapping[str, StoredTensor]) -> Counter[str]:
+    """Numbers that all recipes take of each checkpoint tensor."""
+    sizes: Counter[str] = Counter()
+    for recipe in recipes:
+        for piece in recipe.pieces:
+            sizes[piece.source] += _size(piece, tensors)
+    return sizes
+
+
+def _size(piece: Piece, tensors: Mapping[str, StoredTensor]) -> int:
     return piece.rows * piece.times * tensors[piece.source].shape[-1]
 
 
@@ -50,7 +64,7 @@ class Tally:
 
     def __init__(self, recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> None:
         self._names = [piece.source for piece in recipe.pieces]
-        self._ends = list(itertools.accumulate(piece_size(piece, tensors) for piece in recipe.pieces))
+        self._ends = list(itertools.accumulate(_size(piece, tensors) for piece in recipe.pieces))
         self._at, self._piece = 0, 0
         self._seen: dict[str, Numbers] = {}
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.errors import CheckpointError
-from deepseek_trt.export.numbers import Numbers, piece_size
+from deepseek_trt.export.numbers import Numbers, may_be_zero, sizes_of
 from deepseek_trt.export.reading.checkpoint import StoredTensor
 
 _MOST_NAMED = 5
-_MAY_BE_ZERO = "bias"  # how names end of what training may leave at zero; a matrix or a norm of zeros is no such thing
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ def judge_numbers(
     found: dict[str, Numbers] = {}
     for one in seen:  # a tensor may have gone into several graph tensors
         found[one.source] = found[one.source] + one if one.source in found else one
-    sizes = _sizes(recipes, tensors)
-    empty = [n for n in found.values() if n.zeros == sizes[n.source] and not n.source.endswith(_MAY_BE_ZERO)]
+    sizes = sizes_of(recipes, tensors)
+    empty = [n for n in found.values() if n.zeros == sizes[n.source] and not may_be_zero(n.source)]
     broken = [n for n in found.values() if n.nonfinite]
     notes = []
     if broken:
@@ -80,12 +78,3 @@ def _files(numbers: list[Numbers], tensors: Mapping[str, StoredTensor]) -> str:
 def _named(names: list[str]) -> str:
     more = len(names) - _MOST_NAMED
     return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _sizes(recipes: tuple[Recipe, ...], tensors: Mapping[str, StoredTensor]) -> Counter[str]:
-    """Numbers that all recipes take of each checkpoint tensor."""
-    sizes: Counter[str] = Counter()
-    for recipe in recipes:
-        for piece in recipe.pieces:
-            sizes[piece.source] += piece_size(piece, tensors)
-    return sizes

@@ -1,12 +1,14 @@
 """The checkpoint's tensors under the torch model's names, read with the safetensors library.
 
-Nothing of the export's own reading is used: not its recipes, nor its reader, nor what it wrote. A tensor that the
-export took from the wrong place, stacked in the wrong order or cut in the wrong row differs from the one given here.
+Nothing of the export's own reading is used: not its recipes, nor its reader, nor what it found in the folder, nor what
+it wrote. A tensor that the export took from the wrong file or place, stacked in the wrong order or cut in the wrong row
+differs from the one given here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.recipes import CORRECTION_BIAS, SCALE_SUFFIX
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig, read_config
-from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.errors import BundleError, CheckpointError, RequestError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.infer import config_of_tensors
 from deepseek_trt.export.writing.weight_plan import plan_weights
@@ -31,12 +33,13 @@ _EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 class PublishedWeights:
     """Call it with a parameter's name; it holds no tensor itself.
 
-    Tensors are float32, rounded to `dtype` (the bundle's) first, as every export rounds them; the correction bias is
-    kept as it is.
+    `files` and `stored` say of each tensor where it lies and what it is called there. Tensors are float32, rounded to
+    `dtype` (the bundle's) first, as every export rounds them; the correction bias is kept as it is.
     """
 
     root: Path
     files: dict[str, Path]
+    stored: dict[str, str]
     config: ModelConfig
     dtype: str
 
@@ -86,8 +89,10 @@ class PublishedWeights:
 
     def _stored(self, name: str) -> Tensor:
         """A copy: a file that stays mapped counts as memory."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.root} holds no {name} where transformers looks: the bundle is of other files")
         with safe_open(str(self.files[name]), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self.stored[name])
             return tensor.clone()
 
 
@@ -99,11 +104,37 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
     root = checkpoint or _recorded(bundle)
     if root is None:
         return None
-    found = Checkpoint.open(root)
     if checkpoint is not None:
-        _check_same_model(bundle, found)
-    files = {name: tensor.file for name, tensor in found.tensors.items()}
-    return PublishedWeights(root, files, bundle.manifest.model, bundle.manifest.dtype)
+        _check_same_model(bundle, Checkpoint.open(root))
+    files = _files(root)
+    names = _full_names(files)
+    return PublishedWeights(
+        root,
+        {name: files[stored] for name, stored in names.items()},
+        names,
+        bundle.manifest.model,
+        bundle.manifest.dtype,
+    )
+
+
+def _files(root: Path) -> dict[str, Path]:
+    """The file of each tensor, by transformers' rule: one file of the usual name comes before an index."""
+    index, single = root / "model.safetensors.index.json", root / "model.safetensors"
+    if index.is_file() and not single.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: root / file for name, file in weight_map.items()}
+    one = single if single.is_file() else next(iter(sorted(root.glob("*.safetensors"))), None)
+    if one is None:
+        raise CheckpointError(f"{root} holds no safetensors files: download them")
+    with safe_open(str(one), framework="pt") as file:
+        return dict.fromkeys(file.keys(), one)
+
+
+def _full_names(files: dict[str, Path]) -> dict[str, str]:
+    """What each tensor is called in its file; models saved without their head lack the "model." of the full names."""
+    is_bare = any(name.startswith("layers.") for name in files)
+    bare = ("layers.", "embed_tokens.", "norm.")
+    return {f"model.{name}" if is_bare and name.startswith(bare) else name: name for name in files}
 
 
 def _recorded(bundle: Bundle) -> Path | None:

@@ -27,14 +27,16 @@ from deepseek_trt.validate.findings.layers import (
 )
 from deepseek_trt.validate.findings.text_score import TextScore, text_score
 from deepseek_trt.validate.findings.tokens import TokenAgreement, token_agreement
+from deepseek_trt.validate.independent.finding import Independent
 from deepseek_trt.validate.numbers.compare import OutputDifference
+from deepseek_trt.validate.numbers.metrics import Closeness
 from deepseek_trt.validate.numbers.routing import Flip
 from deepseek_trt.validate.pair import Pair
-from deepseek_trt.validate.report.integrity import Integrity
+from deepseek_trt.validate.report.integrity import Integrity, OddWeight
 from deepseek_trt.validate.report.provenance import Provenance
 from deepseek_trt.validate.steps import Script
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class WorstElement:
 
 @dataclass(frozen=True)
 class OutputReport:
-    """One output over all steps. Errors are relative to the largest |reference| of the output in its step."""
+    """One output over all steps. Errors are relative to the largest |reference| of the output in its step.
+
+    `numbers` were compared in all; `reason` says why they prove nothing, else it is empty: then the error is infinite.
+    """
 
     output: str
     passed: bool
@@ -62,8 +67,11 @@ class OutputReport:
     max_absolute: float
     median_ulps: float
     cosine: float
+    numbers: int
     nonfinite: int
+    reference_nonfinite: int
     masks_differ: bool
+    reason: str
     tolerance: float
     tolerance_reason: str
     worst: WorstElement
@@ -72,6 +80,11 @@ class OutputReport:
     def nearness(self) -> float:
         """The error as a part of its tolerance."""
         return self.max_relative / self.tolerance
+
+    @property
+    def error(self) -> str:
+        """For people: the largest relative error, or why there is none."""
+        return self.reason or f"{self.max_relative:.2e}"
 
 
 @dataclass(frozen=True)
@@ -116,14 +129,19 @@ class PartReport:
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """The whole report. `interface` says what the graphs take and give; `parts` are of --layers, else empty."""
+    """The whole report. `interface` says what the graphs take and give; `parts` are of --layers, else empty.
+
+    `odd_weights` hold NaN or infinities, or zeros alone.
+    """
 
     passed: bool
+    independent: Independent
     interface: Interface
     model: ModelConfig
     dtype: str
     changed_weights: tuple[str, ...]
     changed_files: tuple[str, ...]
+    odd_weights: tuple[OddWeight, ...]
     cases: dict[str, str]
     reference: str
     backends: tuple[BackendReport, ...]
@@ -153,6 +171,7 @@ class Compared:
     """What comparing a bundle found, whatever it is for. `reference_weights` is "bundle" or "checkpoint"."""
 
     integrity: Integrity
+    independent: Independent
     cases: dict[str, str]
     reference: str
     reference_weights: str
@@ -209,12 +228,22 @@ def _output(name: str, found: list[OutputDifference]) -> OutputReport:
         max_absolute=max(x.max_absolute for x in every),
         median_ulps=float(np.median([x.median_ulps for x in every])),
         cosine=min(x.cosine for x in every),
+        numbers=sum(x.size for x in every),
         nonfinite=sum(x.nonfinite for x in every),
+        reference_nonfinite=sum(x.reference_nonfinite for x in every),
         masks_differ=not all(x.same_masks for x in every),
+        reason=_reason(every),
         tolerance=worst.tolerance.relative,
         tolerance_reason=worst.tolerance.reason,
         worst=WorstElement(worst.label, worst.row, worst.position, c.worst[1:], c.worst_value, c.worst_reference),
     )
+
+
+def _reason(every: Sequence[Closeness]) -> str:
+    ours, theirs, total = (sum(getattr(c, n) for c in every) for n in ("nonfinite", "reference_nonfinite", "size"))
+    if ours or theirs:
+        return f"not finite: {ours} of {total} numbers (reference: {theirs})"
+    return "the reference is one number throughout" if any(c.is_constant for c in every) else ""
 
 
 def _by_graph(script: Script, results: Sequence[IterationResult]) -> dict[str, tuple[float, ...]]:
