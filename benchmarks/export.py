@@ -50,7 +50,8 @@ def child(checkpoint: Path, out: Path, by_reference: bool) -> None:
 
     steps: list[tuple[str, float]] = []
     report = Reporter(step=lambda text, total: steps.append((text, time.perf_counter())))
-    export_bundle(ExportRequest(checkpoint, out, by_reference=by_reference), report)
+    request = ExportRequest(checkpoint, out, by_reference=by_reference, allow_zeros=not by_reference)
+    export_bundle(request, report)
     ends = [at for _, at in steps[1:]] + [time.perf_counter()]
     spent = {text: stop - start for (text, start), stop in zip(steps, ends, strict=True)}
     print(next((seconds for text, seconds in spent.items() if text.startswith("writing")), 0.0))

@@ -26,6 +26,8 @@ from deepseek_trt.export.config.model_config import DTYPES
 @click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA folder of peft to merge into the weights.")
 @click.option("--num-layers", type=int, help="Export only the first layers, to debug accuracy.")
+@click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite; a note says which.")
+@click.option("--allow-zeros", is_flag=True, help="Go on where matrices or norms are zeros alone; a note says which.")
 @json_option
 def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Trace CHECKPOINT (config.json and safetensors) into ONNX graphs in OUT: prefill and decode, or one model.

@@ -14,6 +14,7 @@ from deepseek_trt.validate.request import BACKENDS, ValidateRequest, check_name
 
 EXIT_ACCURACY = 3
 HELP = "exported: the graphs as exported; ort: as generate runs them.  [default: these two]"
+INDEPENDENT_HELP = "Run transformers beside the reference, or fail; or leave it out.  [default: where it can run]"
 CHECKPOINT_HELP = "Whose weights the reference takes.  [default: the one that was exported]"
 
 
@@ -34,11 +35,14 @@ class _Backend(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 
 @click.option("--bisect", is_flag=True, help="Where something fails, name the first layer and op that does.")
 @click.option("--layers", help="Only these layers, one in memory at a time, as 0-3,26.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help=CHECKPOINT_HELP)
+@click.option("--independent/--no-independent", default=None, help=INDEPENDENT_HELP)
 @click.option("--compare", type=click.Path(path_type=Path), help="An earlier report.json: show what moved.")
 @click.option("--threads", type=int, default=0, help="0 lets each backend choose.")
 @json_option
 def command(report: Path | None, compare: Path | None, as_json: bool, **options: Any) -> None:
     """Run BUNDLE's graphs beside torch in float32 and compare logits and cached latents, step by step.
+
+    Where transformers is installed and the model fits, it checks the reference first, from the checkpoint's own files.
 
     Exits with 3 when an output leaves its tolerance, or got worse since the report given with --compare.
 

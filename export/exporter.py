@@ -25,18 +25,20 @@ from deepseek_trt.export.bundle.folder import (
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, TRANSFORMERS, Interface
 from deepseek_trt.export.dtypes import computed_in, dtype_of
-from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
+from deepseek_trt.export.errors import BundleError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.source import Source, export_dtype, read_source
+from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
 from deepseek_trt.export.writing.tokenizer_files import carry_files, text_digests
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
+_UNREAD = "the weights' numbers were not read: validate looks for NaN, infinities and tensors of zeros"
 _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
 
 
@@ -44,8 +46,9 @@ _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
 class ExportRequest:
     """What to export. task None is the checkpoint's own; dtype None keeps the checkpoint's; num_layers None keeps all.
 
-    `adapter` is a LoRA folder of peft to merge. The options that Interface has too are explained there; all_logits is
-    logits_to_keep 0.
+    `adapter` is a LoRA folder of peft to merge. allow_nonfinite goes on with weights that are NaN or infinite,
+    allow_zeros with matrices and norms of zeros alone; both make a note. The options that Interface has too are
+    explained there; all_logits is logits_to_keep 0.
     """
 
     checkpoint: Path
@@ -62,6 +65,12 @@ class ExportRequest:
     hidden_states: bool = False
     logits_to_keep: int | None = None
     adapter: Path | None = None
+    allow_nonfinite: bool = False
+    allow_zeros: bool = False
+
+    @property
+    def allowed(self) -> Allowed:
+        return Allowed(self.allow_nonfinite, self.allow_zeros)
 
     def interface(self, task: str) -> Interface:
         """What the graphs of that task take and give. Raises ConfigError where options contradict each other."""
@@ -139,6 +148,8 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
 
 
 def _plan(request: ExportRequest) -> _Job:
+    if request.by_reference and request.allowed != Allowed():
+        raise ConfigError("--by-reference reads no numbers: leave out --allow-nonfinite and --allow-zeros")
     wanted = request.interface if request.task is None else request.interface(request.task)
     source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter)
     dtype = export_dtype(source, request.dtype, request.by_reference)
@@ -161,8 +172,9 @@ def _record(adapter: Adapter) -> AdapterRecord:
 
 def _fingerprint(request: ExportRequest, source: Source, dtype: str, adapter: AdapterRecord | None) -> str:
     """The sha256 of everything that decides what the bundle holds."""
-    options = (source.interface, dtype, request.by_reference, request.num_layers, request.page_size, adapter)
-    facts = [repr(options), importlib.metadata.version("deepseek-trt"), str(request.checkpoint.resolve())]
+    options = (source.interface, dtype, request.by_reference, request.num_layers, request.page_size)
+    facts = [repr((options, adapter, request.allowed)), importlib.metadata.version("deepseek-trt")]
+    facts.append(str(request.checkpoint.resolve()))
     facts += [repr(file) for file in _sources(source.checkpoint)]
     facts += [repr(file) for file in text_digests(request.checkpoint)]
     facts.append((request.checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -190,7 +202,7 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
     checkpoint = job.request.checkpoint
     carry_files(checkpoint, folder)
     shutil.copyfile(checkpoint / "config.json", folder / "config.json")
-    written = () if job.request.by_reference else _write_weights(job, folder, report)
+    written, seen = ((), (_UNREAD,)) if job.request.by_reference else _write_weights(job, folder, report)
     for graph in job.graphs:
         report.step(f"tracing {graph.name}", None)
         _trace_to_file(job, graph, written, folder)
@@ -198,20 +210,17 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
             write_export_json(folder, graph.as_computed(), computed_in(job.dtype))
     for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
         (folder / name).unlink(missing_ok=True)
-    manifest = _manifest(job, written, folder).to_json()
+    manifest = _manifest(job, written, seen, folder).to_json()
     (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
 
 
-def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[WrittenTensor, ...]:
+def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[tuple[WrittenTensor, ...], tuple[str, ...]]:
+    """What was written, and what is to be noted of its numbers."""
     report.step(f"writing {WEIGHTS_FILE}", job.weight_bytes)
     recipes, tensors = job.source.plan.recipes, job.source.checkpoint.tensors
     written = write_weights(recipes, tensors, job.dtype, folder / WEIGHTS_FILE, report.advance)
-    lost = [w for w in written if w.overflows]
-    if lost:
-        raise CheckpointError(
-            f"{sum(w.overflows for w in lost)} weights overflow float16, e.g. in {lost[0].name}; use --dtype bfloat16"
-        )
-    return written
+    odd = [numbers for tensor in written for numbers in tensor.odd]
+    return written, judge_numbers(odd, recipes, tensors, job.dtype, job.request.allowed)
 
 
 def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ...], folder: Path) -> None:
@@ -248,7 +257,7 @@ def _save(model: ir.Model, graph: GraphSpec, job: _Job, folder: Path) -> None:
     onnx.save(ir.to_proto(model), folder / graph.file)
 
 
-def _manifest(job: _Job, written: tuple[WrittenTensor, ...], folder: Path) -> Manifest:
+def _manifest(job: _Job, written: tuple[WrittenTensor, ...], seen: tuple[str, ...], folder: Path) -> Manifest:
     digests = {w.name: w.sha256 for w in written}
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != WEIGHTS_FILE and not p.is_symlink())
     source = job.source
@@ -264,7 +273,7 @@ def _manifest(job: _Job, written: tuple[WrittenTensor, ...], folder: Path) -> Ma
         weights=tuple(WeightRecord(r, r.dtype(job.dtype), digests.get(r.name)) for r in source.plan.recipes),
         sources=_sources(source.checkpoint),
         dropped=source.plan.dropped,
-        notes=source.notes,
+        notes=source.notes + seen,
         classifier=source.classifier,
         adapter=job.adapter,
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},

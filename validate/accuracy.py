@@ -30,12 +30,16 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
     started, bundle = time.time(), Bundle.open(request.bundle)
     found = _compare(bundle, request, progress)
     report = AccuracyReport(
-        passed=found.integrity.passed and all(backend.passed for backend in found.backends),
+        passed=found.integrity.passed
+        and found.independent.passed
+        and all(backend.passed for backend in found.backends),
+        independent=found.independent,
         interface=bundle.manifest.interface,
         model=bundle.manifest.model,
         dtype=bundle.manifest.dtype,
         changed_weights=found.integrity.changed_weights,
         changed_files=found.integrity.changed_files,
+        odd_weights=found.integrity.odd_weights,
         cases=found.cases,
         reference=found.reference,
         backends=found.backends,

@@ -12,6 +12,7 @@ from deepseek_trt.validate.backends.torch import StreamedTorchSession
 from deepseek_trt.validate.cases.coverage import cover_experts
 from deepseek_trt.validate.cases.inputs import Inputs, read_inputs
 from deepseek_trt.validate.findings.undecided import set_aside
+from deepseek_trt.validate.independent.check import Check
 from deepseek_trt.validate.pair import Pair, Side, compare, rounding_floors
 from deepseek_trt.validate.report.integrity import check_integrity
 from deepseek_trt.validate.report.report import Compared, Comparison, backend_report
@@ -23,11 +24,13 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
     """Compare the whole model. In narrow dtypes, torch's own run measures the rounding floor of the others."""
     refusal = f"backend {{name!r}} is unknown; use: {', '.join(BACKENDS)}"
     names = request.chosen(BACKENDS, DEFAULT_BACKENDS, refusal)
+    check = Check.of(bundle, request)
     progress("hashing the bundle and its checkpoint")
     integrity = check_integrity(bundle)
     inputs = read_inputs(bundle, request.text, request.seed)
     weights = published_weights(bundle, request.checkpoint)
     runs = _Runs(SessionRequest(bundle, inputs.pages, request.threads), inputs, weights, request.bisect, progress)
+    independent = check.of_generation(runs.reference, inputs, progress)
     reports = {}
     for name in sorted(names, key=lambda name: name != "torch"):  # torch first
         reports[name] = backend_report(*runs.pair(name))
@@ -35,6 +38,7 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
     streamed = ", one layer in memory at a time" if runs.is_streamed else ""
     return Compared(
         integrity=integrity,
+        independent=independent,
         cases=inputs.sources,
         reference=f"{source}, computed in float32{streamed}",
         reference_weights="checkpoint" if weights else "bundle",

@@ -7,6 +7,7 @@ from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.validate.backends.graphs import GraphStepper
 from deepseek_trt.validate.cases.heads import head_script
 from deepseek_trt.validate.cases.inputs import read_inputs
+from deepseek_trt.validate.independent.check import Check
 from deepseek_trt.validate.pair import Pair, Side, compare
 from deepseek_trt.validate.report.integrity import check_integrity
 from deepseek_trt.validate.report.report import Compared, Comparison, backend_report
@@ -19,6 +20,7 @@ def compare_heads(bundle: Bundle, request: ValidateRequest, progress: Progress) 
     request.check_whole()
     refusal = f"backend {{name!r}} does not run a bundle for {bundle.manifest.task}; use: {', '.join(GRAPH_BACKENDS)}"
     names = request.chosen(GRAPH_BACKENDS, ("ort",), refusal)
+    check = Check.of(bundle, request)
     progress("hashing the bundle and its checkpoint")
     integrity = check_integrity(bundle)
     inputs = read_inputs(bundle, request.text, request.seed)
@@ -28,6 +30,7 @@ def compare_heads(bundle: Bundle, request: ValidateRequest, progress: Progress) 
         pairs.append(_pair(bundle, name, script))
     return Compared(
         integrity=integrity,
+        independent=check.of_heads(script, progress),
         cases={case: inputs.sources[case] for case in ("seeded", "text") if case in inputs.sources},
         reference="the bundle's own weights, computed in float32",
         reference_weights="bundle",

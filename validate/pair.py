@@ -50,6 +50,7 @@ class Pair:
     @functools.cached_property
     def accuracy(self) -> AccuracyResults:
         """Polygraphy's verdicts, of each output of each step."""
+        G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it logs to stdout; the report says the same better
         run = RunResults([(self.backend, self.judged), (REFERENCE, self.reference)])
         return Comparator.compare_accuracy(run, compare_func=[ToleranceCompare(self.policy)])
 
@@ -101,7 +102,7 @@ def compare(
 
     `places` are probes.PLACES to keep. Raises BackendError where a backend is not there.
     """
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it logs failed comparisons, to stdout; the report says them better
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
     turns = [_turn(side, script, config, places, is_local) for side in sides]
     runners = [turn.candidate for turn in turns] + [turn.reference for turn in turns]
     results = [found for _, found in Comparator.run(runners, data_loader=feeds_of(script))]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from deepseek_trt.validate.findings.baseline import Change
@@ -19,6 +20,8 @@ MOST_OF_LAYERS = 8
 def print_report(report: AccuracyReport, changes: Sequence[Change] | None = None) -> None:
     """Print the report, and where there are `changes`, what moved since an earlier one."""
     console = Console(soft_wrap=True)
+    colour = {"agrees": "green", "differs": "red", "absent": "yellow"}[report.independent.status]
+    console.print(f"[{colour}]{escape(report.independent.summary)}", highlight=False)
     for backend in report.backends:
         console.print(_table(backend))
         for line in _sentences(backend):
@@ -33,6 +36,8 @@ def _verdicts(report: AccuracyReport) -> Iterator[str]:
         yield f"[red]{part.part}: failed ({failed})" if failed else f"{part.part}: passed"
     for name in report.changed_weights:
         yield f"[red]weight {named_weight(name)} is not what export wrote (sha256 differs)"
+    for odd in report.odd_weights:
+        yield f"[red]{odd.sentence}"
     for name in report.changed_files:
         yield f"[yellow]{name} has changed since export"
     yield "[green]passed" if report.passed else "[red]failed"
@@ -53,7 +58,7 @@ def _table(b: BackendReport) -> Table:
         table.add_column(name, justify="left" if name in ("output", "worst at") else "right")
     for o in _shown(b):
         place = f"{o.worst.step}, row {o.worst.row} at {o.worst.position}"
-        numbers = (f"{o.max_relative:.2e}", f"{o.tolerance:.2e}", f"{o.median_ulps:.2g}")
+        numbers = (o.error, f"{o.tolerance:.2e}", f"{o.median_ulps:.2g}" if not o.reason else "")
         table.add_row(o.output, *numbers, place, style=None if o.passed else "red")
     return table
 

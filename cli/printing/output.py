@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
+
+from deepseek_trt.export.json_text import json_text
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -17,7 +18,7 @@ def say(line: str) -> None:
 
 def print_json(facts: Any) -> None:
     """Print one line of JSON, on stdout."""
-    click.echo(json.dumps(facts, ensure_ascii=False))
+    click.echo(json_text(facts))
 
 
 def print_result(as_json: bool, facts: Any, text: str) -> None:

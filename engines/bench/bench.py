@@ -96,7 +96,8 @@ class BenchReport:
 def bench(request: BenchRequest, say: Say = lambda line: None) -> BenchReport:
     """Measure every batch size, greedy, on prompts of random tokens; `say` gets lines about what goes on.
 
-    Raises RequestError where context and new tokens are more than the model or its engines take.
+    Raises RequestError where context and new tokens are more than the model or its engines take, BackendError where the
+    model gives logits that are not finite.
     """
     bundle = Bundle.open(request.bundle)
     check_generates(bundle)
@@ -178,6 +179,8 @@ def _run(opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_t
         events = scheduler.step()
         now = time.perf_counter()
         for event in events:
+            if event.error is not None:
+                raise event.error
             first.setdefault(event.request, now - start)
         if scheduler.counters.decoded - decoded == rows and scheduler.counters.prefilled == prefilled:
             steps.append(now - before)

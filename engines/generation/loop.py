@@ -132,7 +132,7 @@ class EngineLoop:
 
     def _hand_over(self, event: Event) -> None:
         ticket = self._active[event.request]
-        if ticket.deliver(event):
+        if ticket.deliver(event.error or event):
             self._end(ticket)
 
     def _end(self, ticket: Ticket) -> None:

@@ -85,6 +85,12 @@ class PagePool:
         if page not in self._key_of and key not in self._page_of:
             self._page_of[key], self._key_of[page] = page, key
 
+    def forget(self, pages: Sequence[int]) -> None:
+        """Make pages that one owner has to itself unfindable: they hold nothing to be used again."""
+        for page in pages:
+            if self._owners[page] == 1 and page in self._key_of:
+                del self._page_of[self._key_of.pop(page)]
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The pages of the longest run of known keys, from the first on."""
         found: list[int] = []

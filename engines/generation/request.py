@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.sampling import Sampler
+from deepseek_trt.export.errors import BackendError
 
 FinishReason = Literal["stop", "length"]
 
@@ -14,7 +15,8 @@ FinishReason = Literal["stop", "length"]
 class Event(NamedTuple):  # made for every token: a frozen dataclass takes three times as long to make
     """One new token of a request; `finished` says why it is the last. Stop tokens are given too.
 
-    logprob and the likeliest tokens, packed, are there where the request asked for them.
+    logprob and the likeliest tokens, packed, are there where the request asked for them. With an `error` there is no
+    token, and the request has ended.
     """
 
     request: int
@@ -22,6 +24,7 @@ class Event(NamedTuple):  # made for every token: a frozen dataclass takes three
     finished: FinishReason | None
     logprob: float | None = None
     likeliest: bytes = b""
+    error: BackendError | None = None
 
 
 @dataclass

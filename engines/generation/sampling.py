@@ -57,7 +57,8 @@ class Sampler:
 def sample_rows(samplers: Sequence[Sampler], logits: Floats, native: NativeSampler | None = None) -> list[Choice]:
     """Pick a token for every row of logits [B, vocab], and remember it in the row's sampler.
 
-    Of equal logits greedy takes the lowest id.
+    Of equal logits greedy takes the lowest id. Where a row holds NaN or infinity, or no number at all, the token is
+    NOT_FINITE, and nothing is remembered.
     """
     return _native(samplers, logits, native) if native else _numpy(samplers, logits)
 
@@ -71,7 +72,7 @@ def with_logprobs(logits: Floats, token: int, count: int) -> Choice:
 def _numpy(samplers: Sequence[Sampler], logits: Floats) -> list[Choice]:
     tokens = pick_rows([sampler.row for sampler in samplers], logits)
     return [
-        (token, None, b"") if sampler.logprobs < 0 else with_logprobs(row, token, sampler.logprobs)
+        (token, None, b"") if sampler.logprobs < 0 or token < 0 else with_logprobs(row, token, sampler.logprobs)
         for sampler, row, token in zip(samplers, logits, tokens, strict=True)
     ]
 

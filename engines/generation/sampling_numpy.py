@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepseek_trt.export.arrays import Floats, Int64s
-from deepseek_trt.plugins.cpu.sampling_row import SamplingRow
+from deepseek_trt.plugins.cpu.sampling_row import NOT_FINITE, SamplingRow
 
 _SHIFT, _HEAVIEST = np.float32(1.5 * 2**23), 2**30
 _POLYNOMIAL = (9.671512991189957e-3, 5.550733581185341e-2, 0.24022242426872253, 0.6931470036506653, 1.0)
@@ -28,7 +28,22 @@ Rows = Sequence[SamplingRow]
 
 
 def pick_rows(rows: Rows, logits: Floats) -> list[int]:
-    """The next token of every row of logits [B, vocab], which the rows record, as they do the draws they use."""
+    """The next token of every row of logits [B, vocab], which the rows record, as they do the draws they use.
+
+    NOT_FINITE, and nothing recorded, where a row holds NaN or infinity, or no number above float32's least.
+    """
+    best = logits.max(axis=1)
+    good: list[int] = np.flatnonzero((best > _LOWEST) & (best < np.inf)).tolist()  # NaN is neither
+    if len(good) == len(rows):
+        return _pick_finite(rows, logits)
+    tokens = np.full(len(rows), NOT_FINITE)
+    if len(good):
+        tokens[good] = _pick_finite([rows[row] for row in good], logits[good])
+    picked: list[int] = tokens.tolist()
+    return picked
+
+
+def _pick_finite(rows: Rows, logits: Floats) -> list[int]:
     used = _adjusted_rows(rows, logits)
     tokens = np.empty(len(rows), dtype=np.int64)
     for top_k, members in _grouped(rows, logits.shape[1]).items():

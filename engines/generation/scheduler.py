@@ -16,8 +16,9 @@ from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.errors import BackendError, RequestError
 from deepseek_trt.plugins.cpu.sampler import load_sampler
+from deepseek_trt.plugins.cpu.sampling_row import NOT_FINITE
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Compute one step: the next token of every decoding request, and prefill within the budget.
 
-        Events come in order of arrival, at most one a request. When the session raises, no request has moved, and the
-        step can be tried again.
+        Events come in order of arrival, at most one a request; one whose logits are not finite ends with an error, and
+        the others go on. When the session raises, no request has moved, and the step can be tried again.
         """
         self._grow()
         self._admit()
@@ -255,6 +256,9 @@ class Scheduler:
         choices = sample_rows([request.sampler for request in requests], logits, self._native)
         events: list[Event] = []
         for request, (token, logprob, top) in zip(requests, choices, strict=True):
+            if token == NOT_FINITE:
+                events.append(self._failed(request))
+                continue
             request.tokens.append(token)
             finished = request.finished_by(token)
             events.append(Event(request.id, token, finished, logprob, top))
@@ -262,6 +266,18 @@ class Scheduler:
                 self._vacate(request)
                 self._running.remove(request)
         return events
+
+    def _failed(self, request: Request) -> Event:
+        """End the request; what it cached may not be used again."""
+        self.pool.forget(request.pages)
+        self._vacate(request)
+        self._running.remove(request)
+        error = BackendError(
+            f"the model's logits are not finite at token {request.sampler.made + 1} of the answer (computed in "
+            f"{self._session.cache.dtype}): weights are NaN or infinite, or numbers outgrow the dtype; `deepseek-trt "
+            "validate --bisect` finds where, and an export with --dtype bfloat16 has more room than float16"
+        )
+        return Event(request.id, NOT_FINITE, None, error=error)
 
 
 def _int32(values: list[int]) -> Int32s:

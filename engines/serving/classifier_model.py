@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 from deepseek_trt.engines.tasks.classify import TextClassifier, scores_of
 from deepseek_trt.engines.tasks.rows import pad_rows
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.errors import DeepseekTrtError
+from deepseek_trt.export.errors import BackendError, DeepseekTrtError
 from deepseek_trt.export.text.valid import printable, text_of_bytes
 
 
@@ -47,10 +47,13 @@ class TritonPythonModel:
 
 
 def _answer(logits: list[Any], bundle: Bundle) -> Any:
-    """Label, score and all scores of each text, in the order of the manifest's labels."""
+    """Label, score and all scores of each text, in the order of the manifest's labels; an error without numbers."""
     classifier = bundle.manifest.classifier
     assert classifier is not None
-    scores = scores_of(np.stack(logits), classifier.activation)
+    try:
+        scores = scores_of(np.stack(logits), classifier.activation)
+    except BackendError as error:
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INTERNAL))
     best = scores.argmax(1)
     labels = np.array([[classifier.labels[i].encode()] for i in best], dtype=np.object_)
     arrays = {"label": labels, "score": scores.max(1, keepdims=True), "scores": scores, "logits": np.stack(logits)}

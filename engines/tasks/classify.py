@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
-from deepseek_trt.engines.tasks.rows import encoder_of, feeds_of, pad_rows, strip_padding
+from deepseek_trt.engines.tasks.rows import check_finite, encoder_of, feeds_of, pad_rows, strip_padding
 from deepseek_trt.export.arrays import Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
@@ -76,7 +76,11 @@ class TextClassifier:
 
 
 def scores_of(logits: Floats, activation: str) -> Floats:
-    """Scores [B, num_labels] of logits: softmax, sigmoid or none, in float64 and back."""
+    """Scores [B, num_labels] of logits: softmax, sigmoid or none, in float64 and back.
+
+    BackendError for logits that are not finite.
+    """
+    check_finite(logits, "logits")
     x = logits.astype(np.float64)
     if activation == "softmax":
         e = np.exp(x - x.max(-1, keepdims=True))

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
-from deepseek_trt.engines.tasks.rows import encoder_of, feeds_of, pad_rows
+from deepseek_trt.engines.tasks.rows import check_finite, encoder_of, feeds_of, pad_rows
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import FEATURES
@@ -38,6 +38,7 @@ class Embedder:
         ids, lengths = pad_rows(rows)
         hidden = self.session.run("model", feeds_of(self._bundle, ids, lengths))["last_hidden_state"]
         pooled = pool(hidden, lengths, pooling)
+        check_finite(pooled, "hidden states")
         return pooled / np.linalg.norm(pooled, axis=-1, keepdims=True) if unit else pooled
 
 

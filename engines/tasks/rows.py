@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from deepseek_trt.engines.text.text import Text
-from deepseek_trt.export.arrays import Arrays, Int32s, Int64s
+from deepseek_trt.export.arrays import Arrays, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import TRANSFORMERS
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 
 
 def encoder_of(bundle: Bundle) -> Callable[[str | Sequence[int]], list[int]]:
@@ -52,6 +52,16 @@ def strip_padding(input_ids: Int64s, pad_token_id: int | None) -> tuple[Int64s, 
         real = np.flatnonzero(row != pad_token_id)
         rows.append(row[real[0] : real[-1] + 1] if real.size else row[:0])
     return pad_rows(rows, pad_token_id)
+
+
+def check_finite(values: Floats, what: str) -> None:
+    """BackendError where a row holds NaN or infinity."""
+    rows = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+    if rows.size:
+        raise BackendError(
+            f"the model's {what} of text {rows[0]} are not finite: weights are NaN or infinite, or numbers outgrow the "
+            "dtype; `deepseek-trt validate` tells"
+        )
 
 
 def feeds_of(bundle: Bundle, ids: Int64s, lengths: Int32s) -> Arrays:

@@ -83,11 +83,12 @@ class _Reader:
         for first in range(start, start + rows, step):
             count = min(step, start + rows - first)
             values = self._values(source, first * columns, count * columns).reshape(count, columns)
-            if scales is not None:
-                blocks = scales[np.arange(first, first + count) // FP8_BLOCK]  # [count, ceil(columns / 128)]
-                values *= np.repeat(blocks, FP8_BLOCK, axis=1)[:, :columns]
-            if added is not None:
-                values = (values + added.rows(first, count)).astype(np.float32)
+            with np.errstate(invalid="ignore", over="ignore"):  # export and validate say what is not finite
+                if scales is not None:
+                    blocks = scales[np.arange(first, first + count) // FP8_BLOCK]  # [count, ceil(columns / 128)]
+                    values *= np.repeat(blocks, FP8_BLOCK, axis=1)[:, :columns]
+                if added is not None:
+                    values = (values + added.rows(first, count)).astype(np.float32)
             yield values.reshape(-1)
 
     def scales(self, source: StoredTensor) -> Array:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,7 @@ from deepseek_trt.export.bundle.assemble import chunks
 from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.dtypes import dtype_of
 from deepseek_trt.export.files import stream_sha256
+from deepseek_trt.export.numbers import Numbers, Tally
 from deepseek_trt.export.reading.tensors import StoredTensor
 
 JOURNAL_FILE = "weights.journal"  # one line for each finished tensor
@@ -32,13 +33,13 @@ Progress = Callable[[int], None]  # called with the bytes done since the last ca
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A graph tensor in the weights file. `overflows` counts values that float16 turned into infinity."""
+    """A graph tensor in the weights file. `odd` names what it was made of that holds NaN, infinities or only zeros."""
 
     name: str
     offset: int
     nbytes: int
     sha256: str = ""
-    overflows: int = 0
+    odd: tuple[Numbers, ...] = ()
 
 
 def write_weights(
@@ -61,8 +62,8 @@ def write_weights(
     ):
         log.writelines(_line(w) for w in written)
         for recipe, place in list(zip(recipes, places, strict=True))[len(written) :]:
-            digest, overflows = _write_tensor(out, recipe, tensors, recipe.dtype(dtype), hasher, progress)
-            written.append(replace(place, sha256=digest, overflows=overflows))
+            digest, odd = _write_tensor(out, recipe, tensors, recipe.dtype(dtype), hasher, progress)
+            written.append(replace(place, sha256=digest, odd=odd))
             out.flush()  # a journal must not be ahead of what it describes
             log.write(_line(written[-1]))
             log.flush()
@@ -95,21 +96,22 @@ def _write_tensor(
     dtype: str,
     hasher: ThreadPoolExecutor,
     progress: Progress,
-) -> tuple[str, int]:
-    """sha256 and overflows. A chunk is hashed by another thread while it is written and the next one is read."""
-    digest, overflows = hashlib.sha256(), 0
+) -> tuple[str, tuple[Numbers, ...]]:
+    """sha256 and what is odd. A chunk is hashed by another thread while it is written and the next one is read."""
+    digest, tally = hashlib.sha256(), Tally(recipe, tensors)
     hashing: Future[None] | None = None
     for chunk in chunks(recipe, tensors):
-        data, lost = _convert(chunk, dtype)
+        converted = _convert(chunk, dtype)
+        data = converted.view(np.uint8).data
         if hashing is not None:
             hashing.result()
         hashing = hasher.submit(digest.update, data)
         out.write(data)
-        overflows += lost
+        tally.add(chunk, None if converted is chunk else converted)
         progress(len(data))
     if hashing is not None:
         hashing.result()
-    return digest.hexdigest(), overflows
+    return digest.hexdigest(), tally.odd
 
 
 def _layout(recipes: tuple[Recipe, ...], dtype: str) -> tuple[bytes, list[WrittenTensor]]:
@@ -149,7 +151,7 @@ def _finished(
         for place, line in zip(places, _read_journal(journal), strict=False):
             if line.get("name") != place.name or line.get("sha256") != stream_sha256(stream, place.nbytes):
                 break
-            found.append(replace(place, sha256=line["sha256"], overflows=line["overflows"]))
+            found.append(replace(place, sha256=line["sha256"], odd=tuple(Numbers(**n) for n in line["odd"])))
             progress(place.nbytes)
         return found
 
@@ -163,15 +165,14 @@ def _read_journal(journal: Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(tensor: WrittenTensor) -> str:
-    return json.dumps({"name": tensor.name, "sha256": tensor.sha256, "overflows": tensor.overflows}) + "\n"
+    odd = [asdict(numbers) for numbers in tensor.odd]
+    return json.dumps({"name": tensor.name, "sha256": tensor.sha256, "odd": odd}) + "\n"
 
 
-def _convert(chunk: Array, dtype: str) -> tuple[memoryview, int]:
-    """The chunk's bytes as `dtype`, and how many finite numbers became infinite."""
+def _convert(chunk: Array, dtype: str) -> Array:
+    """The chunk as `dtype`; itself where it is so already."""
     target = np.dtype(numpy_dtype(dtype))
     if chunk.dtype == target:
-        return chunk.view(np.uint8).data, 0
-    with np.errstate(over="ignore"):
-        converted = chunk.astype(target)
-    lost = int(np.isinf(converted).sum() - np.isinf(chunk).sum()) if dtype == "float16" else 0
-    return converted.view(np.uint8).data, lost
+        return chunk
+    with np.errstate(over="ignore", invalid="ignore"):  # judge_numbers says what became infinite
+        return chunk.astype(target)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAIR = struct.Struct("=qd")  # SamplingTop: a token's id and its natural log-probability
+NOT_FINITE = -1  # the token of a row whose logits are not finite
 TopLogprobs = tuple[tuple[int, float], ...]  # (id, log-probability) of the likeliest tokens, best first
 
 _MASK = 2**64 - 1

@@ -20,7 +20,8 @@ def step(text, total):
         too_early.extend(name for name in ("torch", "onnxscript") if name in sys.modules)
 
 checkpoint, out, by_reference = sys.argv[1:]
-request = ExportRequest(Path(checkpoint), Path(out), by_reference=by_reference == "yes")
+by_reference = by_reference == "yes"
+request = ExportRequest(Path(checkpoint), Path(out), by_reference=by_reference, allow_zeros=not by_reference)
 result = export_bundle(request, Reporter(step))
 # Not ru_maxrss, which begins at the parent's.
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

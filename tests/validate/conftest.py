@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.validate.cases import long_cases
+from deepseek_trt.validate.independent import oracle
 
 PAGE = 8
 Edit = Callable[[onnx.ModelProto], None]
@@ -27,6 +28,14 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _not_by_transformers():
+    """Too large for transformers: tests/inputs/test_independent.py runs it, the others need not wait for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "MOST_PARAMETERS", 0)
+        yield
 
 
 @pytest.fixture

@@ -95,10 +95,10 @@ def test_a_name_of_before_is_refused_with_the_one_of_now(good):
 
 
 def test_an_older_report_is_refused(good, tmp_path):
-    (tmp_path / "report.json").write_text('{"schema_version": 2}')
+    (tmp_path / "report.json").write_text('{"schema_version": 3}')
     done = validate(good("float32").path, "--compare", tmp_path / "report.json")
     assert done.exit_code == 1
-    assert "has schema 2, this is 3: validate the old bundle again" in done.output
+    assert "has schema 3, this is 4: validate the old bundle again" in done.output
 
 
 def test_a_worse_report_exits_with_3(good, tmp_path):

@@ -1,7 +1,8 @@
 """The checkpoint's tensors under the torch model's names, read with the safetensors library.
 
-Nothing of the export's own reading is used: not its recipes, nor its reader, nor what it wrote. A tensor that the
-export took from the wrong place, stacked in the wrong order or cut in the wrong row differs from the one given here.
+Nothing of the export's own reading is used: not its recipes, nor its reader, nor what it found in the folder, nor what
+it wrote. A tensor that the export took from the wrong file or place, stacked in the wrong order or cut in the wrong row
+differs from the one given here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from deepseek_trt.export.bundle.folder import AdapterRecord, Bundle
 from deepseek_trt.export.bundle.recipes import CORRECTION_BIAS, SCALE_SUFFIX
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig, read_config
-from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.errors import BundleError, CheckpointError, RequestError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.infer import config_of_tensors
@@ -113,7 +114,9 @@ class PublishedWeights:
 
     def _read(self, name: str) -> Tensor:
         """A copy: a file that stays mapped counts as memory."""
-        place = self.places[name]
+        place = self.places.get(name)
+        if place is None:
+            raise CheckpointError(f"{self.root} holds no {name} where transformers looks: the bundle is of other files")
         with safe_open(str(place.file), framework="pt") as file:
             tensor: Tensor = file.get_tensor(place.name)
             return tensor.clone()

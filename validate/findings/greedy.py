@@ -15,7 +15,8 @@ class GreedyAgreement:
     """One prompt. `agreed` of `tokens` were generated alike before the first difference.
 
     There the reference puts its own token before the candidate's by `margin`, relative to its largest |logit|; rounding
-    explains `allowed`, as both logits may move by their tolerance. Both are 0 where nothing differs.
+    explains `allowed`, as both logits may move by their tolerance. Both are 0 where nothing differs; the margin is
+    infinite where logits are not finite.
     """
 
     prompt: int
@@ -42,10 +43,12 @@ def _of_prompt(pair: Pair, steps: list[int], row: int) -> GreedyAgreement:
     for agreed, index in enumerate(steps):
         owners = pair.lines[index]["logits"]
         last = max(line for line, (owner, _) in enumerate(owners) if owner == row)
-        chosen = int(np.argmax(np.nan_to_num(pair.results[index]["logits"][last], nan=-np.inf)))
+        both = [side[index]["logits"][last].astype(np.float64) for side in (pair.results, pair.reference)]
+        if not np.isfinite(both).all():
+            return GreedyAgreement(row, prompt, agreed, len(steps), np.inf, 0.0)
+        chosen = int(np.argmax(both[0]))
         expected = int(pair.script.steps[index].targets_of(owners[last : last + 1])[0])
         if chosen != expected:
-            theirs = pair.reference[index]["logits"][last].astype(np.float64)
-            gap = max(float(theirs[expected] - theirs[chosen]), 0.0) / float(np.abs(theirs).max())
+            gap = max(float(both[1][expected] - both[1][chosen]), 0.0) / float(np.abs(both[1]).max())
             return GreedyAgreement(row, prompt, agreed, len(steps), gap, 2 * pair.policy("logits").relative)
     return GreedyAgreement(row, prompt, len(steps), len(steps), 0.0, 0.0)

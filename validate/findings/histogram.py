@@ -29,7 +29,8 @@ def error_histogram(pair: Pair) -> ErrorHistogram | None:
     errors = []
     for ours, theirs in zip(pair.results, pair.reference, strict=True):
         x, y = ours["logits"].astype(np.float64), theirs["logits"].astype(np.float64)
-        errors.append((np.abs(x - y) / np.abs(y).max()).reshape(-1))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            errors.append((np.abs(x - y) / np.abs(y).max()).reshape(-1))
     every = np.concatenate(errors)
     finite = every[np.isfinite(every)]
     nonzero = np.clip(np.log10(finite[finite > 0]), EDGES[0], EDGES[-1])

@@ -41,14 +41,14 @@ class TokenAgreement:
 
 
 def token_agreement(pair: Pair) -> TokenAgreement | None:
-    """Compare the logits of every step; rows with nan or inf count as total disagreement. None without predictions."""
+    """Compare the logits of every step; rows with nan or inf on either side disagree. None without predictions."""
     if not pair.predicts:
         return None
     steps = zip(pair.script.steps, pair.results, pair.reference, strict=True)
-    pairs = [(step, _finite(ours["logits"]), theirs["logits"]) for step, ours, theirs in steps]
+    pairs = [(step, ours["logits"], theirs["logits"]) for step, ours, theirs in steps]
     found = [_of_step(step, ours, theirs) for step, ours, theirs in pairs]
     total = sum(s.predictions for s in found)
-    largest = max(float(np.abs(theirs).max()) for _, _, theirs in pairs)
+    largest = max(float(np.abs(theirs).max(initial=0.0, where=np.isfinite(theirs))) for _, _, theirs in pairs)
     return TokenAgreement(
         predictions=total,
         top1=sum(s.top1 * s.predictions for s in found) / total,
@@ -61,18 +61,13 @@ def token_agreement(pair: Pair) -> TokenAgreement | None:
 
 
 def _of_step(step: Step, ours: Array, theirs: Array) -> StepAgreement:
-    kl = kl_divergence(ours, theirs)
+    finite = np.isfinite(ours).all(-1) & np.isfinite(theirs).all(-1)
+    kl = np.where(finite, kl_divergence(ours, theirs), np.inf)
     return StepAgreement(
         step.label,
         len(ours),
-        float(top_overlap(ours, theirs, 1).mean()),
-        float(top_overlap(ours, theirs, min(5, ours.shape[1])).mean()),
+        float((finite * top_overlap(ours, theirs, 1)).mean()),
+        float((finite * top_overlap(ours, theirs, min(5, ours.shape[1]))).mean()),
         float(kl.mean()),
         float(kl.max()),
     )
-
-
-def _finite(logits: Array) -> Array:
-    """Rows that hold nan or inf become even distributions."""
-    clean: Array = np.where(np.isfinite(logits).all(-1, keepdims=True), logits, 0.0)
-    return clean

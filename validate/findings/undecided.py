@@ -60,7 +60,8 @@ def _undecided_lines(pair: Pair, index: int, ties: Ties) -> dict[str, Array]:
     for name, value in pair.results[index].items():
         expected = pair.reference[index][name]
         limit = pair.policy(name).relative * np.abs(expected).max()
-        out = ~(np.abs(value.astype(np.float64) - expected).max(-1) <= limit)
+        with np.errstate(invalid="ignore"):
+            out = ~(np.abs(value.astype(np.float64) - expected).max(-1) <= limit)
         depth = pair.policy.layers if name == "logits" else int(name.rpartition(".")[2])
         owners = pair.lines[index][name]
         past = [any(p <= at and layer < depth for p, layer in ties.get((step.case, row), [])) for row, at in owners]

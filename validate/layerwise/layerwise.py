@@ -16,12 +16,14 @@ from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
 from deepseek_trt.validate.cases.inputs import read_inputs
+from deepseek_trt.validate.independent.check import Check
+from deepseek_trt.validate.independent.finding import absent
 from deepseek_trt.validate.layerwise.compare import Setting, compare_part
 from deepseek_trt.validate.layerwise.inputs import Stream
 from deepseek_trt.validate.layerwise.report import merge, merge_accuracy
 from deepseek_trt.validate.layerwise.weights import BundleWeights
 from deepseek_trt.validate.pair import rounding_floors
-from deepseek_trt.validate.report.integrity import Integrity
+from deepseek_trt.validate.report.integrity import Integrity, odd_weights
 from deepseek_trt.validate.report.report import BackendReport, Compared, Comparison, PartReport, backend_report
 from deepseek_trt.validate.request import Progress, ValidateRequest, layers_of
 from deepseek_trt.validate.steps import Part, Script
@@ -37,6 +39,7 @@ def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progre
     parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
     refusal = f"--layers compares {' and '.join(BACKENDS)}: leave out --backend {{name}}"
     names = request.chosen(BACKENDS, BACKENDS, refusal)
+    check = Check.of(bundle, request)
     weights = _weights(bundle, request)
     if request.threads:
         torch.set_num_threads(request.threads)
@@ -49,6 +52,7 @@ def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progre
     progress("hashing what was compared")
     return Compared(
         integrity=_integrity(bundle, parts),
+        independent=absent(check.why_not),
         cases={step.case: inputs.sources[step.case] for step in script.steps},
         reference=f"{weights.note}, computed in float32 one part at a time",
         reference_weights="checkpoint",
@@ -106,9 +110,10 @@ def _weights(bundle: Bundle, request: ValidateRequest) -> PublishedWeights:
 
 
 def _integrity(bundle: Bundle, parts: Sequence[Part]) -> Integrity:
-    """Hash the files but for the weights, and of these the tensors that were compared."""
+    """Hash the files but for the weights, and of these the tensors that were compared; their numbers are looked at."""
     found = [BundleWeights(bundle).changed(part) for part in parts]
     files = {p.name: file_sha256(p) for p in sorted(bundle.path.iterdir()) if p.is_file() and p.name != WEIGHTS_FILE}
     changed = tuple(name for name, digest in bundle.manifest.files.items() if files.get(name) != digest)
     names = tuple(dict.fromkeys(name for names, _ in found for name in names))
-    return Integrity(sum(count for _, count in found), names, changed, files)
+    odd = odd_weights(bundle, lambda name: any(part.owns(name) for part in parts))
+    return Integrity(sum(count for _, count in found), names, changed, files, odd_weights=odd)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from polygraphy.comparator import IterationResult, OutputCompareResult, SimpleThreshold
 
+from deepseek_trt.export.arrays import Array
 from deepseek_trt.validate.numbers.metrics import Closeness, closeness
 from deepseek_trt.validate.numbers.tolerance import Policy, Tolerance
 from deepseek_trt.validate.steps import Owners
@@ -43,14 +46,14 @@ class ToleranceCompare:
 
     def __call__(self, value: IterationResult, reference: IterationResult) -> OrderedDict[str, OutputCompareResult]:
         return OrderedDict(
-            (name, self._one(closeness(value[name], expected, self.policy.dtype), self.policy(name)))
+            (name, self._one(judged_closeness(value[name], expected, self.policy.dtype), self.policy(name)))
             for name, expected in reference.items()
             if name in value
         )
 
     @staticmethod
     def _one(c: Closeness, tolerance: Tolerance) -> OutputCompareResult:
-        scale = c.max_relative / c.max_absolute if c.same_masks and c.max_absolute else 0.0
+        scale = c.max_relative / c.max_absolute if math.isfinite(c.max_absolute) and c.max_absolute else 0.0
         absolute = [c.max_absolute] + [x / scale if scale else 0.0 for x in (c.mean_relative, c.median_relative)]
         return OutputCompareResult(
             max_absdiff=absolute[0],
@@ -65,12 +68,18 @@ class ToleranceCompare:
         )
 
 
+def judged_closeness(value: Array, reference: Array, dtype: str) -> Closeness:
+    """The closeness of an output: infinitely far where the reference is one number throughout, which proves nothing."""
+    c = closeness(value, reference, dtype)
+    return dataclasses.replace(c, max_absolute=math.inf, max_relative=math.inf) if c.is_constant else c
+
+
 def differences_of_step(
     index: int, label: str, value: IterationResult, reference: IterationResult, lines: Lines, policy: Policy
 ) -> list[OutputDifference]:
     """Compare every output of the step that both have: a backend may be without latents."""
     found = []
     for name in (name for name in reference if name in value):
-        c = closeness(value[name], reference[name], policy.dtype)
+        c = judged_closeness(value[name], reference[name], policy.dtype)
         found.append(OutputDifference(index, label, name, c, policy(name), *lines[name][c.worst[0]]))
     return found

@@ -16,9 +16,10 @@ _SMALLEST_EXPONENT = {"float32": -126, "float16": -14, "bfloat16": -126}
 class Closeness:
     """How near `value` lies to `reference`.
 
-    Errors are infinite where the masks of nan and inf differ; otherwise they are those of the finite elements.
-    `relative` errors are relative to the largest finite |reference|; ulps are units in the last place of the dtype at
-    each reference element. `worst` is the element with the largest error, or the first where the masks differ.
+    Errors are infinite where either holds nan or inf, alike or not: nothing is right that is not a number. `relative`
+    errors are relative to the largest finite |reference|; mean, median and ulps (units in the last place of the dtype
+    at each reference element) are those of the finite elements. `worst` is the element with the largest error, or the
+    first where the masks differ, or where a number is not finite. `is_constant`: the reference is one number.
     """
 
     max_absolute: float
@@ -30,8 +31,11 @@ class Closeness:
     worst: tuple[int, ...]
     worst_value: float
     worst_reference: float
+    size: int
     nonfinite: int
+    reference_nonfinite: int
     same_masks: bool
+    is_constant: bool
 
 
 def closeness(value: Array, reference: Array, dtype: str) -> Closeness:
@@ -39,11 +43,12 @@ def closeness(value: Array, reference: Array, dtype: str) -> Closeness:
     x, y = value.astype(np.float64), reference.astype(np.float64)
     strange = _kind(x) != _kind(y)
     finite = np.isfinite(x) & np.isfinite(y)
+    lost = not bool(finite.all())
     error = np.abs(np.where(finite, x, 0.0) - np.where(finite, y, 0.0))
-    worst = np.unravel_index(int(np.argmax(np.where(strange, np.inf, error))), x.shape)
+    order = np.where(strange, np.inf, np.where(finite, error, np.finfo(np.float64).max))
+    worst = np.unravel_index(int(np.argmax(order)), x.shape)
     largest = float(np.abs(y[finite]).max(initial=0.0)) or 1.0
     ulps = error[finite] / _spacing(y[finite], dtype)
-    lost = bool(strange.any())
     top = float(np.inf if lost else error.max())
     return Closeness(
         max_absolute=top,
@@ -55,15 +60,20 @@ def closeness(value: Array, reference: Array, dtype: str) -> Closeness:
         worst=tuple(int(i) for i in worst),
         worst_value=float(x[worst]),
         worst_reference=float(y[worst]),
+        size=x.size,
         nonfinite=int((~np.isfinite(x)).sum()),
-        same_masks=not lost,
+        reference_nonfinite=int((~np.isfinite(y)).sum()),
+        same_masks=not bool(strange.any()),
+        is_constant=y.size > 1 and bool((y == y.flat[0]).all()),
     )
 
 
 def log_softmax(logits: Array) -> Array:
+    """NaN for rows that are not finite."""
     x = logits.astype(np.float64)
-    shifted = x - x.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        shifted = x - x.max(-1, keepdims=True)
+        result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return result
 
 

@@ -1,19 +1,39 @@
-"""Are the bundle's bytes those that export wrote? The reference reads the same weights: numbers cannot tell."""
+"""Are the bundle's weights those that export wrote, and numbers at all? The reference reads the same weights."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deepseek_trt.export.bundle.assemble import chunks
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
-from deepseek_trt.export.bundle.weights import WeightReader
-from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.bundle.weights import WeightReader, unchanged_checkpoint
+from deepseek_trt.export.files import CHUNK, file_sha256
+from deepseek_trt.export.numbers import Numbers, Tally, look, may_be_zero, sizes_of
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class OddWeight:
+    """A tensor with NaN or infinities, or of zeros alone: the bundle's, or by reference the checkpoint's."""
+
+    name: str
+    nonfinite: int
+    is_zero: bool
+
+    @property
+    def sentence(self) -> str:
+        if self.is_zero:
+            return f"weight {self.name} holds zeros alone"
+        return f"weight {self.name} holds {self.nonfinite} numbers that are NaN or infinite"
 
 
 @dataclass(frozen=True)
 class Integrity:
-    """`changed_weights` are tensors whose sha256 is not the manifest's; `changed_files` are other files.
+    """`changed_weights` are tensors whose sha256 is not the manifest's; `changed_files` are other files. `odd_weights`
+    are no weights of a trained model.
 
     `sha256` holds every file of the bundle by its path in it, plans among them, and the plugin library that plans name;
     `checkpoint_sha256` the checkpoint's parts that are still as export found them.
@@ -24,13 +44,14 @@ class Integrity:
     changed_files: tuple[str, ...]
     sha256: dict[str, str]
     checkpoint_sha256: dict[str, str] = field(default_factory=dict)
+    odd_weights: tuple[OddWeight, ...] = ()
 
     @property
     def passed(self) -> bool:
         """Changed weights fail: reference and candidate would agree on wrong ones. A changed graph is judged by what
         it computes.
         """
-        return not self.changed_weights
+        return not self.changed_weights and not self.odd_weights
 
 
 def check_integrity(bundle: Bundle) -> Integrity:
@@ -40,11 +61,43 @@ def check_integrity(bundle: Bundle) -> Integrity:
     changed_files = tuple(name for name, digest in recorded.items() if files.get(name) != digest)
     expected = {w.recipe.name: w.sha256 for w in bundle.manifest.weights if w.sha256 is not None}
     checkpoint = {path.name: file_sha256(path) for path in unchanged_parts(bundle)}
-    if bundle.manifest.by_reference or WEIGHTS_FILE not in files:
+    if not bundle.manifest.by_reference and WEIGHTS_FILE not in files:
         return Integrity(0, (), changed_files, files, checkpoint)
+    odd = odd_weights(bundle)
+    if bundle.manifest.by_reference:
+        return Integrity(0, (), changed_files, files, checkpoint, odd)
     reader = WeightReader(bundle)
     changed = tuple(name for name, digest in expected.items() if reader.sha256(name) != digest)
-    return Integrity(len(expected), changed, changed_files, files, checkpoint)
+    return Integrity(len(expected), changed, changed_files, files, checkpoint, odd)
+
+
+def odd_weights(bundle: Bundle, wanted: Callable[[str], bool] = lambda name: True) -> tuple[OddWeight, ...]:
+    """Look at every number of the graph tensors that are `wanted`, in bounded memory."""
+    look_at = _in_checkpoint if bundle.manifest.by_reference else _in_bundle
+    return tuple(odd for odd in look_at(bundle, wanted) if odd.nonfinite or odd.is_zero)
+
+
+def _in_bundle(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWeight]:
+    reader = WeightReader(bundle)
+    for name in filter(wanted, reader.records):
+        flat = reader.view(name).reshape(-1)
+        seen = [look(flat[start : start + CHUNK]) for start in range(0, flat.size, CHUNK)]
+        is_zero = not may_be_zero(name) and all(zero for _, zero in seen)
+        yield OddWeight(name, sum(nonfinite for nonfinite, _ in seen), is_zero)
+
+
+def _in_checkpoint(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWeight]:
+    tensors = Checkpoint.open(unchanged_checkpoint(bundle)).tensors
+    recipes = [w.recipe for w in bundle.manifest.weights if wanted(w.recipe.name)]
+    sizes, found = sizes_of(recipes, tensors), dict[str, Numbers]()
+    for recipe in recipes:
+        tally = Tally(recipe, tensors)
+        for chunk in chunks(recipe, tensors):
+            tally.add(chunk)
+        for numbers in tally.odd:
+            found[numbers.source] = found.get(numbers.source, Numbers(numbers.source)) + numbers
+    for name, numbers in found.items():
+        yield OddWeight(name, numbers.nonfinite, numbers.zeros == sizes[name] and not may_be_zero(name))
 
 
 def unchanged_parts(bundle: Bundle) -> list[Path]:

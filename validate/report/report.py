@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +12,7 @@ from polygraphy.comparator import AccuracyResults, IterationResult
 
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.config.model_config import ModelConfig
+from deepseek_trt.export.json_text import json_text, plain_json
 from deepseek_trt.validate.cases.coverage import Coverage, coverage
 from deepseek_trt.validate.findings.bisect import Fault, first_fault
 from deepseek_trt.validate.findings.greedy import GreedyAgreement, greedy_agreement
@@ -28,14 +27,16 @@ from deepseek_trt.validate.findings.layers import (
 )
 from deepseek_trt.validate.findings.text_score import TextScore, text_score
 from deepseek_trt.validate.findings.tokens import TokenAgreement, token_agreement
+from deepseek_trt.validate.independent.finding import Independent
 from deepseek_trt.validate.numbers.compare import OutputDifference
+from deepseek_trt.validate.numbers.metrics import Closeness
 from deepseek_trt.validate.numbers.routing import Flip
 from deepseek_trt.validate.pair import Pair
-from deepseek_trt.validate.report.integrity import Integrity
+from deepseek_trt.validate.report.integrity import Integrity, OddWeight
 from deepseek_trt.validate.report.provenance import Provenance
 from deepseek_trt.validate.steps import Script
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,10 @@ class WorstElement:
 
 @dataclass(frozen=True)
 class OutputReport:
-    """One output over all steps. Errors are relative to the largest |reference| of the output in its step."""
+    """One output over all steps. Errors are relative to the largest |reference| of the output in its step.
+
+    `numbers` were compared in all; `reason` says why they prove nothing, else it is empty: then the error is infinite.
+    """
 
     output: str
     passed: bool
@@ -63,8 +67,11 @@ class OutputReport:
     max_absolute: float
     median_ulps: float
     cosine: float
+    numbers: int
     nonfinite: int
+    reference_nonfinite: int
     masks_differ: bool
+    reason: str
     tolerance: float
     tolerance_reason: str
     worst: WorstElement
@@ -73,6 +80,11 @@ class OutputReport:
     def nearness(self) -> float:
         """The error as a part of its tolerance."""
         return self.max_relative / self.tolerance
+
+    @property
+    def error(self) -> str:
+        """For people: the largest relative error, or why there is none."""
+        return self.reason or f"{self.max_relative:.2e}"
 
 
 @dataclass(frozen=True)
@@ -117,14 +129,19 @@ class PartReport:
 
 @dataclass(frozen=True)
 class AccuracyReport:
-    """The whole report. `interface` says what the graphs take and give; `parts` are of --layers, else empty."""
+    """The whole report. `interface` says what the graphs take and give; `parts` are of --layers, else empty.
+
+    `odd_weights` hold NaN or infinities, or zeros alone.
+    """
 
     passed: bool
+    independent: Independent
     interface: Interface
     model: ModelConfig
     dtype: str
     changed_weights: tuple[str, ...]
     changed_files: tuple[str, ...]
+    odd_weights: tuple[OddWeight, ...]
     cases: dict[str, str]
     reference: str
     backends: tuple[BackendReport, ...]
@@ -138,7 +155,7 @@ class AccuracyReport:
         return plain
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(self.to_dict(), indent=1) + "\n"
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,7 @@ class Compared:
     """What comparing a bundle found, whatever it is for. `reference_weights` is "bundle" or "checkpoint"."""
 
     integrity: Integrity
+    independent: Independent
     cases: dict[str, str]
     reference: str
     reference_weights: str
@@ -210,12 +228,22 @@ def _output(name: str, found: list[OutputDifference]) -> OutputReport:
         max_absolute=max(x.max_absolute for x in every),
         median_ulps=float(np.median([x.median_ulps for x in every])),
         cosine=min(x.cosine for x in every),
+        numbers=sum(x.size for x in every),
         nonfinite=sum(x.nonfinite for x in every),
+        reference_nonfinite=sum(x.reference_nonfinite for x in every),
         masks_differ=not all(x.same_masks for x in every),
+        reason=_reason(every),
         tolerance=worst.tolerance.relative,
         tolerance_reason=worst.tolerance.reason,
         worst=WorstElement(worst.label, worst.row, worst.position, c.worst[1:], c.worst_value, c.worst_reference),
     )
+
+
+def _reason(every: Sequence[Closeness]) -> str:
+    ours, theirs, total = (sum(getattr(c, n) for c in every) for n in ("nonfinite", "reference_nonfinite", "size"))
+    if ours or theirs:
+        return f"not finite: {ours} of {total} numbers (reference: {theirs})"
+    return "the reference is one number throughout" if any(c.is_constant for c in every) else ""
 
 
 def _by_graph(script: Script, results: Sequence[IterationResult]) -> dict[str, tuple[float, ...]]:
@@ -224,14 +252,3 @@ def _by_graph(script: Script, results: Sequence[IterationResult]) -> dict[str, t
     for step, result in zip(script.steps, results, strict=True):
         times.setdefault(step.graph, []).append(round(result.runtime * 1e3, 3))
     return {graph: tuple(values) for graph, values in times.items()}
-
-
-def plain_json(value: Any) -> Any:
-    """Lists and dicts with string keys; nan and the infinities as strings."""
-    if isinstance(value, dict):
-        return {str(key): plain_json(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_json(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from deepseek_trt.export.json_text import plain_json
 from deepseek_trt.validate.findings.bisect import Fault, place_of_weight
-from deepseek_trt.validate.report.report import AccuracyReport, BackendReport, plain_json
+from deepseek_trt.validate.report.report import AccuracyReport, BackendReport
 
 _TEXT = ("passed", "scored", "loss", "reference_loss", "perplexity", "reference_perplexity", "tolerance")
 
@@ -16,9 +18,11 @@ def summary(report: AccuracyReport) -> dict[str, Any]:
         {
             "schema_version": report.schema_version,
             "passed": report.passed,
+            "independent": dataclasses.asdict(report.independent),
             "bundle": report.provenance.bundle,
             "dtype": report.dtype,
             "changed_weights": [named_weight(name) for name in report.changed_weights],
+            "odd_weights": [odd.sentence for odd in report.odd_weights],
             "backends": [_backend(b) for b in report.backends],
         }
     )
@@ -43,7 +47,9 @@ def _backend(b: BackendReport) -> dict[str, Any]:
         "backend": b.backend,
         "passed": b.passed,
         "computed_in": b.computed_in,
-        "outputs": {o.output: {"max_relative": o.max_relative, "tolerance": o.tolerance} for o in b.outputs},
+        "outputs": {
+            o.output: {"max_relative": o.max_relative, "tolerance": o.tolerance, "reason": o.reason} for o in b.outputs
+        },
         "first_fault": named_fault(b.first_fault) if b.first_fault else None,
         "worst": {"output": worst.output, "step": worst.worst.step, "row": worst.worst.row},
         "top1": b.tokens.top1 if b.tokens else None,

@@ -14,7 +14,7 @@ from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.library import cpu_library
 from deepseek_trt.plugins.cpu.sampler import load_sampler
-from deepseek_trt.plugins.cpu.sampling_row import unpack
+from deepseek_trt.plugins.cpu.sampling_row import NOT_FINITE, unpack
 
 VOCABULARIES = (3, 13, 64, 100, 257, 1500, 4096)
 CHOICES = {
@@ -104,11 +104,34 @@ def test_logits_are_left_as_they_were_whatever_their_layout(native, read_only):
         np.testing.assert_array_equal(logits, before)
 
 
-def test_logits_that_are_no_numbers_give_a_token(native):
-    logits = np.full((1, 100), np.nan, dtype=np.float32)
-    for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0, "logprobs": 3}):
-        sampler = Sampler(SamplingParams(**{"temperature": 1.0, **options}))
-        assert sample_rows([sampler], logits, native)[0][0] in range(100)
+@pytest.mark.parametrize("vocab", [3, 100, 256, 1500])
+@pytest.mark.parametrize("strange", ["all nan", "one nan", "last nan", "negative nan", "one inf", "all -inf", "least"])
+def test_logits_that_are_not_finite_give_no_token_and_leave_the_row_as_it_was(native, vocab, strange):
+    logits = np.random.default_rng(vocab).normal(size=(3, vocab)).astype(np.float32)
+    bad = {"all nan": np.nan, "all -inf": -np.inf, "least": np.finfo(np.float32).min}
+    if strange in bad:
+        logits[1] = bad[strange]
+    else:
+        place = vocab - 1 if strange == "last nan" else vocab // 2
+        logits[1, place] = np.inf if strange == "one inf" else np.nan
+    if strange == "negative nan":
+        logits.view(np.uint32)[1, vocab // 2] = 0xFFC00000  # what processors make
+    for options in ({}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.0, "logprobs": 2}, {"frequency_penalty": 1.0}):
+        params = SamplingParams(8, **{"temperature": 1.0, "seed": 5, **options})
+        one, other = ([Sampler(params, (1, 2)) for _ in range(3)] for _ in range(2))
+        expected, actual = sample_rows(one, logits), sample_rows(other, logits, native)
+        assert [token for token, *_ in actual] == [token for token, *_ in expected]
+        assert [token == NOT_FINITE for token, *_ in actual] == [False, True, False]
+        assert [(s.made, s.row.draws) for s in other] == [(s.made, s.row.draws) for s in one]
+        assert other[1].made == 0
+
+
+def test_infinities_of_both_signs_are_told_from_nan(native):
+    """-inf may come beside numbers: the fast test for NaN, a sum, must not take them for one."""
+    logits = np.zeros((1, 512), dtype=np.float32)
+    logits[0, :256], logits[0, 256:260], logits[0, 300] = -np.inf, 3e38, 3.1e38  # their sum overflows
+    (choice,) = sample_rows([Sampler(SamplingParams(temperature=0.0))], logits, native)
+    assert choice[0] == 300
 
 
 def test_an_answer_that_goes_on_stays_within_its_memory(native):

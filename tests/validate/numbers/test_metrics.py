@@ -31,11 +31,19 @@ def test_nan_and_inf_on_one_side_only_is_an_infinite_error(strange):
     assert c.worst == (1,)
 
 
-def test_the_same_inf_on_both_sides_is_no_error():
-    c = closeness(np.array([1.0, np.inf]), np.array([1.0, np.inf]), "float32")
+@pytest.mark.parametrize("strange", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_alike_on_both_sides_is_no_pass(strange):
+    c = closeness(np.array([1.0, strange]), np.array([1.0, strange]), "float32")
     assert c.same_masks
-    assert c.max_relative == 0.0
-    assert c.nonfinite == 1
+    assert c.max_relative == math.inf
+    assert (c.nonfinite, c.reference_nonfinite, c.size) == (1, 1, 2)
+    assert c.worst == (1,)
+
+
+def test_a_reference_of_one_number_is_known():
+    assert closeness(np.zeros(3), np.zeros(3), "float32").is_constant
+    assert not closeness(np.array([1.0, 2.0]), np.array([1.0, 2.0]), "float32").is_constant
+    assert not closeness(np.array([1.0]), np.array([1.0]), "float32").is_constant  # one class of one text
 
 
 def test_kl_divergence_of_two_coins():

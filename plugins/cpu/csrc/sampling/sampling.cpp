@@ -37,7 +37,7 @@ const float* adjusted(const SamplingRow& row, const float* x, int64_t n, Room& r
 }
 
 int64_t pick(SamplingRow& row, const float* x, int64_t n, float best, Room& room) {
-    if (row.steepness == 0 || row.top_k == 1) return place_of(best, x, n) % n;  // 0 where no logit is a number
+    if (row.steepness == 0 || row.top_k == 1) return place_of(best, x, n) % n;  // 0 where all is banned
     const bool top_k = row.top_k > 0 && row.top_k < n, some = top_k || row.min_p > 0;
     if (top_k) {
         largest(x, n, row.top_k, room);
@@ -61,7 +61,7 @@ int64_t pick(SamplingRow& row, const float* x, int64_t n, float best, Room& room
         }
     }
     if (!some) return picked;
-    return room.found ? room.ids[picked] : 0;  // none where no logit is a number
+    return room.found ? room.ids[picked] : 0;  // none where all is banned
 }
 
 // Count the token as seen.
@@ -81,7 +81,7 @@ double measure(const SamplingBatch& batch, int64_t index, const float* x, float 
     const double total = log_sum(x, n, best);
     if (count == 0) return total;
     find_reaching(x, n, lower_bound_of(count, room), room);
-    const int64_t found = std::min(count, room.found);  // fewer where some logits are no numbers
+    const int64_t found = std::min(count, room.found);  // fewer where some logits are -infinity
     std::partial_sort(room.ids.begin(), room.ids.begin() + found, room.ids.begin() + room.found,
         [&](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; });
     for (int64_t i = 0; i < found; ++i) {
@@ -106,6 +106,10 @@ void sample_rows(const SamplingBatch& batch, int64_t from, int64_t last) {
         const float* x = batch.logits + index * n;
         const float best = maximum(x, n, room.maxima);
         if (index + 1 < batch.count) fetch(*batch.rows[index + 1]);
+        if (!(best > LOWEST && best < INFINITY)) {  // NaN, infinity, or not one number
+            batch.tokens[index] = NOT_FINITE;
+            continue;
+        }
         const bool measures = row.logprobs >= 0;
         const double total = measures ? measure(batch, index, x, best, room) : 0;  // first: x is near by now
         const float* y = adjusted(row, x, n, room);

@@ -30,6 +30,9 @@ struct SamplingTop {
     double logprob;
 };
 
+// The token of a row whose logits hold NaN or infinity, or no number above the least one; the row records nothing.
+constexpr int64_t NOT_FINITE = -1;
+
 // A batch; tokens and logprobs have a place a row, tops `most` places a row.
 struct SamplingBatch {
     SamplingRow* const* rows;

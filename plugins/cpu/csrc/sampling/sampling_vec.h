@@ -51,21 +51,39 @@ INLINE float maximum(v16 x) {
     return result;
 }
 
-// The largest of x[n]. maxima gets the largest of each lane of each whole block.
+// Whether one of x[n] is NaN.
+bool has_nan(const float* x, int64_t n) {
+    bool found = false;
+    for (int64_t i = 0; i < n; ++i) found |= x[i] != x[i];
+    return found;
+}
+
+// The largest of x[n], NaN where one is NaN. maxima gets the largest of each lane of each whole block.
 float maximum(const float* x, int64_t n, std::vector<float>& maxima) {
     maxima.resize(n / BLOCK * LANES);
-    v16 most = all(LOWEST);
+    v16 most = all(LOWEST), sum = {};  // `larger` loses a NaN, a sum keeps it
     for (int64_t block = 0; block < n / BLOCK; ++block) {
         const float* from = x + block * BLOCK;
         v16 best[4] = {load(from), load(from + LANES), load(from + 2 * LANES), load(from + 3 * LANES)};
-        for (int64_t j = 4; j < BLOCK / LANES; ++j) best[j % 4] = larger(load(from + j * LANES), best[j % 4]);
+        sum += (best[0] + best[1]) + (best[2] + best[3]);
+        for (int64_t j = 4; j < BLOCK / LANES; j += 4) {
+            const v16 a = load(from + j * LANES), b = load(from + (j + 1) * LANES);
+            best[0] = larger(a, best[0]);
+            best[1] = larger(b, best[1]);
+            const v16 c = load(from + (j + 2) * LANES), d = load(from + (j + 3) * LANES);
+            best[2] = larger(c, best[2]);
+            best[3] = larger(d, best[3]);
+            sum += (a + b) + (c + d);
+        }
         const v16 together = larger(larger(best[0], best[1]), larger(best[2], best[3]));
         store(&maxima[block * LANES], together);
         most = larger(together, most);
     }
     float result = maximum(most);
-    for (int64_t i = n / BLOCK * BLOCK; i < n; ++i) result = std::max(result, x[i]);
-    return result;
+    const int64_t whole = n / BLOCK * BLOCK;
+    for (int64_t i = whole; i < n; ++i) result = std::max(result, x[i]);
+    const bool suspicious = any(sum != sum);  // infinities of both signs give NaN, too
+    return (suspicious && has_nan(x, whole)) || has_nan(x + whole, n - whole) ? NAN : result;
 }
 
 // Where the value first comes in x[n], or n.
