@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,15 +33,15 @@ _EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 class PublishedWeights:
     """Call it with a parameter's name; it holds no tensor itself.
 
-    `files` and `stored` say of each tensor where it lies and what it is called there. Tensors are float32, rounded to
+    `files` says where each tensor lies, `renamed` what it is called there if otherwise. Tensors are float32, rounded to
     `dtype` (the bundle's) first, as every export rounds them; the correction bias is kept as it is.
     """
 
     root: Path
     files: dict[str, Path]
-    stored: dict[str, str]
     config: ModelConfig
     dtype: str
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def note(self) -> str:
@@ -92,7 +92,7 @@ class PublishedWeights:
         if name not in self.files:
             raise CheckpointError(f"{self.root} holds no {name} where transformers looks: the bundle is of other files")
         with safe_open(str(self.files[name]), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.stored[name])
+            tensor: Tensor = file.get_tensor(self.renamed.get(name, name))
             return tensor.clone()
 
 
@@ -106,15 +106,10 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
         return None
     if checkpoint is not None:
         _check_same_model(bundle, Checkpoint.open(root))
-    files = _files(root)
-    names = _full_names(files)
-    return PublishedWeights(
-        root,
-        {name: files[stored] for name, stored in names.items()},
-        names,
-        bundle.manifest.model,
-        bundle.manifest.dtype,
-    )
+    found = _files(root)
+    names = _full_names(found)
+    files = {name: found[stored] for name, stored in names.items()}
+    return PublishedWeights(root, files, bundle.manifest.model, bundle.manifest.dtype, names)
 
 
 def _files(root: Path) -> dict[str, Path]:
