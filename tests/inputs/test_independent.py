@@ -40,8 +40,10 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _little_greed(monkeypatch):
+def _run_in_full(monkeypatch):
+    """Little greed, and transformers as far as it goes, which tests/validate leaves out."""
     monkeypatch.setattr(long_cases, "GREEDY_STEPS", 1)
+    monkeypatch.setattr(oracle, "MOST_PARAMETERS", 20e9)
 
 
 def export(checkpoint, tmp_path, **options) -> Bundle:
@@ -74,6 +76,23 @@ def test_by_default_transformers_agrees_and_the_report_says_so_first(made, tmp_p
 
 def test_a_cut_and_rounded_model_is_compared_as_it_was_exported(made, tmp_path):
     bundle = export(made("v3", num_hidden_layers=3).path, tmp_path, dtype="bfloat16", num_layers=2)
+    assert report_of(bundle).independent.status == "agrees"
+
+
+def test_an_fp8_checkpoint_is_dequantised_by_transformers_itself(made, tmp_path):
+    def stored(tensors):
+        made_of = {}
+        for name, tensor in tensors.items():
+            if name.endswith("_proj.weight"):
+                scale = tensor.abs().max() / 400
+                made_of[name] = (tensor / scale).to(torch.float8_e4m3fn)
+                made_of[f"{name}_scale_inv"] = scale.reshape(1, 1)
+            else:
+                made_of[name] = tensor
+        return made_of
+
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    bundle = export(made("v3", stored=stored, quantization_config=fp8).path, tmp_path, dtype="bfloat16")
     assert report_of(bundle).independent.status == "agrees"
 
 

@@ -146,6 +146,8 @@ def _load(folder: Path, task: str, layers: int) -> tuple[Any, dict[str, Any]]:
     kind = getattr(transformers, _CLASSES[task])
     config = _read_config(folder)
     config.num_hidden_layers = layers
+    if isinstance(getattr(config, "quantization_config", None), dict):
+        config.quantization_config["dequantize"] = True  # where there is a GPU it would round activations to fp8
     model, info = kind.from_pretrained(
         folder,
         config=config,
