@@ -110,7 +110,7 @@ def measure(folder: Path, layers: int | None, with_weights: bool) -> tuple[list[
         sizes[name] = write_sparse(reduced(PUBLISHED[name], layers), folder / name)
         what, out = f"{name}, {sizes[name] / 1e9:.1f} GB, by reference", folder / f"{name}-out"
         rows.append(export(what, folder / name, out, by_reference=True))
-        rows.append(command(what, out, "plugins", "--bundle", str(out)))
+        rows.append(command(what, out, "plugins", str(out)))
         rows.append(command(what, out, "build", str(out), "--weights", "shared"))
         print(*rows[-3:], sep="\n", file=sys.stderr)
     if with_weights:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deepseek_trt.cli.options import backend_option, threads_option
-from deepseek_trt.cli.output import print_json, say
+from deepseek_trt.cli.printing.output import print_json, say
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.bench.bench import BenchReport, Point

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_result, wrote
+from deepseek_trt.cli.printing.output import json_option, print_result, wrote
 from deepseek_trt.engines.plans.plan import BuildSpec
 
 _DEFAULTS = BuildSpec()
@@ -15,7 +15,14 @@ _DEFAULTS = BuildSpec()
 
 @click.command("build")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--flavour", type=click.Choice(["rtx", "tensorrt"]), default=_DEFAULTS.flavour, show_default=True)
+@click.option(
+    "--flavour",
+    "--flavor",
+    type=click.Choice(["rtx", "tensorrt"]),
+    default=_DEFAULTS.flavour,
+    show_default=True,
+    help="TensorRT-RTX or TensorRT.",
+)
 @click.option("--sm", "sms", type=int, multiple=True, help="Chips to build for (rtx: needed, no GPU is).")
 @click.option("--max-batch-size", default=_DEFAULTS.max_batch_size, show_default=True)
 @click.option("--max-input-len", default=_DEFAULTS.max_input_len, show_default=True, help="Tokens of one prefill.")
@@ -28,7 +35,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
 
     Example: deepseek-trt build ./v2-lite --sm 86 --sm 120 --max-batch-size 16
     """
-    from deepseek_trt.cli.progress import build_progress, plugin_reporter
+    from deepseek_trt.cli.printing.progress import build_progress, plugin_reporter
     from deepseek_trt.engines.plans.request import BuildRequest, build_plans
 
     with plugin_reporter() as plugins, build_progress() as progress:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_json, say
+from deepseek_trt.cli.printing.output import json_option, print_json, say
+from deepseek_trt.export.bundle.interface import TASKS
 from deepseek_trt.export.config.model_config import DTYPES, ModelConfig
 from deepseek_trt.export.survey import GIB, Facts, survey
 
@@ -17,16 +18,20 @@ from deepseek_trt.export.survey import GIB, Facts, survey
 @click.command("check")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the export.  [default: the checkpoint's]")
+@click.option("--task", type=click.Choice(TASKS), help="Of the export.  [default: what the checkpoint is for]")
+@click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA folder that the export is to merge.")
 @click.option("--gpu-memory", type=float, default=80.0, show_default=True, help="GiB of the GPU it is to run on.")
 @json_option
-def command(checkpoint: Path, dtype: str | None, gpu_memory: float, as_json: bool) -> None:
+def command(
+    checkpoint: Path, dtype: str | None, task: str | None, adapter: Path | None, gpu_memory: float, as_json: bool
+) -> None:
     """Read config.json and the shards' headers of CHECKPOINT: what the model is, what each step needs, what is refused.
 
     Exit code 1 where it cannot be exported.
 
     Example: deepseek-trt check ./DeepSeek-V2-Lite --gpu-memory 24
     """
-    result = survey(checkpoint, dtype, int(gpu_memory * GIB))
+    result = survey(checkpoint, dtype, int(gpu_memory * GIB), task, adapter)
     if as_json:
         print_json(result.to_dict())
     elif result.facts is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from deepseek_trt.cli.output import print_result, say
+from deepseek_trt.cli.printing.output import print_result, say
 
 
 @click.command("classify")

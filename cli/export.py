@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_result, say, wrote
-from deepseek_trt.export.bundle.interface import GENERATION, IOS, NATIVE, TASKS
+from deepseek_trt.cli.printing.output import json_option, print_result, say, wrote
+from deepseek_trt.export.bundle.interface import IOS, NATIVE, TASKS
 from deepseek_trt.export.config.model_config import DTYPES
 
 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--task", type=click.Choice(TASKS), default=GENERATION, show_default=True)
+@click.option("--task", type=click.Choice(TASKS), help="Default: what the checkpoint is for, by its heads.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Default: the checkpoint's.")
 @click.option("--io", type=click.Choice(IOS), default=NATIVE, show_default=True, help="Names and cache of the graphs.")
 @click.option("--no-cache", is_flag=True, help="feature-extraction in one graph, for embedding whole texts.")
@@ -24,6 +24,7 @@ from deepseek_trt.export.config.model_config import DTYPES
 @click.option("--all-logits", is_flag=True, help="Prefill gives the logits of every token, not of the last one only.")
 @click.option("--logits-to-keep", type=int, help="Prefill gives the logits of the last K tokens; 0 is all.")
 @click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA folder of peft to merge into the weights.")
 @click.option("--num-layers", type=int, help="Export only the first layers, to debug accuracy.")
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite; a note says which.")
 @click.option("--allow-zeros", is_flag=True, help="Go on where matrices or norms are zeros alone; a note says which.")
@@ -33,7 +34,7 @@ def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
 
     Example: deepseek-trt export ./DeepSeek-V2-Lite ./v2-lite --dtype bfloat16
     """
-    from deepseek_trt.cli.progress import export_reporter
+    from deepseek_trt.cli.printing.progress import export_reporter
     from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
     with export_reporter() as report:

@@ -4,106 +4,111 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deepseek_trt.cli.options import backend_option, sampling_options, threads_option
-from deepseek_trt.cli.output import print_result, say
-from deepseek_trt.export.errors import RequestError
+from deepseek_trt.cli.printing.output import print_result, say
+from deepseek_trt.cli.prompting.prompts import Prompts, prompt_options
+from deepseek_trt.cli.prompting.speed import Speed
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.generation.answer import Result
     from deepseek_trt.engines.generation.llm import LLM
     from deepseek_trt.engines.generation.params import SamplingParams
+    from deepseek_trt.engines.generation.scheduler import SchedulerLimits
     from deepseek_trt.engines.text.text import Text
+    from deepseek_trt.export.bundle.folder import Bundle
 
-
-@dataclass(frozen=True)
-class Prompts:
-    """What the user gave: texts, or comma-separated token ids."""
-
-    texts: tuple[str, ...]
-    token_ids: tuple[str, ...]
-    chat: bool
+_CHAT_CACHE_MIB = 1024
 
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", multiple=True, help="Text to continue; several are run as one batch.")
-@click.option("--token-ids", multiple=True, help="A prompt as numbers with commas between.")
-@click.option("--chat", is_flag=True, help="Each prompt is a user's message, rendered with the chat template.")
+@prompt_options
 @backend_option
 @sampling_options
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt instead of streaming.")
-def command(
-    bundle: Path,
-    prompt: tuple[str, ...],
-    token_ids: tuple[str, ...],
-    chat: bool,
-    backend: str,
-    params: SamplingParams,
-    threads: int,
-    as_json: bool,
-) -> None:
-    """Continue each prompt with the model in BUNDLE.
+def command(bundle: Path, prompts: Prompts, backend: str, params: SamplingParams, threads: int, as_json: bool) -> None:
+    """Continue each prompt with the model in BUNDLE, or chat with it on a terminal where no prompt is given.
 
     Example: deepseek-trt generate ./v2-lite --prompt "The number of" --max-new-tokens 64
     """
-    if bool(prompt) == bool(token_ids):
-        raise click.UsageError("give either --prompt or --token-ids")
+    prompts.check_usage()
     if params.logprobs is not None and not as_json:
         raise click.UsageError("--logprobs are printed with --json only")
-    with _opened(bundle, Prompts(prompt, token_ids, chat), params, backend, threads) as (llm, ids):
+    if not prompts.interactive:
+        _answer(bundle, prompts, params, backend, threads, as_json)
+    elif as_json:
+        raise click.UsageError("--json is for prompts: give one")
+    else:
+        _chat(bundle, prompts, params, backend, threads)
+
+
+def _answer(path: Path, prompts: Prompts, params: SamplingParams, backend: str, threads: int, as_json: bool) -> None:
+    """Print the answers to all prompts, run as one batch, and on stderr how fast they came."""
+    from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
+    from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+
+    bundle, text = _bundle_and_text(path, wants_text=not prompts.token_ids)
+    ids = prompts.encode(text)
+    lengths = answer_lengths(bundle.manifest.model, ids, params.max_new_tokens)
+    pages = pages_needed(bundle.manifest.cache, lengths)
+    with _llm(bundle, text, pages, SchedulerLimits.for_batch(len(ids)), backend, threads) as llm:
+        speed = Speed()
         if len(ids) == 1 and not as_json:
             for piece in llm.stream(ids[0], params):
+                speed.tick()
                 click.echo(piece.text if llm.text else f"{piece.token_id} ", nl=False)
             click.echo()
         else:
-            for result in llm.generate(ids, params):
+            for result in llm.generate(ids, params, on_token=speed.tick):
                 print_result(as_json, _facts(result), _paragraph(result))
+        say(speed.line)
 
 
-@contextmanager
-def _opened(
-    path: Path, prompts: Prompts, params: SamplingParams, backend: str, threads: int
-) -> Iterator[tuple[LLM, list[list[int]]]]:
-    """Give an LLM with room for all prompts at once, and their token ids; say on stderr what runs it, and why."""
-    from deepseek_trt.cli.progress import weight_progress
-    from deepseek_trt.engines.generation.llm import LLM
-    from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
+def _chat(path: Path, prompts: Prompts, params: SamplingParams, backend: str, threads: int) -> None:
+    """Chat until the terminal ends; the cache holds the model's whole length, as far as it fits."""
+    from deepseek_trt.cli.prompting.chat import Chat
+    from deepseek_trt.engines.generation.pages import pages_needed, pages_within
     from deepseek_trt.engines.generation.scheduler import SchedulerLimits
-    from deepseek_trt.engines.sessions.opening import SessionRequest, check_generates, open_session
+
+    bundle, text = _bundle_and_text(path, wants_text=True)
+    assert text is not None
+    cache = bundle.manifest.cache
+    longest = pages_needed(cache, [bundle.manifest.model.max_position_embeddings])
+    pages = max(2, min(longest, pages_within(cache, _CHAT_CACHE_MIB)))
+    with _llm(bundle, text, pages, SchedulerLimits(max_running=1), backend, threads) as llm:
+        Chat(llm, text, params, prompts.chat).run()
+
+
+def _bundle_and_text(path: Path, wants_text: bool) -> tuple[Bundle, Text | None]:
+    from deepseek_trt.engines.sessions.opening import check_generates
     from deepseek_trt.engines.text.text import Text
     from deepseek_trt.export.bundle.folder import Bundle
 
     bundle = Bundle.open(path)
     check_generates(bundle)
-    text = Text(bundle) if bundle.tokenizer_path or prompts.texts else None
-    ids = _encode(prompts, text)
-    config = bundle.manifest.model
-    pages = pages_needed(bundle.manifest.cache, answer_lengths(config, ids, params.max_new_tokens))
+    return bundle, Text(bundle) if bundle.tokenizer_path or wants_text else None
+
+
+@contextmanager
+def _llm(
+    bundle: Bundle, text: Text | None, pages: int, limits: SchedulerLimits, backend: str, threads: int
+) -> Iterator[LLM]:
+    """Give an LLM with so many pages; say on stderr what runs it, and why."""
+    from deepseek_trt.cli.printing.progress import weight_progress
+    from deepseek_trt.engines.generation.llm import LLM
+    from deepseek_trt.engines.sessions.opening import SessionRequest, open_session
+
     with weight_progress() as progress:
         started = open_session(SessionRequest(bundle, pages, threads, progress=progress), backend)
     say(started.line)
-    with LLM(started.session, config, text, SchedulerLimits.for_batch(len(ids)), started.choice) as llm:
-        yield llm, ids
-
-
-def _encode(prompts: Prompts, text: Text | None) -> list[list[int]]:
-    if prompts.texts:
-        assert text is not None
-        if prompts.chat:
-            return [text.encode_chat([{"role": "user", "content": content}]) for content in prompts.texts]
-        return [text.encode(content) for content in prompts.texts]
-    try:
-        return [[int(part) for part in ids.split(",")] for ids in prompts.token_ids]
-    except ValueError:
-        given = prompts.token_ids[0]
-        raise RequestError(f"--token-ids {given!r}: give numbers with commas between, e.g. 0,17,4") from None
+    with LLM(started.session, bundle.manifest.model, text, limits, started.choice) as llm:
+        yield llm
 
 
 def _facts(result: Result) -> dict[str, Any]:

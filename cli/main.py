@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import click
@@ -20,7 +21,8 @@ COMMANDS = {
     "bench": "Measure speed, and how near it is to the memory's.",
     "model-repository": "Write a tritonserver model repository that serves a bundle.",
     "classify": "Label texts with a text-classification bundle.",
-    "demo": "Run the whole line on the small model that ships with the package.",
+    "env": "Say what this machine and installation are, for a bug report.",
+    "demo": "Run the whole pipeline on the small model that ships with the package.",
 }
 
 
@@ -44,6 +46,9 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """A user's mistake is one sentence on stderr and exit code 1."""
+        for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8, and a terminal may know less than it
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except DeepseekTrtError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_result, wrote
+from deepseek_trt.cli.printing.output import json_option, print_result, wrote
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.model_repository.served import ClassifierSettings
@@ -36,6 +36,12 @@ Result = tuple[dict[str, Any], list[str]]  # for machines, and lines for people
 @click.option("--cache-mib", type=int, help="Size of the cache.  [default: 1024]")
 @click.option("--threads", default=0, show_default=True, help="0 lets the backend choose.")
 @click.option("--prefix-reuse/--no-prefix-reuse", default=True, show_default=True, help="Share equal prompts' pages.")
+@click.option(
+    "--generation-config/--no-generation-config",
+    default=True,
+    show_default=True,
+    help="Take defaults of sampling from the bundle's generation_config.json.",
+)
 @json_option
 def command(bundle: Path, repository: Path, name: str, as_json: bool, **sizes: Any) -> None:
     """Write REPOSITORY, which serves BUNDLE: ./REPOSITORY/serve.sh needs a tritonserver and no deepseek-trt.

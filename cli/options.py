@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from deepseek_trt.cli.printing.output import say
 from deepseek_trt.engines.generation.params import SamplingParams
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -43,28 +45,53 @@ _NAMES = {"stop_token_ids": "--stop-token-id"}  # given once a token
 _TYPES = {"stop": str, "stop_token_ids": int, "logprobs": int}  # which the defaults do not show
 
 
+# What a bundle's generation_config.json may say otherwise.
+_OF_BUNDLE = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
 def sampling_options(command: Command) -> Command:
-    """Give a command every sampling option, and its function their SamplingParams as `params`."""
+    """Give a command every sampling option, and its function their SamplingParams as `params`.
+
+    What is not given is generation_config.json's of the command's `bundle`, which is said, and else what help shows.
+    """
 
     @functools.wraps(command)
-    def with_params(**options: Any) -> Any:
-        params = SamplingParams(**{name: options.pop(name) for name in _SAMPLING_HELP})
-        return command(params=params, **options)
+    def with_params(greedy: bool, no_generation_config: bool, **options: Any) -> Any:
+        given = {name: options.pop(name) for name in _SAMPLING_HELP}
+        given = {name: value for name, value in given.items() if value is not None}
+        if greedy and given.setdefault("temperature", 0.0):
+            raise click.UsageError("give either --greedy or --temperature")
+        bundle = None if no_generation_config else options.get("bundle")
+        return command(params=_params(bundle, given), **options)
 
-    return functools.reduce(
-        lambda function, name: _sampling_option(name)(function), reversed(_SAMPLING_HELP), with_params
-    )  # type: ignore[return-value]
+    names = (*reversed(_SAMPLING_HELP),)
+    flags = (
+        click.option("--greedy", is_flag=True, help="--temperature 0, whatever generation_config.json says."),
+        click.option("--no-generation-config", is_flag=True, help="Leave the bundle's generation_config.json out."),
+    )
+    options = (*reversed(flags), *map(_sampling_option, names))
+    return functools.reduce(lambda function, option: option(function), options, with_params)  # type: ignore[return-value]
+
+
+def _params(bundle: Path | None, given: Mapping[str, Any]) -> SamplingParams:
+    from deepseek_trt.engines.generation.defaults import SamplingDefaults
+
+    defaults = SamplingDefaults.of(bundle) if bundle else SamplingDefaults()
+    for line in defaults.lines:
+        say(line)
+    return defaults.params(**given)
 
 
 def _sampling_option(name: str) -> Callable[[Any], Any]:
-    default = getattr(SamplingParams, name)
+    default, of_bundle = getattr(SamplingParams, name), name in _OF_BUNDLE
+    shown: bool | str = f"generation_config.json's, else {default:g}" if of_bundle else type(default) in (int, float)
     return click.option(
         _NAMES.get(name, f"--{name.replace('_', '-')}"),
         name,
-        default=default,
-        type=_TYPES.get(name),
+        default=None if of_bundle else default,
+        type=type(default) if of_bundle else _TYPES.get(name),
         is_flag=default is False,
         multiple=isinstance(default, tuple),
-        show_default=type(default) in (int, float),
+        show_default=shown,
         help=_SAMPLING_HELP[name],
     )

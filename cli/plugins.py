@@ -7,22 +7,22 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_result, wrote
+from deepseek_trt.cli.printing.output import json_option, print_result, wrote
 
 
 @click.command("plugins")
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="The bundle to build for.")
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--sm", "sms", type=int, multiple=True, default=(80, 86, 89, 90, 100, 120), show_default=True)
 @click.option("--no-fallback", is_flag=True, help="Leave out the PTX that unknown chips compile for themselves.")
 @click.option("--cxx", help="A C++ compiler to use instead of ziglang's.")
 @click.option("--jobs", default=2, show_default=True, help="Kernels compiled at once.")
 @json_option
 def command(as_json: bool, no_fallback: bool, **options: Any) -> None:
-    """Compile the kernels of the bundle's model for these chips and link them into its plugin library.
+    """Compile the kernels of BUNDLE's model for these chips and link them into its plugin library.
 
-    Example: deepseek-trt plugins --bundle ./v2-lite --sm 86 --sm 90 --sm 120
+    Example: deepseek-trt plugins ./v2-lite --sm 86 --sm 90 --sm 120
     """
-    from deepseek_trt.cli.progress import plugin_reporter
+    from deepseek_trt.cli.printing.progress import plugin_reporter
     from deepseek_trt.plugins.tensorrt.for_bundle import PluginRequest, build_plugins
 
     with plugin_reporter() as report:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.output import json_option, print_json, say
+from deepseek_trt.cli.printing.output import json_option, print_json, say
 from deepseek_trt.validate.request import BACKENDS, ValidateRequest, check_name
 
 EXIT_ACCURACY = 3
@@ -48,7 +48,7 @@ def command(report: Path | None, compare: Path | None, as_json: bool, **options:
 
     Example: deepseek-trt validate ./v2-lite --backend exported --report ./accuracy
     """
-    from deepseek_trt.cli.accuracy import print_report
+    from deepseek_trt.cli.printing.accuracy import print_report
     from deepseek_trt.validate.accuracy import validate_bundle
     from deepseek_trt.validate.findings.baseline import compare_reports, read_report
     from deepseek_trt.validate.report.files import write_report

@@ -12,6 +12,8 @@ import sys
 import numpy as np
 import onnxruntime as ort
 
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
 
 def generate(folder: str, prompts: list[list[int]], steps: int) -> np.ndarray:
     """New tokens [B, steps]."""
@@ -20,7 +22,7 @@ def generate(folder: str, prompts: list[list[int]], steps: int) -> np.ndarray:
     input_ids = np.array([[0] * (longest - len(p)) + p for p in prompts], dtype=np.int64)
     mask = np.array([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], dtype=np.int64)
     past = {
-        i.name: np.zeros((len(prompts), 1, 0, i.shape[3]), dtype=np.float32)
+        i.name: np.zeros((len(prompts), 1, 0, i.shape[3]), dtype=DTYPES[i.type])
         for i in session.get_inputs()
         if i.name.startswith("past_key_values.")
     }

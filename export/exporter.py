@@ -13,17 +13,27 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle, Manifest, SourceFile, WeightRecord
+from deepseek_trt.export.bundle.folder import (
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    AdapterRecord,
+    Bundle,
+    Manifest,
+    SourceFile,
+    WeightRecord,
+)
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
-from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, TRANSFORMERS, Interface
-from deepseek_trt.export.dtypes import dtype_of
+from deepseek_trt.export.bundle.interface import CLASSIFICATION, TRANSFORMERS, Interface
+from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BundleError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.passes.widen import WidenBfloat16
+from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
-from deepseek_trt.export.reading.source import Source, read_source
+from deepseek_trt.export.reading.source import Source, export_dtype, read_source
 from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
-from deepseek_trt.export.writing.tokenizer_files import carry_files
+from deepseek_trt.export.writing.tokenizer_files import carry_files, text_digests
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
 
@@ -34,15 +44,16 @@ _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export. dtype None keeps the checkpoint's; num_layers None keeps all.
+    """What to export. task None is the checkpoint's own; dtype None keeps the checkpoint's; num_layers None keeps all.
 
-    The options that Interface has too are explained there; all_logits is logits_to_keep 0. allow_nonfinite goes on with
-    weights that are NaN or infinite, allow_zeros with matrices and norms of zeros alone; both make a note.
+    `adapter` is a LoRA folder of peft to merge. allow_nonfinite goes on with weights that are NaN or infinite,
+    allow_zeros with matrices and norms of zeros alone; both make a note. The options that Interface has too are
+    explained there; all_logits is logits_to_keep 0.
     """
 
     checkpoint: Path
     out: Path
-    task: str = GENERATION
+    task: str | None = None
     dtype: str | None = None
     all_logits: bool = False
     by_reference: bool = False
@@ -53,6 +64,7 @@ class ExportRequest:
     inputs_embeds: bool = False
     hidden_states: bool = False
     logits_to_keep: int | None = None
+    adapter: Path | None = None
     allow_nonfinite: bool = False
     allow_zeros: bool = False
 
@@ -60,17 +72,16 @@ class ExportRequest:
     def allowed(self) -> Allowed:
         return Allowed(self.allow_nonfinite, self.allow_zeros)
 
-    @property
-    def interface(self) -> Interface:
-        """What the graphs take and give. Raises ConfigError where options contradict each other."""
+    def interface(self, task: str) -> Interface:
+        """What the graphs of that task take and give. Raises ConfigError where options contradict each other."""
         if self.all_logits and self.logits_to_keep:
             raise ConfigError(f"--all-logits and --logits-to-keep {self.logits_to_keep}: leave out one of them")
         if self.by_reference and self.io == TRANSFORMERS:
             raise ConfigError(f"--io {TRANSFORMERS} is for runtimes that read the weights: leave out --by-reference")
         interface = Interface(
-            task=self.task,
+            task=task,
             io=self.io,
-            cache=not self.no_cache and self.task != CLASSIFICATION,
+            cache=not self.no_cache and task != CLASSIFICATION,
             inputs_embeds=self.inputs_embeds,
             hidden_states=self.hidden_states,
             logits_to_keep=0 if self.all_logits else self.logits_to_keep,
@@ -102,6 +113,7 @@ class _Job:
     request: ExportRequest
     source: Source
     dtype: str
+    adapter: AdapterRecord | None
     fingerprint: str
 
     @property
@@ -138,24 +150,35 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
 def _plan(request: ExportRequest) -> _Job:
     if request.by_reference and request.allowed != Allowed():
         raise ConfigError("--by-reference reads no numbers: leave out --allow-nonfinite and --allow-zeros")
-    source = read_source(request.checkpoint, request.interface, request.num_layers)
-    stored = source.plan.dtype
-    if request.by_reference and request.dtype not in (None, stored):
-        raise ConfigError(
-            f"--by-reference keeps the checkpoint's dtype {stored}: leave out --dtype {request.dtype}, "
-            "or export with weights"
-        )
-    dtype = request.dtype or stored
-    return _Job(request, source, dtype, _fingerprint(request, source.checkpoint, dtype))
+    wanted = request.interface if request.task is None else request.interface(request.task)
+    source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter)
+    dtype = export_dtype(source, request.dtype, request.by_reference)
+    adapter = _record(source.adapter) if source.adapter else None
+    return _Job(request, source, dtype, adapter, _fingerprint(request, source, dtype, adapter))
 
 
-def _fingerprint(request: ExportRequest, checkpoint: Checkpoint, dtype: str) -> str:
+def _record(adapter: Adapter) -> AdapterRecord:
+    targets = adapter.config.targets
+    return AdapterRecord(
+        path=str(adapter.root.resolve()),
+        files={file.name: file_sha256(file) for file in adapter.files},
+        r=adapter.config.r,
+        alpha=adapter.config.alpha,
+        target_modules=(targets,) if isinstance(targets, str) else targets,
+        modules=len(adapter.pairs),
+        replaced=len(adapter.replaced),
+    )
+
+
+def _fingerprint(request: ExportRequest, source: Source, dtype: str, adapter: AdapterRecord | None) -> str:
     """The sha256 of everything that decides what the bundle holds."""
-    options = (request.interface, dtype, request.by_reference, request.num_layers, request.page_size, request.allowed)
-    facts = [repr(options), importlib.metadata.version("deepseek-trt"), str(request.checkpoint.resolve())]
-    facts += [repr(source) for source in _sources(checkpoint)]
+    options = (source.interface, dtype, request.by_reference, request.num_layers, request.page_size)
+    facts = [repr((options, adapter, request.allowed)), importlib.metadata.version("deepseek-trt")]
+    facts.append(str(request.checkpoint.resolve()))
+    facts += [repr(file) for file in _sources(source.checkpoint)]
+    facts += [repr(file) for file in text_digests(request.checkpoint)]
     facts.append((request.checkpoint / "config.json").read_text(encoding="utf-8"))
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    return hashlib.sha256("\n".join(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _sources(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:
@@ -177,17 +200,18 @@ def _existing(out: Path, fingerprint: str) -> Bundle | None:
 def _fill(folder: Path, job: _Job, report: Reporter) -> None:
     """Write all files of the bundle, its manifest last."""
     checkpoint = job.request.checkpoint
-    notes = job.source.notes + carry_files(checkpoint, folder)
+    carry_files(checkpoint, folder)
     shutil.copyfile(checkpoint / "config.json", folder / "config.json")
     written, seen = ((), (_UNREAD,)) if job.request.by_reference else _write_weights(job, folder, report)
     for graph in job.graphs:
         report.step(f"tracing {graph.name}", None)
         _trace_to_file(job, graph, written, folder)
         if job.source.interface.io == TRANSFORMERS:
-            write_export_json(folder, graph, job.dtype)
+            write_export_json(folder, graph.as_computed(), computed_in(job.dtype))
     for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
         (folder / name).unlink(missing_ok=True)
-    (folder / MANIFEST_FILE).write_text(_manifest(job, written, notes + seen, folder).to_json(), encoding="utf-8")
+    manifest = _manifest(job, written, seen, folder).to_json()
+    (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
 
 
 def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[tuple[WrittenTensor, ...], tuple[str, ...]]:
@@ -218,12 +242,24 @@ def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ..
     unlinked = set(model.graph.initializers) - {r.name for r in source.plan.recipes} - {INV_FREQ}
     if unlinked:
         raise AssertionError(f"initializers without a recipe: {sorted(unlinked)}")
+    _save(model, graph, job, folder)
+
+
+def _save(model: ir.Model, graph: GraphSpec, job: _Job, folder: Path) -> None:
+    """The graph that ONNX Runtime loads, and beside it the traced one where that is another.
+
+    Only ONNX Runtime and its like read --io transformers, so that one file serves there.
+    """
+    if computed_in(job.dtype) != job.dtype:
+        if job.source.interface.io != TRANSFORMERS:
+            onnx.save(ir.to_proto(model), folder / f"{graph.name}.{job.dtype}.onnx")
+        WidenBfloat16()(model)
     onnx.save(ir.to_proto(model), folder / graph.file)
 
 
-def _manifest(job: _Job, written: tuple[WrittenTensor, ...], notes: tuple[str, ...], folder: Path) -> Manifest:
+def _manifest(job: _Job, written: tuple[WrittenTensor, ...], seen: tuple[str, ...], folder: Path) -> Manifest:
     digests = {w.name: w.sha256 for w in written}
-    files = sorted(p for p in folder.iterdir() if p.name != WEIGHTS_FILE and not p.is_symlink())
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != WEIGHTS_FILE and not p.is_symlink())
     source = job.source
     return Manifest(
         interface=source.interface,
@@ -237,8 +273,9 @@ def _manifest(job: _Job, written: tuple[WrittenTensor, ...], notes: tuple[str, .
         weights=tuple(WeightRecord(r, r.dtype(job.dtype), digests.get(r.name)) for r in source.plan.recipes),
         sources=_sources(source.checkpoint),
         dropped=source.plan.dropped,
-        notes=notes,
+        notes=source.notes + seen,
         classifier=source.classifier,
+        adapter=job.adapter,
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
-        files={p.name: file_sha256(p) for p in files},
+        files={p.relative_to(folder).as_posix(): file_sha256(p) for p in files},
     )

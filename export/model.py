@@ -115,7 +115,10 @@ class Attention(nn.Module):
 
     @staticmethod
     def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        """Rotate the adjacent pairs of each head of x [B, S, heads * R], in float32."""
+        """Rotate the adjacent pairs of each head of x [B, S, heads * R], in float32.
+
+        Weights whose halves are rotated (rope_interleave false) are brought into this order when they are read.
+        """
         return rotary_embedding(x.float(), cos, sin, interleaved=True, num_heads=heads).to(x.dtype)
 
     def prefill(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.recipes import Piece, Recipe
-from deepseek_trt.export.reading.checkpoint import StoredTensor
+from deepseek_trt.export.reading.tensors import StoredTensor
 
 _INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}  # its bits; those of NaN are larger
 

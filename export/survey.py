@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec
+from deepseek_trt.export.bundle.interface import CLASSIFICATION, Interface
 from deepseek_trt.export.bundle.recipes import Dropped
 from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
 from deepseek_trt.export.dtypes import computed_in, dtype_bytes
 from deepseek_trt.export.errors import CheckpointError, ConfigError
-from deepseek_trt.export.reading.checkpoint import Checkpoint
-from deepseek_trt.export.reading.source import Source, read_source
+from deepseek_trt.export.reading.source import Source, export_dtype, read_source
+from deepseek_trt.export.reading.weight_files import CONFIG_FILE
 from deepseek_trt.export.writing.weight_plan import WeightPlan
 
 GIB = 2**30
@@ -83,21 +84,34 @@ class Survey:
         return raw
 
 
-def survey(checkpoint: Path, dtype: str | None = None, gpu_bytes: int = 80 * GIB) -> Survey:
-    """Look at a checkpoint folder. `dtype` is the export's, None for the checkpoint's own.
+def survey(
+    checkpoint: Path,
+    dtype: str | None = None,
+    gpu_bytes: int = 80 * GIB,
+    task: str | None = None,
+    adapter: Path | None = None,
+) -> Survey:
+    """Look at a checkpoint folder. `dtype` and `task` are the export's, None for the checkpoint's own.
 
     Raises CheckpointError or ConfigError only where there is no config.json or no checkpoint to look at.
     """
-    raw = read_config(checkpoint / "config.json")
-    unsupported = unsupported_features(raw)
-    if unsupported:
-        return Survey(str(checkpoint), unsupported, None, None)
-    Checkpoint.open(checkpoint)  # where there is none, that is no finding but an error
+    interface = Interface(task, cache=task != CLASSIFICATION) if task else None
     try:
-        source = read_source(checkpoint)
+        source = read_source(checkpoint, interface, adapter=adapter)
     except (ConfigError, CheckpointError) as error:
-        return Survey(str(checkpoint), (), str(error), None)
-    return Survey(str(checkpoint), (), None, _facts(source, dtype or source.plan.dtype, gpu_bytes))
+        if not (checkpoint / CONFIG_FILE).is_file():
+            raise
+        return _refused(checkpoint, str(error))
+    return Survey(str(checkpoint), (), None, _facts(source, export_dtype(source, dtype, False), gpu_bytes))
+
+
+def _refused(checkpoint: Path, problem: str) -> Survey:
+    """Everything in config.json that is not supported, and the problem where it is another."""
+    try:
+        unsupported = unsupported_features(read_config(checkpoint / CONFIG_FILE))
+    except ConfigError:
+        unsupported = ()
+    return Survey(str(checkpoint), unsupported, None if problem in unsupported else problem, None)
 
 
 def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
@@ -116,7 +130,7 @@ def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
         active_parameters=_active(config, plan, parameters),
         cache_bytes_per_token=cache.bytes_per_token,
         expanded_bytes_per_token=_expanded(config, dtype),
-        needs=_needs(weights, parameters, dtype),
+        needs=_needs(source, weights, parameters, dtype),
         capacities=_capacities(cache, config, weights, gpu_bytes),
         dropped=plan.dropped,
         notes=source.notes,
@@ -137,11 +151,12 @@ def _expanded(config: ModelConfig, dtype: str) -> int:
     return config.num_hidden_layers * per_layer * dtype_bytes(dtype)
 
 
-def _needs(weights: int, parameters: int, dtype: str) -> tuple[Need, ...]:
+def _needs(source: Source, weights: int, parameters: int, dtype: str) -> tuple[Need, ...]:
     on_cpu = parameters * 4 if computed_in(dtype) != dtype else weights  # ONNX Runtime's CPU provider widens bfloat16
+    refers = source.adapter is None and dtype == source.plan.dtype
     return (
         Need("export", weights + _GRAPH_DISK, _EXPORT_MEMORY),
-        Need("export --by-reference", _GRAPH_DISK, _EXPORT_MEMORY),
+        *([Need("export --by-reference", _GRAPH_DISK, _EXPORT_MEMORY)] if refers else []),
         Need("generate --backend ort (CPU)", 0, on_cpu),
         Need("engines on a GPU, without cache", 0, weights),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.request import Event, FinishReason
 from deepseek_trt.engines.text.stops import StopText
+from deepseek_trt.engines.text.stream import TextStream
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.plugins.cpu.sampling_row import TopLogprobs, unpack
 
@@ -66,7 +67,7 @@ class Answer:
     """Turns a request's events into pieces, with text up to the first stop."""
 
     def __init__(self, text: Text | None, params: SamplingParams) -> None:
-        self._text_of = text.stream() if text else None
+        self._stream = text.stream() if text else None
         self._stops = StopText(params.stop)
         self._min_tokens = params.min_tokens
         self._made = 0
@@ -81,10 +82,18 @@ class Answer:
     def _piece(self, event: Event) -> Piece:
         self._made += 1
         text, finished = "", event.finished
-        if self._text_of and finished != "stop":  # a stop token has no text
-            text = self._stops.push(self._text_of(event.token), armed=self._made >= self._min_tokens)
-        if self._stops.found:
-            finished = "stop"
-        elif finished:
-            text += self._stops.flush()
+        if self._stream:
+            text, finished = self._text(self._stream, event)
         return Piece(text, event.token, finished, event.logprob, event.likeliest)
+
+    def _text(self, stream: TextStream, event: Event) -> tuple[str, FinishReason | None]:
+        """What can be shown, and why the answer ends: a stop token has no text, and the last token leaves none back."""
+        text, armed = "", self._made >= self._min_tokens
+        if event.finished != "stop":
+            part = stream.step(event.token)
+            text = self._stops.push(part.text, armed, part.hidden)
+        if event.finished:
+            text += self._stops.push(stream.flush(), armed)
+        if self._stops.found:
+            return text, "stop"
+        return text + (self._stops.flush() if event.finished else ""), event.finished

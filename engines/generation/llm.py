@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 
 from deepseek_trt.engines.generation.answer import Answer, Piece, Result
+from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.generation.loop import EngineLoop, Ticket
 from deepseek_trt.engines.generation.pages import pages_needed, pages_within
 from deepseek_trt.engines.generation.params import SamplingParams
@@ -32,6 +33,7 @@ from deepseek_trt.export.errors import RequestError
 
 Prompt = str | Sequence[int]
 ParamsOrMany = SamplingParams | Sequence[SamplingParams] | None
+_NO_DEFAULTS = SamplingDefaults()
 
 
 class LLM:
@@ -48,9 +50,13 @@ class LLM:
         text: Text | None = None,
         limits: SchedulerLimits | None = None,
         choice: Choice | None = None,
+        defaults: SamplingDefaults = _NO_DEFAULTS,
     ) -> None:
-        """Over a session that no one else may run; `choice` says which backend that is, and why."""
-        self.session, self.text = session, text
+        """Over a session that no one else may run; `choice` says which backend that is, and why.
+
+        `defaults` are for who gives no SamplingParams; defaults.params(max_new_tokens=64) are they with a change.
+        """
+        self.session, self.text, self.defaults = session, text, defaults
         self.choice = choice or Choice(session.backend, "it was given")
         self.scheduler = Scheduler(session, config, limits)
         self._loop = EngineLoop(self.scheduler)
@@ -66,8 +72,11 @@ class LLM:
         limits: SchedulerLimits | None = None,
         cache_mib: int = 1024,
         pages: int | None = None,
+        generation_config: bool = True,
     ) -> LLM:
         """The bundle at this path, with a session of its own.
+
+        Its generation_config.json gives `defaults`, unless generation_config is False: then they are greedy.
 
         `pages` sets the cache's size, else `cache_mib` bounds it (in the bundle's dtype) where limits.max_running
         sequences of full length would take more.
@@ -75,14 +84,20 @@ class LLM:
         check_backend(backend)
         found, limits = Bundle.open(Path(bundle)), limits or SchedulerLimits()
         check_generates(found)
+        defaults = SamplingDefaults.of(found.path) if generation_config else _NO_DEFAULTS
         if pages is None:
             pages = _pages(found.manifest, limits.max_running, cache_mib)
         opened = open_session(SessionRequest(found, pages, threads), backend)
         text = Text(found) if found.tokenizer_path else None
-        return cls(opened.session, found.manifest.model, text, limits, opened.choice)
+        return cls(opened.session, found.manifest.model, text, limits, opened.choice, defaults)
 
-    def generate(self, prompts: Sequence[Prompt], params: ParamsOrMany = None) -> list[Result]:
+    def generate(
+        self, prompts: Sequence[Prompt], params: ParamsOrMany = None, on_token: Callable[[], None] = lambda: None
+    ) -> list[Result]:
         """Answers in order of the prompts. With one SamplingParams for all, prompt i samples with its seed + i.
+
+        SamplingParams are complete; where none are given, `defaults` decide. `on_token` is called after every token of
+        any of them.
 
         Raises RequestError, before anything is computed, for a prompt or parameter that the model cannot take.
         """
@@ -91,7 +106,7 @@ class LLM:
         tickets: list[Ticket] = []
         try:
             for (ids, own), mine in zip(requests, pieces, strict=True):
-                tickets.append(self._submit(ids, own, mine.append))
+                tickets.append(self._submit(ids, own, _keeper(mine, on_token)))
             while not all(ticket.ended for ticket in tickets):
                 self._loop.step(unless=lambda: all(ticket.ended for ticket in tickets))
         finally:
@@ -154,11 +169,19 @@ class LLM:
     def _requests(self, prompts: Sequence[Prompt], params: ParamsOrMany) -> list[tuple[list[int], SamplingParams]]:
         if isinstance(prompts, str):
             raise RequestError(f"prompts {prompts!r}: give a list of prompts, or use stream for one")
-        requests = list(zip(map(self._encode, prompts), _params_each(params, len(prompts)), strict=True))
+        requests = list(zip(map(self._encode, prompts), self._params_each(params, len(prompts)), strict=True))
         for index, (ids, own) in enumerate(requests):
             self.scheduler.check(ids, own, f"prompt {index}")
             self._check_stop(own)
         return requests
+
+    def _params_each(self, params: ParamsOrMany, count: int) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            one = params or self.defaults.params()
+            return [dataclasses.replace(one, seed=one.seed + index) for index in range(count)]
+        if len(params) != count:
+            raise RequestError(f"{len(params)} SamplingParams for {count} prompts: give one, or one for each prompt")
+        return list(params)
 
     def _check_stop(self, params: SamplingParams) -> None:
         if params.stop and self.text is None:
@@ -224,19 +247,18 @@ class LLM:
             return Result.of(ids, [piece async for piece in pieces], self.text is not None)
 
 
+def _keeper(pieces: list[Piece | Exception], on_token: Callable[[], None]) -> Callable[[Piece | Exception], None]:
+    def keep(piece: Piece | Exception) -> None:
+        pieces.append(piece)
+        on_token()
+
+    return keep
+
+
 def _good(piece: Piece | Exception) -> Piece:
     if isinstance(piece, Exception):
         raise piece
     return piece
-
-
-def _params_each(params: ParamsOrMany, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        one = params or SamplingParams()
-        return [dataclasses.replace(one, seed=one.seed + index) for index in range(count)]
-    if len(params) != count:
-        raise RequestError(f"{len(params)} SamplingParams for {count} prompts: give one, or one for each prompt")
-    return list(params)
 
 
 def _pages(manifest: Manifest, sequences: int, cache_mib: int) -> int:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from numbers import Integral, Real
 
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.text.valid import check_text
+
+# Every stop string is looked for after every token: bounds for what a server's clients send.
+MOST_STOPS = 128
+LONGEST_STOP = 1024  # characters
+_MOST = 2**31 - 1  # what the sampler counts to
+_BELOW = " and below 2^31"
+_LENGTHS = f"must be at least 1{_BELOW}"
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_TUPLES = {"stop": "strings, not one string", "stop_token_ids": "token ids"}
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,8 @@ class SamplingParams:
     temperature, top_k, top_p of what is left, min_p as a share of the likeliest token's probability.
     repetition_penalty divides positive and multiplies negative logits of tokens in prompt or answer (arXiv:1909.05858);
     presence_penalty is subtracted once, frequency_penalty once an occurrence, from tokens in the answer.
-    stop strings are left out of the text; stop tokens end the answer beside the model's own, which ignore_eos ignores.
+    stop strings are looked for in the text with special tokens written out, and are left out of it; stop tokens end the
+    answer beside the model's own, which ignore_eos ignores.
     Before min_tokens no stop counts. logprobs: None for none, n for the chosen token's and the n likeliest tokens'
     natural log-probabilities, of the model's own distribution: before penalties and temperature.
     """
@@ -37,7 +49,9 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "must be at least 1")
+        """Raises RequestError naming the field, its value and what it must be."""
+        self._check_types()
+        _require(1 <= self.max_new_tokens <= _MOST, "max_new_tokens", self.max_new_tokens, _LENGTHS)
         _require(0 <= self.temperature < inf, "temperature", self.temperature, "must be finite and not negative")
         _require(self.top_k >= 0, "top_k", self.top_k, "must not be negative (0 keeps all)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
@@ -46,12 +60,39 @@ class SamplingParams:
         _require(0 < self.repetition_penalty < inf, "repetition_penalty", self.repetition_penalty, "must be above 0")
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "must lie in [-2, 2]")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "must lie in [-2, 2]")
-        _require(not isinstance(self.stop, str), "stop", self.stop, "must be a tuple of strings, not one string")
+        self._check_stops()
+        _require(0 <= self.min_tokens <= self.max_new_tokens, "min_tokens", self.min_tokens, self._min_tokens_range())
+        fits = self.logprobs is None or 0 <= self.logprobs <= _MOST
+        _require(fits, "logprobs", self.logprobs, f"must be None or not negative{_BELOW}")
+
+    def _check_types(self) -> None:
+        """Numbers of numpy become Python's, lists of stops tuples; anything else is its field's type or refused."""
+        for name, value in vars(self).items():
+            if name in _TUPLES:
+                _require(isinstance(value, (tuple, list)), name, value, f"must be a tuple of {_TUPLES[name]}")
+                object.__setattr__(self, name, tuple(value))
+            elif name in _NUMBERS:
+                number = isinstance(value, Real) and not isinstance(value, bool)
+                huge = isinstance(value, int) and abs(value) > _MOST
+                _require(number and not huge, name, value, "must be a number")
+                object.__setattr__(self, name, value if isinstance(value, int) else float(value))
+            elif name == "ignore_eos":
+                _require(isinstance(value, bool), name, value, "must be True or False")
+            elif name != "logprobs" or value is not None:
+                _require(_is_whole(value), name, value, "must be a whole number")
+                object.__setattr__(self, name, int(value))
+
+    def _check_stops(self) -> None:
+        for text in self.stop:
+            _require(isinstance(text, str), "stop", self.stop, "must hold strings alone")
+            check_text(text, f"stop {text!r}")
         _require(all(self.stop), "stop", self.stop, "must hold no empty string")
+        if len(self.stop) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in self.stop):
+            raise RequestError(f"stop: give at most {MOST_STOPS} strings, of at most {LONGEST_STOP} characters each")
+        _require(all(map(_is_whole, self.stop_token_ids)), "stop_token_ids", self.stop_token_ids, "must hold token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
         lowest = min(self.stop_token_ids, default=0)
         _require(lowest >= 0, "stop_token_ids", self.stop_token_ids, "must not be negative")
-        _require(0 <= self.min_tokens <= self.max_new_tokens, "min_tokens", self.min_tokens, self._min_tokens_range())
-        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "must be None or not negative")
 
     def _min_tokens_range(self) -> str:
         return f"must lie between 0 and max_new_tokens, {self.max_new_tokens}"
@@ -61,6 +102,11 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _require(condition: bool, field: str, value: object, mend: str) -> None:
     if not condition:
-        raise RequestError(f"{field} {value!r}: {mend}")
+        shown = repr(value)
+        raise RequestError(f"{field} {shown if len(shown) <= 120 else shown[:117] + '...'}: {mend}")

@@ -25,8 +25,10 @@ Choice = tuple[int, float | None, bytes]
 class Sampler:
     """One request's randomness and history."""
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int] = (), stops: Sequence[int] = ()) -> None:
-        """`stops` are the tokens that may not be picked before params.min_tokens."""
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int] = (), stops: Sequence[int] = (), room: int | None = None
+    ) -> None:
+        """`stops` are the tokens that may not be picked before params.min_tokens; `room` is for that many tokens."""
         self.params = params
         self.logprobs = -1 if params.logprobs is None else params.logprobs
         self.row = SamplingRow(
@@ -42,7 +44,7 @@ class Sampler:
             min_tokens=params.min_tokens,
         )
         self.address = ctypes.addressof(self.row)
-        self._history = History(self.row, prompt, params.max_new_tokens) if params.penalised else None
+        self._history = History(self.row, prompt, room or params.max_new_tokens) if params.penalised else None
         self._stops = np.array(stops, dtype=np.int32)
         self.row.banned, self.row.banned_count = self._stops.ctypes.data, len(self._stops)
 

@@ -90,9 +90,9 @@ class Scheduler:
         self.check(prompt, params, name)
         tokens = list(prompt)
         stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._config.eos_token_ids)
-        sampler = Sampler(params, tokens, sorted(stops))
-        keys = PrefixKeys(self._session.cache.page_size)
         limit, most = self._limit(prompt, params), self._most_pages(prompt, params)
+        sampler = Sampler(params, tokens, sorted(stops), room=limit)
+        keys = PrefixKeys(self._session.cache.page_size)
         request = Request(self._next_id, tokens, sampler, limit, most, stops, keys)
         self._next_id += 1
         self._waiting.append(request)

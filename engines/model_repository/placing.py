@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deepseek_trt.engines.plans.plan import PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.text.files import text_files
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
 
 _RECORD = ".plan.json"
@@ -22,6 +23,7 @@ def carried_files(bundle: Bundle, backend: str) -> dict[str, Path]:
     """
     files = (file for file in bundle.path.iterdir() if file.is_file() and not file.name.endswith(_PLANS))
     carried = {file.name: file for file in sorted(files)}
+    carried |= {file.relative_to(bundle.path).as_posix(): file for file in text_files(bundle.path)}
     for graph in bundle.manifest.graphs if backend == "tensorrt" else ():
         plan = plan_path(bundle, graph.name)
         record = plan.with_suffix(_RECORD)
@@ -59,23 +61,15 @@ def _place(source: Path, target: Path) -> None:
 
 
 def _place_prepared(bundle: Bundle, target: Path) -> None:
-    """Place the graphs that ONNX Runtime's sessions make at load: the server's Python has no onnx.
-
-    Decode goes through the compiled operators where they take over all of it; bfloat16 is computed in float32.
-    """
-    from deepseek_trt.engines.sessions.prepared import fused_path, widened_path
-    from deepseek_trt.export.passes.widen import widened_bytes
+    """Place decode for the compiled operators, where they take over all of it: the server's Python has no onnx."""
+    from deepseek_trt.engines.sessions.prepared import fused_path
     from deepseek_trt.plugins.cpu.fuse import fused_bytes
 
     placed = dataclasses.replace(bundle, path=target)
-    graphs = [graph.name for graph in bundle.manifest.graphs]
-    if "decode" in graphs:
-        fused, left = fused_bytes(bundle.graph_path("decode"))
+    if any(graph.name == "decode" for graph in bundle.manifest.graphs):
+        fused, left = fused_bytes(bundle.traced_path("decode"))
         if not left and _place_compiled(bundle, target):
             fused_path(placed).write_bytes(fused)
-    if bundle.manifest.dtype == "bfloat16":
-        for graph in graphs:
-            widened_path(placed, graph).write_bytes(widened_bytes(bundle.graph_path(graph)))
 
 
 def _place_compiled(bundle: Bundle, target: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = "deepseek_trt"
 # Packages that the server's Python must have; tensorrt's are for a GPU machine.
-_ALWAYS = ("numpy>=1.26,<2", "tokenizers>=0.21,<1", "jinja2>=3.1,<4", "ml_dtypes>=0.5,<1")
+_ALWAYS = ("numpy>=1.26,<2", "tokenizers>=0.21,<1", "jinja2>=3.1.6,<4", "ml_dtypes>=0.5,<1")
 REQUIREMENTS = {
     "ort": (*_ALWAYS, "onnxruntime>=1.23,<2"),
     "tensorrt": (*_ALWAYS, "cuda-bindings>=12.9,<14"),  # and the TensorRT that built the plans

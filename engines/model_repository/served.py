@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, REQUIREMENTS
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
 from deepseek_trt.engines.serving.settings import ServingSettings
@@ -74,6 +75,8 @@ def served_model(bundle: Bundle, name: str, sizes: SizeRequest) -> Served:
     Text(bundle)  # BundleError where there is no tokenizer
     classifier = bundle.manifest.classifier
     if classifier is None:
+        if sizes.generation_config:
+            SamplingDefaults.of(bundle.path)  # ConfigError or BundleError now, not when the server loads the model
         return _generator(bundle, name, settings_for(bundle, sizes))
     return _classifier(bundle, name, ClassifierSettings(classifier.labels))
 

@@ -27,6 +27,7 @@ class SizeRequest:
     cache_mib: int | None = None
     threads: int = 0
     prefix_reuse: bool = True
+    generation_config: bool = True
 
 
 def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
@@ -50,6 +51,7 @@ def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
         token_budget=max(limits.token_budget, running),
         threads=request.threads,
         prefix_reuse=request.prefix_reuse,
+        generation_config=request.generation_config,
     )
 
 

@@ -23,7 +23,8 @@ from deepseek_trt.engines.model_repository.scripts import script_bytes, write_sc
 from deepseek_trt.engines.model_repository.served import Served, served_model
 from deepseek_trt.engines.model_repository.sizes import SizeRequest
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.errors import OutputError, RequestError
+from deepseek_trt.export.text.valid import check_place
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def write_model_repository(request: RepositoryRequest) -> Repository:
     OutputError where the name is taken by something else.
     """
     _check_name(request.name)
+    check_place(request.repository, OutputError)
     model = served_model(Bundle.open(request.bundle), request.name, request.sizes)
     target, inputs = request.repository / request.name, _fingerprint(model)
     fresh = written_inputs(target) != inputs

@@ -39,6 +39,19 @@ def build_with_library(
     Raises BuildError where TensorRT refuses, where the library does not fit, and where an MLA or MoE node would not run
     as a plugin.
     """
+    flavour = check_build(bundle, spec)
+    manifest = load_library(library, flavour.trt)
+    if manifest.dtype != bundle.manifest.dtype:
+        raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
+    missing = [sm for sm in spec.sms if sm not in manifest.sms and not manifest.ptx_sms]
+    if missing:
+        raise BuildError(f"{library} has no kernels for SM {missing[0]}: run deepseek-trt plugins --sm {missing[0]}")
+    build = _Build(bundle, spec, flavour, library, manifest.sha256, progress or (lambda *_: None))
+    return tuple(map(build.plan, bundle.manifest.graphs))
+
+
+def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
+    """The flavour that builds, once all that is knowable before kernels are compiled is right; BuildError otherwise."""
     if spec.weights == "embedded" and bundle.manifest.by_reference:
         raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
     large = too_large_for_tensorrt(record.recipe for record in bundle.manifest.weights)
@@ -48,14 +61,10 @@ def build_with_library(
             "run this bundle with ONNX Runtime, deepseek-trt generate --backend ort"
         )
     flavour = open_flavour(spec.flavour)
-    manifest = load_library(library, flavour.trt)
-    if manifest.dtype != bundle.manifest.dtype:
-        raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
-    missing = [sm for sm in spec.sms if sm not in manifest.sms and not manifest.ptx_sms]
-    if missing:
-        raise BuildError(f"{library} has no kernels for SM {missing[0]}: run deepseek-trt plugins --sm {missing[0]}")
-    build = _Build(bundle, spec, flavour, library, manifest.sha256, progress or (lambda *_: None))
-    return tuple(map(build.plan, bundle.manifest.graphs))
+    flavour.check_chips(spec.sms)
+    for graph in bundle.manifest.graphs:
+        profile_of(graph, bundle.manifest.cache, spec)
+    return flavour
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class _Build:
 
     def _source_sha256(self, graph: GraphSpec) -> str:
         """The sha256 of what decides what the plan holds; its small weights, or all of them, come from one export."""
-        digest = hashlib.sha256(self.bundle.graph_path(graph.name).read_bytes())
+        digest = hashlib.sha256(self.bundle.traced_path(graph.name).read_bytes())
         versions = [self.flavour.name, self.flavour.version, self.library_sha256]
         facts = [dataclasses.astuple(self.spec), *versions, self.bundle.manifest.fingerprint]
         digest.update(repr(facts).encode())

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from deepseek_trt.export.errors import BuildError
+from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 
 INSTALL = {
     "rtx": "pip install tensorrt-rtx-cu13",
@@ -57,22 +58,28 @@ class Flavour:
         """Whether it builds for named chips with no GPU; otherwise for the GPU of this machine."""
         return hasattr(self.trt, "ComputeCapability")
 
-    def set_chips(self, config: Any, sms: Sequence[int]) -> None:
-        """Build for these chips. Left unset, TensorRT-RTX would silently take SM80."""
+    def check_chips(self, sms: Sequence[int]) -> None:
+        """BuildError for chips that it does not build for, or that the plugins' kernels do not run on."""
         if not self.targets_chips:
             if sms:
                 raise BuildError(f"{self.name} builds for the GPU of this machine only: leave out --sm {sms[0]}")
             return
         if not sms:
             raise BuildError("say which chips to build for, e.g. --sm 86 --sm 120")
-        known = self.trt.ComputeCapability.__members__
+        known = [sm for sm in SHARED_LIMITS if f"SM{sm}" in self.trt.ComputeCapability.__members__]
         for sm in sms:
-            if f"SM{sm}" not in known:
-                names = ", ".join(name[2:] for name in known if name.startswith("SM"))
+            if sm not in known:
+                names = ", ".join(map(str, known))
                 raise BuildError(f"{self.name} {self.version} does not build for SM {sm}; it builds for {names}")
+
+    def set_chips(self, config: Any, sms: Sequence[int]) -> None:
+        """Build for these chips. Left unset, TensorRT-RTX would silently take SM80."""
+        self.check_chips(sms)
+        if not self.targets_chips:
+            return
         config.num_compute_capabilities = len(sms)
         for index, sm in enumerate(sms):
-            config.set_compute_capability(known[f"SM{sm}"], index)
+            config.set_compute_capability(self.trt.ComputeCapability.__members__[f"SM{sm}"], index)
 
     def network_flags(self) -> int:
         """Strongly typed, where that is not the only kind."""

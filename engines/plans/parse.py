@@ -46,15 +46,15 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     network = builder.create_network(flavour.network_flags())
     parser = trt.OnnxParser(network, flavour.logger)
     parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
-    model = onnx.load(bundle.graph_path(graph.name), load_external_data=False)
+    model = onnx.load(bundle.traced_path(graph.name), load_external_data=False)
     wanted = collections.Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
     weights: tuple[str, ...] = ()
     data = b""
     if spec.weights == "shared":
         weights, data = _with_shared_weights(bundle, model)
-        parsed = parser.parse(data, str(bundle.graph_path(graph.name)))
+        parsed = parser.parse(data, str(bundle.traced_path(graph.name)))
     else:
-        parsed = parser.parse_from_file(str(bundle.graph_path(graph.name)))
+        parsed = parser.parse_from_file(str(bundle.traced_path(graph.name)))
     if not parsed:
         reason = flavour.log.last()
         if parser.num_errors:

@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deepseek_trt.engines.plans.build import BuildProgress, BuiltPlan, build_with_library
+from deepseek_trt.engines.plans.build import BuildProgress, BuiltPlan, build_with_library, check_build
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter, PluginRequest, build_plugins
@@ -33,8 +33,9 @@ def build_plans(
     BuildError where TensorRT refuses.
     """
     _return_freed_memory()
-    bundle, library = Bundle.open(request.bundle), _library(request, plugins or PluginReporter())
-    return build_with_library(bundle, request.spec, library, progress)
+    bundle = Bundle.open(request.bundle)
+    check_build(bundle, request.spec)  # before minutes go into kernels
+    return build_with_library(bundle, request.spec, _library(request, plugins or PluginReporter()), progress)
 
 
 def _library(request: BuildRequest, plugins: PluginReporter) -> Path:

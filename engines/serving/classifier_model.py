@@ -13,6 +13,7 @@ from deepseek_trt.engines.tasks.classify import TextClassifier, scores_of
 from deepseek_trt.engines.tasks.rows import pad_rows
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BackendError, DeepseekTrtError
+from deepseek_trt.export.text.valid import printable, text_of_bytes
 
 
 class TritonPythonModel:
@@ -34,9 +35,9 @@ class TritonPythonModel:
         """The request's texts as tokens, or the response that refuses it."""
         texts = pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy().reshape(-1)
         try:
-            return self._classifier.encode([text.decode() for text in texts])
-        except (DeepseekTrtError, UnicodeDecodeError) as error:
-            refusal = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            return self._classifier.encode([text_of_bytes(text, "text_input") for text in texts])
+        except DeepseekTrtError as error:
+            refusal = pb_utils.TritonError(printable(str(error)), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=refusal)
 
     def _logits(self, rows: list[list[int]]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.serving.settings import ServingSettings
@@ -16,9 +17,10 @@ from deepseek_trt.export.bundle.folder import Bundle
 def open_llm(path: Path, settings: ServingSettings) -> LLM:
     """The bundle at `path`, within the settings' limits; prefill and decode have run once."""
     bundle = Bundle.open(path)
+    defaults = SamplingDefaults.of(path) if settings.generation_config else SamplingDefaults()
     started = open_session(SessionRequest(bundle, settings.pages, settings.threads), settings.backend)
     config = dataclasses.replace(bundle.manifest.model, max_position_embeddings=settings.max_model_len)
-    llm = LLM(started.session, config, Text(bundle), settings.limits, started.choice)
+    llm = LLM(started.session, config, Text(bundle), settings.limits, started.choice, defaults)
     if settings.max_model_len > 2:
         llm.generate([[0]], SamplingParams(max_new_tokens=2, ignore_eos=True))
     return llm

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.serving.tensors import INPUTS
-from deepseek_trt.engines.text.template import Message
+from deepseek_trt.engines.text.messages import checked_arguments, checked_messages, checked_tools
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.text.valid import check_text, text_of_bytes
 
 Tensors = Mapping[str, npt.NDArray[Any]]
+_NO_DEFAULTS = SamplingDefaults()
 
-DEFAULT_MAX_TOKENS = 128
 # What tritonserver and its clients add to a request's parameters by themselves.
 _OWN_PARAMETERS = ("id", "binary_data_output", "sequence_id", "sequence_start", "sequence_end")
 _OWN_PREFIX = "triton_"
@@ -37,8 +39,17 @@ class GenerateRequest:
     timeout_ms: int | None
 
 
-def parse_request(tensors: Tensors, parameters: Mapping[str, Any], text: Text, timeout_us: int = 0) -> GenerateRequest:
-    """Check the inputs and parameters; `timeout_us` is tritonserver's own time-out of the request, 0 for none."""
+def parse_request(
+    tensors: Tensors,
+    parameters: Mapping[str, Any],
+    text: Text,
+    timeout_us: int = 0,
+    defaults: SamplingDefaults = _NO_DEFAULTS,
+) -> GenerateRequest:
+    """Check the inputs and parameters; `timeout_us` is tritonserver's own time-out of the request, 0 for none.
+
+    `defaults` are for what the request does not say of sampling.
+    """
     unknown = sorted(set(parameters) - set(_OWN_PARAMETERS))
     unknown = [name for name in unknown if not name.startswith(_OWN_PREFIX)]
     if unknown:
@@ -47,7 +58,7 @@ def parse_request(tensors: Tensors, parameters: Mapping[str, Any], text: Text, t
     ids, echo = _prompt(tensors, text)
     return GenerateRequest(
         prompt_ids=ids,
-        params=_sampling(tensors),
+        params=_sampling(tensors, defaults),
         stream=bool(_scalar(tensors, "stream", False)),
         echo="" if _scalar(tensors, "exclude_input_in_output", True) else echo,
         timeout_ms=_timeout(tensors, timeout_us),
@@ -59,42 +70,52 @@ def _prompt(tensors: Tensors, text: Text) -> tuple[list[int], str]:
     if ("text_input" in tensors) == ("messages" in tensors):
         raise RequestError("give either text_input or messages")
     if "messages" in tensors:
-        ids = text.encode_chat(_messages(_string(tensors, "messages")))
+        ids = _chat_ids(tensors, text)
         return ids, text.decode(ids)
+    alone = [name for name in ("tools", "chat_template_kwargs") if name in tensors]
+    if alone:
+        raise RequestError(f"{alone[0]} is for the chat template: give messages instead of text_input")
     prompt = _string(tensors, "text_input")
     if not prompt:
         raise RequestError("text_input is empty: give at least one character")
     return text.encode(prompt), prompt
 
 
-def _messages(given: str) -> list[Message]:
+def _chat_ids(tensors: Tensors, text: Text) -> list[int]:
+    messages = checked_messages(_json(tensors, "messages"))
+    tools = checked_tools(_json(tensors, "tools"))
+    arguments = checked_arguments(_json(tensors, "chat_template_kwargs") or {})
+    return text.encode_chat(messages, tools, **arguments)
+
+
+def _json(tensors: Tensors, name: str) -> Any:
+    """The value of a tensor that holds JSON as a string; None where it is not sent."""
+    if name not in tensors:
+        return None
     try:
-        messages = json.loads(given)
-    except json.JSONDecodeError as error:
-        raise RequestError(f"messages is not JSON ({error}): give a list of {{role, content}} as a string") from None
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(f"messages {given[:80]!r}: give a list of at least one {{role, content}}")
-    for message in messages:
-        texts = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        if not texts:
-            raise RequestError(f"messages: {json.dumps(message)[:80]} has no role and content that are strings")
-    return messages
+        value = json.loads(_string(tensors, name))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is not JSON ({error}): give it as a string that holds JSON") from None
+    check_text(json.dumps(value, ensure_ascii=False), name)
+    return value
 
 
-def _sampling(tensors: Tensors) -> SamplingParams:
+def _sampling(tensors: Tensors, defaults: SamplingDefaults) -> SamplingParams:
     words = _strings(tensors, "bad_words")
     if words:
         raise RequestError(f"bad_words {words}: not supported; leave it out")
-    max_tokens = _scalar(tensors, "max_tokens", DEFAULT_MAX_TOKENS)
-    if max_tokens < 1:
-        raise RequestError(f"max_tokens {max_tokens}: must be at least 1 (an int32: 2147483648 and more wrap)")
-    defaults = SamplingParams()
-    numbers = {name: _scalar(tensors, name, getattr(defaults, name)) for name in _SAMPLING}
-    return SamplingParams(
-        max_new_tokens=max_tokens,
+    numbers = {name: _scalar(tensors, name, None) for name in _SAMPLING if name in tensors}
+    if "max_tokens" in tensors:
+        numbers["max_new_tokens"] = _scalar(tensors, "max_tokens", None)
+        if numbers["max_new_tokens"] < 1:
+            raise RequestError(
+                f"max_tokens {numbers['max_new_tokens']}: must be at least 1 (an int32: 2147483648 and more wrap)"
+            )
+    return defaults.params(
         min_tokens=_scalar(tensors, "min_tokens", 0),
         seed=_scalar(tensors, "seed", secrets.randbits(63)),
         stop=tuple(_strings(tensors, "stop_words")),
+        stop_token_ids=tuple(_token_ids(tensors, "stop_token_ids")),
         logprobs=0 if _scalar(tensors, "return_log_probs", False) else None,
         **numbers,
     )
@@ -135,9 +156,12 @@ def _strings(tensors: Tensors, name: str) -> list[str]:
     return [word for value in tensors[name].reshape(-1) if (word := _decoded(value, name))]
 
 
+def _token_ids(tensors: Tensors, name: str) -> list[int]:
+    if name not in tensors:
+        return []
+    ids: list[int] = tensors[name].reshape(-1).tolist()
+    return ids
+
+
 def _decoded(value: Any, name: str) -> str:
-    data = value if isinstance(value, bytes) else str(value).encode()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    return text_of_bytes(value, name) if isinstance(value, bytes) else check_text(str(value), name)

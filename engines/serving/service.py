@@ -75,7 +75,7 @@ class Service:
         """Start answering, or have an error sent; returns at once."""
         arrived = time.perf_counter()
         try:
-            request = parse_request(tensors, parameters or {}, self._text, timeout_us)
+            request = parse_request(tensors, parameters or {}, self._text, timeout_us, self._llm.defaults)
             self._submit(Stream(channel, request, Answer(self._text, request.params), arrived))
         except DeepseekTrtError as error:
             self._refuse(channel, Failure("invalid", str(error)))

@@ -16,6 +16,7 @@ class ServingSettings:
 
     max_running: those of them that own cache pages. max_model_len: tokens of a prompt and its answer together.
     pages: of the cache, the scratch page counted. threads: of ONNX Runtime, 0 for its own choice.
+    generation_config: whether requests take defaults from the bundle's generation_config.json.
     drain_ms: how long running answers may go on after an unload or SIGTERM before they are ended with an error.
     """
 
@@ -29,6 +30,7 @@ class ServingSettings:
     threads: int = 0
     prefix_reuse: bool = True
     drain_ms: int = 5000
+    generation_config: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_inflight", "max_running", "max_model_len", "prefill_chunk"):
@@ -61,7 +63,7 @@ def _parsed(name: str, parameters: Mapping[str, str]) -> str | int | bool:
         raise RequestError(f"parameter {name} is missing in config.pbtxt: write the repository again")
     if name == "backend":
         return value
-    if name == "prefix_reuse":
+    if name in ("prefix_reuse", "generation_config"):
         if value not in ("true", "false"):
             raise RequestError(f"parameter {name} {value!r} in config.pbtxt: must be true or false")
         return value == "true"

@@ -18,10 +18,13 @@ class Field:
 INPUTS = (
     Field("text_input", "TYPE_STRING"),
     Field("messages", "TYPE_STRING"),
+    Field("tools", "TYPE_STRING"),
+    Field("chat_template_kwargs", "TYPE_STRING"),
     Field("max_tokens", "TYPE_INT32"),
     Field("min_tokens", "TYPE_INT32"),
     Field("stream", "TYPE_BOOL"),
     Field("stop_words", "TYPE_STRING", (-1,)),
+    Field("stop_token_ids", "TYPE_INT32", (-1,)),
     Field("bad_words", "TYPE_STRING", (-1,)),
     Field("temperature", "TYPE_FP32"),
     Field("top_k", "TYPE_INT32"),

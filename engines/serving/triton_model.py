@@ -17,6 +17,7 @@ from deepseek_trt.engines.serving.opening import open_llm
 from deepseek_trt.engines.serving.service import Service
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.stream import Failure, Response
+from deepseek_trt.export.text.valid import printable
 
 # By name: pb_utils has its classes only when this file has been imported.
 _CODES = {
@@ -44,6 +45,8 @@ class TritonPythonModel:
         self._service = Service(llm, settings.max_inflight, settings.drain_ms / 1000, metrics, host)
         note = f" ({llm.session.note})" if llm.session.note else ""
         pb_utils.Logger.log_info(f"{name}: {llm.session.backend}{note}, as {llm.choice.why}; {settings}")
+        for line in llm.defaults.lines:
+            pb_utils.Logger.log_info(f"{name}: {line}")
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -70,7 +73,8 @@ class ResponseChannel:
         if response is None:
             self._sender.send(flags=flags)
         elif isinstance(response, Failure):
-            error = pb_utils.TritonError(response.message, getattr(pb_utils.TritonError, _CODES[response.kind]))
+            code = getattr(pb_utils.TritonError, _CODES[response.kind])
+            error = pb_utils.TritonError(printable(response.message), code)
             self._sender.send(pb_utils.InferenceResponse(error=error), flags=flags)
         else:
             tensors = [pb_utils.Tensor(*pair) for pair in _arrays(response).items() if pair[0] in self._wanted]

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from deepseek_trt.engines.sessions.huge_pages import weights_fit, weights_in_memory, zeros
-from deepseek_trt.engines.sessions.prepared import fused_decode, widened_graph
+from deepseek_trt.engines.sessions.prepared import fused_decode
 from deepseek_trt.engines.sessions.session import GraphPair, widening_note
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
@@ -48,7 +48,7 @@ class Memory:
 
 
 CPU, CUDA = Place(), Place("CUDAExecutionProvider", "cuda")
-USUAL, LEAN = Memory(), Memory(packed=False, folded=False)
+USUAL, LEAN = Memory(packed=False), Memory(packed=False, folded=False)
 
 
 def open_graph(
@@ -70,7 +70,7 @@ def open_graph(
     reads where they are: those must live as long as the session. `library` holds operators that the model wants.
     `threads` 0 takes all processors. Raises BackendError where ONNX Runtime refuses.
     """
-    model = widened_graph(bundle, graph) if model is None else model
+    model = bundle.graph_path(graph) if model is None else model
     if bundle.manifest.by_reference and given is None:
         given = shared or ort_values(WeightReader(bundle).views())  # there is no file to read
     options = _options(threads, place, memory)

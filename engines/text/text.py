@@ -2,67 +2,77 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
-from deepseek_trt.engines.text.template import Message, render_chat
+from deepseek_trt.engines.text.messages import Message
+from deepseek_trt.engines.text.stream import TextStream
+from deepseek_trt.engines.text.template import ChatTemplates
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.text.tokenizer import LoadedTokenizer
+from deepseek_trt.export.text.valid import check_text
 
 _LONG = 4096  # characters: encoding one text stops all other threads, encoding a batch lets them run
 
 
 class Text:
-    """The bundle's tokenizer.json, as it came."""
+    """The bundle's tokenizer.json with what the files beside it say: LoadedTokenizer has the rules."""
 
     def __init__(self, bundle: Bundle) -> None:
-        """BundleError when the checkpoint had no tokenizer."""
+        """BundleError when the checkpoint had no tokenizer, ConfigError or CheckpointError when its files are wrong."""
         if bundle.tokenizer_path is None:
             raise BundleError(f"{bundle.path} has no tokenizer.json: give token ids instead of text")
-        self._tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
-        self._root = bundle.path
+        self._loaded = LoadedTokenizer.load(bundle.path, bundle.manifest.model)
+        self._tokenizer = self._loaded.tokenizer
+        self.chat = ChatTemplates(bundle.path)
         longest = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
         self._most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings  # twice: normalizers may shorten
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, special tokens as the tokenizer adds them (BOS first).
+        """Token ids, between the special tokens that texts are put between (BOS first).
 
-        RequestError for a text that is longer than all tokens that the model can take.
+        RequestError for what is no valid text, and for one that is longer than all tokens that the model can take.
         """
-        return self._encode(text, special=True)
+        return [*self._loaded.front, *self._encode(text, "the prompt"), *self._loaded.back]
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation rendered with the checkpoint's chat template, ready for the answer."""
-        rendered = render_chat(_tokenizer_config(self._root), messages)
-        return self._encode(rendered, special=False)
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        /,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **arguments: Any,
+    ) -> list[int]:
+        """Token ids of a conversation rendered with the checkpoint's chat template, ready for the answer.
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        if len(text) > self._most_bytes:
-            raise RequestError(f"the prompt has {len(text)} characters, more than the model has tokens for: shorten it")
-        if len(text) < _LONG:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
-        else:
-            ids = self._tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
-        return ids
+        The template itself writes the special tokens. `chat_template` is the name of one of several, or a file;
+        `arguments` are what the template reads beside messages and tools, e.g. thinking=True. Raises RequestError.
+        """
+        return self._encode(self.chat.render(messages, tools, chat_template, arguments), "the conversation")
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The tokens' text without special tokens; bytes that are no UTF-8 become U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def stream(self) -> Callable[[int], str]:
-        """A function from one answer's tokens, one after another, to the text that each completes, possibly none."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+    def stream(self) -> TextStream:
+        """For one answer's tokens, one after another."""
+        return TextStream(self._tokenizer, self._special)
 
-
-def _tokenizer_config(root: Path) -> dict[str, Any]:
-    file, template = root / "tokenizer_config.json", root / "chat_template.jinja"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if template.is_file():  # newer checkpoints keep it apart
-        config["chat_template"] = template.read_text(encoding="utf-8")
-    return config
+    def _encode(self, text: str, name: str) -> list[int]:
+        if len(text) > self._most_bytes:
+            raise RequestError(f"{name} has {len(text)} characters, more than the model has tokens for: shorten it")
+        check_text(text, name)
+        try:
+            if len(text) < _LONG:
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            else:
+                ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises bare ones, for what a vocabulary without <unk> does not hold
+            raise RequestError(
+                f"{name} cannot be encoded ({error}): leave out what the tokenizer does not know"
+            ) from None
+        return ids

@@ -1,7 +1,8 @@
-"""Read graph tensors out of the checkpoint: runs of bytes in a new order, fp8 blocks multiplied by their scales."""
+"""Read graph tensors out of the checkpoint: runs of bytes in a new order, fp8 multiplied out, adapters added."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -12,26 +13,34 @@ import ml_dtypes
 import numpy as np
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
-from deepseek_trt.export.bundle.recipes import Recipe
+from deepseek_trt.export.bundle.recipes import FP8, Piece, Recipe
 from deepseek_trt.export.config.model_config import FP8_BLOCK
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import CHUNK
-from deepseek_trt.export.reading.checkpoint import StoredTensor
+from deepseek_trt.export.reading.tensors import Factor, StoredTensor
 
+_SCALE_DTYPES = {"F8_E8M0": ml_dtypes.float8_e8m0fnu}  # powers of two, beside those that weights may be
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Array]:
-    """The recipe's numbers in order, as one-dimensional arrays of the sources' dtypes; float32 where they are fp8."""
+    """The recipe's numbers in order, as one-dimensional arrays of the sources' dtypes, or of float32 once computed."""
     with closing(_Reader()) as reader:
         for piece in recipe.pieces:
-            source = tensors[piece.source]
+            source = _counted_by(piece, tensors[piece.source])
             scales = reader.scales(tensors[piece.scale]) if piece.scale else None
+            added = Product(reader, source) if source.updates else None
             for start, rows in piece.strips():
-                if scales is None:
+                if scales is None and added is None:
                     yield from reader.plain(source, start, rows)
                 else:
-                    yield from reader.scaled(source, scales, start, rows)
+                    yield from reader.computed(source, scales, added, start, rows)
+
+
+def _counted_by(piece: Piece, source: StoredTensor) -> StoredTensor:
+    """The tensor with the rows that the piece counts: where it orders a bias, each number is one."""
+    as_column = piece.halves and len(source.shape) == 1
+    return dataclasses.replace(source, shape=(*source.shape, 1)) if as_column else source
 
 
 def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) -> Array:
@@ -50,6 +59,7 @@ class _Reader:
     def __init__(self) -> None:
         self._file: Path | None = None
         self._stream: BinaryIO | None = None
+        self._matrices: dict[StoredTensor, Array] = {}
 
     def close(self) -> None:
         if self._stream is not None:
@@ -64,23 +74,49 @@ class _Reader:
             yield np.frombuffer(self._read(source, at, length), dtype=numpy_dtype(source.dtype))
             at += length
 
-    def scaled(self, source: StoredTensor, scales: Array, start: int, rows: int) -> Iterator[Array]:
-        """Rows of the fp8 tensor `source`, each block of 128 x 128 multiplied by its scale."""
+    def computed(
+        self, source: StoredTensor, scales: Array | None, added: Product | None, start: int, rows: int
+    ) -> Iterator[Array]:
+        """Rows of `source` in float32, its fp8 blocks of 128 x 128 multiplied by their scales, then `added` to it."""
         columns = source.shape[-1]
         step = max(CHUNK // (4 * columns), 1)
         for first in range(start, start + rows, step):
             count = min(step, start + rows - first)
-            codes = np.frombuffer(self._read(source, first * columns, count * columns), dtype=np.uint8)
-            values = _FP8_VALUES[codes].reshape(count, columns)
-            blocks = scales[np.arange(first, first + count) // FP8_BLOCK]  # [count, ceil(columns / 128)]
+            values = self._values(source, first * columns, count * columns).reshape(count, columns)
             with np.errstate(invalid="ignore", over="ignore"):  # export and validate say what is not finite
-                values *= np.repeat(blocks, FP8_BLOCK, axis=1)[:, :columns]
+                if scales is not None:
+                    blocks = scales[np.arange(first, first + count) // FP8_BLOCK]  # [count, ceil(columns / 128)]
+                    values *= np.repeat(blocks, FP8_BLOCK, axis=1)[:, :columns]
+                if added is not None:
+                    values = (values + added.rows(first, count)).astype(np.float32)
             yield values.reshape(-1)
 
     def scales(self, source: StoredTensor) -> Array:
         """A whole tensor of block scales, [ceil(rows / 128), ceil(columns / 128)] in float32."""
-        data = np.frombuffer(self._read(source, 0, source.nbytes), dtype=numpy_dtype(source.dtype))
-        return data.astype(np.float32).reshape(source.shape)
+        return self._values(source, 0, math.prod(source.shape)).reshape(source.shape)
+
+    def factor(self, factor: Factor) -> Array:
+        """In float64. A stored matrix that many factors are part of is read once for all that follow each other."""
+        tensor = factor.tensor
+        if tensor not in self._matrices:
+            if len(self._matrices) == 2:
+                del self._matrices[next(iter(self._matrices))]
+            self._matrices[tensor] = self._values(tensor, 0, math.prod(tensor.shape)).reshape(tensor.shape)
+        rows, columns = (
+            slice(None) if part is None else slice(part.start, part.stop, part.step)
+            for part in (factor.rows, factor.columns)
+        )
+        part = self._matrices[tensor][rows, columns].astype(np.float64)
+        return part.T if factor.transposed else part
+
+    def _values(self, source: StoredTensor, at: int, count: int) -> Array:
+        """`count` numbers of a tensor in float32, in memory of their own."""
+        if source.dtype == FP8:
+            codes = np.frombuffer(self._read(source, at, count), dtype=np.uint8)
+            return np.asarray(_FP8_VALUES[codes])
+        dtype = np.dtype(_SCALE_DTYPES.get(source.dtype) or numpy_dtype(source.dtype))
+        data = self._read(source, at * dtype.itemsize, count * dtype.itemsize)
+        return np.frombuffer(data, dtype=dtype).astype(np.float32)
 
     def _read(self, source: StoredTensor, at: int, length: int) -> bytes:
         """Bytes of a tensor, `at` counted from its start."""
@@ -92,3 +128,29 @@ class _Reader:
         if len(data) != length:
             raise CheckpointError(f"{source.file} ends inside {source.name}; download it again")
         return data
+
+
+class Product:
+    """What a tensor's updates add to its rows, in float64: some rows at a time, one update in memory."""
+
+    def __init__(self, reader: _Reader, source: StoredTensor) -> None:
+        self._reader, self._updates = reader, source.updates
+        self._each = math.prod(source.shape[:-1]) // len(source.updates)
+        self._index, self._left, self._right = -1, np.empty(0), np.empty(0)
+
+    def rows(self, first: int, count: int) -> Array:
+        """[count, columns]."""
+        parts, end = [], first + count
+        while first < end:
+            index, at = divmod(first, self._each)
+            stop = min(at + end - first, self._each)
+            self._load(index)
+            parts.append(self._left[at:stop] @ self._right * self._updates[index].scale)
+            first += stop - at
+        return np.concatenate(parts)
+
+    def _load(self, index: int) -> None:
+        if index != self._index:
+            update = self._updates[index]
+            self._index, self._left = index, self._reader.factor(update.left)
+            self._right = self._reader.factor(update.right)

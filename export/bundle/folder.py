@@ -13,12 +13,14 @@ from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.bundle.recipes import Dropped, Piece, Recipe
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.config.rope import RopeConfig
+from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.reading.classifier import Classifier
+from deepseek_trt.export.text.valid import check_place
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,22 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """The LoRA adapter that was merged: its absolute folder, its files' sha256 by name, and what it is.
+
+    `modules` counts those with LoRA, `replaced` the weights that were trained whole.
+    """
+
+    path: str
+    files: dict[str, str]
+    r: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    modules: int
+    replaced: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle is. `checkpoint` is the absolute folder that a by-reference bundle reads its weights from."""
 
@@ -57,6 +75,7 @@ class Manifest:
     notes: tuple[str, ...]
     versions: dict[str, str]
     classifier: Classifier | None = None  # of the task text-classification
+    adapter: AdapterRecord | None = None
     files: dict[str, str] = field(default_factory=dict)  # sha256 by name, of all files but the weights
     schema_version: int = SCHEMA_VERSION
 
@@ -90,9 +109,13 @@ class Manifest:
         classifier = raw["classifier"]
         if classifier is not None:
             classifier = Classifier(tuple(classifier["labels"]), classifier["problem_type"])
+        adapter = raw.get("adapter")
+        if adapter is not None:
+            adapter = AdapterRecord(**{**adapter, "target_modules": tuple(adapter["target_modules"])})
         return cls(
             **{
                 **raw,
+                "adapter": adapter,
                 "interface": Interface(**raw["interface"]),
                 "classifier": classifier,
                 "model": ModelConfig(**model),
@@ -116,6 +139,7 @@ class Bundle:
     @classmethod
     def open(cls, path: Path) -> Bundle:
         """Read the manifest; BundleError when there is none, or when a file that it names is missing."""
+        check_place(path, BundleError)
         file = path / MANIFEST_FILE
         if not file.is_file():
             raise BundleError(f"{path} is not a bundle ({MANIFEST_FILE} is missing): make one with deepseek-trt export")
@@ -136,7 +160,13 @@ class Bundle:
         raise BundleError(f"{self.path} has no {name} graph; it holds {[g.name for g in self.manifest.graphs]}")
 
     def graph_path(self, name: str) -> Path:
+        """The graph for ONNX Runtime: that of a bfloat16 bundle computes in float32, over weights in bfloat16."""
         return self.path / f"{name}.onnx"
+
+    def traced_path(self, name: str) -> Path:
+        """The graph in the bundle's own dtype, for TensorRT and for whatever is made of graphs."""
+        dtype = self.manifest.dtype
+        return self.graph_path(name) if computed_in(dtype) == dtype else self.path / f"{name}.{dtype}.onnx"
 
     @property
     def tokenizer_path(self) -> Path | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, DEFAULT, FEATURES, TRANSFORMERS, Interface
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.dtypes import dtype_bytes
+from deepseek_trt.export.dtypes import computed_in, dtype_bytes
 
 GraphName = Literal["prefill", "decode", "model"]
 Dim = int | str
@@ -61,7 +62,16 @@ class GraphSpec:
 
     @property
     def file(self) -> str:
+        """Any ONNX Runtime loads it: where `computed_in` says another dtype, floats are of that one in it."""
         return f"{self.name}.onnx"
+
+    def as_computed(self) -> GraphSpec:
+        """The graph's IO as ONNX Runtime's CPU provider computes it: bfloat16 is float32."""
+
+        def computed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(dataclasses.replace(t, dtype=computed_in(t.dtype)) for t in tensors)
+
+        return GraphSpec(self.name, computed(self.inputs), computed(self.outputs))
 
 
 def past_name(layer: int) -> str:

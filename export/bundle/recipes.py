@@ -19,7 +19,9 @@ _TENSORRT_MAX_ELEMENTS = 2**31 - 1  # TensorRT counts a tensor's elements in 31 
 class Piece:
     """Strips of rows of one checkpoint tensor, its leading dims flattened: `times` strips of `rows`, `step` apart.
 
-    `scale` names the tensor that holds an fp8 source's block scales.
+    `scale` names the tensor that holds an fp8 source's block scales. The last `halves` rows of each strip are stored as
+    two halves, and are read as pairs of one row of each: rows that rotate together come to lie side by side. Where such
+    a piece is of a one-dimensional tensor, its rows are single numbers.
     """
 
     source: str
@@ -28,14 +30,20 @@ class Piece:
     step: int
     times: int
     scale: str | None = None
+    halves: int = 0
 
     def strips(self) -> Iterator[tuple[int, int]]:
-        """(first row, rows) of each strip; strips that touch are one."""
-        if self.step == self.rows:
+        """(first row, rows) of what lies together, in the order in which it is read; strips that touch are one."""
+        if self.step == self.rows and not self.halves:
             yield self.start, self.rows * self.times
             return
         for i in range(self.times):
-            yield self.start + i * self.step, self.rows
+            first, plain = self.start + i * self.step, self.rows - self.halves
+            if plain:
+                yield first, plain
+            for row in range(first + plain, first + plain + self.halves // 2):
+                yield row, 1
+                yield row + self.halves // 2, 1
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.files import stream_sha256
-from deepseek_trt.export.reading.checkpoint import Checkpoint, read_header
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.header import read_header
 
 Bytes = npt.NDArray[np.uint8]
 

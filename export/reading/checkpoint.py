@@ -2,114 +2,76 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor's bytes lie. dtype is ours where we have a name, else safetensors' own (e.g. F8_E4M3)."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+from deepseek_trt.export.reading.header import read_header
+from deepseek_trt.export.reading.names import published_names
+from deepseek_trt.export.reading.tensors import StoredTensor
+from deepseek_trt.export.reading.weight_files import WeightFiles, find_weight_files
+from deepseek_trt.export.reading.wording import some
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a checkpoint folder by name."""
+    """All tensors of a checkpoint folder by their published names.
+
+    `files` are the shards, in order of name; `unindexed` are tensors that lie in a shard and that the index does not
+    name; `notes` say what lies in the folder and was not read, and what was done to names.
+    """
 
     root: Path
     tensors: dict[str, StoredTensor]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The shards, in order of name."""
-        return tuple(sorted({t.file for t in self.tensors.values()}))
+    files: tuple[Path, ...]
+    unindexed: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, root: Path) -> Checkpoint:
-        """Read the index, or the single file without one, and every shard's header.
+        """Read the header of every file that transformers would load.
 
-        Raises CheckpointError for a missing or truncated shard and for an index that its shards contradict.
+        Raises CheckpointError for a missing or damaged file, for an index that its shards contradict, and for names
+        that are not the published ones.
         """
         if not root.is_dir():
             raise CheckpointError(f"{root} is not a folder: give the folder that holds config.json and *.safetensors")
-        return cls(root, _full_names(_stored(root)))
-
-
-def _stored(root: Path) -> dict[str, StoredTensor]:
-    index = root / INDEX_FILE
-    if index.is_file():
-        return _tensors_of_index(root, index)
-    single = root / SINGLE_FILE
-    found = [single] if single.is_file() else sorted(root.glob("*.safetensors"))
-    if len(found) == 1:  # of several without an index nobody knows which belong together
-        return {t.name: t for t in read_header(found[0])}
-    raise CheckpointError(f"{root} holds neither {INDEX_FILE} nor {SINGLE_FILE}: download the safetensors files")
-
-
-def _full_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The published names: a model saved without its head (DeepseekV2Model) lacks their "model."."""
-    if not any(name.startswith("layers.") for name in tensors):
-        return tensors
-    bare = ("layers.", "embed_tokens.", "norm.")
-    return {f"model.{name}" if name.startswith(bare) else name: tensor for name, tensor in tensors.items()}
-
-
-def _tensors_of_index(root: Path, index: Path) -> dict[str, StoredTensor]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index ({error!r}); download it again") from None
-    files = sorted(set(weight_map.values()))
-    for file in files:
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise CheckpointError(f"{index.name} names {file}, which leaves {root}; download it again")
-    missing = [file for file in files if not (root / file).is_file()]
-    if missing:
-        raise CheckpointError(f"{index.name} names {missing[0]}, which is missing in {root}; download it")
-    # a tensor may lie in several shards: the index says which one counts
-    found = {file: {t.name: t for t in read_header(root / file)} for file in files}
-    for name, file in weight_map.items():
-        if name not in found[file]:
-            raise CheckpointError(f"{index.name} says that {file} holds {name}, but it does not; download both again")
-    return {name: found[file][name] for name, file in weight_map.items()}
-
-
-def read_header(file: Path) -> Iterator[StoredTensor]:
-    """The tensors that a safetensors file says it holds; CheckpointError when the file is too short for them."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else _MAX_HEADER + 1
-        if length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{file} is not a safetensors file, or is truncated; download it again")
         try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise CheckpointError(f"{file} has a damaged header; download it again") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{file} is truncated or has grown: {size} bytes, its header says {8 + length + end}; download it again"
-        )
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        dtype = WEIGHT_DTYPES.get(entry["dtype"], entry["dtype"])
-        yield StoredTensor(name, file, dtype, tuple(entry["shape"]), 8 + length + start, stop - start)
+            files = find_weight_files(root)
+        except OSError as error:
+            raise CheckpointError(f"{root} cannot be read: {error.strerror or error}") from None
+        stored = _stored(files)
+        tensors, notes = published_names(stored)
+        if not tensors:
+            raise CheckpointError(f"{files.source} holds no tensors; download it again")
+        unindexed = frozenset(name for name, t in tensors.items() if files.index and t.name not in files.index)
+        return cls(root, tensors, files.shards, unindexed, files.notes + _unindexed_note(unindexed) + notes)
+
+
+def _stored(files: WeightFiles) -> dict[str, StoredTensor]:
+    """Every tensor of every shard: transformers loads them whole, whatever the index names of them."""
+    found = {file: {t.name: t for t in read_header(file)} for file in files.shards}
+    if files.index is not None:
+        _check_index(files, files.index, found)
+    return {name: tensor for tensors in found.values() for name, tensor in tensors.items()}
+
+
+def _check_index(files: WeightFiles, index: dict[str, str], found: dict[Path, dict[str, StoredTensor]]) -> None:
+    """An index must be true of its shards, and of two copies of a tensor name the last, which transformers loads."""
+    root, last = files.root, {name: file for file, tensors in found.items() for name in tensors}
+    for name, file in index.items():
+        if name not in found[root / file]:
+            raise CheckpointError(
+                f"{files.source.name} says that {file} holds {name}, but it does not; download both again"
+            )
+        if last[name] != root / file:
+            raise CheckpointError(
+                f"{file} and {last[name].name} both hold {name}, and {files.source.name} names the first of them, "
+                "where transformers takes the last: remove one"
+            )
+
+
+def _unindexed_note(names: Iterable[str]) -> tuple[str, ...]:
+    found = sorted(names)
+    return (f"{len(found)} tensors of the shards are not in their index: {some(found)}",) if found else ()

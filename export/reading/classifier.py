@@ -8,6 +8,7 @@ from typing import Any
 
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.text.valid import flaw_of
 
 SCORE = "score.weight"  # [num_labels, hidden], no bias
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -39,7 +40,11 @@ class Classifier:
         problem = raw.get("problem_type")
         if problem is not None and problem not in PROBLEM_TYPES:
             raise ConfigError(f"problem_type {problem!r} is not one of {', '.join(PROBLEM_TYPES)}")
-        return cls(tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(count)), problem)
+        labels = tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(count))
+        for i, flaw in enumerate(map(flaw_of, labels)):
+            if flaw:
+                raise ConfigError(f"id2label {i} in config.json {flaw}: give valid Unicode text")
+        return cls(labels, problem)
 
     @property
     def activation(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, FEATURES, GENERATION
 from deepseek_trt.export.bundle.recipes import LM_HEAD
+from deepseek_trt.export.config.keys import ALIASES
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
@@ -53,7 +54,8 @@ def task_of(raw: Mapping[str, Any], checkpoint: Checkpoint) -> str:
 
 def written_keys(raw: Mapping[str, Any], task: str) -> set[str]:
     """config.json's keys, and those that the tensors of this task say nothing of."""
-    return set(raw) if task == GENERATION else {*raw, "tie_word_embeddings"}
+    keys = {*raw, *(ALIASES[name] for name in raw if name in ALIASES)}
+    return keys if task == GENERATION else {*keys, "tie_word_embeddings"}
 
 
 def _note(name: str, old: Any, new: Any, written: Collection[str]) -> str:

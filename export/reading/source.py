@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
-from deepseek_trt.export.bundle.recipes import LM_HEAD, too_large_for_tensorrt
-from deepseek_trt.export.config.model_config import ModelConfig, read_config
+from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD, too_large_for_tensorrt
+from deepseek_trt.export.config.model_config import ModelConfig, config_notes, read_config
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import Classifier
+from deepseek_trt.export.reading.formats import ADAPTER_CONFIG, check_folder, check_tensors, fp8_notes
 from deepseek_trt.export.reading.infer import config_of_tensors, task_of, written_keys
-from deepseek_trt.export.writing.weight_plan import WeightPlan, plan_weights
+from deepseek_trt.export.reading.weight_files import CONFIG_FILE
+from deepseek_trt.export.text.reading import read_text
+from deepseek_trt.export.writing.weight_plan import WeightPlan, main_dtype, plan_weights
+
+InterfaceOf = Callable[[str], Interface]  # by the task
 
 
 @dataclass(frozen=True)
 class Source:
-    """What config.json and the shards' headers say. `config` has the layers that are wanted, `notes` are for people."""
+    """What config.json and the shards' headers say. `config` has the layers that are wanted, `notes` are for people.
+
+    The tensors of `checkpoint` are as the `adapter` leaves them, where there is one.
+    """
 
     checkpoint: Checkpoint
     interface: Interface
@@ -27,26 +37,94 @@ class Source:
     classifier: Classifier | None
     plan: WeightPlan
     notes: tuple[str, ...]
+    adapter: Adapter | None = None
 
     @property
     def num_labels(self) -> int:
         return len(self.classifier.labels) if self.classifier else 0
 
 
-def read_source(folder: Path, interface: Interface | None = None, num_layers: int | None = None) -> Source:
-    """Read the headers of the checkpoint in `folder`; without an interface, for the task that it says it is for.
+def read_source(
+    folder: Path,
+    interface: Interface | InterfaceOf | None = None,
+    num_layers: int | None = None,
+    adapter: Path | None = None,
+) -> Source:
+    """Read all that is known of the checkpoint in `folder` before a weight is read: check and export accept the same.
 
-    Raises ConfigError or CheckpointError, naming key or tensor.
+    Without an interface, or where it is a function of the task, the task is the one that the checkpoint is for. Raises
+    ConfigError or CheckpointError, naming key, file or tensor.
     """
-    checkpoint, raw = Checkpoint.open(folder), read_config(folder / "config.json")
-    interface = interface or Interface(task_of(raw, checkpoint))
-    declared, notes = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, written_keys(raw, interface.task))
+    check_folder(folder)
+    raw = read_config(folder / CONFIG_FILE)
+    written = ModelConfig.from_hf(raw)  # before anything else looks at raw
+    base, merged = _open(folder, adapter)
+    checkpoint = merged.merged_into(base) if merged else base
+    if not isinstance(interface, Interface):
+        interface = (interface or _default_interface)(task_of(raw, checkpoint))
+    declared, notes = config_of_tensors(written, checkpoint, written_keys(raw, interface.task))
+    declared, text_notes = read_text(folder, raw, declared)
     classifier = Classifier.from_hf(raw, checkpoint) if interface.task == CLASSIFICATION else None
     _check_lm_head(interface, raw, checkpoint)
-    config = _cut(declared, num_layers)
+    _check_tied(declared, merged)
     labels = len(classifier.labels) if classifier else 0
+    config = _cut(declared, num_layers)
     plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, labels)
-    return Source(checkpoint, interface, config, classifier, plan, notes + _too_large(plan))
+    plan = dataclasses.replace(plan, dtype=main_dtype(base))  # an adapter is often kept in float32
+    notes = (
+        *config_notes(raw),
+        *notes,
+        *_task_note(interface, raw, checkpoint),
+        *base.notes,
+        *fp8_notes(raw, base.tensors),
+        *(merged.notes(folder) if merged else ()),
+        *_too_large(plan),
+        *text_notes,
+    )
+    return Source(checkpoint, interface, config, classifier, plan, notes, merged)
+
+
+def export_dtype(source: Source, wanted: str | None, by_reference: bool) -> str:
+    """The dtype of the export; ConfigError where a bundle by reference cannot have it."""
+    stored = source.plan.dtype
+    if by_reference and source.adapter is not None:
+        raise ConfigError("--by-reference and --adapter: merged weights lie in no checkpoint, so leave out one of them")
+    if by_reference and wanted not in (None, stored):
+        raise ConfigError(
+            f"--by-reference keeps the checkpoint's dtype {stored}: leave out --dtype {wanted}, or export with weights"
+        )
+    return wanted or stored
+
+
+def _open(folder: Path, adapter: Path | None) -> tuple[Checkpoint, Adapter | None]:
+    """The checkpoint as it is stored, and the adapter."""
+    checkpoint = Checkpoint.open(folder)
+    check_tensors(checkpoint.tensors)
+    own = (folder / ADAPTER_CONFIG).exists()
+    if own and (adapter is None or adapter.resolve() != folder.resolve()):
+        raise CheckpointError(
+            f"{folder} holds an adapter beside the model ({ADAPTER_CONFIG}), which transformers would load with it: "
+            f"merge it with --adapter {folder}, or take its files away"
+        )
+    return checkpoint, Adapter.open(adapter) if adapter else None
+
+
+def _default_interface(task: str) -> Interface:
+    return Interface(task, cache=task != CLASSIFICATION)
+
+
+def _task_note(interface: Interface, raw: dict[str, Any], checkpoint: Checkpoint) -> tuple[str, ...]:
+    if interface.task == GENERATION or interface.task != task_of(raw, checkpoint):
+        return ()
+    return (f"the checkpoint has no {LM_HEAD}: it is for {interface.task}, and generates no text",)
+
+
+def _check_tied(config: ModelConfig, adapter: Adapter | None) -> None:
+    if adapter and config.tie_word_embeddings and adapter.touched & {EMBEDDINGS, LM_HEAD}:
+        raise CheckpointError(
+            "the adapter changes the embeddings or lm_head, which config.json ties together (tie_word_embeddings): "
+            "merge the adapter with peft (merge_and_unload), and export what that gives"
+        )
 
 
 def _check_lm_head(interface: Interface, raw: dict[str, Any], checkpoint: Checkpoint) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.numbers import Numbers, may_be_zero, sizes_of
-from deepseek_trt.export.reading.checkpoint import StoredTensor
+from deepseek_trt.export.reading.tensors import StoredTensor
 
 _MOST_NAMED = 5
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deepseek_trt.export.errors import OutputError
+from deepseek_trt.export.text.valid import check_place
 
 INPUTS_FILE = "inputs.sha256"  # what the export that fills the folder is of
 
@@ -21,6 +22,7 @@ def partial_folder(out: Path, fingerprint: str, needed: int) -> Iterator[Path]:
     What a killed run with the same `fingerprint` left in it is still there; what other inputs left is removed. An
     exception removes all of it, Ctrl-C included. OutputError where it cannot be made, or where another export is in it.
     """
+    check_place(out, OutputError)
     out = out.absolute()
     if not out.parent.is_dir():
         raise OutputError(f"{out.parent} does not exist: make it first")
@@ -64,7 +66,10 @@ def _keep_if_same(folder: Path, fingerprint: str) -> None:
     if inputs.is_file() and inputs.read_text(encoding="utf-8") == fingerprint:
         return
     for path in folder.iterdir():
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     inputs.write_text(fingerprint, encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.dtypes import dtype_of
 from deepseek_trt.export.files import stream_sha256
 from deepseek_trt.export.numbers import Numbers, Tally
-from deepseek_trt.export.reading.checkpoint import StoredTensor
+from deepseek_trt.export.reading.tensors import StoredTensor
 
 JOURNAL_FILE = "weights.journal"  # one line for each finished tensor
 _ALIGNMENT = 4096  # of the first tensor, so that the file can be mapped

@@ -22,8 +22,12 @@ from deepseek_trt.export.bundle.recipes import (
 from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError, ConfigError
-from deepseek_trt.export.reading.checkpoint import Checkpoint, StoredTensor
+from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import SCORE
+from deepseek_trt.export.reading.tensors import StoredTensor
+
+_UNINDEXED = "the index does not name it, and the model does not need it"
+_SCALES = (*WEIGHT_DTYPES.values(), "F8_E8M0")  # what fp8 block scales may be
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,11 @@ def plan_weights(
     pieces = [piece for recipe in recipes for piece in recipe.pieces]
     used = {piece.source for piece in pieces} | {piece.scale for piece in pieces if piece.scale}
     left = sorted(checkpoint.tensors.keys() - used)
-    reasons = {name: _why_dropped(name, config, checkpoint_layers, interface) for name in left}
+    reasons = {
+        name: _why_dropped(name, config, checkpoint_layers, interface)
+        or (_UNINDEXED if name in checkpoint.unindexed else None)
+        for name in left
+    }
     unexplained = [name for name, reason in reasons.items() if reason is None]
     if unexplained:
         raise CheckpointError(
@@ -59,8 +67,14 @@ def plan_weights(
         )
     for piece in pieces:
         _check_dtype(checkpoint.tensors[piece.source], piece)
-    main = checkpoint.tensors.get(EMBEDDINGS, checkpoint.tensors[FINAL_NORM]).dtype
-    return WeightPlan(recipes, tuple(Dropped(name, reason) for name, reason in reasons.items() if reason), main)
+    dropped = tuple(Dropped(name, reason) for name, reason in reasons.items() if reason)
+    return WeightPlan(recipes, dropped, main_dtype(checkpoint))
+
+
+def main_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of the embeddings, or of the last norm, of whichever is not quantized."""
+    kinds = [checkpoint.tensors[name].dtype for name in (EMBEDDINGS, FINAL_NORM) if name in checkpoint.tensors]
+    return next((kind for kind in kinds if kind in WEIGHT_DTYPES.values()), "bfloat16")
 
 
 def _check_dtype(source: StoredTensor, piece: Piece) -> None:
@@ -121,16 +135,26 @@ class _Planner:
         c = self.c
         queries = c.num_attention_heads * c.qk_head_dim
         if c.q_lora_rank is None:
-            yield self.whole(f"{at}.q_proj.weight", queries, c.hidden_size)
+            yield self.rotated(f"{at}.q_proj.weight", c.num_attention_heads, queries, c.hidden_size)
         else:
             yield from self.linear(f"{at}.q_a_proj", c.q_lora_rank, c.hidden_size, c.attention_bias)
             yield self.whole(f"{at}.q_a_layernorm.weight", c.q_lora_rank)
-            yield self.whole(f"{at}.q_b_proj.weight", queries, c.q_lora_rank)
-        yield from self.linear(f"{at}.kv_a_proj_with_mqa", c.latent_dim, c.hidden_size, c.attention_bias)
+            yield self.rotated(f"{at}.q_b_proj.weight", c.num_attention_heads, queries, c.q_lora_rank)
+        yield self.rotated(f"{at}.kv_a_proj_with_mqa.weight", 1, c.latent_dim, c.hidden_size)
+        if c.attention_bias:
+            yield self.rotated(f"{at}.kv_a_proj_with_mqa.bias", 1, c.latent_dim)
         yield self.whole(f"{at}.kv_a_layernorm.weight", c.kv_lora_rank)
         yield from self.halves_of_kv_b(at)
         values = c.num_attention_heads * c.v_head_dim
         yield from self.linear(f"{at}.o_proj", c.hidden_size, values, c.attention_bias)
+
+    def rotated(self, name: str, heads: int, *shape: int) -> Recipe:
+        """Rows of which each head's last are rotated: adjacent pairs, or halves where rope_interleave is false."""
+        if self.c.rope_interleave:
+            return self.whole(name, *shape)
+        head = shape[0] // heads
+        piece = Piece(self.source(name, *shape), 0, head, head, heads, self.scale(name), halves=self.c.qk_rope_head_dim)
+        return Recipe(name, shape, (piece,))
 
     def halves_of_kv_b(self, at: str) -> Iterator[Recipe]:
         """kv_b_proj's rows are per head [nope | v]: W_UK and W_UV are strips of it."""
@@ -198,6 +222,8 @@ class _Planner:
         scale = f"{name}{SCALE_SUFFIX}"
         if self.tensors[name].dtype != FP8 or scale not in self.tensors:
             return None
+        if self.tensors[scale].dtype not in _SCALES:
+            raise CheckpointError(f"tensor {scale} is {self.tensors[scale].dtype}; scales may be: {', '.join(_SCALES)}")
         blocks = tuple(-(-size // FP8_BLOCK) for size in self.tensors[name].shape)
         return self.source(scale, *blocks)
 

@@ -28,16 +28,15 @@ def ropes(draw: st.DrawFn) -> dict[str, Any] | None:
     if kind == "none":
         return None
     scaling = {draw(st.sampled_from(["type", "rope_type"])): kind, "factor": draw(st.sampled_from([2, 4.5, 40]))}
+    optional = {"mscale_all_dim": st.sampled_from([0, 0.707, 1])}
     if kind == "yarn":
-        optional = {
+        optional |= {
             "original_max_position_embeddings": st.sampled_from([16, 300, 4096]),
             "beta_fast": st.sampled_from([4, 32.0]),
             "beta_slow": st.sampled_from([0.5, 1]),
             "mscale": st.sampled_from([0, 0.707, 1]),
-            "mscale_all_dim": st.sampled_from([0, 0.707, 1]),
         }
-        scaling.update(draw(st.fixed_dictionaries({}, optional=optional)))
-    return scaling
+    return {**scaling, **draw(st.fixed_dictionaries({}, optional=optional))}
 
 
 @st.composite
@@ -76,6 +75,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "tie_word_embeddings": draw(st.booleans()),
         "hidden_act": draw(st.sampled_from(["silu", "gelu", "gelu_new", "relu"])),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
+        "rope_interleave": method != "noaux_tc" or draw(st.booleans()),
         "rope_theta": draw(st.sampled_from([500, 10000.0])),
         "rope_scaling": draw(ropes()),
         "max_position_embeddings": draw(st.sampled_from([8, 2048])),

@@ -69,7 +69,7 @@ def test_plugins_and_engines_by_reference(tmp_path, make_checkpoint):
     published = make_checkpoint.reduced(make_checkpoint.PUBLISHED["v2"], layers=4)
     make_checkpoint.write_sparse(published, tmp_path / "v2")
     export(tmp_path / "v2", tmp_path / "out", by_reference=True)
-    assert cli("plugins", "--bundle", str(tmp_path / "out"), "--sm", "86")["peak"] < 1e9
+    assert cli("plugins", str(tmp_path / "out"), "--sm", "86")["peak"] < 1e9
     assert cli("build", str(tmp_path / "out"), "--sm", "86")["peak"] < 1e9
     plans = [(tmp_path / "out" / f"{graph}.plan").stat().st_size for graph in ("prefill", "decode")]
     assert sum(plans) < 30e6

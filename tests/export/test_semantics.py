@@ -123,6 +123,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "rope_type": {"rope_scaling": {"rope_type": "linear", "factor": 4}},
     "rope_parameters": {"rope_scaling": None, "rope_parameters": {**YARN, "rope_type": "yarn", "rope_theta": 500.0}},
     "linear": {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "linear, softmax factor": {"rope_scaling": {"type": "linear", "factor": 2.5, "mscale_all_dim": 0.707}},
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 3.0}, "max_position_embeddings": 12},
     "none": {"rope_scaling": None, "rope_theta": 700},
 }

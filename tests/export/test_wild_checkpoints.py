@@ -245,7 +245,7 @@ def test_experts_without_their_number(tmp_path, weights, save):
         ({"model_type": "deepseek_vl_v2", "language_config": {"model_type": "deepseek_v2"}}, "deepseek_vl_v2"),
         ({"language_config": {}, "vision_config": {}}, "vision-language"),
         ({"use_mla": False}, "use_mla"),
-        ({"qk_nope_head_dim": 0, "kv_lora_rank": None}, "kv_lora_rank is None"),
+        ({"qk_nope_head_dim": 0, "kv_lora_rank": None}, "kv_lora_rank is null"),
         ({"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
         ({"topk_method": "noaux_tc", "scoring_func": "softmax"}, "scoring_func 'softmax'"),
         ({"topk_method": "hash"}, "topk_method 'hash'"),
@@ -265,8 +265,9 @@ def test_refused_by_name(changes, words):
 
 
 def test_all_refusals_are_listed():
-    found = unsupported_features({**RAW, "model_type": "llama", "use_mla": False, "hidden_act": "tanh"})
-    assert len(found) == 3
+    wrong = {"use_mla": False, "hidden_act": "tanh", "hidden_size": "32"}
+    assert len(unsupported_features({**RAW, **wrong})) == 3
+    assert len(unsupported_features({**RAW, **wrong, "model_type": "llama"})) == 1  # of which nothing else is known
 
 
 YARN = {"factor": 40, "mscale": 1}

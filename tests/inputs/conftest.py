@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +99,12 @@ def _export_tests() -> Any:
     return _shared(TESTS / "export" / "conftest.py")
 
 
+@pytest.fixture(scope="session")
+def bases() -> dict[str, dict[str, Any]]:
+    """The config.json that `made` changes, by name."""
+    return BASES
+
+
 @pytest.fixture
 def made(tmp_path: Path, _export_tests: Any) -> Callable[..., Made]:
     """made("v2", key=value, ...): a whole checkpoint in one file, float32 unless `dtype` says another.
@@ -127,12 +134,14 @@ def made(tmp_path: Path, _export_tests: Any) -> Callable[..., Made]:
 def verdict(tmp_path: Path) -> Callable[..., Verdict]:
     """verdict(folder, *export options): runs both commands; fails unless both accept or both refuse, in one sentence.
 
-    No traceback, one `error:` line at least where refused, and nothing left at OUT.
+    `check` is given those of the options that it has, too. No traceback, one `error:` line at least where refused, and
+    nothing left at OUT.
     """
 
     def judge(folder: Path, *options: str) -> Verdict:
         out = tmp_path / f"bundle-of-{folder.name}"
-        check = CliRunner().invoke(main, ["check", str(folder)])
+        both = [pair for pair in itertools.pairwise(options) if pair[0] in ("--adapter", "--task", "--dtype")]
+        check = CliRunner().invoke(main, ["check", str(folder), *itertools.chain(*both)])
         export = CliRunner().invoke(main, ["export", str(folder), str(out), *options])
         for result in (check, export):
             assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)

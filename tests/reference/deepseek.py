@@ -83,8 +83,9 @@ def attention(c: dict[str, Any], weights: Weights, at: str, x: Array, lengths: A
     expanded = linear(weights, f"{at}.kv_b_proj", latent).reshape(len(x), heads, nope + c["v_head_dim"])
     angles = rope_angles(c, lengths)  # [S, rope / 2]
     amplitude, scale = amplitudes(c)
-    k_rope = rotate(kv[:, None, rank:], angles, amplitude)[:, 0]
-    q_rope = rotate(q[..., nope:], angles, amplitude)
+    pairs = in_pairs if c.get("rope_interleave", True) is False else lambda x: x
+    k_rope = rotate(pairs(kv[:, None, rank:]), angles, amplitude)[:, 0]
+    q_rope = rotate(pairs(q[..., nope:]), angles, amplitude)
     scale *= (nope + rope) ** -0.5
     out = np.zeros((len(x), heads, c["v_head_dim"]))
     for head in range(heads):
@@ -97,6 +98,12 @@ def attention(c: dict[str, Any], weights: Weights, at: str, x: Array, lengths: A
     return linear(weights, f"{at}.o_proj", out.reshape(len(x), -1))
 
 
+def in_pairs(x: Array) -> Array:
+    """x_i and x_(i + rope/2), which rotate together, side by side; scores do not depend on the order."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.stack([first, second], axis=-1).reshape(x.shape)
+
+
 def rotate(x: Array, angles: Array, amplitude: float) -> Array:
     """Adjacent pairs of x [S, heads, rope], as complex numbers."""
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * (np.exp(1j * angles) * amplitude)[:, None, :]
@@ -106,7 +113,7 @@ def rotate(x: Array, angles: Array, amplitude: float) -> Array:
 
 
 def scaling_of(c: dict[str, Any]) -> dict[str, Any]:
-    settings = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    settings = dict(c.get("rope_scaling") or c.get("rope_parameters") or {})
     settings["kind"] = settings.get("rope_type", settings.get("type", "default"))
     return settings
 
@@ -146,11 +153,12 @@ def yarn_frequencies(s: dict[str, Any], theta: float, dim: int) -> Array:
 def amplitudes(c: dict[str, Any]) -> tuple[float, float]:
     """Of cos and sin, and of the softmax scale."""
     s = scaling_of(c)
-    if s["kind"] != "yarn":
+    if s["kind"] == "default":
         return 1.0, 1.0
     m = lambda x: 0.1 * x * math.log(s["factor"]) + 1 if s["factor"] > 1 else 1.0  # noqa: E731
     mscale, all_dim = s.get("mscale", 1), s.get("mscale_all_dim", 0)
-    return m(mscale) / m(all_dim), m(all_dim) ** 2 if all_dim else 1.0
+    turning = s.get("attention_factor", m(mscale) / m(all_dim)) if s["kind"] == "yarn" else 1.0
+    return turning, m(all_dim) ** 2 if all_dim else 1.0
 
 
 # Feed-forward

@@ -79,6 +79,7 @@ def write(path, checkpoint):
         save_file(tensors, shard, metadata={"format": "pt"})
     _tokenizer(ids).save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
+    (path / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.7, "top_k": 1}))
     return path
 
 

@@ -102,6 +102,25 @@ def test_stop_words_span_tokens(server, joined, name, stops, kept):
     assert (joined(events), events[-1]["finish_reason"]) == (kept, "stop")
 
 
+def test_stop_token_ids_end_an_answer(server, grpc_call, joined, prompts, expected):
+    right = next(answer for answer in expected if len(answer["token_ids"]) > 8)
+    prompt, stop = prompts[expected.index(right)], right["token_ids"][6]
+    count = right["token_ids"].index(stop) + 1
+    for ids in (stop, [0, stop]):
+        whole = server.generate(text_input=prompt, max_tokens=TOKENS, stop_token_ids=ids).json
+        assert (whole["num_output_tokens"], whole["finish_reason"]) == (count, "stop")
+    events = list(server.stream(text_input=prompt, max_tokens=TOKENS, stop_token_ids=[stop]))
+    assert joined(events) == whole["text_output"]
+    assert right["text"].startswith(whole["text_output"])
+
+
+def test_generation_config_gives_defaults(server, recited):
+    """The reciter's says temperature 0.7 and top_k 1, which recites as greedy does; the log says so once."""
+    assert server.generate("reciter", text_input="<ascii>").json["text_output"] == recited["ascii"]
+    line = "reciter: temperature 0.7, top_k 1 unless told otherwise, by generation_config.json"
+    assert server.log().count(line) == 1
+
+
 def test_chat_is_rendered_with_the_template(server, joined):
     """The demo's template, written out by hand; the tokenizer puts its first token before text_input itself."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]

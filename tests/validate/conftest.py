@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
-from deepseek_trt.export.reading.checkpoint import read_header
+from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.validate.cases import long_cases
 from deepseek_trt.validate.independent import oracle
 

@@ -21,7 +21,6 @@ from deepseek_trt.engines.sessions.session import GraphPair, Session, widening_n
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.graph import DOMAIN, past_name
 from deepseek_trt.export.dtypes import computed_in
-from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.steps import Step
 
@@ -87,8 +86,6 @@ class _Graph:
     def __init__(self, request: SessionRequest, name: str, places: tuple[str, ...]) -> None:
         path = request.bundle.graph_path(name)
         model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
-        if request.bundle.manifest.dtype == "bfloat16":
-            WidenBfloat16()(model)
         self._outputs = [value.name or "" for value in model.graph.outputs]  # logits, then a pool a layer
         found = {name: value for name, value in inner_values(model).items() if name.rpartition(".")[0] in places}
         model.graph.outputs.extend(v for v in dict.fromkeys(found.values()) if not v.is_graph_output())

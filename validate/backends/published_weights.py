@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import AdapterRecord, Bundle
 from deepseek_trt.export.bundle.recipes import CORRECTION_BIAS, SCALE_SUFFIX
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig, read_config
 from deepseek_trt.export.errors import BundleError, CheckpointError, RequestError
+from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.infer import config_of_tensors
 from deepseek_trt.export.writing.weight_plan import plan_weights
+from deepseek_trt.validate.backends.published_adapter import PublishedAdapter
+from deepseek_trt.validate.backends.published_files import Place, published_files
 
 _HALVES = ("w_uk", "w_uv")  # of each head's rows in kv_b_proj
+_ROTATED = {"q_proj", "q_b_proj", "kv_a_proj_with_mqa"}
 _EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 
 
@@ -33,20 +37,22 @@ _EXPERTS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 class PublishedWeights:
     """Call it with a parameter's name; it holds no tensor itself.
 
-    `files` says where each tensor lies, `renamed` what it is called there if otherwise. Tensors are float32, rounded to
-    `dtype` (the bundle's) first, as every export rounds them; the correction bias is kept as it is.
+    Tensors are float32, rounded to `dtype` (the bundle's) first, as every export rounds them; the correction bias is
+    kept as it is. `interleaved` is config.json's rope_interleave: the torch model rotates adjacent pairs always.
     """
 
     root: Path
-    files: dict[str, Path]
+    places: dict[str, Place]
     config: ModelConfig
     dtype: str
-    renamed: dict[str, str] = field(default_factory=dict)
+    interleaved: bool = True
+    adapter: PublishedAdapter | None = None
 
     @property
     def note(self) -> str:
         """What they are, for a report."""
-        return f"the weights of {self.root}, rounded to {self.dtype} as export rounds them"
+        merged = f" with the adapter in {self.adapter.file.parent} merged" if self.adapter else ""
+        return f"the weights of {self.root}{merged}, rounded to {self.dtype} as export rounds them"
 
     def __call__(self, name: str) -> Tensor:
         base, _, last = name.rpartition(".")
@@ -54,7 +60,17 @@ class PublishedWeights:
             return self._half(f"{base}.kv_b_proj.weight", last)
         if name.endswith(_EXPERTS):
             return self._experts(base, last)
-        return self._rounded(name)
+        tensor = self._rounded(name)
+        return tensor if self.interleaved or not _ROTATED & set(name.split(".")) else self._in_pairs(name, tensor)
+
+    def _in_pairs(self, name: str, tensor: Tensor) -> Tensor:
+        """Let rows i and i + R/2 of each head's rotated part lie side by side; the keys have one head."""
+        rope, heads = self.config.qk_rope_head_dim, self.config.num_attention_heads
+        heads = 1 if "kv_a_proj_with_mqa" in name else heads
+        rows = tensor.view(heads, len(tensor) // heads, -1).clone()  # [heads, rows, columns]
+        first, second = rows[:, -rope:].clone().chunk(2, dim=1)
+        rows[:, -rope:] = torch.stack([first, second], dim=2).flatten(1, 2)
+        return rows.view(tensor.shape)
 
     def _half(self, source: str, half: str) -> Tensor:
         """[H, N, L] or [H, V, L] of kv_b_proj [H * (N + V), L]."""
@@ -66,7 +82,7 @@ class PublishedWeights:
     def _experts(self, base: str, name: str) -> Tensor:
         """Stacked [E, rows, columns], one expert in memory beside them."""
         c = self.config
-        if f"{base}.gate_up_proj" in self.files:
+        if f"{base}.gate_up_proj" in self.places:
             stored = self._rounded(f"{base}.{name if name == 'down_proj' else 'gate_up_proj'}")
             parts = {"down_proj": stored, **dict(zip(("gate_proj", "up_proj"), stored.chunk(2, dim=1), strict=True))}
             return parts[name].contiguous()
@@ -81,18 +97,28 @@ class PublishedWeights:
         stored = self._stored(name)
         if name.endswith(CORRECTION_BIAS):
             return stored.float()
-        if f"{name}{SCALE_SUFFIX}" in self.files:
-            rows, columns = stored.shape
-            scales = self._stored(f"{name}{SCALE_SUFFIX}").float().repeat_interleave(FP8_BLOCK, 0)[:rows]
-            stored = stored.float() * scales.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+        if self.adapter is not None:
+            stored = self.adapter.merged(name, stored)
         return stored.to(getattr(torch, self.dtype)).float()
 
     def _stored(self, name: str) -> Tensor:
+        """As it is published, or as the adapter holds it whole; fp8 multiplied by its block scales."""
+        if self.adapter is not None and name in self.adapter.whole:
+            return self.adapter.tensor(self.adapter.whole[name])
+        stored = self._read(name)
+        if f"{name}{SCALE_SUFFIX}" not in self.places:
+            return stored
+        rows, columns = stored.shape
+        scales = self._read(f"{name}{SCALE_SUFFIX}").float().repeat_interleave(FP8_BLOCK, 0)[:rows]
+        return stored.float() * scales.repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+
+    def _read(self, name: str) -> Tensor:
         """A copy: a file that stays mapped counts as memory."""
-        if name not in self.files:
+        place = self.places.get(name)
+        if place is None:
             raise CheckpointError(f"{self.root} holds no {name} where transformers looks: the bundle is of other files")
-        with safe_open(str(self.files[name]), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self.renamed.get(name, name))
+        with safe_open(str(place.file), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(place.name)
             return tensor.clone()
 
 
@@ -105,31 +131,17 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
     if root is None:
         return None
     if checkpoint is not None:
-        _check_same_model(bundle, Checkpoint.open(root))
-    found = _files(root)
-    names = _full_names(found)
-    files = {name: found[stored] for name, stored in names.items()}
-    return PublishedWeights(root, files, bundle.manifest.model, bundle.manifest.dtype, names)
-
-
-def _files(root: Path) -> dict[str, Path]:
-    """The file of each tensor, by transformers' rule: one file of the usual name comes before an index."""
-    index, single = root / "model.safetensors.index.json", root / "model.safetensors"
-    if index.is_file() and not single.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: root / file for name, file in weight_map.items()}
-    one = single if single.is_file() else next(iter(sorted(root.glob("*.safetensors"))), None)
-    if one is None:
-        raise CheckpointError(f"{root} holds no safetensors files: download them")
-    with safe_open(str(one), framework="pt") as file:
-        return dict.fromkeys(file.keys(), one)
-
-
-def _full_names(files: dict[str, Path]) -> dict[str, str]:
-    """What each tensor is called in its file; models saved without their head lack the "model." of the full names."""
-    is_bare = any(name.startswith("layers.") for name in files)
-    bare = ("layers.", "embed_tokens.", "norm.")
-    return {f"model.{name}" if is_bare and name.startswith(bare) else name: name for name in files}
+        _check_same_model(bundle, Checkpoint.open(checkpoint))
+    merged = bundle.manifest.adapter
+    if merged is not None and not _is_unchanged(merged):
+        if checkpoint is None:
+            return None
+        raise RequestError(f"--checkpoint {checkpoint}: the merged adapter {merged.path} is gone or has changed")
+    adapter = PublishedAdapter.open(Path(merged.path), bundle.manifest.model.n_routed_experts) if merged else None
+    raw = json.loads((root / "config.json").read_text(encoding="utf-8"))  # its own reading
+    interleaved = raw.get("rope_interleave", True)
+    manifest, places = bundle.manifest, published_files(root)
+    return PublishedWeights(root, places, manifest.model, manifest.dtype, interleaved, adapter)
 
 
 def _recorded(bundle: Bundle) -> Path | None:
@@ -137,6 +149,11 @@ def _recorded(bundle: Bundle) -> Path | None:
         return unchanged_checkpoint(bundle)
     except BundleError:
         return None
+
+
+def _is_unchanged(adapter: AdapterRecord) -> bool:
+    files = {name: Path(adapter.path) / name for name in adapter.files}
+    return all(file.is_file() and file_sha256(file) == adapter.files[name] for name, file in files.items())
 
 
 def _check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:

@@ -74,15 +74,33 @@ def _load(bundle: Bundle) -> Any:
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if version < MINIMUM:
         raise BackendError(f"transformers {transformers.__version__} computes YaRN models wrongly: use 5.15 or later")
-    folder = unchanged_checkpoint(bundle)
-    if bundle.manifest.dtype not in ("float32", _stored_dtype(folder)):
+    folder, adapter = unchanged_checkpoint(bundle), bundle.manifest.adapter
+    exact = ("float32",) if adapter else ("float32", _stored_dtype(folder))
+    if bundle.manifest.dtype not in exact:
         raise BackendError(
             f"export rounded the weights to {bundle.manifest.dtype}: compare with transformers after an export with "
-            f"--dtype float32 or {_stored_dtype(folder)}"
+            f"--dtype {' or '.join(dict.fromkeys(exact))}"
         )
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval()
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    model, loaded = found
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # which it fills with random numbers
+        raise BackendError(f"transformers does not find {missing[0]} in {folder}: its tensors have other names")
+    return (_merged(model, Path(adapter.path), folder) if adapter else model).eval()
+
+
+def _merged(model: Any, adapter: Path, folder: Path) -> Any:
+    """The model with the adapter as peft merges it; one in the model's own folder is loaded by transformers itself."""
+    try:
+        import peft
+    except ImportError:
+        raise BackendError("the bundle has a merged adapter, and peft is not installed: pip install peft") from None
+    if adapter == folder.resolve():
+        return model
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def _stored_dtype(folder: Path) -> str:

@@ -83,18 +83,23 @@ def read_inputs(bundle: Bundle, text: Path | None, seed: int) -> Inputs:
     sources = {"seeded": f"tokens drawn evenly from the vocabulary, seed {seed}"}
     ids: tuple[int, ...] = ()
     if bundle.tokenizer_path is not None:
-        ids = _encode(bundle.tokenizer_path, text or DEFAULT_TEXT)
+        ids = _encode(bundle, text or DEFAULT_TEXT)
+    if text is not None and max(ids, default=0) >= manifest.model.vocab_size:
+        raise RequestError(f"{text} has token {max(ids)}: the model's ids end at {manifest.model.vocab_size - 1}")
+    if max(ids, default=0) >= manifest.model.vocab_size:  # a tokenizer with more tokens than the model
+        ids = ()
+    if ids:
         sources["text"] = str(text) if text else f"{DEFAULT_TEXT.name}, which ships with the package"
         sources[WINDOWS] = "the same text in windows, one token after the other"
     sources[GREEDY] = f"prompts of {'text' if ids else 'drawn tokens'}, then what torch in float32 generates"
     return Inputs(bundle, seed, sources, ids)
 
 
-def _encode(tokenizer: Path, text: Path) -> tuple[int, ...]:
-    from tokenizers import Tokenizer
+def _encode(bundle: Bundle, text: Path) -> tuple[int, ...]:
+    from deepseek_trt.export.text.tokenizer import LoadedTokenizer
 
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{text} cannot be read ({error}): give a text file in UTF-8") from None
-    return tuple(Tokenizer.from_file(str(tokenizer)).encode(content).ids)
+    return tuple(LoadedTokenizer.load(bundle.path, bundle.manifest.model).encode(content))

@@ -49,7 +49,7 @@ class OrtPart:
 
     def _load(self, graph: str) -> None:
         self._session: Any = None  # the other graph goes first
-        model = ir.serde.deserialize_model(onnx.load(self._bundle.graph_path(graph), load_external_data=False))
+        model = ir.serde.deserialize_model(onnx.load(self._bundle.traced_path(graph), load_external_data=False))
         self._names = cut(model, self._part)
         weights = self._give_weights(model)
         self._experts = {name: weights.pop(name) for name in _feed_experts(model)}
@@ -60,7 +60,7 @@ class OrtPart:
             graph,
             self._threads,
             model=ir.to_proto(model).SerializeToString(),
-            name=f"{self._part.name} of {self._bundle.graph_path(graph)}",
+            name=f"{self._part.name} of {self._bundle.traced_path(graph)}",
             given=ort_values(weights),
             memory=_ONCE,
         )

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from deepseek_trt.engines.environment import cpu_name, package_versions
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.validate.report.integrity import Integrity
-
-_VERSIONED = (
-    "deepseek-trt",
-    "torch",
-    "onnx",
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "polygraphy",
-    "numpy",
-    "transformers",
-    "triton",
-    "tensorrt-rtx",
-    "tensorrt",
-)
 
 
 @dataclass(frozen=True)
@@ -72,21 +58,11 @@ def collect_provenance(
         ),
         reference_weights=reference_weights,
         exported_with=bundle.manifest.versions,
-        versions=_versions(),
+        versions=package_versions(),
         python=platform.python_version(),
-        machine=platform.machine(),
+        machine=cpu_name(),
         seed=seed,
         command=command,
         started=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
         seconds=round(time.time() - started, 3),
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -13,7 +13,6 @@ from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
-from deepseek_trt.engines.text.template import render_chat
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import BundleError, RequestError
 
@@ -126,7 +125,8 @@ def test_streamed_pieces_join_to_the_text(demo):
     for content in ("hello world", "naïve – 中文字 🙂 done", "    return x\n\n\tif  y:"):
         ids = text.encode(content)
         stream = text.stream()
-        assert "".join(map(stream, ids)) == content == text.decode(ids)
+        parts = [part.text for part in map(stream.step, ids) if not part.hidden]
+        assert "".join(parts) + stream.flush() == content == text.decode(ids)
 
 
 def test_sampling_is_seeded_and_independent_of_the_batch(session, endless, prompts):
@@ -181,12 +181,6 @@ def test_bad_parameters_are_refused(options):
 def test_bundle_without_tokenizer(small_v2, bundle_of):
     with pytest.raises(BundleError, match="token ids"):
         Text(bundle_of(small_v2.checkpoint))
-
-
-def test_chat_template_runs_in_a_sandbox():
-    hostile = {"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}
-    with pytest.raises(RequestError, match="refuses"):
-        render_chat(hostile, [{"role": "user", "content": "hi"}])
 
 
 def test_chat_of_the_demo_model(demo):

@@ -15,6 +15,7 @@ import pytest
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+from deepseek_trt.engines.text.stream import Part
 from deepseek_trt.export.errors import BackendError, RequestError
 
 _SPEC = importlib.util.spec_from_file_location("fake_session", Path(__file__).parents[1] / "fake_session.py")
@@ -32,7 +33,13 @@ class Letters:
         return ["abcdefghijklm".index(letter) for letter in text]
 
     def stream(self):
-        return lambda token: "abcdefghijklm"[token]
+        return self
+
+    def step(self, token):
+        return Part("abcdefghijklm"[token])
+
+    def flush(self):
+        return ""
 
 
 @pytest.fixture
@@ -191,7 +198,7 @@ def test_an_error_of_the_session_reaches_who_waits(llm):
 def test_a_tokenizer_error_is_one_requests_alone(llm, monkeypatch):
     expected = llm.generate(PROMPTS[1:2], PARAMS)
     with monkeypatch.context() as patch:
-        patch.setattr(Letters, "stream", lambda self: {}.__getitem__)
+        patch.setattr(Letters, "step", lambda self, token: {}[token])
         stream = llm.stream(PROMPTS[0], PARAMS)
         with pytest.raises(KeyError):
             next(stream)

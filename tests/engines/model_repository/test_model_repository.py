@@ -251,7 +251,7 @@ def test_a_classifier_beside_a_generator(classifier, bundle, tmp_path):
     assert "engines.serving.classifier_model import TritonPythonModel" in (model / "1" / "model.py").read_text()
     assert not (model / "1" / "runtime" / "deepseek_trt" / "engines" / "serving" / "triton_model.py").exists()
     prepared = {p.name for p in (model / "1" / "bundle").iterdir()} - {p.name for p in classifier.path.iterdir()}
-    assert prepared == {"model.float32.onnx"}
+    assert prepared == set()
     assert "nothing to do" in run(classifier.path, tmp_path, "--name", "mood").stdout
     written(bundle.path, tmp_path)
     assert "models: `deepseek_v2`." in (tmp_path / "README.md").read_text()

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_trt.engines.plans import request
 from deepseek_trt.engines.plans.build import build_with_library
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
+from deepseek_trt.engines.plans.request import BuildRequest, build_plans
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import graphs_of
 from deepseek_trt.export.errors import BuildError, BundleError
@@ -78,8 +80,8 @@ def test_without_plugins_it_is_an_error(bundle, library, monkeypatch):
 
 @pytest.mark.tensorrt
 def test_library_without_the_chip_is_refused(bundle, library):
-    with pytest.raises(BuildError, match="no kernels for SM 75"):
-        build_with_library(bundle, dataclasses.replace(SPEC, sms=(75,)), library.path)
+    with pytest.raises(BuildError, match="no kernels for SM 121"):
+        build_with_library(bundle, dataclasses.replace(SPEC, sms=(121,)), library.path)
 
 
 @pytest.mark.tensorrt
@@ -163,3 +165,11 @@ def test_a_missing_or_damaged_record_is_named(tmp_path):
     (tmp_path / "prefill.plan.json").write_text('{"schema_version": 1}')
     with pytest.raises(BundleError, match="is damaged"):
         PlanRecord.read(tmp_path / "prefill.plan.json")
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(("sm", "words"), [(90, "does not build for SM 90; it builds for 80, 86"), (75, "SM 75")])
+def test_a_chip_is_refused_before_kernels_are_compiled(bundle, monkeypatch, sm, words):
+    monkeypatch.setattr(request, "build_plugins", lambda *_: pytest.fail("kernels were compiled"))
+    with pytest.raises(BuildError, match=words):
+        build_plans(BuildRequest(bundle.path, BuildSpec(sms=(sm,))))

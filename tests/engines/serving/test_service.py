@@ -20,6 +20,7 @@ from deepseek_trt.engines.serving.request import parse_request
 from deepseek_trt.engines.serving.service import Service
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.stream import Failure, Response
+from deepseek_trt.engines.text.stream import Part
 from deepseek_trt.export.errors import RequestError
 
 _SPEC = importlib.util.spec_from_file_location("fake_session", Path(__file__).parents[1] / "fake_session.py")
@@ -39,11 +40,18 @@ class Letters:
     def decode(self, ids):
         return "".join(LETTERS[token] for token in ids)
 
-    def encode_chat(self, messages):
-        return self.encode("".join(message["content"] for message in messages))
+    def encode_chat(self, messages, /, tools=None, **arguments):
+        said = [*messages, *(tools or ()), arguments]
+        return self.encode("".join(one.get("content", "") for one in said))
 
     def stream(self):
-        return LETTERS.__getitem__
+        return self
+
+    def step(self, token):
+        return Part(LETTERS[token])
+
+    def flush(self):
+        return ""
 
 
 class GatedSession(fake.FakeSession):
@@ -162,6 +170,7 @@ def wait_until(holds):
         time.sleep(0.002)
 
 
+HI = '[{"role": "user", "content": "a"}]'
 LONG = {"text_input": "abc", "max_tokens": 30, "min_tokens": 30}
 
 
@@ -202,6 +211,12 @@ def test_echo_logprobs_and_chat(served):
     assert channel.sent[-1].cum_logprob == pytest.approx(sum(logprobs))
 
 
+def test_tools_and_template_arguments_reach_the_template(served):
+    more = {"tools": '[{"content": "b"}]', "chat_template_kwargs": '{"self": 1, "content": "c"}'}
+    echo = served.ask(messages=HI, **more, max_tokens=1, exclude_input_in_output=False).text
+    assert echo[:-1] == "abc"
+
+
 def test_stop_words_end_an_answer(served):
     whole = served.ask(**LONG).text
     channel = served.ask(text_input="abc", max_tokens=30, stop_words=[whole[6:8], ""])
@@ -232,6 +247,14 @@ def test_stop_words_end_an_answer(served):
         ({"messages": "[]"}, "at least one"),
         ({"messages": '[{"role": "user"}]'}, "content"),
         ({"messages": '["hello"]'}, "content"),
+        ({"messages": "[" * 9999}, "not JSON"),
+        ({"messages": '[{"role": "user", "content": [{"type": "image_url"}]}]'}, "image_url"),
+        ({"messages": HI, "tools": "no"}, "tools is not JSON"),
+        ({"messages": HI, "tools": "{}"}, "list of objects"),
+        ({"messages": HI, "chat_template_kwargs": "[1]"}, "give an object"),
+        ({"messages": HI, "chat_template_kwargs": '{"chat_template": "/etc/passwd"}'}, "not one that can be set"),
+        ({"text_input": "a", "tools": "[]"}, "tools is for the chat template"),
+        ({"text_input": "a", "chat_template_kwargs": "{}"}, "chat_template_kwargs is for the chat template"),
     ],
 )
 def test_what_is_wrong_is_said(served, inputs, words):

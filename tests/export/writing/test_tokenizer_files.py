@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: carried as they are, tried at export, rendered in a sandbox."""
+"""Tokenizers and chat templates: carried as they are, tried at export."""
 
 from __future__ import annotations
 
@@ -8,57 +8,16 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from deepseek_trt.engines.text.template import render_chat
 from deepseek_trt.engines.text.text import Text
+from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import CheckpointError
-from deepseek_trt.export.writing.tokenizer_files import CARRIED, carry_files
-
-V2_TEMPLATE = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}"
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-# V2.5's and V3's: the system prompt is collected first, in a namespace.
-V3_TEMPLATE = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
-    "{% set ns = namespace(is_first=true, system_prompt='') %}"
-    "{%- for message in messages %}{%- if message['role'] == 'system' %}"
-    "{%- if ns.is_first %}{% set ns.system_prompt = ns.system_prompt + message['content'] %}"
-    "{% set ns.is_first = false %}"
-    "{%- else %}{% set ns.system_prompt = ns.system_prompt + '\n\n' + message['content'] %}{%- endif %}"
-    "{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}"
-    "{%- for message in messages %}"
-    "{%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{%- endif %}"
-    "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
-    "{{ '<｜Assistant｜>' + message['content'] + eos_token }}{%- endif %}{%- endfor -%}"
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
-)
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-TURNS = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "1 + 1?"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": " and\n2 + 2?"},
-]
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (V2_TEMPLATE, f"{BOS}Be brief.\n\nUser: 1 + 1?\n\nAssistant: 2{EOS}User:  and\n2 + 2?\n\nAssistant:"),
-        (V3_TEMPLATE, f"{BOS}Be brief.<｜User｜>1 + 1?<｜Assistant｜>2{EOS}<｜User｜> and\n2 + 2?<｜Assistant｜>"),
-    ],
-)
-def test_chat_templates(template, expected):
-    token = {"__type": "AddedToken", "content": BOS}
-    config = {"chat_template": template, "bos_token": token, "eos_token": EOS}
-    assert render_chat(config, TURNS) == expected
+from deepseek_trt.export.text.files import CARRIED
+from deepseek_trt.export.text.reading import read_text
+from deepseek_trt.export.writing.tokenizer_files import carry_files, text_digests
 
 
 def test_files_arrive_as_they_are(demo_checkpoint, tmp_path):
-    assert carry_files(demo_checkpoint, tmp_path) == ()  # every kind of text survives
+    carry_files(demo_checkpoint, tmp_path)
     carried = {path.name for path in tmp_path.iterdir()}
     assert carried == {name for name in CARRIED if (demo_checkpoint / name).is_file()}
     for name in carried:
@@ -79,21 +38,38 @@ def words(path, vocabulary):
     return path
 
 
+def notes_of(folder):
+    return read_text(folder, {"eos_token_id": 1}, ModelConfig(eos_token_ids=(1,)))[1]
+
+
+def test_every_kind_of_text_survives_the_demo_models(demo_checkpoint):
+    assert not [note for note in notes_of(demo_checkpoint) if "unchanged" in note]
+
+
 def test_lossy_tokenizer_is_reported_and_a_broken_one_refused(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    notes = carry_files(words(tmp_path / "lossy", ["hello", "world", "?"]), out)
+    notes = notes_of(words(tmp_path / "lossy", ["hello", "world", "?"]))
     assert "the tokenizer does not give double spaces back unchanged" in notes
     with pytest.raises(CheckpointError, match="hello world"):
-        carry_files(words(tmp_path / "broken", ["hello", "?"]), out)
+        notes_of(words(tmp_path / "broken", ["hello", "?"]))
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        carry_files(tmp_path / "broken", out)
+        notes_of(tmp_path / "broken")
 
 
 def test_no_tokenizer_is_said(tmp_path):
-    (tmp_path / "a").mkdir()
-    assert "no tokenizer.json" in carry_files(tmp_path, tmp_path / "a")[0]
+    assert "no tokenizer.json" in notes_of(tmp_path)[0]
+
+
+def test_templates_in_a_folder_are_carried(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    target.mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (source / "chat_template.json").write_text("{}")
+    carry_files(source, target)
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
+    names = ["chat_template.json", "additional_chat_templates/rag.jinja"]
+    assert [name for name, _ in text_digests(source)] == names
 
 
 def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
@@ -102,7 +78,7 @@ def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
 
     carry_files(demo_checkpoint, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
-    manifest = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=64))
+    manifest = SimpleNamespace(model=ModelConfig(max_position_embeddings=64))
     bundle = SimpleNamespace(path=tmp_path, tokenizer_path=tmp_path / "tokenizer.json", manifest=manifest)
     ids = Text(bundle).encode_chat([{"role": "user", "content": "hello"}])
     bos = json.loads((demo_checkpoint / "config.json").read_text())["bos_token_id"]

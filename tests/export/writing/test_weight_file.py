@@ -16,7 +16,8 @@ from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import OutputError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
-from deepseek_trt.export.reading.checkpoint import Checkpoint, read_header
+from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, write_weights
 from deepseek_trt.export.writing.weight_plan import plan_weights

@@ -117,7 +117,7 @@ def test_every_variant_is_fused_and_right(variant: Callable[[str], Bundle], name
 
 
 def test_what_is_not_recognised_stays_and_is_named(variant: Callable[[str], Bundle]) -> None:
-    path = variant("plain").graph_path("decode")
+    path = variant("plain").traced_path("decode")
     model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
     mla = next(node for node in model.graph if node.op_type == "MlaDecode")
     node = next(n for n in model.graph if n.op_type == "Transpose" and n.inputs[0] is mla.outputs[0])
@@ -129,7 +129,7 @@ def test_what_is_not_recognised_stays_and_is_named(variant: Callable[[str], Bund
 
 
 def test_the_nodes_follow_the_tables(variant: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
-    path = variant("sigmoid routing").graph_path("decode")
+    path = variant("sigmoid routing").traced_path("decode")
 
     def inputs_of(operator: Operator) -> list[list[str | None]]:
         model = ir.serde.deserialize_model(onnx.load_from_string(fused_bytes(path)[0]))
@@ -142,7 +142,7 @@ def test_the_nodes_follow_the_tables(variant: Callable[[str], Bundle], monkeypat
 
 
 def test_no_weight_is_in_the_fused_graph(variant: Callable[[str], Bundle]) -> None:
-    data, left = fused_bytes(variant("plain").graph_path("decode"))
+    data, left = fused_bytes(variant("plain").traced_path("decode"))
     assert left == []
     initializers = onnx.load_from_string(data).graph.initializer
     assert all(t.data_location == onnx.TensorProto.EXTERNAL for t in initializers if t.name != "model.rope.inv_freq")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from deepseek_trt.engines.sessions.torch import load_model
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.validate.backends.published_files import Place
 from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
 
 
@@ -35,7 +36,8 @@ def test_stacked_experts_and_fp8(tmp_path, small_v2, bundle_of):
     tensors = {"e.experts.gate_up_proj": both, "e.experts.down_proj": down, "q.weight": codes}
     file = tmp_path / "model.safetensors"
     save_file(tensors | {"q.weight_scale_inv": scales}, file)
-    weights = PublishedWeights(tmp_path, dict.fromkeys([*tensors, "q.weight_scale_inv"], file), model, "float32")
+    places = {name: Place(file, name) for name in [*tensors, "q.weight_scale_inv"]}
+    weights = PublishedWeights(tmp_path, places, model, "float32")
     assert torch.equal(weights("e.experts.gate_proj"), both[:, :32])
     assert torch.equal(weights("e.experts.up_proj"), both[:, 32:])
     assert torch.equal(weights("e.experts.down_proj"), down)

@@ -1,0 +1,76 @@
+"""A JSON object in a file that a checkpoint or a user brings, or one sentence on why it is none."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from deepseek_trt.export.errors import ConfigError, DeepseekTrtError
+
+_MAX_BYTES = 16 * 2**20  # the published ones have thousands; an index of 150,000 tensors has 20 MB
+_MAX_DEPTH = 64
+_SHOWN = 60  # characters of a key in a message
+Errors = type[DeepseekTrtError]
+
+
+def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES, nan: bool = False) -> dict[str, Any]:
+    """The object, read strictly: UTF-8, no NaN, no key twice, at most `most` bytes and of sane depth.
+
+    `error` is what is raised. `nan` lets NaN and Infinity pass, to be named by their key. FileNotFoundError where there
+    is no such file: what that means, callers know.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise error(f"{path} holds {constant}, which is no JSON: write a number or leave the key out")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise error(f"{path.name} has the key {twice[:_SHOWN]!r} twice in one object: remove one of them")
+        return made
+
+    text = _text(path, error, most)
+    try:
+        raw = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else refuse)
+    except ValueError as wrong:  # JSON, and whole numbers of more digits than Python reads
+        raise error(f"{path} is not JSON ({wrong}); download it again") from None
+    except RecursionError:
+        raise error(f"{path} is nested too deeply; download it again") from None
+    if not isinstance(raw, dict):
+        raise error(f"{path} does not hold an object; download it again")
+    if _depth(raw) > _MAX_DEPTH:
+        raise error(f"{path} is nested deeper than {_MAX_DEPTH} levels; download it again")
+    return raw
+
+
+def _text(path: Path, error: Errors, most: int) -> str:
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise error(f"{path} is no regular file: download it again")
+        if found.st_size > most:
+            raise error(f"{path} is larger than {most} bytes: download it again")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as wrong:
+        raise error(f"{path} cannot be read ({wrong.strerror}): mend its permissions") from None
+    if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise error(f"{path} begins with a byte order mark: save it as UTF-8 without one")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path} is not JSON in UTF-8 ({wrong}); save it as UTF-8, or download it again") from None
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = [item for items in inner for item in items]
+    return depth
