@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.printing.output import json_option, print_result, wrote
+from deepseek_trt.cli.options import COUNT, MOST, threads_option
+from deepseek_trt.cli.printing.output import output_options, print_result, wrote
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.model_repository.served import ClassifierSettings
@@ -29,12 +30,22 @@ Result = tuple[dict[str, Any], list[str]]  # for machines, and lines for people
     show_default=True,
     help="auto: the plans if there are, else ONNX Runtime.",
 )
-@click.option("--max-inflight", default=64, show_default=True, help="Requests taken at once; more are refused.")
-@click.option("--max-running", default=32, show_default=True, help="Those of them that own cache pages.")
-@click.option("--max-model-len", type=int, help="Tokens of prompt and answer. Default: the model's or the plans'.")
-@click.option("--pages", type=int, help="Of the cache, the scratch page counted. Default: what --cache-mib holds.")
-@click.option("--cache-mib", type=int, help="Size of the cache.  [default: 1024]")
-@click.option("--threads", default=0, show_default=True, help="0 lets the backend choose.")
+@click.option(
+    "--max-inflight", type=COUNT, default=64, show_default=True, help="Requests taken at once; more are refused."
+)
+@click.option("--max-running", type=COUNT, default=32, show_default=True, help="Those of them that own cache pages.")
+@click.option(
+    "--max-model-len",
+    type=click.IntRange(2, MOST),
+    help="Tokens of prompt and answer together.  [default: the model's or the plans']",
+)
+@click.option(
+    "--pages",
+    type=click.IntRange(2, MOST),
+    help="Pages of the cache, the scratch page counted.  [default: what --cache-mib holds]",
+)
+@click.option("--cache-mib", type=COUNT, help="MiB of the cache.  [default: 1024]")
+@threads_option
 @click.option("--prefix-reuse/--no-prefix-reuse", default=True, show_default=True, help="Share equal prompts' pages.")
 @click.option(
     "--generation-config/--no-generation-config",
@@ -42,7 +53,7 @@ Result = tuple[dict[str, Any], list[str]]  # for machines, and lines for people
     show_default=True,
     help="Take defaults of sampling from the bundle's generation_config.json.",
 )
-@json_option
+@output_options()
 def command(bundle: Path, repository: Path, name: str, as_json: bool, **sizes: Any) -> None:
     """Write REPOSITORY, which serves BUNDLE: ./REPOSITORY/serve.sh needs a tritonserver and no deepseek-trt.
 

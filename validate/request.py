@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.errors import RequestError
 
 BACKENDS = ("exported", "ort", "torch", "transformers", "kernels", "tensorrt")
@@ -34,6 +35,12 @@ class ValidateRequest:
     layers: str | None = None
     checkpoint: Path | None = None
     independent: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for threads that nobody can start, and a seed that draws nothing."""
+        check_threads(self.threads)
+        if self.seed < 0:
+            raise RequestError(f"seed {self.seed}: must not be negative")
 
     def chosen(self, known: Iterable[str], default: tuple[str, ...], refusal: str) -> tuple[str, ...]:
         """The backends to run, or `default`; RequestError, `refusal` with its name, where one is not `known`."""
