@@ -52,7 +52,7 @@ threads_option = click.option(
 class _Sampling:
     """How the command line takes a field of SamplingParams; None is a flag."""
 
-    type: click.ParamType | None
+    type: click.ParamType[Any] | None
     help: str
 
 

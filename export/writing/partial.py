@@ -19,8 +19,9 @@ INPUTS_FILE = "inputs.sha256"  # what the export that fills the folder is of
 def partial_folder(out: Path, fingerprint: str, needed: int) -> Iterator[Path]:
     """A hidden folder beside `out` to fill and then `finish`, after checking that the disk has room for `needed` bytes.
 
-    What a killed run with the same `fingerprint` left in it is still there; what other inputs left is removed. Parents of
-    `out` are made. An exception removes all of it, Ctrl-C included. OutputError where it cannot be made, or where another export is in it.
+    What a killed run with the same `fingerprint` left in it is still there; what other inputs left is removed. Parents
+    of `out` are made. An exception removes all of it, Ctrl-C included. OutputError where it cannot be made, or where
+    another export is in it.
     """
     check_place(out, OutputError)
     out = out.absolute()
