@@ -24,6 +24,8 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
     """Compare the whole model. In narrow dtypes, torch's own run measures the rounding floor of the others."""
     refusal = f"backend {{name!r}} is unknown; use: {', '.join(BACKENDS)}"
     names = request.chosen(BACKENDS, DEFAULT_BACKENDS, refusal)
+    for name in names:
+        BACKENDS[name].check(bundle)
     check = Check.of(bundle, request)
     progress("hashing the bundle and its checkpoint")
     integrity = check_integrity(bundle)
