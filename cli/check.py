@@ -33,6 +33,8 @@ def command(
 ) -> None:
     """Read config.json and the shards' headers of CHECKPOINT: what the model is, what each step needs, what is refused.
 
+    CHECKPOINT is a folder, or a name on Hugging Face's hub that its cache on this machine holds.
+
     Exit code 1 where it cannot be exported.
 
     Example: deepseek-trt check ./DeepSeek-V2-Lite --gpu-memory 24

@@ -35,6 +35,8 @@ KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [defa
 def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Trace CHECKPOINT (config.json and safetensors) into ONNX graphs in OUT: prefill and decode, or one model.
 
+    CHECKPOINT is a folder, or a name on Hugging Face's hub that its cache on this machine holds.
+
     Example: deepseek-trt export ./DeepSeek-V2-Lite ./v2-lite --dtype bfloat16
     """
     from deepseek_trt.cli.printing.progress import export_reporter

@@ -16,7 +16,9 @@ from deepseek_trt.validate.request import BACKENDS, ValidateRequest, check_name
 EXIT_ACCURACY = 3
 HELP = "exported: the graphs as exported; ort: as generate runs them.  [default: these two]"
 INDEPENDENT_HELP = "Run transformers beside the reference, or fail; or leave it out.  [default: where it can run]"
-CHECKPOINT_HELP = "Whose weights the reference takes.  [default: the one that was exported]"
+CHECKPOINT_HELP = (
+    "Whose weights the reference takes: a folder, or a name in Hugging Face's cache.  [default: the exported one]"
+)
 
 
 class _Backend(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 only

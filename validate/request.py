@@ -20,9 +20,9 @@ class ValidateRequest:
     """What to validate. `text` None takes the text that ships with the package; threads 0 lets backends choose.
 
     No backends stand for those that suit the bundle. `layers` ("0-3,26") names the layers to compare, one in memory at
-    a time; None compares the whole model. The reference reads its weights in the folder `checkpoint`; None stands for
-    the one that the manifest names. `independent` None runs transformers beside the reference where that is possible,
-    True makes it an error where it is not, False leaves it out.
+    a time; None compares the whole model. The reference reads its weights in the folder `checkpoint`, or in that of a
+    name in Hugging Face's cache; None stands for the one that the manifest names. `independent` None runs transformers
+    beside the reference where that is possible, True makes it an error where it is not, False leaves it out.
     """
 
     bundle: Path
