@@ -20,7 +20,7 @@ from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.torch import TorchSession, Weights
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.errors import BackendError, DeepseekTrtError
 from deepseek_trt.validate.backends.exported import ExportedSession, OrtWatcher
 from deepseek_trt.validate.backends.probes import Probes, Watcher
 from deepseek_trt.validate.backends.torch import torch_session
@@ -75,22 +75,19 @@ def _check_tensorrt(bundle: Bundle) -> None:
     open_device().close()
 
 
-def _engine(name: str) -> Make:
-    """A backend of the engines."""
-
-    def make(request: SessionRequest) -> Session:
-        if name not in ENGINES:
-            raise BackendError(f"backend {name} is not in this build; it has: {', '.join(ENGINES)}")
-        return ENGINES[name](request)
-
-    return make
-
-
 BACKENDS: dict[str, Backend] = {
     "exported": Backend(ExportedSession, OrtWatcher),
-    "ort": Backend(_engine("ort")),
+    "ort": Backend(ENGINES["ort"]),
     "torch": Backend(_torch, TorchWatcher),
     "transformers": Backend(TransformersSession, is_slow=True, check=comparable_checkpoint),
     "kernels": Backend(_kernels, TorchWatcher, is_slow=True, check=_check_kernels),
-    "tensorrt": Backend(_engine("tensorrt"), check=_check_tensorrt),
+    "tensorrt": Backend(ENGINES["tensorrt"], check=_check_tensorrt),
 }
+
+
+def check_backend(name: str, bundle: Bundle) -> None:
+    """Raise the error of the backend's `check`, with the backend's name."""
+    try:
+        BACKENDS[name].check(bundle)
+    except DeepseekTrtError as error:
+        raise type(error)(f"backend {name} cannot run here: {error}") from None
