@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import backend_option, threads_option
-from deepseek_trt.cli.printing.output import print_json, say
+from deepseek_trt.cli.options import COUNT, MOST, backend_option, threads_option
+from deepseek_trt.cli.printing.output import output_options, print_json, step
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.bench.bench import BenchReport, Point
@@ -30,11 +30,21 @@ _ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @backend_option
-@click.option("--batch-size", "batch_sizes", type=int, multiple=True, default=(1,), show_default=True)
-@click.option("--context", default=512, show_default=True, help="Tokens of each prompt.")
-@click.option("--new-tokens", default=64, show_default=True, help="Of each row, at least 3.")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=COUNT,
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="Prompts at once; may be given several times.",
+)
+@click.option("--context", type=COUNT, default=512, show_default=True, help="Tokens of each prompt.")
+@click.option(
+    "--new-tokens", type=click.IntRange(3, MOST), default=64, show_default=True, help="Tokens of each answer."
+)
 @threads_option
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@output_options("Print the report as JSON.")
 def command(as_json: bool, bundle: Path, **options: Any) -> None:
     """Generate from random prompts with the model in BUNDLE and say how fast that was.
 
@@ -42,7 +52,7 @@ def command(as_json: bool, bundle: Path, **options: Any) -> None:
     """
     from deepseek_trt.engines.bench.bench import BenchRequest, bench
 
-    report = bench(BenchRequest(bundle, **options), say)
+    report = bench(BenchRequest(bundle, **options), step)
     if as_json:
         print_json(dataclasses.asdict(report))
     else:

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.printing.output import json_option, print_result, wrote
+from deepseek_trt.cli.options import COUNT
+from deepseek_trt.cli.printing.output import output_options, print_result, wrote
 from deepseek_trt.engines.plans.plan import BuildSpec
 
 _DEFAULTS = BuildSpec()
@@ -23,13 +24,37 @@ _DEFAULTS = BuildSpec()
     show_default=True,
     help="TensorRT-RTX or TensorRT.",
 )
-@click.option("--sm", "sms", type=int, multiple=True, help="Chips to build for (rtx: needed, no GPU is).")
-@click.option("--max-batch-size", default=_DEFAULTS.max_batch_size, show_default=True)
-@click.option("--max-input-len", default=_DEFAULTS.max_input_len, show_default=True, help="Tokens of one prefill.")
-@click.option("--max-seq-len", default=_DEFAULTS.max_seq_len, show_default=True, help="Prompt and answer together.")
-@click.option("--weights", type=click.Choice(["shared", "embedded"]), default=_DEFAULTS.weights, show_default=True)
+@click.option("--sm", "sms", type=COUNT, multiple=True, help="Chips to build for, as 86 (rtx: needed, no GPU is).")
+@click.option(
+    "--max-batch-size",
+    type=COUNT,
+    default=_DEFAULTS.max_batch_size,
+    show_default=True,
+    help="Sequences of one step.",
+)
+@click.option(
+    "--max-input-len",
+    type=COUNT,
+    default=_DEFAULTS.max_input_len,
+    show_default=True,
+    help="Tokens of one prefill, of each sequence.",
+)
+@click.option(
+    "--max-seq-len",
+    type=COUNT,
+    default=_DEFAULTS.max_seq_len,
+    show_default=True,
+    help="Tokens of prompt and answer together.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["shared", "embedded"]),
+    default=_DEFAULTS.weights,
+    show_default=True,
+    help="shared: both plans read the bundle's; embedded: each plan holds its own.",
+)
 @click.option("--embed-plugins", is_flag=True, help="Put the plugin library into the plans.")
-@json_option
+@output_options("Print one JSON object a plan.")
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Turn the graphs of BUNDLE into TensorRT engines, MLA and MoE as plugins.
 

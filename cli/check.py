@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from deepseek_trt.cli.printing.output import json_option, print_json, say
+from deepseek_trt.cli.options import MOST, FiniteRange
+from deepseek_trt.cli.printing.output import dropped_lines, output_options, print_json, say_error
 from deepseek_trt.export.bundle.interface import TASKS
 from deepseek_trt.export.config.model_config import DTYPES, ModelConfig
 from deepseek_trt.export.survey import GIB, Facts, survey
@@ -20,12 +20,20 @@ from deepseek_trt.export.survey import GIB, Facts, survey
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the export.  [default: the checkpoint's]")
 @click.option("--task", type=click.Choice(TASKS), help="Of the export.  [default: what the checkpoint is for]")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA folder that the export is to merge.")
-@click.option("--gpu-memory", type=float, default=80.0, show_default=True, help="GiB of the GPU it is to run on.")
-@json_option
+@click.option(
+    "--gpu-memory",
+    type=FiniteRange(0, MOST, min_open=True),
+    default=80.0,
+    show_default=True,
+    help="GiB of the GPU it is to run on.",
+)
+@output_options()
 def command(
     checkpoint: Path, dtype: str | None, task: str | None, adapter: Path | None, gpu_memory: float, as_json: bool
 ) -> None:
     """Read config.json and the shards' headers of CHECKPOINT: what the model is, what each step needs, what is refused.
+
+    CHECKPOINT is a folder, or a name on Hugging Face's hub that its cache on this machine holds.
 
     Exit code 1 where it cannot be exported.
 
@@ -37,7 +45,7 @@ def command(
     elif result.facts is not None:
         _print_tables(result.facts, gpu_memory)
     for sentence in (*result.unsupported, *([result.problem] if result.problem else [])):
-        say(f"error: {sentence}")
+        say_error(sentence)
     if result.facts is None:
         sys.exit(1)
 
@@ -59,8 +67,8 @@ def _print_tables(facts: Facts, gpu_memory: float) -> None:
     for row in facts.capacities:
         capacity.add_row(f"{row.context:,}", str(row.batch) if row.batch else "does not fit")
     console.print(capacity)
-    for reason, count in Counter(d.reason for d in facts.dropped).items():
-        console.print(f"dropped: {count} tensors: {reason}")
+    for line in dropped_lines(facts.dropped):
+        console.print(line)
     for note in facts.notes:
         console.print(f"note: {note}")
 

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import click
 
-from deepseek_trt.cli.printing.output import print_result, say
+from deepseek_trt.cli.printing.output import output_options, print_result, say, step
 
 
 @click.command("classify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--text", "texts", multiple=True, required=True, help="Text to label; give it as often as you like.")
-@click.option("--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a text.")
+@click.option(
+    "--backend", type=click.Choice(["ort", "torch"]), default="ort", show_default=True, help="What runs the graph."
+)
+@output_options("Print one JSON object a text.")
 def command(bundle: Path, texts: tuple[str, ...], backend: str, as_json: bool) -> None:
     """Print the labels of each text with their scores, best first.
 
@@ -22,9 +24,11 @@ def command(bundle: Path, texts: tuple[str, ...], backend: str, as_json: bool) -
     from deepseek_trt.engines.tasks.classify import TextClassifier
     from deepseek_trt.export.bundle.folder import Bundle
 
+    step("opening the bundle", shown=False)
     classifier = TextClassifier(Bundle.open(bundle), backend)
     if classifier.session.note:
         say(f"backend: {backend} ({classifier.session.note})")
+    step("computing the labels", shown=False)
     for text, result in zip(texts, classifier.classify(texts), strict=True):
         facts = {"text": text, "label": result.label, "score": result.score, "scores": dict(result.scores)}
         scores = ", ".join(f"{label} {score:.4f}" for label, score in result.scores)

@@ -9,28 +9,33 @@ from pathlib import Path
 
 import click
 
+from deepseek_trt.cli.printing.output import JSON_FLAG, is_quiet, loudness_flags, output_options, say
+
 PROMPT = "Return the number of"
 
 
 @click.command("demo")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("out/demo"))
-def command(folder: Path) -> None:
+@output_options("Print the JSON of each step, one object a line.")
+def command(folder: Path, as_json: bool) -> None:
     """Export, prove, build and run the small trained DeepSeek-V2 that ships with the package.
 
     Everything it makes lies in FOLDER afterwards. Example: deepseek-trt demo ./my-demo
     """
     from deepseek_trt.cli.main import main
 
+    flags = (*loudness_flags(), *((JSON_FLAG,) if as_json else ()))
     folder.mkdir(parents=True, exist_ok=True)
     with as_file(files("deepseek_trt.cli") / "demo_model") as checkpoint:
         for step in demo_steps(checkpoint, folder):
-            click.secho(f"\n$ deepseek-trt {shlex.join(step)}", bold=True, err=True)
+            if not is_quiet():
+                click.secho(f"\n$ deepseek-trt {shlex.join(step)}", bold=True, err=True)
             try:
-                main.main(args=list(step), prog_name="deepseek-trt", standalone_mode=True)
+                main.main(args=[*step, *flags], prog_name="deepseek-trt", standalone_mode=True)
             except SystemExit as exit_:  # the first that fails ends the demo, with its exit code
                 if exit_.code:
                     sys.exit(exit_.code)
-    click.echo(f"\nThe bundle, the engines, the report and the model repository lie in {folder}.", err=True)
+    say(f"\nThe bundle, the engines, the report and the model repository lie in {folder}.")
 
 
 def demo_steps(checkpoint: Path, folder: Path) -> tuple[tuple[str, ...], ...]:

@@ -6,11 +6,11 @@ import dataclasses
 
 import click
 
-from deepseek_trt.cli.printing.output import json_option, print_result
+from deepseek_trt.cli.printing.output import output_options, print_result
 
 
 @click.command("env")
-@json_option
+@output_options()
 def command(as_json: bool) -> None:
     """Say what this machine and this installation are: what a bug report needs.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deepseek_trt.cli.options import backend_option, sampling_options, threads_option
-from deepseek_trt.cli.printing.output import print_result, say
+from deepseek_trt.cli.printing.output import output_options, print_result, say, step
 from deepseek_trt.cli.prompting.prompts import Prompts, prompt_options
 from deepseek_trt.cli.prompting.speed import Speed
 
@@ -31,7 +31,7 @@ _CHAT_CACHE_MIB = 1024
 @backend_option
 @sampling_options
 @threads_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt instead of streaming.")
+@output_options("Print one JSON object a prompt instead of streaming.")
 def command(bundle: Path, prompts: Prompts, backend: str, params: SamplingParams, threads: int, as_json: bool) -> None:
     """Continue each prompt with the model in BUNDLE, or chat with it on a terminal where no prompt is given.
 
@@ -90,6 +90,7 @@ def _bundle_and_text(path: Path, wants_text: bool) -> tuple[Bundle, Text | None]
     from deepseek_trt.engines.text.text import Text
     from deepseek_trt.export.bundle.folder import Bundle
 
+    step("opening the bundle and its text files", shown=False)
     bundle = Bundle.open(path)
     check_generates(bundle)
     return bundle, Text(bundle) if bundle.tokenizer_path or wants_text else None
@@ -104,9 +105,10 @@ def _llm(
     from deepseek_trt.engines.generation.llm import LLM
     from deepseek_trt.engines.sessions.opening import SessionRequest, open_session
 
+    step("loading the weights", shown=False)
     with weight_progress() as progress:
         started = open_session(SessionRequest(bundle, pages, threads, progress=progress), backend)
-    say(started.line)
+    step(started.line)
     with LLM(started.session, bundle.manifest.model, text, limits, started.choice) as llm:
         yield llm
 

@@ -8,8 +8,10 @@ import sys
 
 import click
 
+from deepseek_trt.cli.printing.output import JSON_FLAG, loudness_options, print_json, say_error
 from deepseek_trt.export.errors import DeepseekTrtError
 
+_AS_JSON = "deepseek_trt.as_json"
 # Each command's line in --help; its file has its name.
 COMMANDS = {
     "check": "Say what a checkpoint is, and what each step needs, from its headers alone.",
@@ -44,20 +46,42 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_AS_JSON] = JSON_FLAG in args  # known even where the command's own options are mistaken
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
-        """A user's mistake is one sentence on stderr and exit code 1."""
+        """A user's mistake is one sentence on stderr, an object on stdout with --json, and exit code 1."""
         for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8, and a terminal may know less than it
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
-        except DeepseekTrtError as error:
-            click.echo(f"error: {error}", err=True)
+        except click.ClickException as error:  # which click itself shows
+            _print_as_json(ctx, error.format_message(), error)
+            raise
+        except (DeepseekTrtError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # who reads the output has left
+                raise
+            sentence = str(error) if isinstance(error, DeepseekTrtError) else _sentence(error)
+            say_error(sentence)
+            _print_as_json(ctx, sentence, error)
             sys.exit(1)
+
+
+def _print_as_json(ctx: click.Context, sentence: str, error: Exception) -> None:
+    if ctx.meta[_AS_JSON]:
+        print_json({"error": sentence, "kind": type(error).__name__})
+
+
+def _sentence(error: OSError) -> str:
+    """What the system says of a file that cannot be read or written."""
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or repr(error)
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="deepseek-trt")
+@loudness_options
 def main() -> None:
     """Run DeepSeek-V2 on ONNX Runtime and TensorRT.
 

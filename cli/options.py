@@ -1,9 +1,11 @@
-"""Options that several commands share: which backend runs a bundle, and how tokens are sampled."""
+"""Options that several commands share: ranges of numbers, which backend runs a bundle, how tokens are sampled."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +13,23 @@ import click
 
 from deepseek_trt.cli.printing.output import say
 from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.sessions.threads import MOST_THREADS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+MOST = 2**31 - 1  # of what is counted in 32 bits
+COUNT = click.IntRange(1, MOST)
+
+
+class FiniteRange(click.FloatRange):
+    """A range that neither nan nor an infinity lies in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
 
 BACKENDS = ("auto", "ort", "ort-cuda", "tensorrt", "torch")
 backend_option = click.option(
@@ -22,27 +39,44 @@ backend_option = click.option(
     show_default=True,
     help="auto: tensorrt where plans and a GPU are, else ort. What was chosen and why is said on stderr.",
 )
-threads_option = click.option("--threads", default=0, show_default=True, help="0 lets the backend choose.")
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(0, MOST_THREADS),
+    default=0,
+    show_default=True,
+    help="Of the processor; 0 lets the backend choose.",
+)
 
-# Help of each field of SamplingParams, whose defaults the options have.
-_SAMPLING_HELP = {
-    "max_new_tokens": None,
-    "temperature": "0 is greedy.",
-    "top_k": "0 keeps all tokens.",
-    "top_p": "Keep the likeliest that hold this share.",
-    "min_p": "Keep those with this share of the likeliest's.",
-    "seed": "Prompt i samples with seed + i.",
-    "repetition_penalty": "On tokens of prompt and answer.",
-    "presence_penalty": "Once a token of the answer.",
-    "frequency_penalty": "Once an occurrence in the answer.",
-    "stop": "End before this text; may be given several times.",
-    "stop_token_ids": "End with this token, too.",
-    "ignore_eos": "Go on after the model's own stop tokens.",
-    "min_tokens": "No stop counts before.",
-    "logprobs": "Give log-probabilities, and those of this many likeliest tokens.",
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How the command line takes a field of SamplingParams; None is a flag."""
+
+    type: click.ParamType[Any] | None
+    help: str
+
+
+_TEXT = click.STRING
+_NOT_NEGATIVE, _SHARE = click.IntRange(0, MOST), FiniteRange(0, 1)
+_PENALTY = FiniteRange(-2, 2)
+# Each field of SamplingParams, whose defaults the options have.
+_SAMPLING = {
+    "max_new_tokens": _Sampling(COUNT, "Tokens of each answer, at most."),
+    "temperature": _Sampling(FiniteRange(0, MOST), "What logits are divided by; 0 is greedy."),
+    "top_k": _Sampling(_NOT_NEGATIVE, "Keep so many of the likeliest tokens; 0 keeps all."),
+    "top_p": _Sampling(FiniteRange(0, 1, min_open=True), "Keep the likeliest that hold this share of probability."),
+    "min_p": _Sampling(_SHARE, "Keep those with this share of the likeliest's probability."),
+    "seed": _Sampling(click.IntRange(0), "Prompt i samples with seed + i."),
+    "repetition_penalty": _Sampling(FiniteRange(0, MOST, min_open=True), "Factor on tokens of prompt and answer."),
+    "presence_penalty": _Sampling(_PENALTY, "Off a token's logit, once it is in the answer."),
+    "frequency_penalty": _Sampling(_PENALTY, "Off a token's logit, each time it is in the answer."),
+    "stop": _Sampling(_TEXT, "End before this text; may be given several times."),
+    "stop_token_ids": _Sampling(_NOT_NEGATIVE, "End with this token, too; may be given several times."),
+    "ignore_eos": _Sampling(None, "Go on after the model's own stop tokens."),
+    "min_tokens": _Sampling(_NOT_NEGATIVE, "Tokens of the answer before which no stop counts."),
+    "logprobs": _Sampling(_NOT_NEGATIVE, "Give natural log-probabilities, and those of this many likeliest tokens."),
 }
 _NAMES = {"stop_token_ids": "--stop-token-id"}  # given once a token
-_TYPES = {"stop": str, "stop_token_ids": int, "logprobs": int}  # which the defaults do not show
 
 
 # What a bundle's generation_config.json may say otherwise.
@@ -57,14 +91,14 @@ def sampling_options(command: Command) -> Command:
 
     @functools.wraps(command)
     def with_params(greedy: bool, no_generation_config: bool, **options: Any) -> Any:
-        given = {name: options.pop(name) for name in _SAMPLING_HELP}
+        given = {name: options.pop(name) for name in _SAMPLING}
         given = {name: value for name, value in given.items() if value is not None}
         if greedy and given.setdefault("temperature", 0.0):
             raise click.UsageError("give either --greedy or --temperature")
         bundle = None if no_generation_config else options.get("bundle")
         return command(params=_params(bundle, given), **options)
 
-    names = (*reversed(_SAMPLING_HELP),)
+    names = (*reversed(_SAMPLING),)
     flags = (
         click.option("--greedy", is_flag=True, help="--temperature 0, whatever generation_config.json says."),
         click.option("--no-generation-config", is_flag=True, help="Leave the bundle's generation_config.json out."),
@@ -89,9 +123,9 @@ def _sampling_option(name: str) -> Callable[[Any], Any]:
         _NAMES.get(name, f"--{name.replace('_', '-')}"),
         name,
         default=None if of_bundle else default,
-        type=type(default) if of_bundle else _TYPES.get(name),
+        type=_SAMPLING[name].type,
         is_flag=default is False,
         multiple=isinstance(default, tuple),
         show_default=shown,
-        help=_SAMPLING_HELP[name],
+        help=_SAMPLING[name].help,
     )

@@ -7,16 +7,25 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.printing.output import json_option, print_result, wrote
+from deepseek_trt.cli.options import COUNT
+from deepseek_trt.cli.printing.output import output_options, print_result, wrote
 
 
 @click.command("plugins")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--sm", "sms", type=int, multiple=True, default=(80, 86, 89, 90, 100, 120), show_default=True)
+@click.option(
+    "--sm",
+    "sms",
+    type=COUNT,
+    multiple=True,
+    default=(80, 86, 89, 90, 100, 120),
+    show_default=True,
+    help="Chips to compile for; may be given several times.",
+)
 @click.option("--no-fallback", is_flag=True, help="Leave out the PTX that unknown chips compile for themselves.")
-@click.option("--cxx", help="A C++ compiler to use instead of ziglang's.")
-@click.option("--jobs", default=2, show_default=True, help="Kernels compiled at once.")
-@json_option
+@click.option("--cxx", help="A C++ compiler's path.  [default: ziglang's]")
+@click.option("--jobs", type=COUNT, default=2, show_default=True, help="Kernels compiled at once.")
+@output_options()
 def command(as_json: bool, no_fallback: bool, **options: Any) -> None:
     """Compile the kernels of BUNDLE's model for these chips and link them into its plugin library.
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.printing.output import json_option, print_json, say
+from deepseek_trt.cli.options import threads_option
+from deepseek_trt.cli.printing.output import output_options, print_json, step
 from deepseek_trt.validate.request import BACKENDS, ValidateRequest, check_name
 
 EXIT_ACCURACY = 3
 HELP = "exported: the graphs as exported; ort: as generate runs them.  [default: these two]"
 INDEPENDENT_HELP = "Run transformers beside the reference, or fail; or leave it out.  [default: where it can run]"
-CHECKPOINT_HELP = "Whose weights the reference takes.  [default: the one that was exported]"
+CHECKPOINT_HELP = (
+    "Whose weights the reference takes: a folder, or a name in Hugging Face's cache.  [default: the exported one]"
+)
 
 
 class _Backend(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 only
@@ -31,14 +34,16 @@ class _Backend(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 
 @click.option("--backend", "backends", type=_Backend(BACKENDS), multiple=True, help=HELP)
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for report.json, report.html and more.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on.  [default: one that ships]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawn tokens and the order of pages.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the drawn tokens and the order of pages."
+)
 @click.option("--bisect", is_flag=True, help="Where something fails, name the first layer and op that does.")
 @click.option("--layers", help="Only these layers, one in memory at a time, as 0-3,26.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help=CHECKPOINT_HELP)
 @click.option("--independent/--no-independent", default=None, help=INDEPENDENT_HELP)
 @click.option("--compare", type=click.Path(path_type=Path), help="An earlier report.json: show what moved.")
-@click.option("--threads", type=int, default=0, help="0 lets each backend choose.")
-@json_option
+@threads_option
+@output_options()
 def command(report: Path | None, compare: Path | None, as_json: bool, **options: Any) -> None:
     """Run BUNDLE's graphs beside torch in float32 and compare logits and cached latents, step by step.
 
@@ -51,12 +56,14 @@ def command(report: Path | None, compare: Path | None, as_json: bool, **options:
     from deepseek_trt.cli.printing.accuracy import print_report
     from deepseek_trt.validate.accuracy import validate_bundle
     from deepseek_trt.validate.findings.baseline import compare_reports, read_report
-    from deepseek_trt.validate.report.files import write_report
+    from deepseek_trt.validate.report.files import make_folder, write_report
     from deepseek_trt.validate.report.summary import summary
 
     old = read_report(compare) if compare else None
+    if report is not None:
+        make_folder(report)  # before minutes of work
     request = ValidateRequest(command=" ".join(sys.argv), **options)
-    done = validate_bundle(request, say)
+    done = validate_bundle(request, step)
     changes = compare_reports(old, done.report) if old else ()
     if report is not None:
         write_report(done.report, done.comparisons, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import shutil
@@ -30,10 +31,11 @@ from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.reading.hub import checkpoint_folder
 from deepseek_trt.export.reading.source import Source, export_dtype, read_source
+from deepseek_trt.export.writing.carried_files import carried_digests, carry_files
 from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
 from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
-from deepseek_trt.export.writing.tokenizer_files import carry_files, text_digests
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
 
@@ -46,9 +48,10 @@ _VERSIONED = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors")
 class ExportRequest:
     """What to export. task None is the checkpoint's own; dtype None keeps the checkpoint's; num_layers None keeps all.
 
-    `adapter` is a LoRA folder of peft to merge. allow_nonfinite goes on with weights that are NaN or infinite,
-    allow_zeros with matrices and norms of zeros alone; both make a note. The options that Interface has too are
-    explained there; all_logits is logits_to_keep 0.
+    `checkpoint` is a folder, or a name on Hugging Face's hub that the local cache holds. `adapter` is a LoRA folder of
+    peft to merge. allow_nonfinite goes on with weights that are NaN or infinite, allow_zeros with matrices and norms
+    of zeros alone; both make a note. The options that Interface has too are explained there; all_logits is
+    logits_to_keep 0.
     """
 
     checkpoint: Path
@@ -148,6 +151,7 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
 
 
 def _plan(request: ExportRequest) -> _Job:
+    request = dataclasses.replace(request, checkpoint=checkpoint_folder(request.checkpoint))
     if request.by_reference and request.allowed != Allowed():
         raise ConfigError("--by-reference reads no numbers: leave out --allow-nonfinite and --allow-zeros")
     wanted = request.interface if request.task is None else request.interface(request.task)
@@ -176,7 +180,7 @@ def _fingerprint(request: ExportRequest, source: Source, dtype: str, adapter: Ad
     facts = [repr((options, adapter, request.allowed)), importlib.metadata.version("deepseek-trt")]
     facts.append(str(request.checkpoint.resolve()))
     facts += [repr(file) for file in _sources(source.checkpoint)]
-    facts += [repr(file) for file in text_digests(request.checkpoint)]
+    facts += [repr(file) for file in carried_digests(request.checkpoint)]
     facts.append((request.checkpoint / "config.json").read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(facts).encode("utf-8", "backslashreplace")).hexdigest()
 

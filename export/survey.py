@@ -13,6 +13,7 @@ from deepseek_trt.export.bundle.recipes import Dropped
 from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
 from deepseek_trt.export.dtypes import computed_in, dtype_bytes
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.reading.hub import checkpoint_folder
 from deepseek_trt.export.reading.source import Source, export_dtype, read_source
 from deepseek_trt.export.reading.weight_files import CONFIG_FILE
 from deepseek_trt.export.writing.weight_plan import WeightPlan
@@ -91,10 +92,12 @@ def survey(
     task: str | None = None,
     adapter: Path | None = None,
 ) -> Survey:
-    """Look at a checkpoint folder. `dtype` and `task` are the export's, None for the checkpoint's own.
+    """Look at a checkpoint: a folder, or a name that Hugging Face's cache holds.
 
-    Raises CheckpointError or ConfigError only where there is no config.json or no checkpoint to look at.
+    `dtype` and `task` are the export's, None for the checkpoint's own. Raises CheckpointError or ConfigError only where
+    there is no config.json or no checkpoint to look at.
     """
+    checkpoint = checkpoint_folder(checkpoint)
     interface = Interface(task, cache=task != CLASSIFICATION) if task else None
     try:
         source = read_source(checkpoint, interface, adapter=adapter)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.reading.hub import checkpoint_folder
 from deepseek_trt.validate.generation import compare_generation
 from deepseek_trt.validate.heads import compare_heads
 from deepseek_trt.validate.layerwise.layerwise import compare_layers
@@ -25,9 +27,12 @@ class Validation:
 def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: None) -> Validation:
     """Compare every backend asked for with the reference.
 
-    Raises BundleError, BackendError or RequestError; a bad result is no error, but `report.passed` False.
+    Raises BundleError, CheckpointError, BackendError or RequestError; a bad result is no error, but makes
+    `report.passed` False.
     """
     started, bundle = time.time(), Bundle.open(request.bundle)
+    if request.checkpoint is not None:
+        request = dataclasses.replace(request, checkpoint=checkpoint_folder(request.checkpoint))
     found = _compare(bundle, request, progress)
     report = AccuracyReport(
         passed=found.integrity.passed

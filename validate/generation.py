@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.validate.backends.backends import BACKENDS, make_reference
+from deepseek_trt.validate.backends.backends import BACKENDS, check_backend, make_reference
 from deepseek_trt.validate.backends.probes import GAP, PLACES, ROUTING
 from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
 from deepseek_trt.validate.backends.sessions import SessionStepper
@@ -24,6 +24,8 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
     """Compare the whole model. In narrow dtypes, torch's own run measures the rounding floor of the others."""
     refusal = f"backend {{name!r}} is unknown; use: {', '.join(BACKENDS)}"
     names = request.chosen(BACKENDS, DEFAULT_BACKENDS, refusal)
+    for name in names:
+        check_backend(name, bundle)
     check = Check.of(bundle, request)
     progress("hashing the bundle and its checkpoint")
     integrity = check_integrity(bundle)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.errors import RequestError
 
 BACKENDS = ("exported", "ort", "torch", "transformers", "kernels", "tensorrt")
@@ -19,9 +20,9 @@ class ValidateRequest:
     """What to validate. `text` None takes the text that ships with the package; threads 0 lets backends choose.
 
     No backends stand for those that suit the bundle. `layers` ("0-3,26") names the layers to compare, one in memory at
-    a time; None compares the whole model. The reference reads its weights in the folder `checkpoint`; None stands for
-    the one that the manifest names. `independent` None runs transformers beside the reference where that is possible,
-    True makes it an error where it is not, False leaves it out.
+    a time; None compares the whole model. The reference reads its weights in the folder `checkpoint`, or in that of a
+    name in Hugging Face's cache; None stands for the one that the manifest names. `independent` None runs transformers
+    beside the reference where that is possible, True makes it an error where it is not, False leaves it out.
     """
 
     bundle: Path
@@ -34,6 +35,12 @@ class ValidateRequest:
     layers: str | None = None
     checkpoint: Path | None = None
     independent: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for threads that nobody can start, and a seed that draws nothing."""
+        check_threads(self.threads)
+        if self.seed < 0:
+            raise RequestError(f"seed {self.seed}: must not be negative")
 
     def chosen(self, known: Iterable[str], default: tuple[str, ...], refusal: str) -> tuple[str, ...]:
         """The backends to run, or `default`; RequestError, `refusal` with its name, where one is not `known`."""

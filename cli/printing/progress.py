@@ -18,11 +18,18 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from deepseek_trt.cli.printing.output import is_quiet, step
+
 if TYPE_CHECKING:
     from deepseek_trt.export.exporter import Reporter
     from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter
 
 _NAME = TextColumn("{task.description}")
+
+
+def _console(**options: bool) -> Console:
+    """Stderr, or nothing where --quiet was given."""
+    return Console(stderr=True, quiet=is_quiet(), **options)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -31,17 +38,18 @@ def export_reporter() -> Iterator[Reporter]:
     from deepseek_trt.export.exporter import Reporter
 
     columns = (_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = _console()
     with Progress(*columns, console=console) as bars:
         current = [bars.add_task("", visible=False, total=None)]
 
-        def step(text: str, total: int | None) -> None:
+        def begin(text: str, total: int | None) -> None:
+            step(text, shown=False)
             bars.stop_task(current[0])
             if total is None:
                 console.print(text)
             current[0] = bars.add_task(text, visible=total is not None, total=total)
 
-        yield Reporter(step, lambda done: bars.advance(current[0], done))
+        yield Reporter(begin, lambda done: bars.advance(current[0], done))
 
 
 @contextmanager
@@ -50,7 +58,7 @@ def plugin_reporter() -> Iterator[PluginReporter]:
     from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter
 
     with _bars(_NAME, BarColumn(), MofNCompleteColumn()) as advance:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console = _console(soft_wrap=True, highlight=False)
         yield PluginReporter(console.print, lambda done, total: advance("compiling kernels", done, total))
 
 
@@ -69,12 +77,13 @@ def weight_progress() -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def _bars(*columns: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
     """Give a function (name, done, in all) that draws a bar a name; nothing is drawn before its first call."""
-    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    bars = Progress(*columns, console=_console(), transient=True)
     tasks = {}
 
     def advance(name: str, done: int, total: int) -> None:
         bars.start()
         if name not in tasks:
+            step(name, shown=False)
             tasks[name] = bars.add_task(name)
         bars.update(tasks[name], completed=done, total=total, visible=done < total)
 

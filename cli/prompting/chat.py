@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.printing.output import say
+from deepseek_trt.cli.printing.output import say, say_error
 from deepseek_trt.cli.prompting.speed import Speed
 from deepseek_trt.engines.generation.answer import Answer, Piece
 from deepseek_trt.engines.generation.request import Event
@@ -61,7 +61,7 @@ class Chat:
             except KeyboardInterrupt:
                 click.echo()
             except DeepseekTrtError as error:
-                say(f"error: {error}{_AFTER_ERROR if self._answers else ''}")
+                say_error(f"{error}{_AFTER_ERROR if self._answers else ''}")
 
     def _round(self) -> bool:
         """One message, or one command; False to leave."""
@@ -82,7 +82,8 @@ class Chat:
             self._said, self._answers = self._options.start(), 0
             say("the conversation is forgotten")
         elif command != "/quit":
-            say(HELP if command == "/help" else f"{command}: no such command; /help says what there is")
+            help_of = HELP if command == "/help" else f"{command}: no such command; /help says what there is"
+            click.echo(help_of, err=True)
         return command != "/quit"
 
     def _turn(self, line: str) -> None:

@@ -26,6 +26,7 @@ from deepseek_trt.engines.sessions.opening import (
 )
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import Device
+from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import RequestError
@@ -47,6 +48,7 @@ class BenchRequest:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        check_threads(self.threads)
         for name, least in (("context", 1), ("new_tokens", 3)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} {getattr(self, name)}: must be at least {least}")

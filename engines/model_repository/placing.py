@@ -1,28 +1,28 @@
-"""The bundle's files in a repository: real ones, hard-linked where the disk allows it."""
+"""The bundle's files in a repository: real ones, and those alone that the bundle's manifest names."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from deepseek_trt.engines.model_repository.copying import copy_file
 from deepseek_trt.engines.plans.plan import PlanRecord, plan_path
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle
+from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.text.files import text_files
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
 
 _RECORD = ".plan.json"
-_PLANS = (".plan", _RECORD, ".plan.tmp")  # of the tensorrt backend
 
 
 def carried_files(bundle: Bundle, backend: str) -> dict[str, Path]:
-    """Every file that a repository for `backend` takes from the bundle, by its path there.
+    """Every file that a repository for `backend` takes from the bundle, by its path there: what the manifest lists, and
+    text files that came later. BundleError where one is missing.
 
     Plans bring the plugin library that they want beside them, and the library's manifest.
     """
-    files = (file for file in bundle.path.iterdir() if file.is_file() and not file.name.endswith(_PLANS))
-    carried = {file.name: file for file in sorted(files)}
+    names = sorted({MANIFEST_FILE, WEIGHTS_FILE, *bundle.manifest.files})
+    carried = {name: _listed(bundle, name) for name in names}
     carried |= {file.relative_to(bundle.path).as_posix(): file for file in text_files(bundle.path)}
     for graph in bundle.manifest.graphs if backend == "tensorrt" else ():
         plan = plan_path(bundle, graph.name)
@@ -35,8 +35,16 @@ def carried_files(bundle: Bundle, backend: str) -> dict[str, Path]:
     return carried
 
 
-def place_bundle(bundle: Bundle, backend: str, target: Path) -> None:
-    """Make the folder `target`, and in it all that a session of `backend` reads."""
+def _listed(bundle: Bundle, name: str) -> Path:
+    """The file of that name in the bundle."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not (bundle.path / path).is_file():
+        raise BundleError(f"{bundle.path} has no file {name!r}, which its manifest lists: export the checkpoint again")
+    return bundle.path / path
+
+
+def place_bundle(bundle: Bundle, backend: str, target: Path, link: bool = False) -> None:
+    """Make the folder `target`, and in it all that a session of `backend` reads: copies, or hard links."""
     for name, file in carried_files(bundle, backend).items():
         placed = target / name
         placed.parent.mkdir(parents=True, exist_ok=True)
@@ -44,20 +52,11 @@ def place_bundle(bundle: Bundle, backend: str, target: Path) -> None:
             record = PlanRecord.read(file)
             dataclasses.replace(record, plugin_library=f"{PLUGINS_FOLDER}/{LIBRARY}").write(placed)
         else:
-            _place(file, placed)
+            copy_file(file, placed, link)
     if backend == "tensorrt":
         _place_compiled(bundle, target)  # they sample
     else:
         _place_prepared(bundle, target)
-
-
-def _place(source: Path, target: Path) -> None:
-    """A hard link where both lie on one disk, else a copy; never a symbolic link."""
-    real = source.resolve()
-    try:
-        os.link(real, target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(real, target)
 
 
 def _place_prepared(bundle: Bundle, target: Path) -> None:
@@ -78,5 +77,5 @@ def _place_compiled(bundle: Bundle, target: Path) -> bool:
 
     library = cpu_library_path(bundle.path)
     if library is not None:
-        _place(library, target / CPU_LIBRARY_FILE)
+        copy_file(library, target / CPU_LIBRARY_FILE)
     return library is not None

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, REQUIREMENTS
-from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
+from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
+from deepseek_trt.engines.plans.check import read_plans
+from deepseek_trt.engines.plans.flavour import MODULES
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.tensors import CLASSIFIER_INPUTS, INPUTS, OUTPUTS, Field, classifier_outputs
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import CLASSIFICATION
-from deepseek_trt.export.errors import BundleError
+from deepseek_trt.export.errors import BundleError, RequestError
 
+NO_GPU = "no GPU"
 _CLASSIFIER_README = """# {name}
 
 Labels texts: {labels}. Send up to {batch} texts in one request; the server batches requests that arrive together.
@@ -39,14 +43,17 @@ class ClassifierSettings:
 class Served:
     """One model of a repository.
 
-    start is the module of the runtime whose TritonPythonModel the server loads. batching and instance are text of
-    config.pbtxt. facts go into the model's manifest.json; a readme that is not empty lies in the model's folder.
+    `why` says why `backend` serves it, and `needs` what it takes beside packages. start is the module of the runtime
+    whose TritonPythonModel the server loads. batching and instance are text of config.pbtxt. facts go into the model's
+    manifest.json; a readme that is not empty lies in the model's folder.
     """
 
     name: str
     bundle: Bundle
     settings: ServingSettings | ClassifierSettings
     backend: str
+    why: str
+    needs: str
     start: str
     decoupled: bool
     max_batch_size: int
@@ -77,7 +84,11 @@ def served_model(bundle: Bundle, name: str, sizes: SizeRequest) -> Served:
     if classifier is None:
         if sizes.generation_config:
             SamplingDefaults.of(bundle.path)  # ConfigError or BundleError now, not when the server loads the model
-        return _generator(bundle, name, settings_for(bundle, sizes))
+        choice = serving_backend(bundle, sizes.backend)
+        settings = settings_for(bundle, dataclasses.replace(sizes, backend=choice.backend))
+        return _generator(bundle, name, settings, choice.why)
+    if sizes.backend == "tensorrt":
+        raise RequestError("classifiers have no plans: leave out --backend tensorrt")
     return _classifier(bundle, name, ClassifierSettings(classifier.labels))
 
 
@@ -94,7 +105,7 @@ def _refusal(bundle: Bundle) -> str:
     return ""
 
 
-def _generator(bundle: Bundle, name: str, settings: ServingSettings) -> Served:
+def _generator(bundle: Bundle, name: str, settings: ServingSettings, why: str) -> Served:
     """One instance: its scheduler batches all requests, and its cache pages are not shared between processes.
 
     The parameters hold the settings, which can be edited, and facts of the graphs, for people.
@@ -105,6 +116,8 @@ def _generator(bundle: Bundle, name: str, settings: ServingSettings) -> Served:
         bundle=bundle,
         settings=settings,
         backend=settings.backend,
+        why=why,
+        needs=_gpu_of(bundle) if settings.backend == "tensorrt" else NO_GPU,
         start=GENERATOR,
         decoupled=True,
         max_batch_size=1,  # its scheduler batches
@@ -114,6 +127,14 @@ def _generator(bundle: Bundle, name: str, settings: ServingSettings) -> Served:
         outputs=OUTPUTS,
         parameters={**settings.to_parameters(), **_graph_facts(bundle)},
     )
+
+
+def _gpu_of(bundle: Bundle) -> str:
+    """E.g. "an NVIDIA GPU of SM 86, and the tensorrt_rtx 1.2.0 that built the plans"."""
+    record = next(iter(read_plans(bundle).values())).record
+    chips = " or ".join(map(str, record.spec.sms))
+    gpu = f"an NVIDIA GPU of SM {chips}" if chips else "the NVIDIA GPU that the plans were built on"
+    return f"{gpu}, and the {MODULES[record.spec.flavour]} {record.flavour_version} that built the plans"
 
 
 def _graph_facts(bundle: Bundle) -> dict[str, str]:
@@ -135,6 +156,8 @@ def _classifier(bundle: Bundle, name: str, settings: ClassifierSettings) -> Serv
         bundle=bundle,
         settings=settings,
         backend="ort",
+        why="classifiers have no plans",
+        needs=NO_GPU,
         start=CLASSIFIER,
         decoupled=False,
         max_batch_size=batch,

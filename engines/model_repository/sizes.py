@@ -1,4 +1,4 @@
-"""Sizes of a served model: what was asked for, within what the bundle and its plans allow."""
+"""Backend and sizes of a served model: what was asked for, within what the bundle and its plans allow."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.plans.check import Limits, limits_of, read_plans
 from deepseek_trt.engines.plans.plan import plan_path
 from deepseek_trt.engines.serving.settings import ServingSettings
+from deepseek_trt.engines.sessions.opening import AUTO, Choice, choose_backend
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
 
 DEFAULT_CACHE_MIB = 1024
+SERVED = (AUTO, "ort", "tensorrt")
 
 
 @dataclass(frozen=True)
 class SizeRequest:
     """What the user asked for; None where the bundle decides. `pages` and `cache_mib` are not given together."""
 
-    backend: str = "auto"
+    backend: str = AUTO
     max_inflight: int = 64
     max_running: int = 32
     max_model_len: int | None = None
@@ -35,7 +37,7 @@ def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
     for name in ("max_inflight", "max_running"):
         if getattr(request, name) < 1:
             raise RequestError(f"{name} {getattr(request, name)}: must be at least 1")
-    backend = _backend(bundle, request.backend)
+    backend = serving_backend(bundle, request.backend).backend
     plans = limits_of(read_plans(bundle)) if backend == "tensorrt" else None
     running = min(request.max_running, request.max_inflight, plans.batch if plans else request.max_running)
     length = _model_len(bundle, request, plans)
@@ -55,12 +57,18 @@ def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
     )
 
 
-def _backend(bundle: Bundle, wanted: str) -> str:
-    """For auto the plans where there are both, else ONNX Runtime; this machine's GPU does not matter."""
-    if wanted != "auto":
-        return wanted
-    planned = all(plan_path(bundle, graph.name).is_file() for graph in bundle.manifest.graphs)
-    return "tensorrt" if planned else "ort"
+def serving_backend(bundle: Bundle, wanted: str) -> Choice:
+    """The backend `wanted`, and for auto that of `choose_backend`, as far as a server has it: plans or ONNX Runtime.
+
+    RequestError for another one.
+    """
+    if wanted not in SERVED:
+        raise RequestError(f"backend {wanted!r}: must be one of {', '.join(SERVED)}")
+    choice = choose_backend(bundle, wanted) if wanted == AUTO else Choice(wanted, "it was asked for")
+    if choice.backend == "tensorrt":
+        return choice
+    planned = wanted == AUTO and all(plan_path(bundle, graph.name).is_file() for graph in bundle.manifest.graphs)
+    return Choice("ort", f"{choice.why} (for its plans, give --backend tensorrt)" if planned else choice.why)
 
 
 def _model_len(bundle: Bundle, request: SizeRequest, plans: Limits | None) -> int:

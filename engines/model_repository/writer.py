@@ -29,12 +29,16 @@ from deepseek_trt.export.text.valid import check_place
 
 @dataclass(frozen=True)
 class RepositoryRequest:
-    """Where the bundle is, where the repository goes, and the model's name in it; `sizes` are for generation."""
+    """Where the bundle is, where the repository goes, and the model's name in it; `sizes` are for generation.
+
+    `link` makes hard links of the bundle's files instead of copies, on the same disk.
+    """
 
     bundle: Path
     repository: Path
     name: str = "deepseek_v2"
     sizes: SizeRequest = field(default_factory=SizeRequest)
+    link: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,10 @@ def write_model_repository(request: RepositoryRequest) -> Repository:
     _check_name(request.name)
     check_place(request.repository, OutputError)
     model = served_model(Bundle.open(request.bundle), request.name, request.sizes)
-    target, inputs = request.repository / request.name, _fingerprint(model)
+    target, inputs = request.repository / request.name, _fingerprint(model, request.link)
     fresh = written_inputs(target) != inputs
     if fresh:
-        replace_folder(target, lambda folder: _write_model(folder, model, inputs))
+        replace_folder(target, lambda folder: _write_model(folder, model, inputs, request.link))
     write_scripts(request.repository)
     return Repository(request.repository, model, fresh)
 
@@ -69,9 +73,9 @@ def _check_name(name: str) -> None:
         raise RequestError(f"name {name!r}: use letters, digits, '_', '-' and '.', as it becomes a folder and a URL")
 
 
-def _write_model(folder: Path, model: Served, inputs: str) -> None:
+def _write_model(folder: Path, model: Served, inputs: str, link: bool) -> None:
     version_folder = folder / VERSION
-    place_bundle(model.bundle, model.backend, version_folder / "bundle")
+    place_bundle(model.bundle, model.backend, version_folder / "bundle", link)
     for relative, source in runtime_files(model.backend, model.start).items():
         target = version_folder / "runtime" / relative
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ def _model_file(model: Served) -> bytes:
     return script.replace(GENERATOR, model.start).encode()
 
 
-def _fingerprint(model: Served) -> str:
+def _fingerprint(model: Served, link: bool) -> str:
     """A digest of all that decides what is written.
 
     That is config.pbtxt, which holds the request, the bundle's files by size and time, and this package's sources.
@@ -99,7 +103,7 @@ def _fingerprint(model: Served) -> str:
     carried = carried_files(model.bundle, model.backend).values()
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in carried]
     sources = [*runtime_files(model.backend, model.start).values(), *Path(__file__).parent.glob("*.py")]
-    digest = hashlib.sha256(repr((config_pbtxt(model), stats)).encode())
+    digest = hashlib.sha256(repr((config_pbtxt(model), stats, link)).encode())
     for data in (*(source.read_bytes() for source in sources), _model_file(model)):
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.errors import RequestError
 
 
@@ -36,9 +37,9 @@ class ServingSettings:
         for name in ("max_inflight", "max_running", "max_model_len", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} {getattr(self, name)}: must be at least 1")
-        for name in ("threads", "drain_ms"):
-            if getattr(self, name) < 0:
-                raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
+        check_threads(self.threads)
+        if self.drain_ms < 0:
+            raise RequestError(f"drain_ms {self.drain_ms}: must not be negative")
         if self.pages < 2:
             raise RequestError(f"pages {self.pages}: must be at least 2, one of them is scratch")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from deepseek_trt.engines.plans.plan import plan_path
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import visible_gpu
+from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 
@@ -29,6 +30,10 @@ class SessionRequest:
     mapped: bool | None = None
     cuda_graphs: bool = True
     progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RequestError for threads that nobody can start."""
+        check_threads(self.threads)
 
 
 def _ort(request: SessionRequest) -> Session:

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from deepseek_trt.engines.sessions.huge_pages import weights_fit, weights_in_memory, zeros
 from deepseek_trt.engines.sessions.prepared import fused_decode
 from deepseek_trt.engines.sessions.session import GraphPair, widening_note
+from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
@@ -220,6 +221,7 @@ class OrtCudaSession(_BoundSession):
 
 def _options(threads: int, place: Place, memory: Memory) -> ort.SessionOptions:
     options = ort.SessionOptions()
+    check_threads(threads)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Errors, but of another provider: one that does not start is reported by an exception.

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deepseek_trt.export.errors import OutputError
@@ -19,13 +19,13 @@ INPUTS_FILE = "inputs.sha256"  # what the export that fills the folder is of
 def partial_folder(out: Path, fingerprint: str, needed: int) -> Iterator[Path]:
     """A hidden folder beside `out` to fill and then `finish`, after checking that the disk has room for `needed` bytes.
 
-    What a killed run with the same `fingerprint` left in it is still there; what other inputs left is removed. An
-    exception removes all of it, Ctrl-C included. OutputError where it cannot be made, or where another export is in it.
+    What a killed run with the same `fingerprint` left in it is still there; what other inputs left is removed. Parents
+    of `out` are made. An exception removes all of it, Ctrl-C included. OutputError where it cannot be made, or where
+    another export is in it.
     """
     check_place(out, OutputError)
     out = out.absolute()
-    if not out.parent.is_dir():
-        raise OutputError(f"{out.parent} does not exist: make it first")
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     folder = out.with_name(f".{out.name}.partial")
     lock = _make_locked(folder, out)
     try:
@@ -37,6 +37,9 @@ def partial_folder(out: Path, fingerprint: str, needed: int) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+        for parent in made:
+            with suppress(OSError):  # there is a bundle in it
+                parent.rmdir()
 
 
 def finish(folder: Path, out: Path) -> None:
@@ -49,7 +52,7 @@ def finish(folder: Path, out: Path) -> None:
 def _make_locked(folder: Path, out: Path) -> int:
     """A descriptor whose lock ends with the process, however that ends."""
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.manifest import PLUGINS_FOLDER
@@ -27,6 +28,10 @@ class PluginRequest:
     fallback: bool = True
     cxx: str | None = None
     jobs: int = 2
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise RequestError(f"jobs {self.jobs}: must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_generate_from_token_ids(run, small_v2, bundle_of):
         (["generate", "BUNDLE"], 2, "give either --prompt or --token-ids"),
         (["generate", "BUNDLE", "--prompt", "x", "--token-ids", "1"], 2, "either"),
         (["generate", "BUNDLE", "--token-ids", "1,b"], 1, "numbers with commas"),
-        (["generate", "BUNDLE", "--prompt", "x", "--temperature", "-1"], 1, "temperature"),
+        (["generate", "BUNDLE", "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
         (["generate", "/nowhere", "--prompt", "x"], 1, "is not a bundle"),
         (["export", "/nowhere", "OUT"], 1, "is not a folder"),
         (["export", "CHECKPOINT", "BUNDLE", "--dtype", "float16"], 1, "is not empty"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 
 import onnx
 import pytest
@@ -11,8 +13,8 @@ from polygraphy.comparator import AccuracyResults
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.cli.validate import EXIT_ACCURACY
-from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.validate import generation
 from deepseek_trt.validate.accuracy import validate_bundle
 from deepseek_trt.validate.backends.backends import BACKENDS
 from deepseek_trt.validate.request import BACKENDS as CHOICES
@@ -73,10 +75,17 @@ def test_a_changed_weight_fails_by_name(with_changed_weight):
 
 
 def test_a_backend_that_is_not_there_is_an_error(good, monkeypatch):
-    monkeypatch.delitem(ENGINES, "tensorrt", raising=False)
-    done = validate(good("float32").path, "--backend", "tensorrt")
+    """Before anything has run."""
+    monkeypatch.setattr(generation, "check_integrity", None)
+    bundle = good("float32").path
+    done = validate(bundle, "--backend", "ort", "--backend", "tensorrt")
     assert done.exit_code == 1
-    assert "tensorrt" in done.output
+    assert "backend tensorrt cannot run here" in done.output
+    assert "make it with deepseek-trt build" in done.output
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "transformers is not installed" in validate(bundle, "--backend", "transformers").output
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton" in validate(bundle, "--backend", "kernels").output
 
 
 def test_the_graphs_as_exported_and_as_they_run_are_compared_by_default(good):

@@ -6,21 +6,26 @@ compiled CPU operators.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from deepseek_trt.engines.plans.check import check_version, read_plans
+from deepseek_trt.engines.plans.flavour import open_flavour
 from deepseek_trt.engines.sessions.opening import BACKENDS as ENGINES
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.torch import TorchSession, Weights
-from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.errors import BackendError, DeepseekTrtError
 from deepseek_trt.validate.backends.exported import ExportedSession, OrtWatcher
 from deepseek_trt.validate.backends.probes import Probes, Watcher
 from deepseek_trt.validate.backends.torch import torch_session
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
-from deepseek_trt.validate.backends.transformers import TransformersSession
+from deepseek_trt.validate.backends.transformers import TransformersSession, comparable_checkpoint
 
 Make = Callable[[SessionRequest], Session]
 
@@ -29,12 +34,14 @@ Make = Callable[[SessionRequest], Session]
 class Backend:
     """`watch` is None where inner values cannot be seen: then near-tie router choices cannot be followed.
 
-    A slow one takes seconds a step, and is spared the long cases.
+    A slow one takes seconds a step, and is spared the long cases. `check` raises a DeepseekTrtError where it
+    cannot run the bundle here, before anything else has run.
     """
 
     make: Make
     watch: Callable[[Probes], Watcher] | None = None
     is_slow: bool = False
+    check: Callable[[Bundle], object] = lambda bundle: None
 
 
 def make_reference(request: SessionRequest, weights: Weights | None = None) -> TorchSession:
@@ -55,22 +62,32 @@ def _kernels(request: SessionRequest) -> Session:
     return KernelSession(request.bundle, request.pages)
 
 
-def _engine(name: str) -> Make:
-    """A backend of the engines."""
+def _check_kernels(bundle: Bundle) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise BackendError("backend kernels needs Triton's interpreter, and it is not installed: pip install triton")
 
-    def make(request: SessionRequest) -> Session:
-        if name not in ENGINES:
-            raise BackendError(f"backend {name} is not in this build; it has: {', '.join(ENGINES)}")
-        return ENGINES[name](request)
 
-    return make
+def _check_tensorrt(bundle: Bundle) -> None:
+    """The plans, the TensorRT that built them, and a GPU."""
+    plans = read_plans(bundle)
+    for plan in plans.values():
+        check_version(plan, open_flavour(plan.record.spec.flavour))
+    open_device().close()
 
 
 BACKENDS: dict[str, Backend] = {
     "exported": Backend(ExportedSession, OrtWatcher),
-    "ort": Backend(_engine("ort")),
+    "ort": Backend(ENGINES["ort"]),
     "torch": Backend(_torch, TorchWatcher),
-    "transformers": Backend(TransformersSession, is_slow=True),
-    "kernels": Backend(_kernels, TorchWatcher, is_slow=True),
-    "tensorrt": Backend(_engine("tensorrt")),
+    "transformers": Backend(TransformersSession, is_slow=True, check=comparable_checkpoint),
+    "kernels": Backend(_kernels, TorchWatcher, is_slow=True, check=_check_kernels),
+    "tensorrt": Backend(ENGINES["tensorrt"], check=_check_tensorrt),
 }
+
+
+def check_backend(name: str, bundle: Bundle) -> None:
+    """Raise the error of the backend's `check`, with the backend's name."""
+    try:
+        BACKENDS[name].check(bundle)
+    except DeepseekTrtError as error:
+        raise type(error)(f"backend {name} cannot run here: {error}") from None

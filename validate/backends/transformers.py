@@ -6,6 +6,7 @@ It shares neither code nor converted weights with the reference, so it also chec
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ class TransformersSession(Session):
         return logits
 
 
-def _load(bundle: Bundle) -> Any:
-    """Load the checkpoint that the bundle was made of; BackendError where that cannot be compared."""
+def comparable_checkpoint(bundle: Bundle) -> Path:
+    """The folder of the checkpoint that the bundle was made of; BackendError where it cannot be compared here."""
     try:
         import transformers
     except ImportError:
@@ -81,6 +82,16 @@ def _load(bundle: Bundle) -> Any:
             f"export rounded the weights to {bundle.manifest.dtype}: compare with transformers after an export with "
             f"--dtype {' or '.join(dict.fromkeys(exact))}"
         )
+    if adapter and importlib.util.find_spec("peft") is None:
+        raise BackendError("the bundle has a merged adapter, and peft is not installed: pip install peft")
+    return folder
+
+
+def _load(bundle: Bundle) -> Any:
+    """Load the checkpoint that the bundle was made of; BackendError where that cannot be compared."""
+    folder, adapter = comparable_checkpoint(bundle), bundle.manifest.adapter
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     found: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
@@ -94,10 +105,8 @@ def _load(bundle: Bundle) -> Any:
 
 def _merged(model: Any, adapter: Path, folder: Path) -> Any:
     """The model with the adapter as peft merges it; one in the model's own folder is loaded by transformers itself."""
-    try:
-        import peft
-    except ImportError:
-        raise BackendError("the bundle has a merged adapter, and peft is not installed: pip install peft") from None
+    import peft
+
     if adapter == folder.resolve():
         return model
     return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -17,14 +18,21 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from deepseek_trt.cli.main import main
+from deepseek_trt.engines.model_repository import copying
+from deepseek_trt.engines.model_repository.copying import copy_file
+from deepseek_trt.engines.model_repository.placing import carried_files
 from deepseek_trt.engines.model_repository.runtime import runtime_files
-from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
+from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.engines.serving.tensors import INPUTS, OUTPUTS
+from deepseek_trt.engines.sessions import opening
+from deepseek_trt.engines.sessions.opening import Surroundings
+from deepseek_trt.engines.sessions.prepared import fused_path
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec
-from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.errors import BundleError, OutputError, RequestError
+from deepseek_trt.plugins.cpu.library import CPU_LIBRARY_FILE
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST
 
 PAGE = 8
@@ -106,9 +114,65 @@ def test_everything_is_described_and_real(repository, bundle):
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((version / name).read_bytes()).hexdigest() == digest
     weights = version / "bundle" / "weights.safetensors"
-    assert weights.samefile(bundle.path / "weights.safetensors")
+    assert weights.stat().st_nlink == 1  # onnx reads no other
+    listed = {"manifest.json", "weights.safetensors", "tokenizer.json", "tokenizer_config.json", *bundle.manifest.files}
+    made = {CPU_LIBRARY_FILE, fused_path(bundle).name}
+    assert {p.relative_to(version / "bundle").as_posix() for p in (version / "bundle").rglob("*")} - made == listed
     assert (repository / "serve.sh").stat().st_mode & 0o111
     assert all(name in manifest["requirements"][0] for name in ("numpy", "<2"))
+
+
+def test_onnx_reads_the_bundle_of_a_repository(repository):
+    import onnx
+
+    folder = repository / "deepseek_v2" / "1" / "bundle"
+    for graph in folder.glob("*.onnx"):
+        if graph.name in ("prefill.onnx", "decode.onnx"):
+            onnx.checker.check_model(str(graph))
+            onnx.load(graph)
+
+
+def test_links_where_they_are_asked_for(bundle, tmp_path):
+    (bundle.path / "notes.txt").write_text("mine")
+    try:
+        assert written(bundle.path, tmp_path, "--link")["fresh"]
+        placed = tmp_path / "deepseek_v2" / "1" / "bundle"
+        assert (placed / "weights.safetensors").samefile(bundle.path / "weights.safetensors")
+        assert not (placed / "notes.txt").exists()
+        assert written(bundle.path, tmp_path)["fresh"]
+        assert not (placed / "weights.safetensors").samefile(bundle.path / "weights.safetensors")
+    finally:
+        (bundle.path / "notes.txt").unlink()
+
+
+def test_a_link_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "a").write_text("")
+    (tmp_path / "b").write_text("")
+    with pytest.raises(OutputError, match="leave out --link"):
+        copy_file(tmp_path / "a", tmp_path / "b", link=True)
+
+
+@pytest.mark.parametrize("cloned", [True, False])
+def test_a_copy_is_a_reflink_where_the_file_system_can(tmp_path, monkeypatch, cloned):
+    def ioctl(target, request, source):
+        if not cloned:
+            raise OSError("not on this file system")
+        target.write(b"cloned")
+
+    monkeypatch.setattr(copying.fcntl, "ioctl", ioctl)
+    (tmp_path / "a").write_bytes(b"copied")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    copy_file(tmp_path / "link", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (b"cloned" if cloned else b"copied")
+    assert not (tmp_path / "b").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["missing.onnx", "../stray", "/etc/hostname"])
+def test_a_listed_file_that_is_not_there_is_named(bundle, name):
+    (bundle.path.parent / "stray").write_text("")
+    manifest = dataclasses.replace(bundle.manifest, files={**bundle.manifest.files, name: ""})
+    with pytest.raises(BundleError, match=f"no file '{name}'"):
+        carried_files(dataclasses.replace(bundle, manifest=manifest), "ort")
 
 
 def test_config_says_everything(repository):
@@ -208,8 +272,36 @@ def test_sizes_that_cannot_be_had(bundle, request_, words):
         settings_for(bundle, SizeRequest(**request_))
 
 
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "backend", "why"),
+    [
+        ("a GPU", "auto", "tensorrt", "the bundle has plans and a GPU is visible"),
+        (None, "auto", "ort", "no GPU is visible (for its plans, give --backend tensorrt)"),
+        (None, "tensorrt", "tensorrt", "it was asked for"),
+        ("a GPU", "ort", "ort", "it was asked for"),
+    ],
+)
+def test_auto_is_that_of_generate(planned, monkeypatch, gpu, wanted, backend, why):
+    monkeypatch.setattr(opening, "Surroundings", lambda: Surroundings(lambda: gpu, list))
+    choice = serving_backend(planned, wanted)
+    assert (choice.backend, choice.why) == (backend, why)
+    assert settings_for(planned, SizeRequest(wanted)).backend == backend
+
+
+def test_what_a_repository_needs_is_said(planned, bundle, tmp_path):
+    plans = run(planned.path, tmp_path, "--backend", "tensorrt")
+    assert (
+        "backend: tensorrt, as it was asked for; it needs the NVIDIA GPU that the plans were built on" in plans.stdout
+    )
+    assert "the tensorrt_rtx 1.0 that built the plans" in plans.stdout
+    facts = written(bundle.path, tmp_path, "--name", "cpu", "--backend", "ort")
+    assert (facts["backend"], facts["why"], facts["needs"]) == ("ort", "it was asked for", "no GPU")
+    with pytest.raises(RequestError, match="backend 'cuda'"):
+        serving_backend(bundle, "cuda")
+
+
 def test_plans_come_with_their_library_and_limits(planned, tmp_path):
-    facts = written(planned.path, tmp_path)
+    facts = written(planned.path, tmp_path, "--backend", "tensorrt")
     assert facts["backend"] == "tensorrt"
     assert (facts["max_running"], facts["prefill_chunk"], facts["max_model_len"]) == (4, 16, 64)
     placed = tmp_path / "deepseek_v2" / "1" / "bundle"

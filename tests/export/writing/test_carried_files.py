@@ -13,7 +13,7 @@ from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.text.files import CARRIED
 from deepseek_trt.export.text.reading import read_text
-from deepseek_trt.export.writing.tokenizer_files import carry_files, text_digests
+from deepseek_trt.export.writing.carried_files import carried_digests, carry_files
 
 
 def test_files_arrive_as_they_are(demo_checkpoint, tmp_path):
@@ -69,7 +69,24 @@ def test_templates_in_a_folder_are_carried(tmp_path):
     carry_files(source, target)
     assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
     names = ["chat_template.json", "additional_chat_templates/rag.jinja"]
-    assert [name for name, _ in text_digests(source)] == names
+    assert [name for name, _ in carried_digests(source)] == names
+
+
+LICENCES = ("LICENSE", "LICENSE-MODEL", "LICENCE.txt", "MODEL_LICENSE", "NOTICE.md", "license_code")
+
+
+def test_licences_are_carried(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    target.mkdir()
+    (source / "LICENSES").mkdir()
+    for name in (*LICENCES, "README.md", "licensed.bin", "noticeable.txt", "model.safetensors"):
+        (source / name).write_text(name)
+    carry_files(source, target)
+    assert {p.name for p in target.iterdir()} == set(LICENCES)
+    before = carried_digests(source)
+    (source / "LICENSE").write_text("another")
+    assert carried_digests(source) != before
 
 
 def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
