@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from deepseek_trt.engines.sessions.huge_pages import weights_fit, weights_in_memory, zeros
+from deepseek_trt.engines.sessions.huge_pages import Progress, zeros
+from deepseek_trt.engines.sessions.loading import load_weights, no_progress, weights_fit
 from deepseek_trt.engines.sessions.prepared import fused_decode
 from deepseek_trt.engines.sessions.session import GraphPair, widening_note
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
-from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.plugins.cpu.library import CpuLibrary, ExpertsHit, cpu_library, experts_hit_counter
@@ -40,6 +40,8 @@ class Place:
 class Memory:
     """What ONNX Runtime may hold for speed: packed copies of weights, constants computed once (a cast weight is one),
     and an arena that keeps what a step needed.
+
+    LEAN casts weights in every call: of a prefill of 128 tokens that is no measurable part, of a decode step most.
     """
 
     packed: bool = True
@@ -67,12 +69,13 @@ def open_graph(
     """A graph of the bundle ready to run, or the `model` that was made of it; errors call it `name`, else by its file.
 
     Weights are read from the bundle's file, unless they are `given`, which ONNX Runtime copies, or `shared`, which it
-    reads where they are: those must live as long as the session. `library` holds operators that the model wants.
-    `threads` 0 takes all processors. Raises BackendError where ONNX Runtime refuses.
+    reads where they are: those must live as long as the session. A by-reference bundle has no file to read. `library`
+    holds operators that the model wants. `threads` 0 takes all processors. Raises BackendError where ONNX Runtime
+    refuses.
     """
     model = bundle.graph_path(graph) if model is None else model
     if bundle.manifest.by_reference and given is None:
-        given = shared or ort_values(WeightReader(bundle).views())  # there is no file to read
+        given = shared
     options = _options(threads, place, memory)
     if given:
         options.add_external_initializers(list(given), list(given.values()))
@@ -97,6 +100,11 @@ def open_graph(
     if session.get_providers()[0] != place.provider:
         raise BackendError(f"ONNX Runtime's {place.provider} does not start on this machine: {LIBRARIES}")
     return session
+
+
+def referred_weights(bundle: Bundle) -> OrtValues | None:
+    """What graphs of a by-reference bundle are opened with; None where the bundle's own file holds the weights."""
+    return ort_values(load_weights(bundle, mapped=True)) if bundle.manifest.by_reference else None
 
 
 def ort_values(arrays: Arrays) -> OrtValues:
@@ -141,23 +149,28 @@ class OrtSession(_BoundSession):
     """On the CPU; decode through the compiled operators where there are any."""
 
     def __init__(
-        self, bundle: Bundle, pages: int, threads: int = 0, compiled: bool = True, mapped: bool | None = None
+        self,
+        bundle: Bundle,
+        pages: int,
+        threads: int = 0,
+        compiled: bool = True,
+        mapped: bool | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         """`threads` 0 takes all processors.
 
         Without `compiled`, or where the compiled operators cannot be had, the exported bodies are run. `mapped` leaves
         the weights in their file instead of copying them to huge pages, which decodes faster; None: as memory allows.
+        `progress` is told of what is copied or assembled.
         """
         library = cpu_library(bundle.path) if compiled else CpuLibrary(None)
         super().__init__(bundle, pages, CPU, library.path)
         self.threads = threads or len(os.sched_getaffinity(0))
         self._count = experts_hit_counter(library.path) if library.path else None
         mapped = not weights_fit(bundle) if mapped is None else mapped
-        copied = not mapped and not bundle.manifest.by_reference  # what is assembled is a copy already
-        self._weights = ort_values(weights_in_memory(bundle) if copied else WeightReader(bundle).views())
-        memory = LEAN if mapped else USUAL
-        graphs = {"prefill": open_graph(bundle, "prefill", threads, shared=self._weights, memory=memory)}
-        graphs["decode"], left = self._open_decode(bundle, threads, memory)
+        self._weights = ort_values(load_weights(bundle, mapped, progress))
+        graphs = {"prefill": open_graph(bundle, "prefill", threads, shared=self._weights, memory=LEAN)}
+        graphs["decode"], left = self._open_decode(bundle, threads, LEAN if mapped else USUAL)
         narrow = library.path is not None and not left  # compiled operators widen numbers as they go
         self._weights_dtype = bundle.manifest.dtype if narrow else self.cache.dtype
         as_exported = f"as exported, not compiled: {', '.join(left)}" if left else ""
@@ -204,7 +217,8 @@ class OrtCudaSession(_BoundSession):
         dtype, computed = bundle.manifest.dtype, self.cache.dtype
         words = "" if computed == dtype else f"{dtype} weights, computed in {computed}, "
         self.note = f"{words}ONNX Runtime's {place.provider}"
-        graphs = {name: open_graph(bundle, name, threads, place=place) for name in ("prefill", "decode")}
+        weights = referred_weights(bundle)
+        graphs = {name: open_graph(bundle, name, threads, given=weights, place=place) for name in ("prefill", "decode")}
         zeroed = (np.zeros(self._shape, self._dtype) for _ in range(self.cache.layers))
         self._bind(graphs, [ort.OrtValue.ortvalue_from_numpy(a, place.device, place.ordinal) for a in zeroed])
 

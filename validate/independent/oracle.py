@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_trt.engines.sessions.huge_pages import available_memory
+from deepseek_trt.engines.sessions.free_memory import available_memory
 from deepseek_trt.export.arrays import Floats
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, FEATURES, GENERATION
