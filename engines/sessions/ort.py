@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnxruntime as ort
@@ -16,13 +19,16 @@ from deepseek_trt.engines.sessions.loading import load_weights, no_progress, wei
 from deepseek_trt.engines.sessions.prepared import fused_decode
 from deepseek_trt.engines.sessions.session import GraphPair, widening_note
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.plugins.cpu.library import CpuLibrary, ExpertsHit, cpu_library, experts_hit_counter
 
 LIBRARIES = "install the CUDA and cuDNN that this ONNX Runtime names in its documentation, or use --backend tensorrt"
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_SMALL = 2**20
 
 OrtValues = dict[str, ort.OrtValue]
 
@@ -75,7 +81,8 @@ def open_graph(
     """
     model = bundle.graph_path(graph) if model is None else model
     if bundle.manifest.by_reference and given is None:
-        given = shared
+        narrow = bundle.manifest.dtype == "float16"  # whose weights ONNX Runtime widens at load
+        given = {n: v for n, v in (shared or {}).items() if _read_at_load(n, v, narrow or memory.folded)}
     options = _options(threads, place, memory)
     if given:
         options.add_external_initializers(list(given), list(given.values()))
@@ -83,16 +90,13 @@ def open_graph(
         options.add_initializer(weight, value)
     if library is not None:
         options.register_custom_ops_library(str(library))
-    if isinstance(model, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     provider = (place.provider, {} if place.device == "cpu" else {"device_id": str(place.ordinal)})
+    disabled = [] if memory.folded else ["ConstantFolding"]
     try:
-        session = ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model),
-            options,
-            providers=[provider],
-            disabled_optimizers=[] if memory.folded else ["ConstantFolding"],
-        )
+        with _weights_folder(bundle) as folder:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+            data = model if isinstance(model, bytes) else model.read_bytes()
+            session = ort.InferenceSession(data, options, providers=[provider], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
         name = name or str(bundle.graph_path(graph))
         where, mend = ("", "export the checkpoint again") if place == CPU else (f" with {place.provider}", LIBRARIES)
@@ -230,6 +234,26 @@ class OrtCudaSession(_BoundSession):
     def fill(self, value: float) -> None:
         for pool in self._pools:
             pool.update_inplace(np.full(self._shape, value, self._dtype))
+
+
+@contextmanager
+def _weights_folder(bundle: Bundle) -> Iterator[Path]:
+    """Give where the weights file lies. By reference it is an empty one: ONNX Runtime wants the file that graphs name,
+    reads nothing from it that it was given, and fails where it would read.
+    """
+    if not bundle.manifest.by_reference:
+        yield bundle.path
+        return
+    with TemporaryDirectory() as folder:
+        (Path(folder) / WEIGHTS_FILE).touch()
+        yield Path(folder)
+
+
+def _read_at_load(name: str, value: ort.OrtValue, dense: bool) -> bool:
+    """Whether ONNX Runtime may look at the weight's numbers when it loads a graph: experts are none that it folds, and
+    others matter only where they are small or `dense` weights are folded. What it may look at it copies.
+    """
+    return ".experts." not in name and (dense or value.tensor_size_in_bytes() < _SMALL)
 
 
 def _options(threads: int, place: Place, memory: Memory) -> ort.SessionOptions:
