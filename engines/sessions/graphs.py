@@ -45,11 +45,11 @@ class OrtGraphs:
         return dict(zip(names, self._sessions[graph].run(names, _in_order(spec, feeds)), strict=True))
 
     def _open(self, graph: str) -> Any:
-        from deepseek_trt.engines.sessions.ort import LEAN, USUAL, open_graph, referred_weights
+        from deepseek_trt.engines.sessions.ort import UNFOLDED, USUAL, open_graph, referred_weights
 
         if self._weights is None:
             self._weights = referred_weights(self._bundle)
-        memory = USUAL if graph == "decode" else LEAN
+        memory = USUAL if graph == "decode" else UNFOLDED
         return open_graph(self._bundle, graph, self._threads, shared=self._weights, memory=memory)
 
 

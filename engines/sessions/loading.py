@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from deepseek_trt.engines.sessions.free_memory import available_memory
 from deepseek_trt.engines.sessions.huge_pages import Progress, read_weights
 from deepseek_trt.export.arrays import Arrays
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.free_memory import available_memory, too_much
 from deepseek_trt.export.memory import generate_mapped
 
 _COPIED = 0.5  # of the free memory, at most: the page cache keeps the file as well
-_NEEDED = 0.8  # of the free memory, at most, for what cannot be had otherwise
 
 
 def no_progress(done: int, total: int) -> None:
@@ -40,9 +39,9 @@ def load_weights(bundle: Bundle, mapped: bool, progress: Progress = no_progress)
 
 def check_memory(needed: int, what: str, mend: str) -> None:
     """BackendError where `what` needs more bytes than can safely be had: it says how many, and `mend`."""
-    free = available_memory()
-    if needed > _NEEDED * free:
-        raise BackendError(f"{what} {needed / 1e9:,.2f} GB of memory, where {free / 1e9:,.2f} GB are free: {mend}")
+    refusal = too_much(needed)
+    if refusal:
+        raise BackendError(f"{what} {refusal}: {mend}")
 
 
 def _check_assembled(bundle: Bundle, nbytes: int) -> None:

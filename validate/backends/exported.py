@@ -84,9 +84,7 @@ class OrtWatcher:
 class _Graph:
     """One graph with the values at `places` as outputs beside its own."""
 
-    def __init__(
-        self, request: SessionRequest, name: str, places: tuple[str, ...], weights: OrtValues | None
-    ) -> None:
+    def __init__(self, request: SessionRequest, name: str, places: tuple[str, ...], weights: OrtValues | None) -> None:
         path = request.bundle.graph_path(name)
         model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
         self._outputs = [value.name or "" for value in model.graph.outputs]  # logits, then a pool a layer

@@ -8,6 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_NEEDED = 0.8  # of the free memory, at most, for what cannot be had otherwise
+
+
+def too_much(needed: int) -> str:
+    """Why so many bytes of memory are refused on this machine, or nothing where they fit."""
+    free = available_memory()
+    return "" if needed <= _NEEDED * free else f"{needed / 1e9:,.2f} GB of memory, where {free / 1e9:,.2f} GB are free"
 
 
 def available_memory() -> int:
