@@ -96,8 +96,8 @@ class BenchReport:
 
 
 def bench(request: BenchRequest, say: Say = lambda line: None, progress: Progress = no_progress) -> BenchReport:
-    """Measure every batch size, greedy, on prompts of random tokens; `say` gets lines about what goes on, `progress` the
-    bytes of weights that are loaded, and those in all.
+    """Measure every batch size, greedy, on prompts of random tokens; `say` gets lines about what goes on, `progress`
+    the bytes of weights that are loaded, and those in all.
 
     Raises RequestError where context and new tokens are more than the model or its engines take, BackendError where the
     model gives logits that are not finite.

@@ -46,7 +46,7 @@ def _counted_by(piece: Piece, source: StoredTensor) -> StoredTensor:
 
 
 def one_run(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) -> tuple[Path, int] | None:
-    """The file and offset where the tensor's bytes lie in one run, as numbers of `dtype`; None where it is to be made."""
+    """The file and offset where the tensor's bytes lie in one run, as numbers of `dtype`; None where they do not."""
     first: tuple[Path, int] | None = None
     end = 0
     for piece in recipe.pieces:

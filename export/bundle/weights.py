@@ -55,7 +55,7 @@ class WeightReader:
         return tuple(name for name in self.records if self.place(name) is None)
 
     def view(self, name: str) -> Array:
-        """The tensor where it lies in its mapped file, read-only; assembled in memory where it lies nowhere as it is."""
+        """The tensor where it lies in its mapped file, read-only; assembled where it lies nowhere as it is."""
         place = self.place(name)
         if place is None:
             return self.array(name)

@@ -1,4 +1,4 @@
-"""Limits of kernels: what the custom ops' GPU kernels do not compute: known here, so that it can be said before anything is built."""
+"""What the custom ops' GPU kernels do not compute: known here, so that it is said before anything is built."""
 
 from __future__ import annotations
 

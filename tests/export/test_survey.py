@@ -61,7 +61,7 @@ def test_steps_that_will_be_refused_are_not_sized(published, monkeypatch):
     assert engines["v2-lite"].capacities
     assert not engines["v3"].capacities
     needs = {need.step: need.refused for need in engines["v2-lite"].needs}
-    assert needs["generate, by reference"].startswith("on this machine: it takes 28.79 GB of memory, where 2.15 GB")
+    assert needs["generate, by reference"].startswith("on this machine: it takes 28.90 GB of memory, where 2.15 GB")
     assert "62.83 GB" in needs["generate, --backend torch"]
     assert not needs["generate, weights mapped"]
 
