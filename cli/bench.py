@@ -50,9 +50,11 @@ def command(as_json: bool, bundle: Path, **options: Any) -> None:
 
     Example: deepseek-trt bench ./v2-lite --batch-size 1 --batch-size 8 --context 512
     """
+    from deepseek_trt.cli.printing.progress import weight_progress
     from deepseek_trt.engines.bench.bench import BenchRequest, bench
 
-    report = bench(BenchRequest(bundle, **options), step)
+    with weight_progress() as progress:
+        report = bench(BenchRequest(bundle, **options), step, progress)
     if as_json:
         print_json(dataclasses.asdict(report))
     else:

@@ -12,7 +12,13 @@ from deepseek_trt.cli.options import MOST, FiniteRange
 from deepseek_trt.cli.printing.output import dropped_lines, output_options, print_json, say_error
 from deepseek_trt.export.bundle.interface import TASKS
 from deepseek_trt.export.config.model_config import DTYPES, ModelConfig
+from deepseek_trt.export.memory import CHUNK, CONTEXT
 from deepseek_trt.export.survey import GIB, Facts, survey
+
+_MEANING = (
+    f"memory must exist; file pages are dropped where it is short. Generating: one sequence of {CONTEXT:,} tokens, "
+    f"prefilled {CHUNK} at a time."
+)
 
 
 @click.command("check")
@@ -59,14 +65,19 @@ def _print_tables(facts: Facts, gpu_memory: float) -> None:
     for name, value in _model_rows(facts):
         model.add_row(name, value)
     console.print(model)
-    needs = Table("step", "disk", "memory", box=None)
+    needs = Table("step", "disk", "memory", "file pages", box=None)
     for need in facts.needs:
-        needs.add_row(need.step, _size(need.disk), _size(need.memory))
+        sizes = ("refused", "", "") if need.refused else map(_size, (need.disk, need.memory, need.file_pages))
+        needs.add_row(need.step, *sizes)
     console.print(needs)
+    for need in (need for need in facts.needs if need.refused):
+        console.print(f"refused: {need.step}: {need.refused}")
+    console.print(_MEANING)
     capacity = Table("context", f"sequences at once on {gpu_memory:g} GiB", box=None)
     for row in facts.capacities:
         capacity.add_row(f"{row.context:,}", str(row.batch) if row.batch else "does not fit")
-    console.print(capacity)
+    if facts.capacities:
+        console.print(capacity)
     for line in dropped_lines(facts.dropped):
         console.print(line)
     for note in facts.notes:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_trt.export.bundle.assemble import one_run
 from deepseek_trt.export.bundle.graph import CacheSpec
-from deepseek_trt.export.bundle.interface import CLASSIFICATION, Interface
-from deepseek_trt.export.bundle.recipes import Dropped
+from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
+from deepseek_trt.export.bundle.recipes import Dropped, too_large_for_tensorrt
+from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
-from deepseek_trt.export.dtypes import computed_in, dtype_bytes
+from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.free_memory import too_much
+from deepseek_trt.export.memory import (
+    Footprint,
+    generate_by_reference,
+    generate_copied,
+    generate_mapped,
+    generate_torch,
+)
 from deepseek_trt.export.reading.hub import checkpoint_folder
 from deepseek_trt.export.reading.source import Source, export_dtype, read_source
 from deepseek_trt.export.reading.weight_files import CONFIG_FILE
@@ -28,16 +39,22 @@ _GPU_SHARE = 0.9  # of a GPU's memory for weights and cache; the rest is for act
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that one step takes: new on disk, and in the process's (or the GPU's) memory."""
+    """Bytes that one step takes: new on disk, and in the process's (or the GPU's) memory.
+
+    `memory` must exist. `file_pages` are mapped from files as well: they are faster kept, and dropped where memory is
+    short. `refused` says why the step would not be done, and is empty where it would.
+    """
 
     step: str
     disk: int
     memory: int
+    file_pages: int = 0
+    refused: str = ""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many sequences of `context` tokens fit on the GPU at once."""
+    """How many sequences of `context` tokens fit on the GPU at once; none are given where engines are refused."""
 
     context: int
     batch: int
@@ -133,8 +150,8 @@ def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
         active_parameters=_active(config, plan, parameters),
         cache_bytes_per_token=cache.bytes_per_token,
         expanded_bytes_per_token=_expanded(config, dtype),
-        needs=_needs(source, weights, parameters, dtype),
-        capacities=_capacities(cache, config, weights, gpu_bytes),
+        needs=_needs(source, weights, dtype),
+        capacities=() if _no_engines(source) else _capacities(cache, config, weights, gpu_bytes),
         dropped=plan.dropped,
         notes=source.notes,
     )
@@ -154,15 +171,41 @@ def _expanded(config: ModelConfig, dtype: str) -> int:
     return config.num_hidden_layers * per_layer * dtype_bytes(dtype)
 
 
-def _needs(source: Source, weights: int, parameters: int, dtype: str) -> tuple[Need, ...]:
-    on_cpu = parameters * 4 if computed_in(dtype) != dtype else weights  # ONNX Runtime's CPU provider widens bfloat16
+def _needs(source: Source, weights: int, dtype: str) -> tuple[Need, ...]:
     refers = source.adapter is None and dtype == source.plan.dtype
+    generates = source.interface.task == GENERATION
     return (
         Need("export", weights + _GRAPH_DISK, _EXPORT_MEMORY),
         *([Need("export --by-reference", _GRAPH_DISK, _EXPORT_MEMORY)] if refers else []),
-        Need("generate --backend ort (CPU)", 0, on_cpu),
-        Need("engines on a GPU, without cache", 0, weights),
+        *(_generating(source, dtype, refers) if generates else ()),
+        Need("engines on a GPU, without cache", 0, weights, refused=_no_engines(source)),
     )
+
+
+def _generating(source: Source, dtype: str, refers: bool) -> Iterator[Need]:
+    """The ways to generate on a CPU."""
+    config, recipes = source.config, source.plan.recipes
+
+    def need(way: str, footprint: Footprint, must_fit: int = 0) -> Need:
+        refusal = too_much(must_fit)
+        here = f"on this machine: it takes {refusal}" if refusal else ""
+        return Need(f"generate, {way}", 0, footprint.anonymous, footprint.file, here)
+
+    yield need("weights mapped", generate_mapped(config, dtype, recipes))
+    yield need("weights copied", generate_copied(config, dtype, recipes))
+    if refers:
+        tensors = source.checkpoint.tensors
+        made = [recipe for recipe in recipes if one_run(recipe, tensors, recipe.dtype(dtype)) is None]
+        assembled = sum(recipe.nbytes(dtype) for recipe in made)
+        yield need("by reference", generate_by_reference(config, dtype, recipes, made), assembled)
+    yield need("--backend torch", generate_torch(config, dtype, recipes), 4 * sum(r.size for r in recipes))
+
+
+def _no_engines(source: Source) -> str:
+    """Why no TensorRT engine can be made of it, or nothing."""
+    large = too_large_for_tensorrt(source.plan.recipes)
+    held = f"{large[0].name} holds {large[0].size:,} numbers, TensorRT takes less than 2^31" if large else ""
+    return "; ".join(filter(None, (without_kernel(source.config), held)))
 
 
 def _capacities(cache: CacheSpec, config: ModelConfig, weights: int, gpu_bytes: int) -> tuple[Capacity, ...]:

@@ -69,9 +69,9 @@ def build_progress() -> AbstractContextManager[Callable[[str, int, int], None]]:
 
 @contextmanager
 def weight_progress() -> Iterator[Callable[[int, int], None]]:
-    """Give a function (bytes done, bytes in all) that draws the weights' way to the GPU."""
+    """Give a function (bytes done, bytes in all) that draws weights being loaded."""
     with _bars(_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn()) as advance:
-        yield lambda done, total: advance("weights to the GPU", done, total)
+        yield lambda done, total: advance("loading weights", done, total)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from deepseek_trt.engines.bench.roofline import decode_traffic, distinct_experts
 from deepseek_trt.engines.generation.pages import pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.sessions.huge_pages import Progress
+from deepseek_trt.engines.sessions.loading import no_progress
 from deepseek_trt.engines.sessions.opening import (
     AUTO,
     Choice,
@@ -95,8 +97,9 @@ class BenchReport:
     points: tuple[Point, ...]
 
 
-def bench(request: BenchRequest, say: Say = lambda line: None) -> BenchReport:
-    """Measure every batch size, greedy, on prompts of random tokens; `say` gets lines about what goes on.
+def bench(request: BenchRequest, say: Say = lambda line: None, progress: Progress = no_progress) -> BenchReport:
+    """Measure every batch size, greedy, on prompts of random tokens; `say` gets lines about what goes on, `progress`
+    the bytes of weights that are loaded, and those in all.
 
     Raises RequestError where context and new tokens are more than the model or its engines take, BackendError where the
     model gives logits that are not finite.
@@ -111,7 +114,7 @@ def bench(request: BenchRequest, say: Say = lambda line: None) -> BenchReport:
     choice = choose_backend(bundle, request.backend)
     bandwidth = _bandwidth(choice, request.threads)
     pages = pages_needed(bundle.manifest.cache, [request.context + request.new_tokens] * max(request.batch_sizes))
-    opened = open_session(SessionRequest(bundle, pages, request.threads), request.backend)
+    opened = open_session(SessionRequest(bundle, pages, request.threads, progress=progress), request.backend)
     say(opened.line)
     points = []
     for batch in request.batch_sizes:

@@ -35,15 +35,22 @@ class OrtGraphs:
         self._bundle, self._threads = bundle, threads
         self.note, self.dtype = widening_note(bundle.manifest.dtype), computed_in(bundle.manifest.dtype)
         self._sessions: dict[str, Any] = {}
+        self._weights: dict[str, Any] | None = None  # of a by-reference bundle, once for all graphs
 
     def run(self, graph: str, feeds: Mapping[str, Array]) -> Arrays:
-        from deepseek_trt.engines.sessions.ort import open_graph
-
         if graph not in self._sessions:
-            self._sessions[graph] = open_graph(self._bundle, graph, self._threads)
+            self._sessions[graph] = self._open(graph)
         spec = self._bundle.graph(graph)
         names = [output.name for output in spec.outputs]
         return dict(zip(names, self._sessions[graph].run(names, _in_order(spec, feeds)), strict=True))
+
+    def _open(self, graph: str) -> Any:
+        from deepseek_trt.engines.sessions.ort import UNFOLDED, USUAL, open_graph, referred_weights
+
+        if self._weights is None:
+            self._weights = referred_weights(self._bundle)
+        memory = USUAL if graph == "decode" else UNFOLDED
+        return open_graph(self._bundle, graph, self._threads, shared=self._weights, memory=memory)
 
 
 class TorchGraphs:

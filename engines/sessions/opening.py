@@ -20,8 +20,8 @@ AUTO, CUDA_PROVIDER = "auto", "CUDAExecutionProvider"
 class SessionRequest:
     """pages counts the scratch page; threads 0 lets the backend choose.
 
-    mapped (weights stay in their file; None: where memory is short) is for the ort backend; cuda_graphs and progress
-    (bytes of weights on the GPU, bytes in all) are for the tensorrt backend.
+    mapped (weights stay in their file; None: where memory is short) is for the ort backend, cuda_graphs for tensorrt;
+    both tell progress (bytes of weights that are where they are wanted, bytes in all).
     """
 
     bundle: Bundle
@@ -37,9 +37,11 @@ class SessionRequest:
 
 
 def _ort(request: SessionRequest) -> Session:
+    from deepseek_trt.engines.sessions.loading import no_progress
     from deepseek_trt.engines.sessions.ort import OrtSession
 
-    return OrtSession(request.bundle, request.pages, request.threads, mapped=request.mapped)
+    progress = request.progress or no_progress
+    return OrtSession(request.bundle, request.pages, request.threads, mapped=request.mapped, progress=progress)
 
 
 def _ort_cuda(request: SessionRequest) -> Session:

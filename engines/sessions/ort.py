@@ -5,25 +5,31 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnxruntime as ort
 
-from deepseek_trt.engines.sessions.huge_pages import weights_fit, weights_in_memory, zeros
+from deepseek_trt.engines.sessions.huge_pages import Progress, zeros
+from deepseek_trt.engines.sessions.loading import load_weights, no_progress, weights_fit
 from deepseek_trt.engines.sessions.prepared import fused_decode
 from deepseek_trt.engines.sessions.session import GraphPair, widening_note
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
-from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.plugins.cpu.library import CpuLibrary, ExpertsHit, cpu_library, experts_hit_counter
 
 LIBRARIES = "install the CUDA and cuDNN that this ONNX Runtime names in its documentation, or use --backend tensorrt"
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_SMALL = 2**20
 
 OrtValues = dict[str, ort.OrtValue]
 
@@ -41,6 +47,9 @@ class Place:
 class Memory:
     """What ONNX Runtime may hold for speed: packed copies of weights, constants computed once (a cast weight is one),
     and an arena that keeps what a step needed.
+
+    Not folded, weights are cast in every call: of a prefill of 128 tokens that is no measurable part, of a decode step
+    most.
     """
 
     packed: bool = True
@@ -49,7 +58,8 @@ class Memory:
 
 
 CPU, CUDA = Place(), Place("CUDAExecutionProvider", "cuda")
-USUAL, LEAN = Memory(packed=False), Memory(packed=False, folded=False)
+USUAL, UNFOLDED = Memory(packed=False), Memory(packed=False, folded=False)
+LEAN = Memory(packed=False, folded=False, arena=False)  # where memory is short: a prefill takes about a sixth longer
 
 
 def open_graph(
@@ -68,12 +78,14 @@ def open_graph(
     """A graph of the bundle ready to run, or the `model` that was made of it; errors call it `name`, else by its file.
 
     Weights are read from the bundle's file, unless they are `given`, which ONNX Runtime copies, or `shared`, which it
-    reads where they are: those must live as long as the session. `library` holds operators that the model wants.
-    `threads` 0 takes all processors. Raises BackendError where ONNX Runtime refuses.
+    reads where they are: those must live as long as the session. A by-reference bundle has no file to read. `library`
+    holds operators that the model wants. `threads` 0 takes all processors. Raises BackendError where ONNX Runtime
+    refuses.
     """
     model = bundle.graph_path(graph) if model is None else model
     if bundle.manifest.by_reference and given is None:
-        given = shared or ort_values(WeightReader(bundle).views())  # there is no file to read
+        narrow = bundle.manifest.dtype == "float16"  # whose weights ONNX Runtime widens at load
+        given = {n: v for n, v in (shared or {}).items() if _read_at_load(n, v, narrow or memory.folded)}
     options = _options(threads, place, memory)
     if given:
         options.add_external_initializers(list(given), list(given.values()))
@@ -81,16 +93,13 @@ def open_graph(
         options.add_initializer(weight, value)
     if library is not None:
         options.register_custom_ops_library(str(library))
-    if isinstance(model, bytes):
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     provider = (place.provider, {} if place.device == "cpu" else {"device_id": str(place.ordinal)})
+    disabled = [] if memory.folded else ["ConstantFolding"]
     try:
-        session = ort.InferenceSession(
-            model if isinstance(model, bytes) else str(model),
-            options,
-            providers=[provider],
-            disabled_optimizers=[] if memory.folded else ["ConstantFolding"],
-        )
+        with _weights_folder(bundle) as folder:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+            data = model if isinstance(model, bytes) else model.read_bytes()
+            session = ort.InferenceSession(data, options, providers=[provider], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
         name = name or str(bundle.graph_path(graph))
         where, mend = ("", "export the checkpoint again") if place == CPU else (f" with {place.provider}", LIBRARIES)
@@ -98,6 +107,11 @@ def open_graph(
     if session.get_providers()[0] != place.provider:
         raise BackendError(f"ONNX Runtime's {place.provider} does not start on this machine: {LIBRARIES}")
     return session
+
+
+def referred_weights(bundle: Bundle) -> OrtValues | None:
+    """What graphs of a by-reference bundle are opened with; None where the bundle's own file holds the weights."""
+    return ort_values(load_weights(bundle, mapped=True)) if bundle.manifest.by_reference else None
 
 
 def ort_values(arrays: Arrays) -> OrtValues:
@@ -142,23 +156,30 @@ class OrtSession(_BoundSession):
     """On the CPU; decode through the compiled operators where there are any."""
 
     def __init__(
-        self, bundle: Bundle, pages: int, threads: int = 0, compiled: bool = True, mapped: bool | None = None
+        self,
+        bundle: Bundle,
+        pages: int,
+        threads: int = 0,
+        compiled: bool = True,
+        mapped: bool | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         """`threads` 0 takes all processors.
 
         Without `compiled`, or where the compiled operators cannot be had, the exported bodies are run. `mapped` leaves
         the weights in their file instead of copying them to huge pages, which decodes faster; None: as memory allows.
+        `progress` is told of what is copied or assembled.
         """
         library = cpu_library(bundle.path) if compiled else CpuLibrary(None)
         super().__init__(bundle, pages, CPU, library.path)
         self.threads = threads or len(os.sched_getaffinity(0))
         self._count = experts_hit_counter(library.path) if library.path else None
         mapped = not weights_fit(bundle) if mapped is None else mapped
-        copied = not mapped and not bundle.manifest.by_reference  # what is assembled is a copy already
-        self._weights = ort_values(weights_in_memory(bundle) if copied else WeightReader(bundle).views())
-        memory = LEAN if mapped else USUAL
+        self._weights = ort_values(load_weights(bundle, mapped, progress))
+        short = mapped or bundle.manifest.by_reference
+        memory = LEAN if short else UNFOLDED
         graphs = {"prefill": open_graph(bundle, "prefill", threads, shared=self._weights, memory=memory)}
-        graphs["decode"], left = self._open_decode(bundle, threads, memory)
+        graphs["decode"], left = self._open_decode(bundle, threads, LEAN if short else USUAL)
         narrow = library.path is not None and not left  # compiled operators widen numbers as they go
         self._weights_dtype = bundle.manifest.dtype if narrow else self.cache.dtype
         as_exported = f"as exported, not compiled: {', '.join(left)}" if left else ""
@@ -205,7 +226,8 @@ class OrtCudaSession(_BoundSession):
         dtype, computed = bundle.manifest.dtype, self.cache.dtype
         words = "" if computed == dtype else f"{dtype} weights, computed in {computed}, "
         self.note = f"{words}ONNX Runtime's {place.provider}"
-        graphs = {name: open_graph(bundle, name, threads, place=place) for name in ("prefill", "decode")}
+        weights = referred_weights(bundle)
+        graphs = {name: open_graph(bundle, name, threads, given=weights, place=place) for name in ("prefill", "decode")}
         zeroed = (np.zeros(self._shape, self._dtype) for _ in range(self.cache.layers))
         self._bind(graphs, [ort.OrtValue.ortvalue_from_numpy(a, place.device, place.ordinal) for a in zeroed])
 
@@ -217,6 +239,26 @@ class OrtCudaSession(_BoundSession):
     def fill(self, value: float) -> None:
         for pool in self._pools:
             pool.update_inplace(np.full(self._shape, value, self._dtype))
+
+
+@contextmanager
+def _weights_folder(bundle: Bundle) -> Iterator[Path]:
+    """Give where the weights file lies. By reference it is an empty one: ONNX Runtime wants the file that graphs name,
+    reads nothing from it that it was given, and fails where it would read.
+    """
+    if not bundle.manifest.by_reference:
+        yield bundle.path
+        return
+    with TemporaryDirectory() as folder:
+        (Path(folder) / WEIGHTS_FILE).touch()
+        yield Path(folder)
+
+
+def _read_at_load(name: str, value: ort.OrtValue, dense: bool) -> bool:
+    """Whether ONNX Runtime may look at the weight's numbers when it loads a graph: experts are none that it folds, and
+    others matter only where they are small or `dense` weights are folded. What it may look at it copies.
+    """
+    return ".experts." not in name and (dense or value.tensor_size_in_bytes() < _SMALL)
 
 
 def _options(threads: int, place: Place, memory: Memory) -> ort.SessionOptions:

@@ -9,10 +9,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from deepseek_trt.engines.sessions.loading import check_memory
 from deepseek_trt.engines.sessions.session import GraphPair
 from deepseek_trt.export.arrays import Array, Arrays, Floats
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import WeightReader
+from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.heads import Features, Scores
 from deepseek_trt.export.model import DeepseekV2
 
@@ -57,6 +59,8 @@ def load_model(bundle: Bundle, dtype: str, weights: Weights | None = None) -> De
 
 def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | None = None) -> Model:
     """A model that was made on the meta device, with the bundle's weights or those given, converted to `dtype`."""
+    if weights is None:
+        _check_memory(bundle, dtype)
     rope = type(model.model.rope)(bundle.manifest.model)  # its frequencies are computed, not loaded
     weights, state = weights or bundle_weights(bundle), {}
     for record in bundle.manifest.weights:
@@ -66,6 +70,15 @@ def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | No
     model.model.rope = rope
     model.eval()
     return model
+
+
+def _check_memory(bundle: Bundle, dtype: str) -> None:
+    """BackendError where the parameters do not fit into memory."""
+    check_memory(
+        sum(weight.recipe.size for weight in bundle.manifest.weights) * dtype_bytes(dtype),
+        f"torch holds all parameters of {bundle.path} in {dtype}, which takes",
+        "use --backend ort, which maps weights that do not fit, or a machine with more memory",
+    )
 
 
 def bundle_weights(bundle: Bundle) -> Weights:

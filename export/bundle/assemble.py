@@ -11,10 +11,12 @@ from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from deepseek_trt.export.arrays import Array, numpy_dtype
 from deepseek_trt.export.bundle.recipes import FP8, Piece, Recipe
 from deepseek_trt.export.config.model_config import FP8_BLOCK
+from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import CHUNK
 from deepseek_trt.export.reading.tensors import Factor, StoredTensor
@@ -43,9 +45,30 @@ def _counted_by(piece: Piece, source: StoredTensor) -> StoredTensor:
     return dataclasses.replace(source, shape=(*source.shape, 1)) if as_column else source
 
 
-def assemble(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) -> Array:
-    """The tensor in memory, as `dtype` (bfloat16 is ml_dtypes')."""
-    result = np.empty(recipe.size, dtype=numpy_dtype(dtype))
+def one_run(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) -> tuple[Path, int] | None:
+    """The file and offset where the tensor's bytes lie in one run, as numbers of `dtype`; None where they do not."""
+    first: tuple[Path, int] | None = None
+    end = 0
+    for piece in recipe.pieces:
+        source = tensors[piece.source]
+        if piece.scale or piece.halves or source.updates or source.dtype != dtype:
+            return None
+        row = source.nbytes // math.prod(source.shape[:-1])
+        for start, rows in piece.strips():
+            at = source.offset + start * row
+            first = first or (source.file, at)
+            if (source.file, at) != (first[0], end or at):
+                return None
+            end = at + rows * row
+    aligned = first is not None and first[1] % dtype_bytes(dtype) == 0
+    return first if aligned else None
+
+
+def assemble(
+    recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str, into: npt.NDArray[np.uint8] | None = None
+) -> Array:
+    """The tensor in memory, as `dtype` (bfloat16 is ml_dtypes'): in `into` [nbytes] where it is given."""
+    result = np.empty(recipe.size, numpy_dtype(dtype)) if into is None else into.view(numpy_dtype(dtype))
     at = 0
     for chunk in chunks(recipe, tensors):
         result[at : at + chunk.size] = chunk

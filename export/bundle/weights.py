@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
-from deepseek_trt.export.bundle.assemble import assemble
+from deepseek_trt.export.bundle.assemble import assemble, one_run
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import BundleError
@@ -30,6 +30,7 @@ class WeightReader:
     def __init__(self, bundle: Bundle) -> None:
         self.records = {weight.recipe.name: weight for weight in bundle.manifest.weights}
         self._file = bundle.path / WEIGHTS_FILE
+        self._maps: dict[Path, Bytes] = {}
         self._by_reference = bundle.manifest.by_reference
         if self._by_reference:
             self._stored = Checkpoint.open(unchanged_checkpoint(bundle)).tensors
@@ -42,12 +43,24 @@ class WeightReader:
         """Bytes of the tensor, as its record describes it."""
         return self.records[name].recipe.size * dtype_bytes(self.records[name].dtype)
 
+    def place(self, name: str) -> tuple[Path, int] | None:
+        """The file and offset where the tensor lies as it is; None where it has to be assembled."""
+        if not self._by_reference:
+            return self._file, self._stored[name].offset
+        return one_run(self.records[name].recipe, self._stored, self.records[name].dtype)
+
+    @cached_property
+    def assembled(self) -> tuple[str, ...]:
+        """The tensors that lie nowhere as they are: of a by-reference bundle, stacked experts mostly."""
+        return tuple(name for name in self.records if self.place(name) is None)
+
     def view(self, name: str) -> Array:
-        """The tensor where it lies in the mapped weights file, read-only; assembled where there is no such file."""
-        if self._by_reference:
+        """The tensor where it lies in its mapped file, read-only; assembled where it lies nowhere as it is."""
+        place = self.place(name)
+        if place is None:
             return self.array(name)
-        start = self._stored[name].offset
-        return self._typed(name, self._mapped[start : start + self.nbytes(name)])
+        file, start = place
+        return self._typed(name, self._mapped(file)[start : start + self.nbytes(name)])
 
     def views(self) -> Arrays:
         """Every tensor's `view` by name."""
@@ -65,7 +78,9 @@ class WeightReader:
         return stored.astype(numpy_dtype(dtype or record.dtype), copy=False)
 
     def read(self, name: str, into: Bytes, offset: int | None = None) -> Array:
-        """Fill `into` [nbytes] from the weights file; gives it with the tensor's dtype and shape."""
+        """Fill `into` [nbytes] with the tensor; gives it with the tensor's dtype and shape."""
+        if self._by_reference:
+            return assemble(self.records[name].recipe, self._stored, self.records[name].dtype, into)
         with self._file.open("rb") as stream:
             stream.seek(self._stored[name].offset if offset is None else offset)
             if stream.readinto(into.data) != into.size:
@@ -78,9 +93,10 @@ class WeightReader:
             stream.seek(self._stored[name].offset)
             return stream_sha256(stream, self._stored[name].nbytes)
 
-    @cached_property
-    def _mapped(self) -> Bytes:
-        return np.memmap(self._file, dtype=np.uint8, mode="r")
+    def _mapped(self, file: Path) -> Bytes:
+        if file not in self._maps:
+            self._maps[file] = np.memmap(file, dtype=np.uint8, mode="r")
+        return self._maps[file]
 
     def _typed(self, name: str, data: Bytes) -> Array:
         record = self.records[name]

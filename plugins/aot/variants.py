@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot.records import KernelArg, Variant
 from deepseek_trt.plugins.kernels import constants, tiles
 from deepseek_trt.plugins.kernels.chips import shared_limit
 
-ROUTED = ("greedy", "group_limited_greedy")  # the topk_methods that MoeRouter computes
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 # Each kernel's module (in plugins/kernels) and the arguments it takes at launch, in order; T is the op's dtype.
@@ -80,6 +80,9 @@ def variants_for(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...
     if dtype not in TRITON_TYPES:
         raise BuildError(f"the kernels have no dtype {dtype!r}; export the bundle as one of: {', '.join(TRITON_TYPES)}")
     rows = _mla_rows(config, dtype, sm)
+    missing = without_kernel(config)
+    if missing:
+        raise BuildError(f"{missing}: run it with ort")
     if config.n_routed_experts and config.num_experts_per_tok:
         rows += _router_rows(config, sm) + _experts_rows(config, dtype, sm)
     return rows
@@ -103,8 +106,6 @@ def _mla_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
 
 
 def _router_rows(config: ModelConfig, sm: int) -> tuple[Variant, ...]:
-    if config.topk_method not in ROUTED:
-        raise BuildError(f"topk_method {config.topk_method!r} has no kernel, only {', '.join(ROUTED)}: run it with ort")
     router = constants.router_constants(
         config.n_routed_experts,
         *config.routing_groups,
@@ -115,8 +116,6 @@ def _router_rows(config: ModelConfig, sm: int) -> tuple[Variant, ...]:
 
 
 def _experts_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
-    if config.hidden_act != "silu":
-        raise BuildError(f"hidden_act is {config.hidden_act!r}; MoeExperts' kernels know silu only: run it with ort")
     experts, top_k, width = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
     sort = constants.dispatch_constants(experts)
     gemm = constants.experts_constants(width, config.moe_intermediate_size, top_k)

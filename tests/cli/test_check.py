@@ -47,3 +47,16 @@ def test_no_checkpoint(run, tmp_path):
     result = run(checkpoint=tmp_path / "none")
     assert result.exit_code == 1
     assert "config.json is missing" in result.stderr
+
+
+def test_refused_steps_are_named_in_place_of_their_sizes(run, tmp_path, small_v2):
+    config = {**small_v2.raw, "hidden_act": "gelu"}
+    for file in small_v2.checkpoint.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    printed = run(checkpoint=tmp_path).stdout
+    assert "refused: engines on a GPU, without cache: hidden_act is 'gelu'" in printed
+    assert "sequences at once" not in printed
+    needs = json.loads(run("--json", checkpoint=tmp_path).stdout)["facts"]["needs"]
+    assert [need["step"] for need in needs if need["refused"]] == ["engines on a GPU, without cache"]

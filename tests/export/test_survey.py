@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from deepseek_trt.export import free_memory
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.survey import GIB, survey
@@ -44,13 +45,40 @@ def test_published_numbers(published, name):
     assert bool(facts.dropped) == (name == "v3")
 
 
-def test_needs_and_capacity(published):
+WAYS = ("weights mapped", "weights copied", "by reference", "--backend torch")
+
+
+def test_steps_that_will_be_refused_are_not_sized(published, monkeypatch):
+    """No kernel for the router, experts that TensorRT cannot hold, and too little memory on this machine."""
+    monkeypatch.setattr(free_memory, "available_memory", lambda: 2 * GIB)
+    engines = {name: survey(published(name)).facts for name in ("v2-lite", "v3", "moonlight")}
+    refused = {name: facts.needs[-1].refused for name, facts in engines.items()}
+    assert refused["v2-lite"] == ""
+    assert "topk_method 'noaux_tc' has no kernel" in refused["v3"]
+    assert "2^31" in refused["v3"]
+    assert "noaux_tc" in refused["moonlight"]
+    assert "2^31" not in refused["moonlight"]
+    assert engines["v2-lite"].capacities
+    assert not engines["v3"].capacities
+    needs = {need.step: need.refused for need in engines["v2-lite"].needs}
+    assert needs["generate, by reference"].startswith("on this machine: it takes 28.90 GB of memory, where 2.15 GB")
+    assert "62.83 GB" in needs["generate, --backend torch"]
+    assert not needs["generate, weights mapped"]
+
+
+def test_needs_and_capacity(published, monkeypatch):
+    monkeypatch.setattr(free_memory, "available_memory", lambda: 100 * GIB)
     folder = published("v2-lite")
     facts = survey(folder, gpu_bytes=80 * GIB).facts
     needs = {need.step: need for need in facts.needs}
     assert needs["export"].disk > 31.4e9
     assert needs["export --by-reference"].disk < 50e6
-    assert needs["generate --backend ort (CPU)"].memory == 4 * facts.parameters
+    assert not any(need.refused for need in facts.needs)
+    mapped, copied, referred, torch = (needs[f"generate, {way}"] for way in WAYS)
+    assert mapped.memory < 4e9 < 31.4e9 < copied.memory < 36e9
+    assert mapped.file_pages > 31.4e9 > copied.file_pages
+    assert 28.7e9 < referred.memory < 34e9
+    assert torch.memory > 4 * facts.parameters
     batches = {row.context: row.batch for row in facts.capacities}
     free = 0.9 * 80 * GIB - 2 * facts.parameters
     assert batches[4096] == int(free // (4096 * 31104))

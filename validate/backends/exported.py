@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
-from deepseek_trt.engines.sessions.ort import open_graph
+from deepseek_trt.engines.sessions.ort import OrtValues, open_graph, referred_weights
 from deepseek_trt.engines.sessions.session import GraphPair, Session, widening_note
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.graph import DOMAIN, past_name
@@ -41,6 +41,7 @@ class ExportedSession(GraphPair):
         self.seen: Arrays = {}
         self._request = request
         self._graphs: dict[str, _Graph] = {}
+        self._weights = referred_weights(request.bundle)
         shape, dtype = (self.pages, self.cache.page_size, self.cache.latent_dim), numpy_dtype(self.cache.dtype)
         self._pools: Arrays = {past_name(i): np.zeros(shape, dtype) for i in range(self.cache.layers)}
         self._places: tuple[str, ...] = ()
@@ -61,7 +62,7 @@ class ExportedSession(GraphPair):
 
     def _loaded(self, graph: str) -> _Graph:
         if graph not in self._graphs:
-            self._graphs[graph] = _Graph(self._request, graph, self._places)
+            self._graphs[graph] = _Graph(self._request, graph, self._places, self._weights)
         return self._graphs[graph]
 
 
@@ -83,7 +84,7 @@ class OrtWatcher:
 class _Graph:
     """One graph with the values at `places` as outputs beside its own."""
 
-    def __init__(self, request: SessionRequest, name: str, places: tuple[str, ...]) -> None:
+    def __init__(self, request: SessionRequest, name: str, places: tuple[str, ...], weights: OrtValues | None) -> None:
         path = request.bundle.graph_path(name)
         model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
         self._outputs = [value.name or "" for value in model.graph.outputs]  # logits, then a pool a layer
@@ -91,7 +92,7 @@ class _Graph:
         model.graph.outputs.extend(v for v in dict.fromkeys(found.values()) if not v.is_graph_output())
         self._names = {name: value.name or "" for name, value in found.items()}
         serialized = ir.to_proto(model).SerializeToString()
-        self._session = open_graph(request.bundle, name, request.threads, model=serialized)
+        self._session = open_graph(request.bundle, name, request.threads, model=serialized, shared=weights)
 
     def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[Array]]:
         """Logits, the values by probe name, and the new pools."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepseek_trt.engines.sessions.huge_pages import available_memory
 from deepseek_trt.engines.sessions.torch import TorchSession, Weights, bundle_weights
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.dtypes import dtype_bytes
+from deepseek_trt.export.free_memory import available_memory
 from deepseek_trt.export.model import DeepseekV2, Rope
 
 

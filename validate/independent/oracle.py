@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek_trt.engines.sessions.huge_pages import available_memory
 from deepseek_trt.export.arrays import Floats
 from deepseek_trt.export.bundle.folder import AdapterRecord, Bundle
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, FEATURES, GENERATION
@@ -19,6 +18,7 @@ from deepseek_trt.export.bundle.recipes import CORRECTION_BIAS
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.errors import BackendError, BundleError
 from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.free_memory import available_memory
 from deepseek_trt.validate.independent.differences import known_differences
 
 MINIMUM = (5, 15)  # earlier versions leave out YaRN's factor on the softmax scale

@@ -1,0 +1,88 @@
+"""Memory that each way to run a model on a CPU takes: formulas of its sizes, held against measured peaks by a test.
+
+They are of one sequence of CONTEXT tokens that is prefilled as the scheduler does it, CHUNK tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepseek_trt.export.bundle.graph import CacheSpec
+from deepseek_trt.export.bundle.recipes import EMBEDDINGS, Recipe
+from deepseek_trt.export.config.model_config import ModelConfig
+from deepseek_trt.export.dtypes import computed_in, dtype_bytes
+
+CONTEXT, CHUNK = 4096, 512
+_MIB = 2**20
+# Measured: what a process holds before it has weights, and the files (libraries) that it maps.
+_ORT, _ORT_FILES = 76 * _MIB, 45 * _MIB
+_TORCH, _TORCH_FILES = 250 * _MIB, 170 * _MIB
+# Measured: how many arrays of that size ONNX Runtime holds at once in the attention of a prefill.
+_SCORES, _EXPANDED = 4.5, 3.0
+_ARENA = 1.35  # an arena takes more than is asked for, in powers of two: measured from 1.0 to 1.65
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes: `anonymous` memory must exist, `file` pages are mapped from files, and dropped where memory is short."""
+
+    anonymous: int
+    file: int
+
+
+def generate_mapped(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
+    """ONNX Runtime, weights mapped from the bundle's file."""
+    weights = sum(recipe.nbytes(dtype) for recipe in recipes)
+    return Footprint(_ORT + _working(config, dtype, recipes), _ORT_FILES + weights)
+
+
+def generate_copied(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
+    """ONNX Runtime, weights copied to huge pages."""
+    weights = sum(recipe.nbytes(dtype) for recipe in recipes)
+    return Footprint(_ORT + weights + _working(config, dtype, recipes, _ARENA), _ORT_FILES)
+
+
+def generate_by_reference(
+    config: ModelConfig, dtype: str, recipes: Sequence[Recipe], assembled: Sequence[Recipe]
+) -> Footprint:
+    """ONNX Runtime, the `assembled` weights in memory and the others mapped from the checkpoint."""
+    made, every = (sum(recipe.nbytes(dtype) for recipe in some) for some in (assembled, recipes))
+    return Footprint(_ORT + made + _working(config, dtype, recipes), _ORT_FILES + every - made)
+
+
+def generate_torch(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
+    """Eager torch in float32; the largest tensor is there in both dtypes while it is converted."""
+    weights = 4 * sum(recipe.size for recipe in recipes)
+    converted = 0 if dtype == "float32" else max(recipe.nbytes(dtype) for recipe in recipes)
+    working = max(converted, _activations(config)) + _cache(config, "float32")
+    return Footprint(_TORCH + weights + working, _TORCH_FILES)
+
+
+def _working(config: ModelConfig, dtype: str, recipes: Sequence[Recipe], kept: float = 1.0) -> int:
+    """What a step takes beside the weights as they are stored: the cache, activations, and weights that are cast."""
+    step = _activations(config) + (0 if dtype == "float16" else _cast(dtype, recipes))
+    once = _cast(dtype, recipes) if dtype == "float16" else 0
+    return _cache(config, computed_in(dtype)) + once + int(kept * step)
+
+
+def _cache(config: ModelConfig, dtype: str) -> int:
+    cache = CacheSpec.of(config, dtype)
+    return cache.pages_for(CONTEXT) * cache.page_size * cache.bytes_per_token
+
+
+def _activations(config: ModelConfig) -> int:
+    """Of a chunk's attention to all cached tokens, in float32: scores, and keys and values expanded from latents."""
+    scores = CHUNK * CONTEXT * config.num_attention_heads
+    expanded = CONTEXT * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return int(4 * (_SCORES * scores + _EXPANDED * expanded))
+
+
+def _cast(dtype: str, recipes: Sequence[Recipe]) -> int:
+    """Weights in float32 beside those that are stored: of bfloat16 the largest at a time, of float16 all but experts,
+    which ONNX Runtime casts once.
+    """
+    sizes = [4 * recipe.size for recipe in recipes if ".experts." not in recipe.name and recipe.name != EMBEDDINGS]
+    if dtype == "float16":
+        return sum(sizes)
+    return max(sizes) if dtype_bytes(dtype) < 4 else 0
