@@ -15,6 +15,7 @@ from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.backends.runner import Runner, Stepper, feeds_of
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
 from deepseek_trt.validate.numbers.compare import Lines, OutputDifference, ToleranceCompare, differences_of_step
+from deepseek_trt.validate.numbers.empty import why_empty
 from deepseek_trt.validate.numbers.metrics import closeness
 from deepseek_trt.validate.numbers.routing import Flip
 from deepseek_trt.validate.numbers.tolerance import Policy
@@ -52,7 +53,14 @@ class Pair:
         """Polygraphy's verdicts, of each output of each step."""
         G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it logs to stdout; the report says the same better
         run = RunResults([(self.backend, self.judged), (REFERENCE, self.reference)])
-        return Comparator.compare_accuracy(run, compare_func=[ToleranceCompare(self.policy)])
+        return Comparator.compare_accuracy(run, compare_func=[ToleranceCompare(self.policy, self.empty)])
+
+    @functools.cached_property
+    def empty(self) -> dict[str, str]:
+        """The reference's outputs that prove nothing, with the reason."""
+        names = dict.fromkeys(name for step in self.reference for name in step)
+        reasons = {name: why_empty([step[name] for step in self.reference if name in step]) for name in names}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     @functools.cached_property
     def differences(self) -> tuple[OutputDifference, ...]:
@@ -60,7 +68,7 @@ class Pair:
         return tuple(
             difference
             for index, (step, ours, theirs, lines) in enumerate(steps)
-            for difference in differences_of_step(index, step.label, ours, theirs, lines, self.policy)
+            for difference in differences_of_step(index, step.label, ours, theirs, lines, self.policy, self.empty)
         )
 
     @property

@@ -21,7 +21,7 @@ class ValidateRequest:
     No backends stand for those that suit the bundle. `layers` ("0-3,26") names the layers to compare, one in memory at
     a time; None compares the whole model. The reference reads its weights in the folder `checkpoint`; None stands for
     the one that the manifest names. `independent` None runs transformers beside the reference where that is possible,
-    True makes it an error where it is not, False leaves it out.
+    True makes it an error where it is not, False leaves it out. `earlier` is a report.json to compare the new one with.
     """
 
     bundle: Path
@@ -34,6 +34,7 @@ class ValidateRequest:
     layers: str | None = None
     checkpoint: Path | None = None
     independent: bool | None = None
+    earlier: Path | None = None
 
     def chosen(self, known: Iterable[str], default: tuple[str, ...], refusal: str) -> tuple[str, ...]:
         """The backends to run, or `default`; RequestError, `refusal` with its name, where one is not `known`."""

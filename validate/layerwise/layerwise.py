@@ -55,7 +55,7 @@ def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progre
         independent=absent(check.why_not),
         cases={step.case: inputs.sources[step.case] for step in script.steps},
         reference=f"{weights.note}, computed in float32 one part at a time",
-        reference_weights="checkpoint",
+        weights=weights,
         backends=tuple(merge(run.reports[name]) for name in names),
         comparisons=tuple(merge_accuracy(run.comparisons[name]) for name in names),
         parts=tuple(run.verdicts),
