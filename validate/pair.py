@@ -84,8 +84,11 @@ class Pair:
     @property
     def sees_routing(self) -> bool:
         """Whether the candidate's router choices were seen, or there are none to see."""
-        layers = range(self.config.num_hidden_layers)
-        return bool(self.probes.steps) or not any(self.config.is_moe_layer(i) for i in layers)
+        if _saw(self.probes, "router_ids"):
+            return True
+        if self.policy.is_local:
+            return not _saw(self.reference_probes, "router_ids")
+        return not any(self.config.is_moe_layer(i) for i in range(self.config.num_hidden_layers))
 
     def judged_by(self, floors: Mapping[str, float]) -> Pair:
         """The same results under tolerances that know the measured rounding floor."""
@@ -116,6 +119,10 @@ def compare(
     results = [found for _, found in Comparator.run(runners, data_loader=feeds_of(script))]
     ours, theirs = results[: len(turns)], results[len(turns) :]
     return [turn.pair(script, config, *found) for turn, *found in zip(turns, ours, theirs, strict=True)]
+
+
+def _saw(probes: Probes, place: str) -> bool:
+    return any(name.startswith(f"{place}.") for seen in probes.steps.values() for name in seen)
 
 
 def largest_errors(pair: Pair, steps: int) -> dict[str, float]:

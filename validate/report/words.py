@@ -27,9 +27,9 @@ WORDS = (
     ),
     (
         "margin",
-        "In the first box: the largest error as a share of its tolerance, over all outputs; at 100% an output fails. Of "
-        "a router's choice: the least move of the router's logits, relative to the largest, that makes the reference "
-        "choose alike.",
+        "In the first box: the largest error as a share of its tolerance, over all outputs; beyond 100% an output "
+        "fails. Of a router's choice: the least move of the router's logits, relative to the largest, that makes the "
+        "reference choose alike.",
     ),
     (
         "floor",

@@ -40,8 +40,6 @@ def test_nan_and_inf_alike_on_both_sides_is_no_pass(strange):
     assert c.worst == (1,)
 
 
-
-
 def test_kl_divergence_of_two_coins():
     even, odd = np.log(np.array([[0.5, 0.5]])), np.log(np.array([[0.9, 0.1]]))
     expected = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
