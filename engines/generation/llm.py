@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import operator
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from deepseek_trt.engines.generation.answer import Answer, Piece, Result
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
@@ -26,6 +28,7 @@ from deepseek_trt.engines.sessions.opening import (
     open_session,
 )
 from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.text.messages import Message
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle, Manifest
 from deepseek_trt.export.config.model_config import ModelConfig
@@ -116,6 +119,22 @@ class LLM:
             for (ids, _), mine in zip(requests, pieces, strict=True)
         ]
 
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        **arguments: Any,
+    ) -> Result:
+        """The answer to a conversation, by the checkpoint's chat template; Text.encode_chat takes tools and arguments.
+
+        Raises RequestError where there is no template, or where it refuses the messages.
+        """
+        if self.text is None:
+            raise RequestError("the bundle has no tokenizer.json, so that there is no chat: give token ids to generate")
+        return self.generate([self.text.encode_chat(messages, tools, **arguments)], params)[0]
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """The answer token by token. Leaving the iterator, or closing it, ends the request and frees its pages."""
         ((ids, own),) = self._requests([prompt], params)
@@ -160,6 +179,10 @@ class LLM:
         """End the background thread; requests that have not ended get a BackendError. A second time does nothing."""
         self._closing()
 
+    def __repr__(self) -> str:
+        cache = f"{self.session.pages} cache pages"
+        return f"LLM({self.choice.backend}, {self.scheduler.running} requests running, {cache})"
+
     def __enter__(self) -> LLM:
         return self
 
@@ -167,8 +190,9 @@ class LLM:
         self.close()
 
     def _requests(self, prompts: Sequence[Prompt], params: ParamsOrMany) -> list[tuple[list[int], SamplingParams]]:
-        if isinstance(prompts, str):
-            raise RequestError(f"prompts {prompts!r}: give a list of prompts, or use stream for one")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise RequestError(f"prompts {repr(prompts)[:80]}: give a list of prompts, or use stream for one")
+        prompts = list(prompts)
         requests = list(zip(map(self._encode, prompts), self._params_each(params, len(prompts)), strict=True))
         for index, (ids, own) in enumerate(requests):
             self.scheduler.check(ids, own, f"prompt {index}")
@@ -179,6 +203,10 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             one = params or self.defaults.params()
             return [dataclasses.replace(one, seed=one.seed + index) for index in range(count)]
+        if not isinstance(params, Sequence) or not all(isinstance(own, SamplingParams) for own in params):
+            raise RequestError(
+                f"params {repr(params)[:80]}: give SamplingParams, or a list of them, one for each prompt"
+            )
         if len(params) != count:
             raise RequestError(f"{len(params)} SamplingParams for {count} prompts: give one, or one for each prompt")
         return list(params)
@@ -189,7 +217,10 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return list(prompt)
+            try:
+                return [operator.index(token) for token in prompt]
+            except TypeError:
+                raise RequestError(f"prompt {repr(prompt)[:80]}: give text, or a list of token ids") from None
         if self.text is None:
             raise RequestError(f"prompt {prompt[:40]!r}: the bundle has no tokenizer.json; give token ids")
         return self.text.encode(prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from math import inf
 from numbers import Integral, Real
 
@@ -16,7 +16,7 @@ _MOST = 2**31 - 1  # what the sampler counts to
 _BELOW = " and below 2^31"
 _LENGTHS = f"must be at least 1{_BELOW}"
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-_TUPLES = {"stop": "strings, not one string", "stop_token_ids": "token ids"}
+_TUPLES = {"stop": "strings", "stop_token_ids": "token ids"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class SamplingParams:
     temperature, top_k, top_p of what is left, min_p as a share of the likeliest token's probability.
     repetition_penalty divides positive and multiplies negative logits of tokens in prompt or answer (arXiv:1909.05858);
     presence_penalty is subtracted once, frequency_penalty once an occurrence, from tokens in the answer.
-    stop strings are looked for in the text with special tokens written out, and are left out of it; stop tokens end the
-    answer beside the model's own, which ignore_eos ignores.
+    stop is one string or several: they are looked for in the text with special tokens written out, and are left out of
+    it; stop tokens end the answer beside the model's own, which ignore_eos ignores. max_tokens, the name that servers
+    give it, is another for max_new_tokens.
     Before min_tokens no stop counts. logprobs: None for none, n for the chosen token's and the n likeliest tokens'
     natural log-probabilities, of the model's own distribution: before penalties and temperature.
     """
@@ -42,14 +43,21 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | str = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    max_tokens: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, max_tokens: int | None) -> None:
         """Raises RequestError naming the field, its value and what it must be."""
+        if max_tokens is not None:
+            both = self.max_new_tokens not in (SamplingParams.max_new_tokens, max_tokens)
+            _require(
+                not both, "max_tokens", max_tokens, "is max_new_tokens, which is given, too: leave out one of them"
+            )
+            object.__setattr__(self, "max_new_tokens", max_tokens)
         self._check_types()
         _require(1 <= self.max_new_tokens <= _MOST, "max_new_tokens", self.max_new_tokens, _LENGTHS)
         _require(0 <= self.temperature < inf, "temperature", self.temperature, "must be finite and not negative")
@@ -66,7 +74,9 @@ class SamplingParams:
         _require(fits, "logprobs", self.logprobs, f"must be None or not negative{_BELOW}")
 
     def _check_types(self) -> None:
-        """Numbers of numpy become Python's, lists of stops tuples; anything else is its field's type or refused."""
+        """Numbers of numpy become Python's, lists of stops and one string tuples; others have their field's type."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         for name, value in vars(self).items():
             if name in _TUPLES:
                 _require(isinstance(value, (tuple, list)), name, value, f"must be a tuple of {_TUPLES[name]}")

@@ -32,23 +32,25 @@ def pick_rows(rows: Rows, logits: Floats) -> list[int]:
 
     NOT_FINITE, and nothing recorded, where a row holds NaN or infinity, or no number above float32's least.
     """
-    best = logits.max(axis=1)
+    top = logits.argmax(axis=1)  # the first NaN, where there is one
+    best = logits[np.arange(len(rows)), top]
     good: list[int] = np.flatnonzero((best > _LOWEST) & (best < np.inf)).tolist()  # NaN is neither
     if len(good) == len(rows):
-        return _pick_finite(rows, logits)
+        return _pick_finite(rows, logits, top)
     tokens = np.full(len(rows), NOT_FINITE)
     if len(good):
-        tokens[good] = _pick_finite([rows[row] for row in good], logits[good])
+        tokens[good] = _pick_finite([rows[row] for row in good], logits[good], top[good])
     picked: list[int] = tokens.tolist()
     return picked
 
 
-def _pick_finite(rows: Rows, logits: Floats) -> list[int]:
+def _pick_finite(rows: Rows, logits: Floats, top: Int64s) -> list[int]:
+    """`top` [B] are the largest logits' tokens."""
     used = _adjusted_rows(rows, logits)
     tokens = np.empty(len(rows), dtype=np.int64)
     for top_k, members in _grouped(rows, logits.shape[1]).items():
         if top_k == 1:
-            tokens[members] = used[members].argmax(axis=1)
+            tokens[members] = top[members] if used is logits else used[members].argmax(axis=1)
             continue
         for part in _parts(members, logits.shape[1]):
             tokens[part] = _draw(used[part], [rows[row] for row in part], top_k)

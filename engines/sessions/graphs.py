@@ -12,7 +12,7 @@ from deepseek_trt.export.arrays import Array, Arrays
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec
 from deepseek_trt.export.dtypes import computed_in
-from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.errors import BackendError, RequestError
 
 
 class GraphSession(Protocol):
@@ -89,3 +89,10 @@ def _in_order(spec: GraphSpec, feeds: Mapping[str, Array]) -> Arrays:
 
 
 GRAPH_BACKENDS: dict[str, Callable[[Bundle], GraphSession]] = {"ort": OrtGraphs, "torch": TorchGraphs}
+
+
+def graph_session(bundle: Bundle, backend: str) -> GraphSession:
+    """RequestError for a backend that there is not."""
+    if backend not in GRAPH_BACKENDS:
+        raise RequestError(f"backend {backend!r}: must be one of {', '.join(GRAPH_BACKENDS)}")
+    return GRAPH_BACKENDS[backend](bundle)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
+from deepseek_trt.engines.sessions.graphs import graph_session
 from deepseek_trt.engines.tasks.rows import check_finite, encoder_of, feeds_of, pad_rows, strip_padding
 from deepseek_trt.export.arrays import Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
@@ -38,8 +39,16 @@ class TextClassifier:
                 "with --task text-classification"
             )
         self._bundle, self._classifier = bundle, bundle.manifest.classifier
-        self.session = GRAPH_BACKENDS[backend](bundle)
+        self.session = graph_session(bundle, backend)
         self._encode = encoder_of(bundle)
+
+    @classmethod
+    def open(cls, bundle: str | Path, *, backend: str = "ort") -> TextClassifier:
+        """The bundle at this path."""
+        return cls(Bundle.open(Path(bundle)), backend)
+
+    def __repr__(self) -> str:
+        return f"TextClassifier({self.session.backend}, labels {', '.join(self._classifier.labels)})"
 
     def classify(self, texts: Sequence[str | Sequence[int]]) -> list[Classification]:
         """One result a text (or row of token ids), in order."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from deepseek_trt.engines.sessions.graphs import GRAPH_BACKENDS
+from deepseek_trt.engines.sessions.graphs import graph_session
 from deepseek_trt.engines.tasks.rows import check_finite, encoder_of, feeds_of, pad_rows
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.bundle.folder import Bundle
@@ -25,8 +26,16 @@ class Embedder:
             raise BundleError(
                 f"{bundle.path} is for {bundle.manifest.task}: export the checkpoint with --task {FEATURES} --no-cache"
             )
-        self._bundle, self.session = bundle, GRAPH_BACKENDS[backend](bundle)
+        self._bundle, self.session = bundle, graph_session(bundle, backend)
         self._encode = encoder_of(bundle)
+
+    @classmethod
+    def open(cls, bundle: str | Path, *, backend: str = "ort") -> Embedder:
+        """The bundle at this path."""
+        return cls(Bundle.open(Path(bundle)), backend)
+
+    def __repr__(self) -> str:
+        return f"Embedder({self.session.backend}, {self._bundle.manifest.model.hidden_size} numbers a text)"
 
     def embed(self, texts: Sequence[str | Sequence[int]], pooling: Pooling = "mean", unit: bool = True) -> Floats:
         """Float32 [n, hidden], a row a text: the mean of its tokens' hidden states, or the last one's; of length one

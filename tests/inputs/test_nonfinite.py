@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from deepseek_trt.cli.main import main
-from deepseek_trt.cli.output import print_json
+from deepseek_trt.cli.printing.output import print_json
 from deepseek_trt.engines.bench.bench import BenchRequest, bench
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams

@@ -175,7 +175,7 @@ def test_stops_are_bounded(stop):
         *(("repetition_penalty", value) for value in (float("nan"), float("inf"), [1])),
         *(("logprobs", value) for value in (1.5, True, "2", 2**31)),
         *(("min_tokens", value) for value in (True, 1.5)),
-        *(("stop", value) for value in ("text", b"text", 3, (b"a",), (1,), ("",), {"a": 1}, None)),
+        *(("stop", value) for value in (b"text", 3, "", (b"a",), (1,), ("",), {"a": 1}, None)),
         *(("stop_token_ids", value) for value in (3, "3", (1.5,), (True,), ("1",), (-1,))),
         *(("ignore_eos", value) for value in (1, None, "yes")),
     ],

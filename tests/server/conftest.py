@@ -82,7 +82,7 @@ def demo_bundle(bundle_of, demo_checkpoint):
 def repository(server_environment, demo_bundle, small_v2, bundle_of, tmp_path_factory):
     """Both models in one repository."""
     folder = tmp_path_factory.mktemp("served")
-    recited = bundle_of(reciter.write(folder / "reciter", small_v2.checkpoint), dtype="float32")
+    recited = bundle_of(reciter.write(folder / "reciter", small_v2.checkpoint), dtype="float32", allow_zeros=True)
     _cli("model-repository", demo_bundle.path, folder / "repository", "--threads", 1)
     _cli("model-repository", recited.path, folder / "repository", "--name", "reciter", "--threads", 1)
     return folder / "repository"

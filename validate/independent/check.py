@@ -22,7 +22,7 @@ from deepseek_trt.validate.backends.torch_watch import TorchWatcher
 from deepseek_trt.validate.cases.cases import build_case, case_plan
 from deepseek_trt.validate.cases.inputs import Inputs
 from deepseek_trt.validate.findings.undecided import set_aside
-from deepseek_trt.validate.independent.finding import Independent, absent
+from deepseek_trt.validate.independent.finding import Independent, Status, absent
 from deepseek_trt.validate.independent.oracle import OUTPUTS, Oracle, why_not
 from deepseek_trt.validate.numbers.tolerance import Policy
 from deepseek_trt.validate.pair import Pair
@@ -149,5 +149,5 @@ def _judge(by: str, pair: Pair) -> Independent:
     )
     if not pair.passed:
         summary += "; config.json or the weights are read otherwise, or the model computes something else"
-    status = "agrees" if pair.passed else "differs"
-    return Independent(status, summary, by, output, tokens, aside, error, limit)  # type: ignore[arg-type]
+    status: Status = "agrees" if pair.passed else "differs"
+    return Independent(status, summary, by, output, tokens, aside, error, limit)

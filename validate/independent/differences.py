@@ -30,7 +30,7 @@ def _differences(raw: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _yarn(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if "original_max_position_embeddings" not in settings:
+    if settings.get("original_max_position_embeddings") is None:
         yield f"{name}.original_max_position_embeddings", None
     given = [key for key in _YARN_AMPLITUDES if settings.get(key)]
     if len(given) == 1 or any(settings.get(key) == 0 for key in _YARN_AMPLITUDES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,12 @@ from typing import Any
 
 from deepseek_trt.engines.sessions.huge_pages import available_memory
 from deepseek_trt.export.arrays import Floats
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import AdapterRecord, Bundle
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, FEATURES, GENERATION
 from deepseek_trt.export.bundle.recipes import CORRECTION_BIAS
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.errors import BackendError, BundleError
+from deepseek_trt.export.files import file_sha256
 from deepseek_trt.validate.independent.differences import known_differences
 
 MINIMUM = (5, 15)  # earlier versions leave out YaRN's factor on the softmax scale
@@ -59,11 +61,26 @@ def why_not(bundle: Bundle, checkpoint: Path | None, is_asked_for: bool) -> str:
         folder = checkpoint or unchanged_checkpoint(bundle)
     except BundleError as error:
         return str(error)
+    if manifest.adapter is not None and (without := _why_not_merged(manifest.adapter, manifest.dtype)):
+        return without
     differences = known_differences(_config(folder))
     if differences:
         version = importlib.metadata.version("transformers")
         return f"transformers {version} does not compute {', '.join(differences)} as the original model"
     return _too_large(sum(w.recipe.size for w in manifest.weights), is_asked_for)
+
+
+def _why_not_merged(adapter: AdapterRecord, dtype: str) -> str:
+    if dtype != "float32":
+        return (
+            f"a merged adapter is rounded to {dtype} after sums in another order; an export with --dtype float32 can be"
+        )
+    if importlib.util.find_spec("peft") is None:
+        return "the bundle has a merged adapter, and peft is not installed: pip install peft"
+    files = {Path(adapter.path) / name: digest for name, digest in adapter.files.items()}
+    if not all(file.is_file() and file_sha256(file) == digest for file, digest in files.items()):
+        return f"the merged adapter in {adapter.path} is gone or has changed"
+    return ""
 
 
 def _too_large(parameters: int, is_asked_for: bool) -> str:
@@ -99,6 +116,8 @@ class Oracle:
         folder = checkpoint or unchanged_checkpoint(bundle)
         with self._ours():
             self._model, info = _load(folder, self._task, bundle.manifest.model.num_hidden_layers)
+            if bundle.manifest.adapter is not None:
+                self._model = _merged(self._model, Path(bundle.manifest.adapter.path), folder)
         self._check(bundle, info)
         _round(self._model, getattr(torch, bundle.manifest.dtype))
 
@@ -158,6 +177,15 @@ def _load(folder: Path, task: str, layers: int) -> tuple[Any, dict[str, Any]]:
         output_loading_info=True,
     )
     return model.eval(), info
+
+
+def _merged(model: Any, adapter: Path, folder: Path) -> Any:
+    """By peft; an adapter in the model's own folder has been loaded by transformers itself."""
+    import peft
+
+    if adapter == folder.resolve():
+        return model
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
 
 
 def _read_config(folder: Path) -> Any:

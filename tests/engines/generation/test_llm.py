@@ -276,3 +276,41 @@ def test_demo_model(demo_checkpoint, bundle_of):
             return "".join([piece.text async for piece in llm.astream("Return the name of", SamplingParams(12))])
 
         assert asyncio.run(read()) == first.text
+
+
+@pytest.mark.parametrize("prompts", ["abc", 5, None, [5], [None], [[1.5]], [["a"]]])
+def test_prompts_of_the_wrong_type_are_named(llm, prompts):
+    with pytest.raises(RequestError, match="prompt"):
+        llm.generate(prompts, PARAMS)
+
+
+@pytest.mark.parametrize("params", [5, "greedy", [5], {"max_tokens": 3}])
+def test_params_of_the_wrong_type_are_named(llm, params):
+    with pytest.raises(RequestError, match="SamplingParams"):
+        llm.generate([(3,)], params)
+
+
+def test_names_that_others_use(llm):
+    assert (
+        SamplingParams(max_tokens=5)
+        == SamplingParams(5)
+        == dataclasses.replace(PARAMS, max_new_tokens=5, seed=0, ignore_eos=False)
+    )
+    assert SamplingParams(stop="ab").stop == ("ab",)
+    with pytest.raises(RequestError, match="leave out one of them"):
+        SamplingParams(7, max_tokens=5)
+    with pytest.raises(RequestError, match="max_new_tokens 0"):
+        SamplingParams(max_tokens=0)
+    assert repr(llm).startswith("LLM(")
+
+
+def test_chat_is_the_template_and_generate(llm, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        Letters, "encode_chat", lambda self, messages, tools=None, **own: seen.append((tools, own)) or [3, 4], False
+    )
+    messages = [{"role": "user", "content": "a"}]
+    assert llm.chat(messages, PARAMS, tools=[], thinking=True) == llm.generate([(3, 4)], PARAMS)[0]
+    assert seen == [([], {"thinking": True})]
+    with LLM(fake.FakeSession(20), fake.Config) as silent, pytest.raises(RequestError, match=r"no tokenizer\.json"):
+        silent.chat(messages)

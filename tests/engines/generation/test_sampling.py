@@ -197,7 +197,6 @@ def test_logprobs_are_of_the_model_itself():
         {"repetition_penalty": 0.0},
         {"presence_penalty": 2.5},
         {"frequency_penalty": -2.5},
-        {"stop": "text"},
         {"stop": ("a", "")},
         {"stop_token_ids": (3, -1)},
         {"min_tokens": -1},

@@ -333,6 +333,24 @@ def test_a_failed_engine_fails_all_and_the_host_is_told(served):
     assert (failure.kind, failure.message) == ("refused", served.host.reasons[0])
 
 
+def test_logits_that_are_not_finite_are_that_requests_error_alone(served, monkeypatch):
+    real = served.session._row
+
+    def row(ids, past, table):
+        is_bad = served.session._values(1, table)[0] == fake.value_after(0, 9, 0) if past else ids[0] == 9
+        return real(ids, past, table) * (np.nan if is_bad else 1)
+
+    monkeypatch.setattr(served.session, "_row", row)
+    bad, good = served.ask(text_input="jb", max_tokens=5), served.ask(text_input="bc", max_tokens=5)
+    failure = bad.answer()[-1]
+    assert isinstance(failure, Failure)
+    assert failure.kind == "failed"
+    assert "after 0 tokens: the model's logits are not finite at token 1 of the answer" in failure.message
+    assert not any(isinstance(response, Failure) for response in good.answer())
+    assert not served.host.reasons  # the model stays loaded
+    assert served.ask(text_input="bc", max_tokens=5).text == good.text
+
+
 def test_an_unwanted_model_takes_nothing_and_ends_what_runs(served):
     served.session.gate.clear()
     channel = served.ask(**LONG)
