@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,21 +54,16 @@ def command(report: Path | None, compare: Path | None, as_json: bool, **options:
     """
     from deepseek_trt.cli.printing.accuracy import print_report
     from deepseek_trt.validate.accuracy import validate_bundle
-    from deepseek_trt.validate.findings.baseline import compare_reports, read_report
     from deepseek_trt.validate.report.files import make_folder, write_report
     from deepseek_trt.validate.report.summary import summary
 
-    old = read_report(compare) if compare else None
     if report is not None:
         make_folder(report)  # before minutes of work
-    request = ValidateRequest(command=" ".join(sys.argv), **options)
-    done = validate_bundle(request, step)
-    changes = compare_reports(old, done.report) if old else ()
+    done = validate_bundle(ValidateRequest(command=" ".join(sys.argv), earlier=compare, **options), step)
     if report is not None:
         write_report(done.report, done.comparisons, report)
     if as_json:
-        print_json({**summary(done.report), "changes": [dataclasses.asdict(c) for c in changes]})
+        print_json({**summary(done.report), "report": str(report) if report else None})
     else:
-        print_report(done.report, changes if old else None)
-    good = done.report.passed and not any(change.worse for change in changes)
-    click.get_current_context().exit(0 if good else EXIT_ACCURACY)
+        print_report(done.report, report)
+    click.get_current_context().exit(0 if done.report.is_good else EXIT_ACCURACY)

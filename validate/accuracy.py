@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.reading.hub import checkpoint_folder
+from deepseek_trt.validate.findings.baseline import compare_reports, read_report
 from deepseek_trt.validate.generation import compare_generation
 from deepseek_trt.validate.heads import compare_heads
 from deepseek_trt.validate.layerwise.layerwise import compare_layers
 from deepseek_trt.validate.report.provenance import collect_provenance
 from deepseek_trt.validate.report.report import AccuracyReport, Compared, Comparison
+from deepseek_trt.validate.report.scope import scope_of
 from deepseek_trt.validate.request import Progress, ValidateRequest
 
 
@@ -27,17 +29,19 @@ class Validation:
 def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: None) -> Validation:
     """Compare every backend asked for with the reference.
 
-    Raises BundleError, CheckpointError, BackendError or RequestError; a bad result is no error, but makes
-    `report.passed` False.
+    Raises BundleError, CheckpointError, BackendError or RequestError; a bad result is no error, but `report.passed`
+    False, or `report.moved.worse`.
     """
     started, bundle = time.time(), Bundle.open(request.bundle)
     if request.checkpoint is not None:
         request = dataclasses.replace(request, checkpoint=checkpoint_folder(request.checkpoint))
+    earlier = read_report(request.earlier) if request.earlier else None
     found = _compare(bundle, request, progress)
     report = AccuracyReport(
         passed=found.integrity.passed
         and found.independent.passed
         and all(backend.passed for backend in found.backends),
+        scope=scope_of(bundle, request, found),
         independent=found.independent,
         interface=bundle.manifest.interface,
         model=bundle.manifest.model,
@@ -50,9 +54,11 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
         backends=found.backends,
         parts=found.parts,
         provenance=collect_provenance(
-            bundle, found.integrity, request.seed, found.reference_weights, request.command, started
+            bundle, found.integrity, request.seed, "checkpoint" if found.weights else "bundle", request.command, started
         ),
     )
+    if request.earlier and earlier:
+        report = dataclasses.replace(report, moved=compare_reports(request.earlier, earlier, report))
     return Validation(report, found.comparisons)
 
 

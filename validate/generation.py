@@ -43,7 +43,7 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
         independent=independent,
         cases=inputs.sources,
         reference=f"{source}, computed in float32{streamed}",
-        reference_weights="checkpoint" if weights else "bundle",
+        weights=weights,
         backends=tuple(reports[name] for name in names),
         comparisons=tuple(Comparison(name, runs.pairs[name].accuracy) for name in names),
     )

@@ -33,7 +33,7 @@ def compare_heads(bundle: Bundle, request: ValidateRequest, progress: Progress) 
         independent=check.of_heads(script, progress),
         cases={case: inputs.sources[case] for case in ("seeded", "text") if case in inputs.sources},
         reference="the bundle's own weights, computed in float32",
-        reference_weights="bundle",
+        weights=None,
         backends=tuple(backend_report(pair, None) for pair in pairs),
         comparisons=tuple(Comparison(pair.backend, pair.accuracy) for pair in pairs),
     )

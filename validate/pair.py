@@ -15,6 +15,7 @@ from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.backends.runner import Runner, Stepper, feeds_of
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
 from deepseek_trt.validate.numbers.compare import Lines, OutputDifference, ToleranceCompare, differences_of_step
+from deepseek_trt.validate.numbers.empty import why_empty
 from deepseek_trt.validate.numbers.metrics import closeness
 from deepseek_trt.validate.numbers.routing import Flip
 from deepseek_trt.validate.numbers.tolerance import Policy
@@ -52,7 +53,14 @@ class Pair:
         """Polygraphy's verdicts, of each output of each step."""
         G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it logs to stdout; the report says the same better
         run = RunResults([(self.backend, self.judged), (REFERENCE, self.reference)])
-        return Comparator.compare_accuracy(run, compare_func=[ToleranceCompare(self.policy)])
+        return Comparator.compare_accuracy(run, compare_func=[ToleranceCompare(self.policy, self.empty)])
+
+    @functools.cached_property
+    def empty(self) -> dict[str, str]:
+        """The reference's outputs that prove nothing, with the reason."""
+        names = dict.fromkeys(name for step in self.reference for name in step)
+        reasons = {name: why_empty([step[name] for step in self.reference if name in step]) for name in names}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     @functools.cached_property
     def differences(self) -> tuple[OutputDifference, ...]:
@@ -60,7 +68,7 @@ class Pair:
         return tuple(
             difference
             for index, (step, ours, theirs, lines) in enumerate(steps)
-            for difference in differences_of_step(index, step.label, ours, theirs, lines, self.policy)
+            for difference in differences_of_step(index, step.label, ours, theirs, lines, self.policy, self.empty)
         )
 
     @property
@@ -76,8 +84,11 @@ class Pair:
     @property
     def sees_routing(self) -> bool:
         """Whether the candidate's router choices were seen, or there are none to see."""
-        layers = range(self.config.num_hidden_layers)
-        return bool(self.probes.steps) or not any(self.config.is_moe_layer(i) for i in layers)
+        if _saw(self.probes, "router_ids"):
+            return True
+        if self.policy.is_local:
+            return not _saw(self.reference_probes, "router_ids")
+        return not any(self.config.is_moe_layer(i) for i in range(self.config.num_hidden_layers))
 
     def judged_by(self, floors: Mapping[str, float]) -> Pair:
         """The same results under tolerances that know the measured rounding floor."""
@@ -108,6 +119,10 @@ def compare(
     results = [found for _, found in Comparator.run(runners, data_loader=feeds_of(script))]
     ours, theirs = results[: len(turns)], results[len(turns) :]
     return [turn.pair(script, config, *found) for turn, *found in zip(turns, ours, theirs, strict=True)]
+
+
+def _saw(probes: Probes, place: str) -> bool:
+    return any(name.startswith(f"{place}.") for seen in probes.steps.values() for name in seen)
 
 
 def largest_errors(pair: Pair, steps: int) -> dict[str, float]:

@@ -22,7 +22,8 @@ class ValidateRequest:
     No backends stand for those that suit the bundle. `layers` ("0-3,26") names the layers to compare, one in memory at
     a time; None compares the whole model. The reference reads its weights in the folder `checkpoint`, or in that of a
     name in Hugging Face's cache; None stands for the one that the manifest names. `independent` None runs transformers
-    beside the reference where that is possible, True makes it an error where it is not, False leaves it out.
+    beside the reference where that is possible, True makes it an error where it is not, False leaves it out. `earlier`
+    is a report.json to compare the new one with.
     """
 
     bundle: Path
@@ -35,6 +36,7 @@ class ValidateRequest:
     layers: str | None = None
     checkpoint: Path | None = None
     independent: bool | None = None
+    earlier: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError for threads that nobody can start, and a seed that draws nothing."""

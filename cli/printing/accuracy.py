@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from deepseek_trt.validate.findings.baseline import Change
 from deepseek_trt.validate.findings.text_score import TextScore
-from deepseek_trt.validate.report.report import AccuracyReport, BackendReport, OutputReport
-from deepseek_trt.validate.report.summary import named_fault, named_weight
+from deepseek_trt.validate.report.html import HTML_FILE
+from deepseek_trt.validate.report.report import AccuracyReport, BackendReport, Moved, OutputReport
+from deepseek_trt.validate.report.summary import covered, named_change, named_fault, named_weight
 
 MOST_OF_LAYERS = 8
 
 
-def print_report(report: AccuracyReport, changes: Sequence[Change] | None = None) -> None:
-    """Print the report, and where there are `changes`, what moved since an earlier one."""
+def print_report(report: AccuracyReport, folder: Path | None = None) -> None:
+    """Print the report; last what it covers, where its files are (`folder`), and the verdict."""
     console = Console(soft_wrap=True)
     colour = {"agrees": "green", "differs": "red", "absent": "yellow"}[report.independent.status]
     console.print(f"[{colour}]{escape(report.independent.summary)}", highlight=False)
@@ -26,40 +27,46 @@ def print_report(report: AccuracyReport, changes: Sequence[Change] | None = None
         console.print(_table(backend))
         for line in _sentences(backend):
             console.print(line, highlight=False)
-    for line in [*_verdicts(report), *(_moves(changes) if changes is not None else ())]:
+    for line in [*_faults(report), *_moves(report.moved)]:
         console.print(line, highlight=False)
+    for name, text in covered(report):
+        console.print(f"[bold]{name}[/]: {escape(text)}", highlight=False)
+    if folder is not None:
+        console.print(f"report: {escape(str(folder / HTML_FILE))}", highlight=False)
+    console.print(f"[{'green' if report.is_good else 'red'}]{report.verdict.lower()}", highlight=False)
 
 
-def _verdicts(report: AccuracyReport) -> Iterator[str]:
+def _faults(report: AccuracyReport) -> Iterator[str]:
     for part in report.parts:
         failed = ", ".join(name for name, passed in part.passed.items() if not passed)
-        yield f"[red]{part.part}: failed ({failed})" if failed else f"{part.part}: passed"
+        yield f"[red]FAIL {part.part}: failed ({failed})" if failed else f"{part.part}: passed"
     for name in report.changed_weights:
-        yield f"[red]weight {named_weight(name)} is not what export wrote (sha256 differs)"
+        yield f"[red]FAIL weight {named_weight(name)} is not what export wrote (sha256 differs)"
     for odd in report.odd_weights:
-        yield f"[red]{odd.sentence}"
+        yield f"[red]FAIL {odd.sentence}"
     for name in report.changed_files:
         yield f"[yellow]{name} has changed since export"
-    yield "[green]passed" if report.passed else "[red]failed"
 
 
-def _moves(changes: Sequence[Change]) -> Iterator[str]:
-    for c in changes:
-        verdict = "[red]worse" if c.worse else "moved"
-        yield f"{verdict}: {c.backend}, {c.what}: {c.old:.6g} -> {c.new:.6g}"
-    if not changes:
-        yield "nothing moved since the earlier report"
+def _moves(moved: Moved | None) -> Iterator[str]:
+    if moved is None:
+        return
+    for change in moved.changes:
+        yield f"{'[red]' if change.worse else ''}{escape(named_change(change))}"
+    yield from (f"[yellow]not compared with {escape(moved.earlier)}: {escape(line)}" for line in moved.unmatched)
+    if not moved.changes:
+        yield f"nothing moved since {escape(moved.earlier)}"
 
 
 def _table(b: BackendReport) -> Table:
     title = f"{b.backend}, computed in {b.computed_in}, against torch in float32"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("output", "error", "tolerance", "ulps", "worst at"):
-        table.add_column(name, justify="left" if name in ("output", "worst at") else "right")
+    for name in ("output", "", "error", "tolerance", "ulps", "worst at"):
+        table.add_column(name, justify="left" if name in ("output", "", "worst at") else "right")
     for o in _shown(b):
         place = f"{o.worst.step}, row {o.worst.row} at {o.worst.position}"
         numbers = (o.error, f"{o.tolerance:.2e}", f"{o.median_ulps:.2g}" if not o.reason else "")
-        table.add_row(o.output, *numbers, place, style=None if o.passed else "red")
+        table.add_row(o.output, "ok" if o.passed else "FAIL", *numbers, place, style=None if o.passed else "red")
     return table
 
 
@@ -85,7 +92,7 @@ def _sentences(b: BackendReport) -> Iterator[str]:
     if parts or b.note:
         yield "; ".join([*parts, *([b.note] if b.note else [])])
     if b.first_fault is not None:
-        yield f"[red]first out of tolerance: {named_fault(b.first_fault)}"
+        yield f"[red]FAIL first out of tolerance: {named_fault(b.first_fault)}"
     if b.text is not None:
         yield _perplexity(b.text)
 
@@ -93,4 +100,4 @@ def _sentences(b: BackendReport) -> Iterator[str]:
 def _perplexity(t: TextScore) -> str:
     difference, move = t.perplexity - t.reference_perplexity, t.loss - t.reference_loss
     line = f"perplexity {t.perplexity:.4f} ({difference:+.2e}) over {t.scored} tokens of text; loss {t.loss:.6f} nats"
-    return f"{'' if t.passed else '[red]'}{line} ({move:+.2e}, tolerance {t.tolerance:.2e})"
+    return f"{'' if t.passed else '[red]FAIL '}{line} ({move:+.2e}, tolerance {t.tolerance:.2e})"

@@ -73,7 +73,8 @@ class WeightReader:
         """
         record = self.records[name]
         if self._by_reference:
-            return assemble(record.recipe, self._stored, dtype or record.dtype)
+            own = assemble(record.recipe, self._stored, record.dtype)  # as every export rounds it
+            return own.astype(numpy_dtype(dtype or record.dtype), copy=False)
         stored = self.read(name, np.empty(self.nbytes(name), dtype=np.uint8), offset)
         return stored.astype(numpy_dtype(dtype or record.dtype), copy=False)
 

@@ -120,7 +120,8 @@ def test_a_worse_report_exits_with_3(good, tmp_path):
     report.write_text(json.dumps(old))
     done = validate(path, "--compare", report)
     assert done.exit_code == EXIT_ACCURACY
-    assert "worse: exported, logits: max relative" in done.stdout
+    assert "WORSE: exported, logits: max relative" in done.stdout
+    assert done.stdout.rstrip().endswith("passed its tolerances, but worse than the earlier report")
 
 
 def test_the_choices_are_the_backends():

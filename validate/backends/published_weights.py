@@ -49,6 +49,11 @@ class PublishedWeights:
     adapter: PublishedAdapter | None = None
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(sorted({place.file for place in self.places.values()}))
+
+    @property
     def note(self) -> str:
         """What they are, for a report."""
         merged = f" with the adapter in {self.adapter.file.parent} merged" if self.adapter else ""

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.validate.report.report import SCHEMA_VERSION, AccuracyReport
+from deepseek_trt.validate.report.report import SCHEMA_VERSION, AccuracyReport, Change, Moved
 
 GROWTH = 2.0  # chance moves a largest error by less
 NOTHING = 0.01  # errors below this part of their tolerance are noise
 LOST = 0.01  # part of the predictions that may change by ties
-
-
-@dataclass(frozen=True)
-class Change:
-    """One number that moved; `worse` makes it a regression."""
-
-    backend: str
-    what: str
-    old: float
-    new: float
-    worse: bool
+_ALIKE = ("dtype", "interface", "model", "cases")  # what two reports must share for their numbers to be of one thing
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -39,11 +28,31 @@ def read_report(path: Path) -> dict[str, Any]:
     return raw
 
 
-def compare_reports(old: dict[str, Any], new: AccuracyReport) -> tuple[Change, ...]:
-    """Every number that moved, of the backends that both reports hold."""
-    before = {b["backend"]: b for b in old["backends"]}
-    now = {b["backend"]: b for b in new.to_dict()["backends"]}
-    return tuple(c for name in now if name in before for c in _changes(name, before[name], now[name]) if c.old != c.new)
+def compare_reports(path: Path, old: dict[str, Any], new: AccuracyReport) -> Moved:
+    """Every number that moved, of the backends that both reports hold; RequestError where `old` lacks fields."""
+    plain = json.loads(new.to_json())
+    try:
+        before, now = ({b["backend"]: b for b in report["backends"]} for report in (old, plain))
+        changes = [c for name in now if name in before for c in _changes(name, before[name], now[name])]
+        return Moved(str(path), tuple(c for c in changes if c.old != c.new), tuple(_unmatched(old, plain)))
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise RequestError(f"{path} is damaged ({error!r}): validate the old bundle again") from None
+
+
+def _unmatched(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    for field in _ALIKE:
+        if old[field] != new[field]:
+            yield f"another {field} than in the earlier report: its numbers are of something else"
+    if old["provenance"]["seed"] != new["provenance"]["seed"]:
+        yield "another seed than in the earlier report"
+    before, now = ({b["backend"]: {o["output"] for o in b["outputs"]} for b in r["backends"]} for r in (old, new))
+    for where, these, those in (("earlier", before, now), ("new", now, before)):
+        for backend, outputs in these.items():
+            missing = sorted(outputs - those.get(backend, set()))
+            if backend not in those:
+                yield f"{backend}: in the {where} report only"
+            elif missing:
+                yield f"{backend}, {', '.join(missing)}: in the {where} report only"
 
 
 def _changes(backend: str, old: dict[str, Any], new: dict[str, Any]) -> Iterator[Change]:

@@ -8,6 +8,7 @@ tie few: where more than MOST of an output's lines would be set aside, none is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -64,7 +65,11 @@ def _undecided_lines(pair: Pair, index: int, ties: Ties) -> dict[str, Array]:
             out = ~(np.abs(value.astype(np.float64) - expected).max(-1) <= limit)
         depth = pair.policy.layers if name == "logits" else int(name.rpartition(".")[2])
         owners = pair.lines[index][name]
-        past = [any(p <= at and layer < depth for p, layer in ties.get((step.case, row), [])) for row, at in owners]
+        first = itertools.repeat(0) if not pair.policy.is_local else (at for _, at in owners)  # a part has no past
+        past = [
+            any(since <= p <= at and layer < depth for p, layer in ties.get((step.case, row), []))
+            for (row, at), since in zip(owners, first, strict=False)
+        ]
         found[name] = out & np.array(past)
     return found
 

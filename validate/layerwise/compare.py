@@ -10,8 +10,10 @@ from deepseek_trt.engines.sessions.torch import Weights
 from deepseek_trt.export.arrays import Array, Arrays
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.dtypes import computed_in
+from deepseek_trt.plugins.cpu.library import CpuLibrary
 from deepseek_trt.validate.backends.probes import GAP, PLACES, Probes
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
+from deepseek_trt.validate.layerwise.fused import FusedDecode, FusedPart
 from deepseek_trt.validate.layerwise.ort import OrtPart
 from deepseek_trt.validate.layerwise.stepper import PartStepper, RunStep, States
 from deepseek_trt.validate.layerwise.torch import TorchPart
@@ -28,6 +30,11 @@ class Setting:
     weights: Weights
     script: Script
     threads: int
+    library: CpuLibrary
+
+    @functools.cached_property
+    def fused(self) -> FusedDecode:
+        return FusedDecode.of(self.bundle, self.library, self.threads)
 
     def torch_part(self, part: Part, weights: Weights, dtype: str) -> TorchPart:
         manifest = self.bundle.manifest
@@ -37,19 +44,25 @@ class Setting:
         """Load the part for a backend, with the bundle's weights."""
         if backend == "exported":
             loaded: OrtPart | TorchPart = OrtPart(self.bundle, part, self.threads)
+        elif backend == "ort":
+            loaded = FusedPart(self.bundle, part, self.threads, self.fused)
         else:
             loaded = self.torch_part(part, BundleWeights(self.bundle).tensor, self.bundle.manifest.dtype)
         return lambda index, step, states, pool: loaded.run(step, states, pool)
 
     def computed_in(self, backend: str) -> str:
         dtype = self.bundle.manifest.dtype
-        return computed_in(dtype) if backend == "exported" else dtype
+        return dtype if backend == "torch" else computed_in(dtype)
+
+    def note(self, backend: str) -> str:
+        own, dtype = self.bundle.manifest.dtype, self.computed_in(backend)
+        widened = "" if own == dtype else f"{own} weights, computed in {dtype}"
+        return "; ".join(filter(None, (widened, self.fused.note if backend == "ort" else "")))
 
     def stepper(
-        self, run_step: RunStep, dtype: str, part: Part, entering: States, left: States, probes: Probes
+        self, run_step: RunStep, dtype: str, note: str, part: Part, entering: States, left: States, probes: Probes
     ) -> PartStepper:
-        own, cache = self.bundle.manifest.dtype, self.bundle.manifest.cache
-        note = "" if own == dtype else f"{own} weights, computed in {dtype}"
+        cache = self.bundle.manifest.cache
         pool = (self.script.pages, cache.page_size, cache.latent_dim)
         return PartStepper(run_step, dtype, note, part, pool, entering, left, probes)
 
@@ -76,7 +89,7 @@ def _side(
 
     def candidate(seen: Probes) -> PartStepper:
         run = setting.candidate(backend, part)
-        return setting.stepper(run, setting.computed_in(backend), part, entering, {}, seen)
+        return setting.stepper(run, setting.computed_in(backend), setting.note(backend), part, entering, {}, seen)
 
     def followed(follower: TorchWatcher) -> PartStepper:
         loaded = reference()
@@ -84,6 +97,6 @@ def _side(
         def run(index: int, step: Step, states: Array | None, pool: Array | None) -> Arrays:
             return loaded.run(step, states, pool, functools.partial(follower.route, index, step))
 
-        return setting.stepper(run, "float32", part, entering, left, follower.probes)
+        return setting.stepper(run, "float32", "", part, entering, left, follower.probes)
 
     return Side(backend, candidate, followed)

@@ -14,8 +14,10 @@ import torch
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.files import file_sha256
+from deepseek_trt.plugins.cpu.library import cpu_library
 from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
 from deepseek_trt.validate.cases.inputs import read_inputs
+from deepseek_trt.validate.findings.undecided import set_aside
 from deepseek_trt.validate.independent.check import Check
 from deepseek_trt.validate.independent.finding import absent
 from deepseek_trt.validate.layerwise.compare import Setting, compare_part
@@ -28,7 +30,7 @@ from deepseek_trt.validate.report.report import BackendReport, Compared, Compari
 from deepseek_trt.validate.request import Progress, ValidateRequest, layers_of
 from deepseek_trt.validate.steps import Part, Script
 
-BACKENDS = ("exported", "torch")
+BACKENDS = ("exported", "ort", "torch")
 
 
 def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progress: Progress) -> Compared:
@@ -37,15 +39,17 @@ def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progre
     Raises RequestError for layers that are not there, other backends than BACKENDS, and where no checkpoint is at hand.
     """
     parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
-    refusal = f"--layers compares {' and '.join(BACKENDS)}: leave out --backend {{name}}"
-    names = request.chosen(BACKENDS, BACKENDS, refusal)
+    refusal = f"--layers compares {', '.join(BACKENDS)}: leave out --backend {{name}}"
+    library = cpu_library(bundle.path)
+    usual = BACKENDS if library.path else tuple(name for name in BACKENDS if name != "ort")
+    names = request.chosen(BACKENDS, usual, refusal)
     check = Check.of(bundle, request)
     weights = _weights(bundle, request)
     if request.threads:
         torch.set_num_threads(request.threads)
     inputs = read_inputs(bundle, request.text, request.seed)
     script = by_graph(inputs.script())
-    run = _Run(Setting(bundle, weights, script, request.threads), names, Stream(script, request.seed))
+    run = _Run(Setting(bundle, weights, script, request.threads, library), names, Stream(script, request.seed))
     for part in parts:
         progress(f"comparing {part.name}")
         run.compare(part)
@@ -55,10 +59,11 @@ def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progre
         independent=absent(check.why_not),
         cases={step.case: inputs.sources[step.case] for step in script.steps},
         reference=f"{weights.note}, computed in float32 one part at a time",
-        reference_weights="checkpoint",
+        weights=weights,
         backends=tuple(merge(run.reports[name]) for name in names),
         comparisons=tuple(merge_accuracy(run.comparisons[name]) for name in names),
         parts=tuple(run.verdicts),
+        no_ort=library.reason,
     )
 
 
@@ -92,6 +97,7 @@ class _Run:
             pair = pairs[name]
             if narrow and name != "torch":
                 pair = pair.judged_by(rounding_floors(pairs["torch"], len(pair.script.steps)))
+            pair = set_aside(pair)
             self.reports.setdefault(name, []).append(backend_report(pair))
             self.comparisons.setdefault(name, []).append(Comparison(name, pair.accuracy))
         passed = {name: self.reports[name][-1].passed for name in self.backends}

@@ -33,13 +33,14 @@ class OrtPart:
         self._read: dict[tuple[str, int | None], Array] = {}  # by name and place in the weights file
         self._experts: Arrays = {}
         self._loaded = ""
+        self._entry = numpy_dtype(self.dtype)  # of the states
 
     def run(self, step: Step, hidden: Array | None, pool: Array | None) -> Arrays:
         if self._loaded != step.graph:
             self._load(step.graph)
         feeds = {**self._experts, **step.feeds}
         if hidden is not None:
-            feeds[HIDDEN] = hidden.astype(numpy_dtype(self.dtype))
+            feeds[HIDDEN] = hidden.astype(self._entry)
         if pool is not None:
             feeds[past_name(self._part.index)] = pool.astype(numpy_dtype(self.dtype))
         wanted = sorted(set(self._names.values()))
@@ -93,7 +94,7 @@ def cut(model: ir.Model, part: Part) -> dict[str, str]:
     """
     found = inner_values(model)
     if not part.is_embedding:
-        _enter(model.graph, found[f"hidden.{part.index}"])
+        enter(model.graph, found[f"hidden.{part.index}"])
     exits = {f"hidden.{part.index + 1}": found[f"hidden.{part.index + 1}"]} if not part.is_head else {}
     if part.is_head:
         exits["logits"] = model.graph.outputs[0]
@@ -119,7 +120,8 @@ def _feed_experts(model: ir.Model) -> list[str]:
     return [value.name or "" for value in fed]
 
 
-def _enter(graph: ir.Graph, hidden: ir.Value) -> None:
+def enter(graph: ir.Graph, hidden: ir.Value) -> None:
+    """Let the input HIDDEN stand wherever `hidden` does."""
     entry = ir.Value(name=HIDDEN, type=hidden.type, shape=ir.Shape([None, None]))
     hidden.replace_all_uses_with(entry)
     graph.inputs.append(entry)

@@ -16,7 +16,9 @@ def merge(reports: Sequence[BackendReport]) -> BackendReport:
     return dataclasses.replace(
         reports[-1],
         passed=all(report.passed for report in reports),
-        follows_routing=True,
+        note="; ".join(dict.fromkeys(r.note for r in reports if r.note)),
+        follows_routing=all(r.follows_routing for r in reports),
+        set_aside={name: lines for r in reports for name, lines in r.set_aside.items()},
         first_fault=next((r.first_fault for r in reports if r.first_fault is not None), None),
         milliseconds=_summed([r.milliseconds for r in reports]),
         reference_milliseconds=_summed([r.reference_milliseconds for r in reports]),

@@ -6,11 +6,10 @@ import dataclasses
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from polygraphy.comparator import IterationResult, OutputCompareResult, SimpleThreshold
 
-from deepseek_trt.export.arrays import Array
 from deepseek_trt.validate.numbers.metrics import Closeness, closeness
 from deepseek_trt.validate.numbers.tolerance import Policy, Tolerance
 from deepseek_trt.validate.steps import Owners
@@ -20,7 +19,10 @@ Lines = Mapping[str, Owners]  # of each output's lines
 
 @dataclass(frozen=True)
 class OutputDifference:
-    """One output of one step. `row` and `position` say whose token the worst element belongs to."""
+    """One output of one step. `row` and `position` say whose token the worst element belongs to.
+
+    `empty` says why the output proves nothing, if so.
+    """
 
     step: int
     label: str
@@ -29,6 +31,7 @@ class OutputDifference:
     tolerance: Tolerance
     row: int
     position: int
+    empty: str
 
     @property
     def passed(self) -> bool:
@@ -43,13 +46,17 @@ class ToleranceCompare:
     """
 
     policy: Policy
+    empty: Mapping[str, str] = field(default_factory=dict)  # outputs that prove nothing, with the reason
 
     def __call__(self, value: IterationResult, reference: IterationResult) -> OrderedDict[str, OutputCompareResult]:
         return OrderedDict(
-            (name, self._one(judged_closeness(value[name], expected, self.policy.dtype), self.policy(name)))
+            (name, self._one(self._judge(name, closeness(value[name], expected, self.policy.dtype)), self.policy(name)))
             for name, expected in reference.items()
             if name in value
         )
+
+    def _judge(self, name: str, c: Closeness) -> Closeness:
+        return infinitely_far(c) if name in self.empty else c
 
     @staticmethod
     def _one(c: Closeness, tolerance: Tolerance) -> OutputCompareResult:
@@ -68,18 +75,24 @@ class ToleranceCompare:
         )
 
 
-def judged_closeness(value: Array, reference: Array, dtype: str) -> Closeness:
-    """The closeness of an output: infinitely far where the reference is one number throughout, which proves nothing."""
-    c = closeness(value, reference, dtype)
-    return dataclasses.replace(c, max_absolute=math.inf, max_relative=math.inf) if c.is_constant else c
+def infinitely_far(c: Closeness) -> Closeness:
+    """What is judged of an output that proves nothing, however close it is."""
+    return dataclasses.replace(c, max_absolute=math.inf, max_relative=math.inf)
 
 
 def differences_of_step(
-    index: int, label: str, value: IterationResult, reference: IterationResult, lines: Lines, policy: Policy
+    index: int,
+    label: str,
+    value: IterationResult,
+    reference: IterationResult,
+    lines: Lines,
+    policy: Policy,
+    empty: Mapping[str, str],
 ) -> list[OutputDifference]:
-    """Compare every output of the step that both have: a backend may be without latents."""
+    """Compare every output of the step that both have: a backend may be without latents. `empty` ones prove nothing."""
     found = []
     for name in (name for name in reference if name in value):
-        c = judged_closeness(value[name], reference[name], policy.dtype)
-        found.append(OutputDifference(index, label, name, c, policy(name), *lines[name][c.worst[0]]))
+        c, why = closeness(value[name], reference[name], policy.dtype), empty.get(name, "")
+        owner = lines[name][c.worst[0]]
+        found.append(OutputDifference(index, label, name, infinitely_far(c) if why else c, policy(name), *owner, why))
     return found

@@ -19,7 +19,7 @@ class Closeness:
     Errors are infinite where either holds nan or inf, alike or not: nothing is right that is not a number. `relative`
     errors are relative to the largest finite |reference|; mean, median and ulps (units in the last place of the dtype
     at each reference element) are those of the finite elements. `worst` is the element with the largest error, or the
-    first where the masks differ, or where a number is not finite. `is_constant`: the reference is one number.
+    first where the masks differ, or where a number is not finite.
     """
 
     max_absolute: float
@@ -35,7 +35,6 @@ class Closeness:
     nonfinite: int
     reference_nonfinite: int
     same_masks: bool
-    is_constant: bool
 
 
 def closeness(value: Array, reference: Array, dtype: str) -> Closeness:
@@ -64,7 +63,6 @@ def closeness(value: Array, reference: Array, dtype: str) -> Closeness:
         nonfinite=int((~np.isfinite(x)).sum()),
         reference_nonfinite=int((~np.isfinite(y)).sum()),
         same_masks=not bool(strange.any()),
-        is_constant=y.size > 1 and bool((y == y.flat[0]).all()),
     )
 
 

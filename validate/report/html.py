@@ -10,8 +10,11 @@ import numpy as np
 from markupsafe import Markup
 
 from deepseek_trt.validate.findings.histogram import ErrorHistogram
+from deepseek_trt.validate.report.digits import apart
 from deepseek_trt.validate.report.plots import Series, bar_plot, dot_plot, heat_map, line_plot
 from deepseek_trt.validate.report.report import AccuracyReport, BackendReport
+from deepseek_trt.validate.report.summary import covered
+from deepseek_trt.validate.report.words import WORDS
 
 HTML_FILE = "report.html"
 _TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -33,7 +36,13 @@ def render_html(report: AccuracyReport) -> str:
     environment.filters["short"] = lambda value: _whole(_short(value))
     environment.filters["signed"] = lambda value: _whole(f"{value:+.2e}")
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, plots={b.backend: _plots(b, bool(report.parts)) for b in report.backends})
+    return template.render(
+        report=report,
+        covered=covered(report),
+        words=WORDS,
+        apart=lambda old, new: apart(float(old), float(new)),
+        plots={b.backend: _plots(b, bool(report.parts)) for b in report.backends},
+    )
 
 
 def _plots(b: BackendReport, is_local: bool) -> list[Plot]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.assemble import chunks
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
+from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.bundle.weights import WeightReader, unchanged_checkpoint
 from deepseek_trt.export.files import CHUNK, file_sha256
 from deepseek_trt.export.numbers import Numbers, Tally, look, may_be_zero, sizes_of
@@ -17,16 +19,21 @@ from deepseek_trt.export.reading.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class OddWeight:
-    """A tensor with NaN or infinities, or of zeros alone: the bundle's, or by reference the checkpoint's."""
+    """A tensor with NaN or infinities, of zeros alone, or a matrix of one number: the bundle's, or by reference the
+    checkpoint's.
+    """
 
     name: str
     nonfinite: int
     is_zero: bool
+    is_constant: bool = False
 
     @property
     def sentence(self) -> str:
         if self.is_zero:
             return f"weight {self.name} holds zeros alone"
+        if self.is_constant:
+            return f"weight {self.name} holds one number throughout"
         return f"weight {self.name} holds {self.nonfinite} numbers that are NaN or infinite"
 
 
@@ -74,16 +81,19 @@ def check_integrity(bundle: Bundle) -> Integrity:
 def odd_weights(bundle: Bundle, wanted: Callable[[str], bool] = lambda name: True) -> tuple[OddWeight, ...]:
     """Look at every number of the graph tensors that are `wanted`, in bounded memory."""
     look_at = _in_checkpoint if bundle.manifest.by_reference else _in_bundle
-    return tuple(odd for odd in look_at(bundle, wanted) if odd.nonfinite or odd.is_zero)
+    return tuple(odd for odd in look_at(bundle, wanted) if odd.nonfinite or odd.is_zero or odd.is_constant)
 
 
 def _in_bundle(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWeight]:
     reader = WeightReader(bundle)
     for name in filter(wanted, reader.records):
         flat = reader.view(name).reshape(-1)
-        seen = [look(flat[start : start + CHUNK]) for start in range(0, flat.size, CHUNK)]
+        parts = [flat[start : start + CHUNK] for start in range(0, flat.size, CHUNK)]
+        seen, constant = [look(part) for part in parts], _Constant(reader.records[name].recipe)
+        for part in parts:
+            constant.add(part)
         is_zero = not may_be_zero(name) and all(zero for _, zero in seen)
-        yield OddWeight(name, sum(nonfinite for nonfinite, _ in seen), is_zero)
+        yield OddWeight(name, sum(nonfinite for nonfinite, _ in seen), is_zero, constant.holds)
 
 
 def _in_checkpoint(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWeight]:
@@ -91,13 +101,30 @@ def _in_checkpoint(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[Od
     recipes = [w.recipe for w in bundle.manifest.weights if wanted(w.recipe.name)]
     sizes, found = sizes_of(recipes, tensors), dict[str, Numbers]()
     for recipe in recipes:
-        tally = Tally(recipe, tensors)
+        tally, constant = Tally(recipe, tensors), _Constant(recipe)
         for chunk in chunks(recipe, tensors):
             tally.add(chunk)
+            constant.add(chunk)
+        if constant.holds and not tally.odd:
+            yield OddWeight(recipe.name, 0, is_zero=False, is_constant=True)
         for numbers in tally.odd:
             found[numbers.source] = found.get(numbers.source, Numbers(numbers.source)) + numbers
     for name, numbers in found.items():
         yield OddWeight(name, numbers.nonfinite, numbers.zeros == sizes[name] and not may_be_zero(name))
+
+
+class _Constant:
+    """Whether a matrix holds one number throughout, as far as its chunks were seen; norms may be ones."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.holds = len(recipe.shape) > 1 and recipe.size > 1
+        self._first: Array | None = None
+
+    def add(self, chunk: Array) -> None:
+        if self.holds and chunk.size:
+            self._first = chunk[:1] if self._first is None else self._first
+            few = chunk[:256]  # almost always enough to tell
+            self.holds = bool((few == self._first).all() and (chunk == self._first).all())
 
 
 def unchanged_parts(bundle: Bundle) -> list[Path]:

@@ -13,6 +13,7 @@ from polygraphy.comparator import AccuracyResults, IterationResult
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.json_text import json_text, plain_json
+from deepseek_trt.validate.backends.published_weights import PublishedWeights
 from deepseek_trt.validate.cases.coverage import Coverage, coverage
 from deepseek_trt.validate.findings.bisect import Fault, first_fault
 from deepseek_trt.validate.findings.greedy import GreedyAgreement, greedy_agreement
@@ -32,8 +33,9 @@ from deepseek_trt.validate.numbers.compare import OutputDifference
 from deepseek_trt.validate.numbers.metrics import Closeness
 from deepseek_trt.validate.numbers.routing import Flip
 from deepseek_trt.validate.pair import Pair
+from deepseek_trt.validate.report.digits import apart
 from deepseek_trt.validate.report.integrity import Integrity, OddWeight
-from deepseek_trt.validate.report.provenance import Provenance
+from deepseek_trt.validate.report.provenance import CheckpointFile, Provenance
 from deepseek_trt.validate.steps import Script
 
 SCHEMA_VERSION = 4
@@ -49,6 +51,11 @@ class WorstElement:
     index: tuple[int, ...]
     value: float
     reference: float
+
+    @property
+    def numbers(self) -> tuple[str, str]:
+        """For people: value and reference, with digits enough to differ."""
+        return apart(self.value, self.reference)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class BackendReport:
 
     `tokens` and `histogram` are None where the outputs hold no predictions, `text` also without a text.
     `follows_routing` says whether the backend's router choices were seen. Where they were not, `set_aside` counts the
-    lines (tokens) of each output that a near tie may explain.
+    lines (tokens) of each output that a near tie may explain. `fed_tokens` counts the real tokens of all steps.
     """
 
     backend: str
@@ -103,6 +110,7 @@ class BackendReport:
     unused_pages_were_nan: bool
     follows_routing: bool
     set_aside: dict[str, int]
+    fed_tokens: int
     outputs: tuple[OutputReport, ...]
     tokens: TokenAgreement | None
     text: TextScore | None
@@ -128,13 +136,69 @@ class PartReport:
 
 
 @dataclass(frozen=True)
+class Margin:
+    """The output that came nearest to its tolerance; `share` is its error as a part of it."""
+
+    share: float
+    backend: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the verdict covers. `not_compared` says what a bundle's user may run and no backend did, with the reason.
+
+    `experts` were reached, of `experts_of` in all layers; None where they were not seen. `tokens` were fed, by backend.
+    `checkpoint` is where the reference's weights come from, or came from at export.
+    """
+
+    layers: int
+    layers_of: int
+    not_compared: tuple[str, ...]
+    experts: int | None
+    experts_of: int
+    tokens: dict[str, int]
+    checkpoint: str
+    checkpoint_files: tuple[CheckpointFile, ...]
+    machine: str
+    tool: str
+    margin: Margin
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number that moved since an earlier report; `worse` makes it a regression."""
+
+    backend: str
+    what: str
+    old: float
+    new: float
+    worse: bool
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What moved since the `earlier` report (its path); `unmatched` says what cannot be laid beside it."""
+
+    earlier: str
+    changes: tuple[Change, ...]
+    unmatched: tuple[str, ...]
+
+    @property
+    def worse(self) -> tuple[Change, ...]:
+        return tuple(change for change in self.changes if change.worse)
+
+
+@dataclass(frozen=True)
 class AccuracyReport:
     """The whole report. `interface` says what the graphs take and give; `parts` are of --layers, else empty.
 
-    `odd_weights` hold NaN or infinities, or zeros alone.
+    `odd_weights` hold NaN or infinities, or one number throughout. `moved` is None without an earlier report; what got
+    worse since then leaves `passed` as it is.
     """
 
     passed: bool
+    scope: Scope
     independent: Independent
     interface: Interface
     model: ModelConfig
@@ -147,7 +211,20 @@ class AccuracyReport:
     backends: tuple[BackendReport, ...]
     parts: tuple[PartReport, ...]
     provenance: Provenance
+    moved: Moved | None = None
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def is_good(self) -> bool:
+        """Passed, and nothing got worse since an earlier report."""
+        return self.passed and not (self.moved and self.moved.worse)
+
+    @property
+    def verdict(self) -> str:
+        """One word, or what speaks against it though all lies within its tolerance."""
+        if self.passed and not self.is_good:
+            return "Passed its tolerances, but WORSE than the earlier report"
+        return "Passed" if self.passed else "FAILED"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; nan and the infinities as strings, as JSON has none."""
@@ -168,16 +245,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Compared:
-    """What comparing a bundle found, whatever it is for. `reference_weights` is "bundle" or "checkpoint"."""
+    """What comparing a bundle found, whatever it is for.
+
+    `weights` are the reference's, None where it has the bundle's; `no_ort` says why the compiled operators could not be
+    run where they should have been.
+    """
 
     integrity: Integrity
     independent: Independent
     cases: dict[str, str]
     reference: str
-    reference_weights: str
+    weights: PublishedWeights | None
     backends: tuple[BackendReport, ...]
     comparisons: tuple[Comparison, ...]
     parts: tuple[PartReport, ...] = ()
+    no_ort: str = ""
 
 
 def backend_report(pair: Pair, floor: Pair | None = None) -> BackendReport:
@@ -191,6 +273,7 @@ def backend_report(pair: Pair, floor: Pair | None = None) -> BackendReport:
         unused_pages_were_nan=pair.poisoned,
         follows_routing=pair.sees_routing,
         set_aside=dict(pair.set_aside),
+        fed_tokens=sum(len(step.tokens) for step in pair.script.steps),
         outputs=_outputs(pair.differences),
         tokens=token_agreement(pair),
         text=text,
@@ -232,7 +315,7 @@ def _output(name: str, found: list[OutputDifference]) -> OutputReport:
         nonfinite=sum(x.nonfinite for x in every),
         reference_nonfinite=sum(x.reference_nonfinite for x in every),
         masks_differ=not all(x.same_masks for x in every),
-        reason=_reason(every),
+        reason=_reason(every) or worst.empty,
         tolerance=worst.tolerance.relative,
         tolerance_reason=worst.tolerance.reason,
         worst=WorstElement(worst.label, worst.row, worst.position, c.worst[1:], c.worst_value, c.worst_reference),
@@ -241,9 +324,7 @@ def _output(name: str, found: list[OutputDifference]) -> OutputReport:
 
 def _reason(every: Sequence[Closeness]) -> str:
     ours, theirs, total = (sum(getattr(c, n) for c in every) for n in ("nonfinite", "reference_nonfinite", "size"))
-    if ours or theirs:
-        return f"not finite: {ours} of {total} numbers (reference: {theirs})"
-    return "the reference is one number throughout" if any(c.is_constant for c in every) else ""
+    return f"not finite: {ours} of {total} numbers (reference: {theirs})" if ours or theirs else ""
 
 
 def _by_graph(script: Script, results: Sequence[IterationResult]) -> dict[str, tuple[float, ...]]:

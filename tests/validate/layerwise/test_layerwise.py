@@ -15,6 +15,7 @@ from deepseek_trt.cli.main import main
 from deepseek_trt.cli.validate import EXIT_ACCURACY
 from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, Manifest
+from deepseek_trt.plugins.cpu.library import CpuLibrary
 from deepseek_trt.validate.backends.published_weights import published_weights
 from deepseek_trt.validate.backends.sessions import run_step
 from deepseek_trt.validate.cases.inputs import read_inputs
@@ -129,7 +130,7 @@ def test_the_reference_is_the_whole_models(good):
     """Part by part, all steps of a part at once, gives what the whole model gives step by step."""
     bundle = good("float32")
     script = read_inputs(bundle, None, 0).script()
-    setting = Setting(bundle, published_weights(bundle, None), script, 1)
+    setting = Setting(bundle, published_weights(bundle, None), script, 1, CpuLibrary(None))
     stream = Stream(script, 0)
     for part in parts_of("0-2", 3):
         pairs, left = compare_part(setting, part, ("exported",), stream.entering(part)[0])

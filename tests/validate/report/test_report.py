@@ -65,7 +65,8 @@ def test_the_measured_floor_is_the_tolerance_of_narrow_dtypes(validation):
 
 def test_an_unchanged_report_has_not_moved(validation, tmp_path):
     write_report(validation.report, validation.comparisons, tmp_path)
-    assert compare_reports(read_report(tmp_path / "report.json"), validation.report) == ()
+    moved = compare_reports(tmp_path, read_report(tmp_path / "report.json"), validation.report)
+    assert (moved.changes, moved.unmatched) == ((), ())
 
 
 def test_a_larger_error_is_a_regression(validation, tmp_path):
@@ -73,9 +74,38 @@ def test_a_larger_error_is_a_regression(validation, tmp_path):
     old = read_report(tmp_path / "report.json")
     old["backends"][0]["outputs"][0]["max_relative"] /= 3
     old["backends"][1]["outputs"][0]["max_relative"] /= 1.5
-    worse, moved = compare_reports(old, validation.report)
+    found = compare_reports(tmp_path / "old.json", old, validation.report)
+    worse, moved = found.changes
     assert (worse.backend, worse.what, worse.worse) == ("exported", "logits: max relative", True)
     assert (moved.backend, moved.worse) == ("torch", False)
+    page = render_html(dataclasses.replace(validation.report, moved=found))
+    assert "Passed its tolerances, but WORSE than the earlier report" in page
+    assert "2 numbers moved, 1 of them got worse" in page
+    assert str(tmp_path / "old.json") in page
+
+
+def test_what_has_no_counterpart_is_said(validation, tmp_path):
+    """Nothing moved where nothing was compared: the sentence would be true, and mislead."""
+    old = json.loads(validation.report.to_json())
+    del old["backends"][1]
+    old["backends"][0]["outputs"][0]["output"] = "other"
+    old["dtype"], old["provenance"]["seed"] = "float32", 1
+    lines = " ".join(compare_reports(tmp_path, old, validation.report).unmatched)
+    for words in (
+        "another dtype",
+        "another seed",
+        "torch: in the new report",
+        "other: in the earlier report only",
+    ):
+        assert words in lines
+
+
+@pytest.mark.parametrize("change", [{"backends": [1]}, {"backends": None}, {"provenance": []}, {"cases": KeyError}])
+def test_a_damaged_report_is_refused(validation, tmp_path, change):
+    old = {**json.loads(validation.report.to_json()), **change}
+    old = {name: value for name, value in old.items() if value is not KeyError}
+    with pytest.raises(RequestError, match="is damaged"):
+        compare_reports(tmp_path, old, validation.report)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema_version": 0}'])
