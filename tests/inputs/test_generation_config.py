@@ -211,7 +211,7 @@ def test_options_are_the_files_unless_given(tmp_path):
 
 def test_help_shows_the_defaults_there_are():
     shown = " ".join(CliRunner().invoke(main, ["generate", "--help"]).output.split())
-    assert "[default: (generation_config.json's, else 128)]" in shown
+    assert "[default: (generation_config.json's, else 128);" in shown
     assert "--greedy" in shown
 
 
