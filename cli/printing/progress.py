@@ -69,21 +69,23 @@ def build_progress() -> AbstractContextManager[Callable[[str, int, int], None]]:
 
 @contextmanager
 def weight_progress() -> Iterator[Callable[[int, int], None]]:
-    """Give a function (bytes done, bytes in all) that draws weights being loaded."""
-    with _bars(_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn()) as advance:
+    """Give a function (bytes done, bytes in all) that draws weights being loaded, a part of a step that is timed."""
+    with _bars(_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn(), timed=False) as advance:
         yield lambda done, total: advance("loading weights", done, total)
 
 
 @contextmanager
-def _bars(*columns: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
-    """Give a function (name, done, in all) that draws a bar a name; nothing is drawn before its first call."""
+def _bars(*columns: ProgressColumn, timed: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function (name, done, in all) that draws a bar a name, on a terminal; each is a step where `timed`."""
     bars = Progress(*columns, console=_console(), transient=True)
     tasks = {}
 
     def advance(name: str, done: int, total: int) -> None:
-        bars.start()
-        if name not in tasks:
+        if timed and name not in tasks:
             step(name, shown=False)
+        if bars.console.is_terminal:
+            bars.start()
+        if name not in tasks:
             tasks[name] = bars.add_task(name)
         bars.update(tasks[name], completed=done, total=total, visible=done < total)
 
