@@ -250,13 +250,9 @@ def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ..
 
 
 def _save(model: ir.Model, graph: GraphSpec, job: _Job, folder: Path) -> None:
-    """The graph that ONNX Runtime loads, and beside it the traced one where that is another.
-
-    Only ONNX Runtime and its like read --io transformers, so that one file serves there.
-    """
+    """The graph that ONNX Runtime loads, and beside it the traced one where that is another."""
     if computed_in(job.dtype) != job.dtype:
-        if job.source.interface.io != TRANSFORMERS:
-            onnx.save(ir.to_proto(model), folder / f"{graph.name}.{job.dtype}.onnx")
+        onnx.save(ir.to_proto(model), folder / f"{graph.name}.{job.dtype}.onnx")
         WidenBfloat16()(model)
     onnx.save(ir.to_proto(model), folder / graph.file)
 

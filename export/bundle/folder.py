@@ -149,8 +149,9 @@ class Bundle:
             raise BundleError(f"{file} is damaged ({error!r}): export the checkpoint again") from None
         bundle = cls(path, manifest)
         for graph in manifest.graphs:
-            if not bundle.graph_path(graph.name).is_file():
-                raise BundleError(f"{bundle.graph_path(graph.name)} is missing: export the checkpoint again")
+            for path in (bundle.graph_path(graph.name), bundle.traced_path(graph.name)):
+                if not path.is_file():
+                    raise BundleError(f"{path} is missing: export the checkpoint again")
         return bundle
 
     def graph(self, name: str) -> GraphSpec:

@@ -45,8 +45,8 @@ def _snapshot(cached: Path) -> Path | None:
     """The snapshot of the branch main, else the only one there is."""
     snapshots, main = cached / "snapshots", cached / "refs" / "main"
     if main.is_file():
-        named = snapshots / main.read_text(encoding="utf-8").strip()
-        if named.is_dir():
-            return named
+        commit = main.read_text(encoding="utf-8", errors="replace").strip()
+        if re.fullmatch(r"\w+", commit) and (snapshots / commit).is_dir():
+            return snapshots / commit
     found = [path for path in snapshots.iterdir() if path.is_dir()] if snapshots.is_dir() else []
     return found[0] if len(found) == 1 else None

@@ -11,6 +11,8 @@ import pytest
 
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -71,3 +73,12 @@ def test_an_encoder_encodes(dtype, io, made, tmp_path):
     bundle = export_bundle(request).bundle
     for python in PYTHONS:
         plain(python, "-c", ENCODE, str(bundle.path))
+
+
+@pytest.mark.parametrize("io", EXAMPLES)
+def test_a_traced_graph_that_is_gone_is_named(io, made, tmp_path):
+    bundle = export_bundle(ExportRequest(made().path, tmp_path / "bundle", dtype="bfloat16", io=io)).bundle
+    traced = bundle.traced_path(bundle.manifest.graphs[0].name)
+    traced.unlink()
+    with pytest.raises(BundleError, match=f"{traced.name} is missing"):
+        Bundle.open(bundle.path)

@@ -50,3 +50,13 @@ def test_a_folder_comes_first(tmp_path, monkeypatch):
     (tmp_path / NAME).mkdir(parents=True)
     assert checkpoint_folder(NAME, {"HF_HUB_CACHE": str(tmp_path)}) == NAME
     assert checkpoint_folder(Path("/no/where/at all")) == Path("/no/where/at all")
+
+
+@pytest.mark.parametrize("commit", [b"../../../elsewhere", b"\xff\xfe", b"", b"/"])
+def test_a_damaged_reference_leads_nowhere(tmp_path, commit):
+    snapshot(tmp_path, "abc", main=True)
+    snapshot(tmp_path, "def")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "models--deepseek-ai--DeepSeek-V2-Lite" / "refs" / "main").write_bytes(commit)
+    with pytest.raises(CheckpointError, match="hf download"):
+        checkpoint_folder(NAME, {"HF_HUB_CACHE": str(tmp_path)})
