@@ -118,7 +118,7 @@ def _machine(results: Results, args: argparse.Namespace) -> str:
     return (
         f"{cpu[1] if cpu else 'unknown CPU'}, {os.cpu_count()} cores, {memory:.0f} GiB; Python "
         f"{sys.version.split()[0]}, {', '.join(versions)}; measured {measured}, {args.rounds} rounds. "
-        "Milliseconds a step: median of the rounds (lowest and highest round), largest difference of the logits from "
+        "Milliseconds per step: median of the rounds (lowest and highest round), largest difference of the logits from "
         "transformers' as a share of the largest logit. Ratios are medians of the ratios of each round; above 1 "
         "deepseek-trt is faster. Floor: weights and cache that the step must read, at the speed memory is read."
     )

@@ -1,5 +1,4 @@
-"""Export V2-Lite (31.4 GB) and V2 (471 GB) on this machine, build their plugins and engines, and write time, memory and
-bytes to docs/scale.md.
+"""Export V2-Lite (31.4 GB) and V2 (471 GB) on this machine, build their plugins and engines; print time, memory, bytes.
 
     python benchmarks/export.py                        # needs 35 GB of disk for the export with weights
     python benchmarks/export.py --without-weights
@@ -27,7 +26,6 @@ from pathlib import Path
 from make_checkpoint import PUBLISHED, reduced, write_sparse
 from process import run_measured
 
-ROOT = Path(__file__).parents[1]
 SMS = (86, 120)
 _VERSIONS = ("deepseek-trt", "torch", "onnx", "onnx-ir", "onnxscript", "triton", "tensorrt-rtx-cu13")
 
@@ -141,17 +139,10 @@ def machine() -> str:
     return f"machine: {os.cpu_count()} cores, {memory:.0f} GB; Python {platform.python_version()}, {versions}"
 
 
-def write_section(path: Path, text: str) -> None:
-    """Replace what lies between the two markers in docs/scale.md."""
-    begin, end = "<!-- benchmarks/export.py -->", "<!-- end -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--without-weights", action="store_true", help="skip what writes 31.4 GB twice")
-    parser.add_argument("--layers", type=int, help="only so many decoder layers, to try it out; docs are not written")
+    parser.add_argument("--layers", type=int, help="only so many decoder layers, to try it out")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--by-reference", action="store_true", help=argparse.SUPPRESS)
@@ -161,10 +152,7 @@ def main() -> None:
         return
     with scratch(args.disk) as folder:
         rows, notes = measure(folder, args.layers, not args.without_weights)
-    text = "\n\n".join([table(rows), *notes, machine()])
-    print(text)
-    if args.layers is None:
-        write_section(ROOT / "docs" / "scale.md", text)
+    print("\n\n".join([table(rows), *notes, machine()]))
 
 
 if __name__ == "__main__":

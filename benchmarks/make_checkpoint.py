@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("model", choices=PUBLISHED)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="only so many decoder layers")
-    parser.add_argument("--experts", type=int, help="only so many routed experts a layer")
+    parser.add_argument("--experts", type=int, help="only so many routed experts per layer")
     args = parser.parse_args()
     total = write_sparse(reduced(PUBLISHED[args.model], args.layers, args.experts), args.out)
     print(f"{args.out}: {total / 1e9:.2f} GB")

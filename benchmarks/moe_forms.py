@@ -1,6 +1,6 @@
 """The forms that a mixture of experts can take in ONNX Runtime's CPU provider, measured on one layer half.
 
-    python benchmarks/moe_forms.py --threads 2
+    python benchmarks/moe_forms.py [--threads 1 2]
 
 Each form computes x + experts(norm(x)) with the same router and weights; the first is the reference of the errors.
 """
@@ -193,25 +193,31 @@ def run_fresh(session: ort.InferenceSession, rng: np.random.Generator, tokens: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 128])
     parser.add_argument("--seconds", type=float, default=1.0, help="for each form and number of tokens")
     for name, size in (("hidden", 512), ("inner", 256), ("experts", 32), ("top-k", 6)):
         parser.add_argument(f"--{name}", type=int, default=size)
     args = parser.parse_args()
     sizes = Sizes(args.hidden, args.inner, args.experts, args.top_k)
+    for threads in args.threads:
+        print(f"\n{threads} thread{'s' * (threads > 1)}, {sizes}\n")
+        table(sizes, threads, args.tokens, args.seconds)
+
+
+def table(sizes: Sizes, threads: int, tokens: list[int], seconds: float) -> None:
     weights, rng = make_weights(sizes), np.random.default_rng(1)
-    inputs = {n: rng.standard_normal((n, args.hidden), dtype=np.float32) for n in args.tokens}
+    inputs = {n: rng.standard_normal((n, sizes.hidden), dtype=np.float32) for n in tokens}
     wanted: dict[int, npt.NDArray[np.float32]] = {}
-    print(f"| {args.threads} thread(s), {sizes} | " + " | ".join(f"{n} tokens, ms" for n in args.tokens) + " | error |")
-    print("|---" * (len(args.tokens) + 2) + "|")
+    print("| form | " + " | ".join(f"{n} token{'s' * (n > 1)}, ms" for n in tokens) + " | error |")
+    print("|---" * (len(tokens) + 2) + "|")
     for name, form in FORMS.items():
-        session, cells, error = session_of(form(weights, sizes), args.threads), [], 0.0
+        session, cells, error = session_of(form(weights, sizes), threads), [], 0.0
         for n, x in inputs.items():
             y = session.run(None, {"x": x})[0]
             error = max(error, float(np.abs(y - wanted.setdefault(n, y)).max()))
-            run = functools.partial(run_fresh, session, rng, n, args.hidden)
-            cells.append(f"{median_ms(run, args.seconds):.2f}")
+            run = functools.partial(run_fresh, session, rng, n, sizes.hidden)
+            cells.append(f"{median_ms(run, seconds):.2f}")
         print(f"| {name} | {' | '.join(cells)} | {error:.0e} |", flush=True)
 
 

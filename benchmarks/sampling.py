@@ -1,4 +1,4 @@
-"""The share of a step of the shipped model that sampling takes, at batch 32: python benchmarks/sampling.py [--markdown]
+"""The share of a step of the shipped model that sampling takes, at batch 32: python benchmarks/sampling.py
 
 Every mode is timed beside the decode step whose logits it samples, and all modes in turn, so that all see the same
 machine. The best time of each counts: others may use the machine, too.

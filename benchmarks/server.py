@@ -1,12 +1,12 @@
 """Measure what the server adds to its engine, and whether it loses anything under load.
 
     scripts/server-env
-    python benchmarks/server.py [--only rate|load|leaving] [--write]
+    python benchmarks/server.py [--only rate|load|leaving]
 
-rate: the served model with a stand-in engine of 5 ms a step (benchmarks/stand_in.py), by 1 and by 32 streams at once,
-as a share of the ideal, one token a stream every 5 ms. load: the demo model, 1,000 requests over 64 connections, of
+rate: the served model with a stand-in engine of 5 ms per step (benchmarks/stand_in.py), by 1 and by 32 streams at once,
+as a share of the ideal, one token per stream every 5 ms. load: the demo model, 1,000 requests over 64 connections, of
 which a tenth leave in the middle and a twentieth are malformed. leaving: how long a slot stays taken after its client
-has left. The client runs on the same machine and takes its share of it. --write puts the tables into docs/serving.md.
+has left. The client runs on the same machine and takes its share of it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def rate_table(bundle: Path, folder: Path) -> str:
     repository = write_repository(bundle, folder / "stand-in")
     put_stand_in(repository)
     lines = [
-        "| streams | share of the ideal rate, each run | tokens/s, each run | first token, median | pieces a token |",
+        "| streams | share of the ideal rate, each run | tokens/s, each run | first token, median | pieces per token |",
         "|---|---|---|---|---|",
     ]
     with served(repository) as server:
@@ -131,19 +131,10 @@ def machine() -> str:
     )
 
 
-def write_section(text: str) -> None:
-    """Replace what lies between the two markers in docs/serving.md."""
-    path = ROOT / "docs" / "serving.md"
-    begin, end = "<!-- benchmarks/server.py -->", "<!-- end of server.py -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("rate", "load", "leaving"), help="one of the three")
     parser.add_argument("--requests", type=int, default=1000, help="of load")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/serving.md")
     args = parser.parse_args()
     tables = []
     with tempfile.TemporaryDirectory() as name, as_file(files("deepseek_trt.cli") / "demo_model") as checkpoint:
@@ -157,10 +148,7 @@ def main() -> None:
         if args.only in (None, "leaving"):
             with served(write_repository(bundle, folder / "one", max_inflight=1)) as server:
                 tables.append(server_leaving.run(server, harness.run_grpc))
-    text = "\n\n".join([*tables, machine()])
-    print(text)
-    if args.write:
-        write_section(text)
+    print("\n\n".join([*tables, machine()]))
 
 
 if __name__ == "__main__":

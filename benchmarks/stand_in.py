@@ -25,7 +25,7 @@ class OrtSession(Session):
     """Sleeps as an engine on a GPU would let the processor sleep; the likeliest token is always the same."""
 
     backend = "stand-in"
-    note = "5 ms a step"
+    note = "5 ms per step"
 
     def __init__(self, bundle: Any, pages: int, threads: int = 0, *_: Any, **__: Any) -> None:
         self.cache, self.pages = bundle.manifest.cache, pages

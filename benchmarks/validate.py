@@ -1,7 +1,7 @@
-"""Validate V2-Lite (31.4 GB) and two layers of V2 layer by layer; write time and peak memory to docs/scale.md.
+"""Validate V2-Lite (31.4 GB) and two layers of V2 layer by layer; print time and peak memory.
 
     python benchmarks/validate.py --disk /tmp            # needs 15 GB of it
-    python benchmarks/validate.py --only v2-lite         # 7 GB; docs are not written
+    python benchmarks/validate.py --only v2-lite         # 7 GB
 
 Checkpoints have the published names and shapes. The layers that are compared, the embedding and the head hold random
 numbers (make_checkpoint.fill_random); the others are holes in sparse files and read as zeros. Each row is one
@@ -23,7 +23,6 @@ from process import run_measured
 
 from export import machine, scratch
 
-ROOT = Path(__file__).parents[1]
 _MAIN = "from deepseek_trt.cli.main import main; main()"
 
 
@@ -68,17 +67,10 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_section(path: Path, text: str) -> None:
-    """Replace what lies between the two markers in docs/scale.md."""
-    begin, end = "<!-- benchmarks/validate.py -->", "<!-- end of validate.py -->"
-    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
-    parser.add_argument("--only", choices=("v2-lite", "v2"), help="one of the two; docs are not written")
+    parser.add_argument("--only", choices=("v2-lite", "v2"), help="one of the two")
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime and torch")
     args = parser.parse_args()
     jobs = {
@@ -92,10 +84,7 @@ def main() -> None:
                 what = name if name == "v2-lite" else "v2, first two layers"
                 rows.append(measure(what, published, layers, compared, folder, args.threads))
             print(rows[-1], file=sys.stderr)
-    text = f"{table(rows)}\n\n{machine()}, {args.threads} threads"
-    print(text)
-    if args.only is None:
-        write_section(ROOT / "docs" / "scale.md", text)
+    print(f"{table(rows)}\n\n{machine()}, {args.threads} thread(s)")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _print_tables(facts: Facts, gpu_memory: float) -> None:
 
 def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     c = facts.config
-    yield "parameters", f"{facts.parameters:,} ({facts.active_parameters / 1e9:.1f}e9 active a token)"
+    yield "parameters", f"{facts.parameters:,} ({facts.active_parameters / 1e9:.1f}e9 active per token)"
     yield "checkpoint", f"{_size(facts.stored_bytes)}, {facts.tensors:,} tensors, {facts.shards} shards"
     yield "task", facts.task
     yield "dtype of the export", facts.dtype
@@ -94,7 +94,7 @@ def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "attention", _attention(c)
     yield "router", _router(c)
     yield "rope", _rope(c)
-    yield "cache a token", f"{facts.cache_bytes_per_token:,} bytes; expanded {facts.expanded_bytes_per_token:,}"
+    yield "cache per token", f"{facts.cache_bytes_per_token:,} bytes; expanded {facts.expanded_bytes_per_token:,}"
     yield "saved by latents", f"{100 * facts.cache_saving:.1f} %"
 
 

@@ -90,7 +90,7 @@ def _lines(written: Repository, of_task: str) -> Iterator[str]:
 
 def _generator(settings: ServingSettings) -> Result:
     return dataclasses.asdict(settings), (
-        f"{settings.max_model_len} tokens a request, {settings.max_inflight} requests in flight, "
+        f"{settings.max_model_len} tokens per request, {settings.max_inflight} requests in flight, "
         f"{settings.max_running} running, {settings.pages} cache pages"
     )
 

@@ -84,7 +84,7 @@ class Point:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """bandwidth is read on a CPU, read and written in a copy on a GPU, in bytes a second."""
+    """bandwidth is read on a CPU, read and written in a copy on a GPU, in bytes per second."""
 
     bundle: str
     backend: str
@@ -118,7 +118,7 @@ def bench(request: BenchRequest, say: Say = lambda line: None, progress: Progres
     say(opened.line)
     points = []
     for batch in request.batch_sizes:
-        say(f"batch {batch}, context {request.context}, {request.new_tokens} new tokens a row")
+        say(f"batch {batch}, context {request.context}, {request.new_tokens} new tokens per row")
         points.append(_point(opened, bundle, request, batch, bandwidth))
     session = opened.session
     return BenchReport(

@@ -14,7 +14,7 @@ def decode_traffic(
     manifest: Manifest, cache: CacheSpec, lengths: Sequence[int], weights_dtype: str, experts_hit: float
 ) -> dict[str, int]:
     """Bytes that one decode step moves: one token a row after `lengths` cached tokens each, which hit `experts_hit`
-    routed experts a layer.
+    routed experts per layer.
 
     weights: what every step reads whatever the tokens are. experts: of the routed experts that are hit. cache: the
     latents read and written.

@@ -114,11 +114,11 @@ _ATTENTION = (
     _checked("use_mla", Flag(), "must be true"),
 )
 _ROUTER = (
-    _used("n_routed_experts", _EXPERTS, "experts a layer; 0: every layer is dense", "0"),
+    _used("n_routed_experts", _EXPERTS, "experts per layer; 0: every layer is dense", "0"),
     _used("num_experts", _EXPERTS, "another name of n_routed_experts (V2 of transformers)", "absent"),
     _used("num_local_experts", _EXPERTS, "another name of n_routed_experts (V3 of transformers)", "absent"),
     _used("n_shared_experts", _EXPERTS, "shared experts, as one of their joint width", "0"),
-    _used("num_experts_per_tok", _EXPERTS, "experts a token; 0: every layer is dense", "0"),
+    _used("num_experts_per_tok", _EXPERTS, "experts per token; 0: every layer is dense", "0"),
     _used("moe_intermediate_size", _SIZE, "width of an expert"),
     _used("first_k_dense_replace", Integer(low=0), "dense layers at the start"),
     _used("moe_layer_freq", _SIZE, "every n-th layer has experts"),

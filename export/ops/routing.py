@@ -28,7 +28,7 @@ def normalised(weights: Tensor) -> Tensor:
 def attributes(norm_topk_prob: str, routed_scaling_factor: str) -> tuple[Attribute, ...]:
     """The attributes of a router; what these two mean differs."""
     return (
-        Attribute("top_k", "int", "K, experts a token"),
+        Attribute("top_k", "int", "K, experts per token"),
         Attribute("n_group", "int", "groups of experts; 1 where routing is not limited"),
         Attribute("topk_group", "int", "groups that may be chosen from; n_group where routing is not limited"),
         Attribute("norm_topk_prob", "int", norm_topk_prob),
