@@ -14,7 +14,7 @@ Written by `python -m deepseek_trt.export.ops.reference_page`. One contract an o
 (`torch.ops.{DOMAIN}`), ONNX (domain `{DOMAIN}`, version 1, with a function body) and TensorRT (plugin of the same name,
 version "1", namespace ""). `T` is the model's dtype: float32, float16 or bfloat16, one for all tensors of an op. Sizes:
 B batch, S tokens per sequence, T tokens in all, H heads, N/R/V widths of a head's nope, rope and value parts,
-L kv_lora_rank, D = L + R, E experts, K experts per token, I an expert's width, P pages in the pool, M pages per sequence.
+L kv_lora_rank, D = L + R, E experts, K experts per token, I an expert's width, P pages in all, M pages per sequence.
 
 A plugin library is made for one model and one dtype: the widths above are constants in its kernels, and a plugin
 refuses tensors of other widths by name.
