@@ -68,16 +68,23 @@ def peak_anonymous(*words: str) -> int:
     return peak * 1024
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("step", "by_reference", "backend", "way"),
+    ("step", "dtype", "by_reference", "backend", "way"),
     [
-        ("generate, by reference", True, "ort", "copied"),
-        pytest.param("generate, weights mapped", False, "ort", "mapped", marks=pytest.mark.slow),
-        pytest.param("generate, weights copied", False, "ort", "copied", marks=pytest.mark.slow),
-        pytest.param("generate, --backend torch", True, "torch", "copied", marks=pytest.mark.slow),
+        ("generate, by reference", "bfloat16", True, "ort", "copied"),
+        pytest.param("generate, weights mapped", "bfloat16", False, "ort", "mapped", marks=SLOW),
+        pytest.param("generate, weights mapped", "float16", False, "ort", "mapped", marks=SLOW),
+        pytest.param("generate, weights mapped", "float32", False, "ort", "mapped", marks=SLOW),
+        pytest.param("generate, weights copied", "bfloat16", False, "ort", "copied", marks=SLOW),
+        pytest.param("generate, weights copied", "float16", False, "ort", "copied", marks=SLOW),
+        pytest.param("generate, weights copied", "float32", False, "ort", "copied", marks=SLOW),
+        pytest.param("generate, --backend torch", "bfloat16", True, "torch", "copied", marks=SLOW),
     ],
 )
-def test_memory_is_what_check_says(checkpoint, tmp_path, step, by_reference, backend, way):
-    bundle = export_bundle(ExportRequest(checkpoint, tmp_path / "out", by_reference=by_reference)).bundle
-    need = next(need for need in survey(checkpoint).facts.needs if need.step == step)
+def test_memory_is_what_check_says(checkpoint, tmp_path, step, dtype, by_reference, backend, way):
+    bundle = export_bundle(ExportRequest(checkpoint, tmp_path / "out", dtype=dtype, by_reference=by_reference)).bundle
+    need = next(need for need in survey(checkpoint, dtype).facts.needs if need.step == step)
     assert peak_anonymous(str(bundle.path), backend, way) == pytest.approx(need.memory, rel=0.2)
