@@ -37,9 +37,9 @@ class Request:
     leave_after: int | None = None
 
 
-def make_requests(count: int) -> list[Request]:
-    """The same ones every time: 10 % leave, 5 % are malformed, of the rest a half is streamed."""
-    draw = random.Random(0)
+def make_requests(count: int, seed: int = 0) -> list[Request]:
+    """The same ones for a seed: 10 % leave, 5 % are malformed, of the rest a half is streamed."""
+    draw = random.Random(seed)
     kinds = ["left"] * (count // 10) + ["malformed"] * (count // 20)
     kinds += [("whole", "streamed")[i % 2] for i in range(count - len(kinds))]
     draw.shuffle(kinds)

@@ -151,6 +151,10 @@ class Server:
     def generate(self, model: str = MODEL, /, **inputs: Any) -> Reply:
         return self.post(f"/v2/models/{model}/generate", inputs)
 
+    def load(self, model: str = MODEL) -> Reply:
+        """Load the model anew, in a process of its own, by the server's API."""
+        return self.post(f"/v2/repository/models/{model}/load", {})
+
     def stream(self, model: str = MODEL, /, **inputs: Any) -> Iterator[dict[str, Any]]:
         """Events of generate_stream as they come; closing the iterator closes the connection."""
         with contextlib.closing(self._connection()) as connection:
