@@ -42,14 +42,14 @@ class Door:
     def check_prefill(
         self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
     ) -> None:
-        """A row of length 0 on top of cached tokens rests: it writes nothing, and its logits mean nothing."""
+        """A row of length 0 rests: it writes nothing, and its logits mean nothing. Some row must have a token."""
         self._check_shapes(input_ids, past_lengths, page_table, sequence_lengths)
         steps = input_ids.shape[1]
-        if int(sequence_lengths.view(np.uint32).max()) > steps:
+        longest = int(sequence_lengths.view(np.uint32).max())
+        if longest > steps:
             _refuse("sequence_lengths", sequence_lengths, (sequence_lengths < 0) | (sequence_lengths > steps), steps)
-        empty = (sequence_lengths == 0) & (past_lengths == 0)
-        if empty.any():
-            _refuse("sequence_lengths", sequence_lengths, empty, steps, least=1)
+        if not longest:
+            raise RequestError("sequence_lengths are all 0: give at least one token")
         self._check_numbers(input_ids, past_lengths, page_table, sequence_lengths)
 
     def check_decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> None:
