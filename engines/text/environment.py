@@ -39,8 +39,29 @@ _WEIGHED: tuple[str, ...] = (
 _WEIGHED += ("replace", "safe", "slice", "string", "striptags", "sum", "title", "tojson", "trim", "truncate")
 _WEIGHED += ("upper", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr")
 # Filters that search texts with patterns; and those that go through a list, in Python, item by item.
-_SEARCHING = ("pprint", "striptags", "title", "truncate", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr")
-_VISITING = ("dictsort", "groupby", "list", "map", "max", "min", "reject", "rejectattr", "reverse", "select")
+_SEARCHING: tuple[str, ...] = (
+    "pprint",
+    "striptags",
+    "title",
+    "truncate",
+    "urlencode",
+    "urlize",
+    "wordcount",
+    "wordwrap",
+    "xmlattr",
+)
+_VISITING: tuple[str, ...] = (
+    "dictsort",
+    "groupby",
+    "list",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "select",
+)
 _VISITING += ("selectattr", "sort", "sum", "unique", "items", "random", "last", "join")
 
 

@@ -115,17 +115,12 @@ def _plain(given: Any, name: str) -> Any:
 
 def check_depth(given: Any, name: str) -> None:
     """RequestError for lists and objects that are nested deeper than anything that a template reads."""
-    level, depth = [given], 0
-    while level:
-        if depth > _DEEPEST:
-            raise RequestError(f"{name}: nested more than {_DEEPEST} deep")
-        inner = (
-            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list, tuple))
-        )
-        level, depth = (
-            [value for values in inner for value in values if isinstance(value, (dict, list, tuple))],
-            depth + 1,
-        )
+    level = [given] if isinstance(given, (dict, list, tuple)) else []
+    for _ in range(_DEEPEST + 1):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list, tuple))]
+    if level:
+        raise RequestError(f"{name}: nested more than {_DEEPEST} deep")
 
 
 def _check_message(place: str, message: Any) -> None:

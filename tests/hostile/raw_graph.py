@@ -1,4 +1,4 @@
-"""Runs the graph of compiled operators by ONNX Runtime alone, with one thing that is wrong: raw_graph.py BUNDLE WHAT."""
+"""Runs the graph of compiled operators by ONNX Runtime alone, with one thing wrong: raw_graph.py BUNDLE WHAT."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ OPEN = {
     "true threads": ("threads=True", "threads"),
     "threads of float": ("threads=1.0", "threads"),
 }
-# Each case is run in a child; one that is refused leaves the session as it was, so that the good call comes right after.
+# All cases of a kind run in one child; what is refused leaves the session as it was.
 CHILD = """
 import json, os, sys
 import numpy as np
