@@ -39,30 +39,10 @@ _WEIGHED: tuple[str, ...] = (
 _WEIGHED += ("replace", "safe", "slice", "string", "striptags", "sum", "title", "tojson", "trim", "truncate")
 _WEIGHED += ("upper", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr")
 # Filters that search texts with patterns; and those that go through a list, in Python, item by item.
-_SEARCHING: tuple[str, ...] = (
-    "pprint",
-    "striptags",
-    "title",
-    "truncate",
-    "urlencode",
-    "urlize",
-    "wordcount",
-    "wordwrap",
-    "xmlattr",
-)
-_VISITING: tuple[str, ...] = (
-    "dictsort",
-    "groupby",
-    "list",
-    "map",
-    "max",
-    "min",
-    "reject",
-    "rejectattr",
-    "reverse",
-    "select",
-)
-_VISITING += ("selectattr", "sort", "sum", "unique", "items", "random", "last", "join")
+_SEARCHING: tuple[str, ...] = ("pprint", "striptags", "title", "truncate", "urlencode", "urlize", "wordcount")
+_SEARCHING += ("wordwrap", "xmlattr")
+_VISITING: tuple[str, ...] = ("dictsort", "groupby", "items", "join", "last", "list", "map", "max", "min", "random")
+_VISITING += ("reject", "rejectattr", "reverse", "select", "selectattr", "sort", "sum", "unique")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ ticker = threading.Thread(target=tick)
 ticker.start()
 begin = time.monotonic()
 try:
-    render_chat(ChatTemplate(sys.argv[1], "template"), [{"role": "user", "content": content}] * 4)
+    render_chat(ChatTemplate(text=sys.argv[1], place="template"), [{"role": "user", "content": content}] * 4)
     print("rendered")
 except RequestError as error:
     print("refused:", error)
@@ -50,7 +50,7 @@ TEMPLATES = {
     "a list times a number": "{{ [0] * 3000000000 }}",
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a loop of loops that print": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
-    "a power": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "a power": "{{ 9 ** (9 ** (9 ** 9)) }}",
     "a power of a power": "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x ** 9 %}{% endfor %}",
     "a long range": "{{ range(10 ** 12) | list }}",
     "doubling": DOUBLED,
