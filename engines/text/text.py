@@ -27,7 +27,8 @@ class Text:
         self._tokenizer = self._loaded.tokenizer
         self.chat = ChatTemplates(bundle.path)
         longest = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
-        self._most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings  # twice: normalizers may shorten
+        # Of a prompt. Twice: normalizers may shorten.
+        self.most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
 
@@ -63,7 +64,7 @@ class Text:
         return TextStream(self._tokenizer, self._special)
 
     def _encode(self, text: str, name: str) -> list[int]:
-        if len(text) > self._most_bytes:
+        if len(text) > self.most_bytes:
             raise RequestError(f"{name} has {len(text)} characters, more than the model has tokens for: shorten it")
         check_text(text, name)
         try:
