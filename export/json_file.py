@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import stat
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
 from deepseek_trt.export.errors import ConfigError, DeepseekTrtError
+from deepseek_trt.export.files import read_file
 
 _MAX_BYTES = 16 * 2**20  # the published ones have thousands; an index of 150,000 tensors has 20 MB
 _MAX_DEPTH = 64
@@ -23,7 +24,7 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
     """
 
     def refuse(constant: str) -> NoReturn:
-        raise error(f"{path} holds {constant}, which is no JSON: write a number or leave the key out")
+        raise error(f"{path} holds {constant}, which no number of JSON is: write another or leave the key out")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -33,9 +34,13 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
             raise error(f"{path.name} has the key {twice[:_SHOWN]!r} twice in one object: remove one of them")
         return made
 
+    def finite(digits: str) -> float:
+        number = float(digits)  # 1e400 is infinite
+        return number if nan or math.isfinite(number) else refuse(digits[:_SHOWN])
+
     text = _text(path, error, most)
     try:
-        raw = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else refuse)
+        raw = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=None if nan else refuse)
     except ValueError as wrong:  # JSON, and whole numbers of more digits than Python reads
         raise error(f"{path} is not JSON ({wrong}); download it again") from None
     except RecursionError:
@@ -49,16 +54,11 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
 
 def _text(path: Path, error: Errors, most: int) -> str:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise error(f"{path} is no regular file: download it again")
-        if found.st_size > most:
-            raise error(f"{path} is larger than {most} bytes: download it again")
-        data = path.read_bytes()
+        data = read_file(path, most)
     except FileNotFoundError:
         raise
     except OSError as wrong:
-        raise error(f"{path} cannot be read ({wrong.strerror}): mend its permissions") from None
+        raise error(f"{path} cannot be read: {wrong.strerror}") from None
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise error(f"{path} begins with a byte order mark: save it as UTF-8 without one")
     try:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_trt.export.bounded import trial
 from deepseek_trt.export.bundle.recipes import SCALE_SUFFIX
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
@@ -33,6 +36,7 @@ _FACTORS = (
     (".lora_embedding_A", ".lora_embedding_B", True),
 )
 _TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_REPEATS = re.compile(r"[*+{].*[*+{]")  # two of them may look back for ever
 _STACKED = (".experts", ".experts.base_layer")  # modules whose parameters are all experts' weights
 
 
@@ -78,6 +82,7 @@ class Adapter:
             raise CheckpointError(f"--adapter {root} lacks {ADAPTER_WEIGHTS}: save it with peft, in safetensors")
         rest = {_in_model(t): t for t in read_header(file)}
         pairs = _take_pairs(rest)
+        _check_patterns(config, [name.rpartition(".")[0] for name in (*pairs, *rest)] + [*pairs])
         replaced = {_published(name): _replacement(name, tensor, config) for name, tensor in rest.items()}
         if not pairs and not replaced:
             raise CheckpointError(f"{file} holds no tensors; save the adapter again")
@@ -102,6 +107,19 @@ class Adapter:
                     _check_place(left.tensor, parts[0].shape, name, tensors)
                 tensors[name] = dataclasses.replace(tensors[name], updates=parts)
         return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
+    """Try patterns that may look back for ever in a process with a limit of time; CheckpointError where one does."""
+    patterns = [pattern for pattern in config.patterns if _REPEATS.search(pattern.removeprefix(r"(.*\.)?"))]
+    if not patterns:
+        return
+    given = json.dumps({"patterns": patterns, "names": names}).encode()
+    reason = trial(Path(__file__).with_name("trial_patterns.py"), given)
+    if reason:
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG}: patterns such as {shown(patterns[0])} cannot be used: {reason}; name modules instead"
+        )
 
 
 def _differs(file: Path, other: Path) -> bool:

@@ -116,10 +116,17 @@ class LoraConfig:
 
     def replaces(self, module: str) -> bool:
         """Whether the adapter holds the module whole, or one that it is part of."""
-        return any(re.match(rf"(.*\.)?{name}(\..*)?$", module) for name in self.saved)
+        return any(re.match(_whole(name), module) for name in self.saved)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All that the names of modules are matched with."""
+        names = (one for one in (self.targets, self.excluded) if isinstance(one, str) and one)
+        made = (*map(_whole, self.saved), *map(_in_layers, self.layers_pattern))
+        return (*names, *made, *map(_ending, (*self.ranks, *self.alphas)))
 
     def _layer(self, module: str) -> int | None:
-        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [_LAYER.pattern]
+        patterns = [*map(_in_layers, self.layers_pattern)] or [_LAYER.pattern]
         found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
         return int(found[1]) if found else None
 
@@ -197,10 +204,25 @@ def _pattern(raw: Mapping[str, Any], key: str, kind: type[int] | type[float]) ->
 
 def _compiled(key: str, pattern: str) -> str:
     try:
-        re.compile(pattern)
-    except re.error as error:
+        for form in (pattern, _whole(pattern), _ending(pattern), _in_layers(pattern)):
+            re.compile(form)
+    except (re.error, OverflowError, RecursionError) as error:
         raise _wrong(key, pattern, f"a pattern ({error})") from None
     return pattern
+
+
+def _whole(name: str) -> str:
+    """The pattern of a module that is called so, and of all in it (peft's, of modules_to_save)."""
+    return rf"(.*\.)?{name}(\..*)?$"
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _in_layers(name: str) -> str:
+    """The pattern of a module in a numbered layer of that list."""
+    return rf"(?:^|.*?\.){name}\.(\d+)\."
 
 
 def _named(names: tuple[str, ...] | str, module: str) -> bool:
@@ -211,4 +233,4 @@ def _named(names: tuple[str, ...] | str, module: str) -> bool:
 
 def _by_pattern(numbers: Mapping[str, Any], module: str, default: Any) -> Any:
     """The number of the first pattern that the module's name ends in (peft's get_pattern_key)."""
-    return next((n for pattern, n in numbers.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+    return next((n for pattern, n in numbers.items() if re.match(_ending(pattern), module)), default)

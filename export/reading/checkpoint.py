@@ -59,15 +59,26 @@ def _stored(files: WeightFiles) -> dict[str, StoredTensor]:
 
 def _check_index(files: WeightFiles, index: dict[str, str], found: dict[Path, dict[str, StoredTensor]]) -> None:
     """An index must be true of its shards, and of two copies of a tensor name the last, which transformers loads."""
-    root, last = files.root, {name: file for file, tensors in found.items() for name in tensors}
+    root = files.root
+    last: dict[str, Path] = {}
+    for shard, tensors in found.items():
+        for name in tensors:
+            if name in last and name not in index:
+                raise CheckpointError(
+                    f"{some([last[name].name])} and {some([shard.name])} both hold {some([name])}, and "
+                    f"{files.source.name} names neither: download all of them again"
+                )
+            last[name] = shard
     for name, file in index.items():
         if name not in found[root / file]:
             raise CheckpointError(
-                f"{files.source.name} says that {file} holds {name}, but it does not; download both again"
+                f"{files.source.name} says that {some([file])} holds {some([name])}, but it does not; "
+                "download both again"
             )
         if last[name] != root / file:
             raise CheckpointError(
-                f"{file} and {last[name].name} both hold {name}, and {files.source.name} names the first of them, "
+                f"{some([file])} and {some([last[name].name])} both hold {some([name])}, and {files.source.name} "
+                "names the first of them, "
                 "where transformers takes the last: remove one"
             )
 

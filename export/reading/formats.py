@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from deepseek_trt.export.bundle.recipes import FP8, SCALE_SUFFIX
 from deepseek_trt.export.errors import CheckpointError
+from deepseek_trt.export.json_file import read_object
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.weight_files import weights_in
 from deepseek_trt.export.reading.wording import shown
@@ -173,7 +173,6 @@ def _quantized_by(file: Path, kind: str) -> str | None:
 def _object(file: Path) -> dict[str, Any]:
     """The JSON object that the file holds, empty where it holds none."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(file, CheckpointError, nan=True)
+    except (CheckpointError, FileNotFoundError):
         return {}
-    return raw if isinstance(raw, dict) else {}

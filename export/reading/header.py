@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import stat
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
+from deepseek_trt.export.files import regular_file
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.wording import shown
 
@@ -48,11 +49,9 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
 
 def _entries(file: Path) -> tuple[dict[str, Any], int, int]:
     """What the header says by tensor, where the tensors' bytes start, and the file's size."""
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise CheckpointError(f"{file} is not a regular file: put the safetensors file itself in its place")
-    with file.open("rb") as stream:
-        text = _header_text(file, stream, status.st_size)
+    with regular_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        text = _header_text(file, stream, size)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -62,7 +61,7 @@ def _entries(file: Path) -> tuple[dict[str, Any], int, int]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{file} has a damaged header (__metadata__ holds more than texts); download it again")
-    return header, 8 + len(text), status.st_size
+    return header, 8 + len(text), size
 
 
 def _header_text(file: Path, stream: BinaryIO, size: int) -> bytes:

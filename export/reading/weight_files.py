@@ -6,7 +6,6 @@ model.safetensors, else the shards of model.safetensors.index.json; variants (mo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,10 +71,9 @@ def weights_in(root: Path) -> Iterator[str]:
 def _chosen(root: Path) -> Path | None:
     """The file that config.json names."""
     try:
-        raw = json.loads((root / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        name = read_object(root / CONFIG_FILE, CheckpointError, nan=True).get(CHOICE_KEY)
+    except (CheckpointError, FileNotFoundError):
         return None  # what is wrong with config.json is said by who reads it
-    name = raw.get(CHOICE_KEY) if isinstance(raw, dict) else None
     if name is None:
         return None
     if not isinstance(name, str) or not name.endswith((".safetensors", _INDEX_ENDING)):
@@ -133,5 +131,5 @@ def _inside(root: Path, name: str, said_by: str) -> Path:
     if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(f"{said_by} names {shown(name)}, which leaves {root}; download it again")
     if not (root / name).exists():
-        raise CheckpointError(f"{said_by} names {name}, which is missing in {root}; download it")
+        raise CheckpointError(f"{said_by} names {some([name])}, which is missing in {root}; download it")
     return root / name

@@ -46,11 +46,12 @@ def read_text(folder: Path, raw: dict[str, Any], config: ModelConfig) -> tuple[M
     generation = GenerationConfig.read(folder)
     ends, notes = _ends(raw, config, generation)
     notes += tuple(f"{GENERATION_CONFIG}: {what} is not honoured" for what in generation.not_honoured)
-    if not (folder / TOKENIZER).is_file():
+    if not (folder / TOKENIZER).exists():
         ends = ends or _default_ends(raw, config)
         return dataclasses.replace(config, eos_token_ids=ends), (*notes, *_no_tokenizer(folder))
-    from deepseek_trt.export.text.tokenizer import LoadedTokenizer
+    from deepseek_trt.export.text.tokenizer import LoadedTokenizer, check_bounded
 
+    check_bounded(folder, tuple(_PROBES.values()))
     loaded = LoadedTokenizer.load(folder, dataclasses.replace(config, eos_token_ids=ends))
     if not ends:
         ends, note = _ends_by_tokenizer(raw, config, loaded)
