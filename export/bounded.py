@@ -8,26 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-SECONDS = 20  # of the processor; the largest tokenizer.json known (34 MB) loads in two
+SECONDS = 10  # of the processor; the largest tokenizer.json known (34 MB) loads in two
 _PATIENCE = 60  # seconds on the clock
 MEMORY = 2 * 2**30  # bytes of address space; libraries take a tenth
 _LONGEST_REASON = 200  # characters
 REFUSED = 3  # exit code of a script that says why on its last line
 
 
-def trial(script: Path, data: bytes) -> str:
-    """What keeps `script` from going through `data`, its stdin, within SECONDS and MEMORY; empty where nothing does.
+def trial(script: Path, data: bytes, seconds: int = SECONDS) -> str:
+    """What keeps `script` from going through `data`, its stdin, within `seconds` of a processor and MEMORY, or nothing.
 
     The script sets the limits that it is given as arguments. It runs isolated: it imports nothing of the current
     folder.
     """
-    command = [sys.executable, "-I", str(script), str(SECONDS), str(MEMORY)]
+    command = [sys.executable, "-I", str(script), str(seconds), str(MEMORY)]
     try:
         ended = subprocess.run(command, input=data, capture_output=True, timeout=_PATIENCE, env=_environment())
     except subprocess.TimeoutExpired:
         return f"it takes more than {_PATIENCE} seconds"
     if ended.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return f"it takes more than {SECONDS} seconds of a processor"
+        return f"it takes more than {seconds} seconds of a processor"
     if ended.returncode == -signal.SIGABRT:
         return f"it takes more than {MEMORY // 2**30} GB of memory"
     if ended.returncode == REFUSED:

@@ -114,7 +114,7 @@ def _from_file(name: str, named: Named) -> ChatTemplate:
 
 
 def _list(named: Named) -> str:
-    return ", ".join(sorted(named))
+    return ", ".join(repr(name)[1:-1] for name in sorted(named))
 
 
 def _token_text(token: Any) -> str | None:

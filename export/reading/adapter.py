@@ -36,6 +36,7 @@ _FACTORS = (
     (".lora_embedding_A", ".lora_embedding_B", True),
 )
 _TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_SECONDS = 3  # of a processor, for all names and patterns
 _REPEATS = re.compile(r"[*+{].*[*+{]")  # two of them may look back for ever
 _STACKED = (".experts", ".experts.base_layer")  # modules whose parameters are all experts' weights
 
@@ -115,7 +116,7 @@ def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
     if not patterns:
         return
     given = json.dumps({"patterns": patterns, "names": names}).encode()
-    reason = trial(Path(__file__).with_name("trial_patterns.py"), given)
+    reason = trial(Path(__file__).with_name("trial_patterns.py"), given, _SECONDS)
     if reason:
         raise CheckpointError(
             f"{ADAPTER_CONFIG}: patterns such as {shown(patterns[0])} cannot be used: {reason}; name modules instead"

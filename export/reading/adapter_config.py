@@ -77,6 +77,10 @@ class LoraConfig:
         except FileNotFoundError:
             raise ConfigError(f"{file} is missing: --adapter takes the folder of a LoRA adapter of peft") from None
         _refuse_others(raw)
+        if raw.get("layers_pattern") and not raw.get("layers_to_transform"):
+            raise _wrong("layers_pattern", raw["layers_pattern"], "beside layers_to_transform, as peft wants it")
+        if not isinstance(raw.get("task_type"), (str, type(None))):
+            raise _wrong("task_type", raw["task_type"], "a name")
         layers = raw.get("layers_to_transform")
         return cls(
             r=_number(raw, "r", 8, int),
@@ -148,8 +152,8 @@ def _refuse_others(raw: Mapping[str, Any]) -> None:
     other = next((key for key, value in raw.items() if key not in known and value), None)
     if other:
         raise ConfigError(
-            f"adapter_config.json: {other} {shown(raw[other])} is not supported; only plain LoRA can be merged: "
-            "merge the adapter with peft (merge_and_unload), and export what that gives"
+            f"adapter_config.json: {shown(other)[1:-1]} {shown(raw[other])} is not supported; only plain LoRA can be "
+            "merged: merge the adapter with peft (merge_and_unload), and export what that gives"
         )
 
 

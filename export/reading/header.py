@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import regular_file
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.valid import flaw_of
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # maybe; JSON has two for a whole one
 _LFS_POINTER = b"version https://git-lfs"
 # Bits of one number, by the names of the safetensors format.
 _BITS = {
@@ -58,6 +61,8 @@ def _entries(file: Path) -> tuple[dict[str, Any], int, int]:
         raise CheckpointError(f"{file} has a damaged header ({_reason(error)}); download it again") from None
     if not isinstance(header, dict) or not text.startswith(b"{"):
         raise CheckpointError(f"{file} has a damaged header (not a JSON object); download it again")
+    if _ESCAPED_HALF.search(text) and flaw_of(json.dumps(header, ensure_ascii=False)):
+        raise CheckpointError(f"{file} has a damaged header (half a character in a name); download it again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{file} has a damaged header (__metadata__ holds more than texts); download it again")

@@ -12,13 +12,20 @@ import sys
 def main() -> None:
     seconds, memory = map(int, sys.argv[1:])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    _limit(resource.RLIMIT_CPU, seconds)
+    _limit(resource.RLIMIT_AS, memory)
     given = json.load(sys.stdin)
     for pattern in given["patterns"]:
         for name in given["names"]:
             re.match(pattern, name)
             re.fullmatch(pattern, name)
+
+
+def _limit(kind: int, most: int) -> None:
+    """No higher than it is: nobody may raise it."""
+    _, hard = resource.getrlimit(kind)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, hard))
 
 
 if __name__ == "__main__":

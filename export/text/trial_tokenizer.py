@@ -17,8 +17,8 @@ _FREE = 1024  # and beside them
 def main() -> None:
     seconds, memory = map(int, sys.argv[1:])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    _limit(resource.RLIMIT_CPU, seconds)
+    _limit(resource.RLIMIT_AS, memory)
     given = json.loads(sys.stdin.buffer.readline())
     try:
         _try(sys.stdin.buffer.read(), given)
@@ -55,6 +55,13 @@ def _refuse(reason: str) -> None:
     print(reason)
     sys.stdout.flush()
     os._exit(REFUSED)  # nothing of the library runs any more
+
+
+def _limit(kind: int, most: int) -> None:
+    """No higher than it is: nobody may raise it."""
+    _, hard = resource.getrlimit(kind)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(kind, (most, hard))
 
 
 if __name__ == "__main__":
