@@ -20,6 +20,7 @@ from deepseek_trt.export.text.valid import flaw_of
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # maybe; JSON has two for a whole one
+_ENTRY = {"dtype", "shape", "data_offsets"}
 _LFS_POINTER = b"version https://git-lfs"
 # Bits of one number, by the names of the safetensors format.
 _BITS = {
@@ -56,7 +57,7 @@ def _entries(file: Path) -> tuple[dict[str, Any], int, int]:
         size = os.fstat(stream.fileno()).st_size
         text = _header_text(file, stream, size)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=_unique, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({_reason(error)}); download it again") from None
     if not isinstance(header, dict) or not text.startswith(b"{"):
@@ -90,6 +91,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _whole(digits: str) -> int:
+    if digits == "-0":  # which others read as a float
+        raise ValueError("-0 is no whole number")
+    return int(digits)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
@@ -102,8 +109,12 @@ def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{file} has a damaged header: tensor {shown(name)} {what}; download it again")
 
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    if not isinstance(entry, dict) or not entry.keys() >= _ENTRY:
         raise refuse("lacks dtype, shape or data_offsets")
+    if entry.keys() != _ENTRY:
+        raise refuse(
+            f"has {shown(next(key for key in entry if key not in _ENTRY))} beside dtype, shape and data_offsets"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise refuse(f"is of the unknown dtype {shown(dtype)}")
