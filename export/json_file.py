@@ -22,9 +22,14 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
     `error` is what is raised. `nan` lets NaN and Infinity pass, to be named by their key. FileNotFoundError where there
     is no such file: what that means, callers know.
     """
+    return object_of(_bytes(path, error, most), path, error, nan)
+
+
+def object_of(data: bytes, path: Path, error: Errors = ConfigError, nan: bool = False) -> dict[str, Any]:
+    """The object that the bytes of the file at `path` hold, read as strictly."""
 
     def refuse(constant: str) -> NoReturn:
-        raise error(f"{path} holds {constant}, which no number of JSON is: write another or leave the key out")
+        raise error(f"{path} holds {constant}, which is no JSON: write a number or leave the key out")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -38,7 +43,7 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
         number = float(digits)  # 1e400 is infinite
         return number if nan or math.isfinite(number) else refuse(digits[:_SHOWN])
 
-    text = _text(path, error, most)
+    text = _text(data, path, error)
     try:
         raw = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=None if nan else refuse)
     except ValueError as wrong:  # JSON, and whole numbers of more digits than Python reads
@@ -52,13 +57,16 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
     return raw
 
 
-def _text(path: Path, error: Errors, most: int) -> str:
+def _bytes(path: Path, error: Errors, most: int) -> bytes:
     try:
-        data = read_file(path, most)
+        return read_file(path, most)
     except FileNotFoundError:
         raise
     except OSError as wrong:
         raise error(f"{path} cannot be read: {wrong.strerror}") from None
+
+
+def _text(data: bytes, path: Path, error: Errors) -> str:
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise error(f"{path} begins with a byte order mark: save it as UTF-8 without one")
     try:

@@ -88,7 +88,7 @@ class LoraConfig:
             rank_stabilized=_flag(raw, "use_rslora"),
             targets=_names(raw, "target_modules"),
             excluded=_names(raw, "exclude_modules"),
-            layers=_layers([layers] if isinstance(layers, int) else layers or []),
+            layers=_layers([layers] if isinstance(layers, int) else [] if layers is None else layers),
             layers_pattern=_list(raw, "layers_pattern"),
             saved=_list(raw, "modules_to_save"),
             parameters=_list(raw, "target_parameters"),
@@ -170,14 +170,14 @@ def _number(raw: Mapping[str, Any], key: str, default: int, kind: type[int] | ty
 
 
 def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key) or False
+    value = False if raw.get(key) is None else raw[key]
     if not isinstance(value, bool):
         raise _wrong(key, value, "true or false")
     return value
 
 
 def _list(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = raw.get(key) or []
+    value = [] if raw.get(key) in (None, "") else raw[key]
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _wrong(key, value, "a list of names")
@@ -200,7 +200,7 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 
 def _pattern(raw: Mapping[str, Any], key: str, kind: type[int] | type[float]) -> dict[str, Any]:
-    value = raw.get(key) or {}
+    value = {} if raw.get(key) is None else raw[key]
     if not isinstance(value, dict):
         raise _wrong(key, value, "an object of numbers")
     return {_compiled(key, name): _number(value, name, 0, kind) for name in value}

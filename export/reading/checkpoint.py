@@ -11,7 +11,7 @@ from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.reading.names import published_names
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.weight_files import WeightFiles, find_weight_files
-from deepseek_trt.export.reading.wording import some
+from deepseek_trt.export.reading.wording import shown, some
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Checkpoint:
         if not tensors:
             raise CheckpointError(f"{files.source} holds no tensors; download it again")
         unindexed = frozenset(name for name, t in tensors.items() if files.index and t.name not in files.index)
-        return cls(root, tensors, files.shards, unindexed, files.notes + _unindexed_note(unindexed) + notes)
+        said = (*files.notes, *_size_note(files, stored.values()), *_unindexed_note(unindexed), *notes)
+        return cls(root, tensors, tuple(dict.fromkeys(files.shards)), unindexed, said)
 
 
 def _stored(files: WeightFiles) -> dict[str, StoredTensor]:
@@ -81,6 +82,13 @@ def _check_index(files: WeightFiles, index: dict[str, str], found: dict[Path, di
                 "names the first of them, "
                 "where transformers takes the last: remove one"
             )
+
+
+def _size_note(files: WeightFiles, tensors: Iterable[StoredTensor]) -> tuple[str, ...]:
+    held = sum(tensor.nbytes for tensor in tensors)
+    if files.total_size is None or (files.total_size == held and not isinstance(files.total_size, bool)):
+        return ()
+    return (f"{files.source.name} says total_size {shown(files.total_size)}, its shards' tensors have {held} bytes",)
 
 
 def _unindexed_note(names: Iterable[str]) -> tuple[str, ...]:

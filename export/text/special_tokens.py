@@ -85,7 +85,7 @@ def _named(path: Path, raw: Mapping[str, Any]) -> dict[str, Token]:
 def _listed(path: Path, raw: Mapping[str, Any]) -> tuple[Token, ...]:
     found: list[Token] = []
     for key in _LISTS:
-        given = raw.get(key) or []
+        given = [] if raw.get(key) is None else raw[key]
         given = list(given.values()) if isinstance(given, dict) else given
         if not isinstance(given, list):
             raise wrong_value(path, key, given, "must be a list of tokens")
@@ -94,7 +94,7 @@ def _listed(path: Path, raw: Mapping[str, Any]) -> tuple[Token, ...]:
 
 
 def _by_id(path: Path, raw: Mapping[str, Any]) -> dict[int, Token]:
-    given = raw.get("added_tokens_decoder") or {}
+    given = {} if raw.get("added_tokens_decoder") is None else raw["added_tokens_decoder"]
     if not isinstance(given, dict):
         raise wrong_value(path, "added_tokens_decoder", given, "must be an object of tokens by id")
     found: dict[int, Token] = {}

@@ -76,13 +76,14 @@ class Tally:
 
 def run_cases(target: Target, numbers: Iterable[int], seconds: float = float("inf")) -> Tally:
     """Run the cases of these numbers, or as many of them as begin within `seconds`."""
-    tally, left, started = Tally(target.name), list(numbers), time.monotonic()
+    tally, left = Tally(target.name), list(numbers)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         target.prepare(Path(place))
+        started = time.monotonic()
         while left and time.monotonic() - started < seconds:
             done = _run_block(target, left[:_BLOCK], Path(place), tally)
             left = left[done:]
-    tally.seconds = time.monotonic() - started
+        tally.seconds = time.monotonic() - started
     return tally
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fuzzing.adapters import Adapters
+from fuzzing.bundles import Manifests, Plans, PluginManifests
 from fuzzing.exports import Exports
 from fuzzing.requests import Requests
 from fuzzing.runner import Target
@@ -26,4 +27,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "adapter": Adapters,
     "export": Exports,
     "request": Requests,
+    "manifest": Manifests,
+    "plan": Plans,
+    "plugins": PluginManifests,
 }
