@@ -33,7 +33,8 @@ _SHARD = re.compile(r".*-of-0*(\d+)\.safetensors")
 class WeightFiles:
     """The shards to read; `index` says which of them holds a tensor, None where there is one file and no index.
 
-    `total_size` is what the index says of all tensors' bytes, whatever that is. `source` is the file that said so. `ignored` are the names of other weights that lie in the folder.
+    `source` is the file that said so, `total_size` what an index says of all tensors' bytes, if anything. `ignored`
+    are the names of other weights that lie in the folder.
     """
 
     root: Path
