@@ -25,7 +25,7 @@ from deepseek_trt.export.reading.classifier import SCORE
 from deepseek_trt.export.reading.formats import ADAPTER_CONFIG
 from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.reading.tensors import Factor, LowRank, StoredTensor
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.reading.wording import shown, some
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every name that peft writes
@@ -156,7 +156,9 @@ def _take_pairs(rest: dict[str, StoredTensor]) -> dict[str, tuple[Factor, Factor
 def _update(module: str, left: Factor, right: Factor, config: LoraConfig) -> LowRank:
     name, parameter = shown(left.tensor.name), f"{module}.weight"
     if not config.has(module) and not config.has_parameter(parameter):
-        raise CheckpointError(f"adapter tensor {name}: {ADAPTER_CONFIG} does not target {module}; save both again")
+        raise CheckpointError(
+            f"adapter tensor {name}: {ADAPTER_CONFIG} does not target {some([module])}; save both again"
+        )
     key = module if config.has(module) else parameter
     rank = config.rank_of(key)
     if (left.shape[1], right.shape[0]) != (rank, rank):
@@ -188,11 +190,11 @@ def _check_place(tensor: StoredTensor, shape: tuple[int, ...], name: str, tensor
     weight = tensors.get(name)
     if weight is None:
         raise CheckpointError(
-            f"adapter tensor {shown(tensor.name)} is for {name}, which the checkpoint does not hold: "
+            f"adapter tensor {shown(tensor.name)} is for {some([name])}, which the checkpoint does not hold: "
             "give the checkpoint that the adapter was trained on"
         )
     if weight.shape != shape:
         raise CheckpointError(
-            f"adapter tensor {shown(tensor.name)} is for a weight of {list(shape)}, {name} is {list(weight.shape)}: "
+            f"adapter tensor {shown(tensor.name)} is for a weight of {list(shape)}, {some([name])} is {list(weight.shape)}: "
             "give the checkpoint that the adapter was trained on"
         )

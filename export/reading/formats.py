@@ -146,7 +146,7 @@ def _refuse_other_files(root: Path) -> None:
     names = sorted(path.name for path in root.iterdir())
     for name, kind in _other_files(names):
         raise CheckpointError(
-            f"{root} holds {kind}, which is not supported ({name}): use a checkpoint in safetensors, "
+            f"{root} holds {kind}, which is not supported ({shown(name)[1:-1]}): use a checkpoint in safetensors, "
             "as transformers' save_pretrained writes it"
         )
 
@@ -167,7 +167,7 @@ def _quantized_by(file: Path, kind: str) -> str | None:
     if "quant_algo" in settings and not settings["quant_algo"] and not settings.get("kv_cache_quant_algo"):
         return None
     named = settings.get("quant_algo") or settings.get("quant_method")
-    return f"{kind.split(' ')[0]} {named}" if named else kind
+    return f"{kind.split(' ')[0]} {shown(named)}" if named else kind
 
 
 def _object(file: Path) -> dict[str, Any]:

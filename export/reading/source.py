@@ -18,6 +18,7 @@ from deepseek_trt.export.reading.classifier import Classifier
 from deepseek_trt.export.reading.formats import ADAPTER_CONFIG, check_folder, check_tensors, fp8_notes
 from deepseek_trt.export.reading.infer import config_of_tensors, task_of, written_keys
 from deepseek_trt.export.reading.weight_files import CONFIG_FILE
+from deepseek_trt.export.reading.wording import some
 from deepseek_trt.export.text.reading import read_text
 from deepseek_trt.export.writing.carried_files import check_carried
 from deepseek_trt.export.writing.weight_plan import WeightPlan, main_dtype, plan_weights
@@ -135,7 +136,7 @@ def _check_lm_head(interface: Interface, raw: dict[str, Any], checkpoint: Checkp
         return
     name = next(iter(raw.get("architectures") or ()), "a classifier")
     raise CheckpointError(
-        f"tensor {LM_HEAD} is missing: this is {name}; export it with --task {task_of(raw, checkpoint)}"
+        f"tensor {LM_HEAD} is missing: this is {some([name])}; export it with --task {task_of(raw, checkpoint)}"
     )
 
 
