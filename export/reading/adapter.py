@@ -195,6 +195,6 @@ def _check_place(tensor: StoredTensor, shape: tuple[int, ...], name: str, tensor
         )
     if weight.shape != shape:
         raise CheckpointError(
-            f"adapter tensor {shown(tensor.name)} is for a weight of {list(shape)}, {some([name])} is {list(weight.shape)}: "
-            "give the checkpoint that the adapter was trained on"
+            f"adapter tensor {shown(tensor.name)} is for a weight of {list(shape)}, {some([name])} is "
+            f"{list(weight.shape)}: give the checkpoint that the adapter was trained on"
         )

@@ -12,7 +12,7 @@ from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.json_file import read_object
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.weight_files import weights_in
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.reading.wording import shown, some
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MEND = f"use the bfloat16 checkpoint that it was made from, or one in fp8 with *{SCALE_SUFFIX}"
@@ -167,7 +167,7 @@ def _quantized_by(file: Path, kind: str) -> str | None:
     if "quant_algo" in settings and not settings["quant_algo"] and not settings.get("kv_cache_quant_algo"):
         return None
     named = settings.get("quant_algo") or settings.get("quant_method")
-    return f"{kind.split(' ')[0]} {shown(named)}" if named else kind
+    return f"{kind.split(' ')[0]} {some([str(named)])}" if named else kind
 
 
 def _object(file: Path) -> dict[str, Any]:
