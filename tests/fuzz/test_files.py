@@ -14,6 +14,7 @@ TARGETS = {
     "index": (50, 1000, 3),
     "config": (70, 1000, 4),
     "config_v3": (40, 1000, 2),
+    "classifier": (20, 1000, 1),
     "shard": (30, 1000, 2),
     "tokenizer": (20, 500, 2),
     "tokenizer_config": (40, 1000, 1),

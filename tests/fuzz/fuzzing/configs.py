@@ -68,6 +68,13 @@ def judge_config(raw: dict[str, Any], source: Any) -> None:
         if found != wanted:
             raise DisagreementError(f"{ours} {found!r} was read, transformers reads {wanted!r}")
     _judge_rope(config, theirs)
+    ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    if raw.get("eos_token_id") is not None and set(ends) != set(config.eos_token_ids):
+        raise DisagreementError(f"answers end with {config.eos_token_ids}, transformers' with {ends}")
+    if source.classifier is not None and raw.get("id2label"):
+        wanted = tuple(theirs.id2label[i] for i in range(len(theirs.id2label)))
+        if source.classifier.labels != wanted:
+            raise DisagreementError(f"labels {source.classifier.labels} were read, transformers reads {wanted}")
 
 
 def _judge_rope(config: Any, theirs: Any) -> None:

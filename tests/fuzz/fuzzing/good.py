@@ -68,6 +68,14 @@ V3: dict[str, Any] = {
     "routed_scaling_factor": 2.5,
 }
 del V3["rope_scaling"]
+CLASSIFIER: dict[str, Any] = {
+    **CONFIG,
+    "architectures": ["DeepseekV2ForSequenceClassification"],
+    "id2label": {"0": "bad", "1": "so so", "2": "good"},
+    "label2id": {"bad": 0, "so so": 1, "good": 2},
+    "problem_type": "single_label_classification",
+    "pad_token_id": 3,
+}
 TEXTS = ("hello world", "Wie geht's? 12,345", "<bos>depth é\n\n\t<user>x", "  def f(x):\n    return x")
 GENERATION = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "eos_token_id": [1, 2]}
 TEMPLATE = (

@@ -17,6 +17,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "index": lambda: Checkpoints("index", INDEX),
     "config": lambda: Checkpoints("config", "config.json"),
     "config_v3": lambda: Checkpoints("config_v3", "config.json", v3=True),
+    "classifier": lambda: Checkpoints("classifier", "config.json", "model.safetensors"),
     "shard": lambda: Checkpoints("shard", "model.safetensors"),
     "tokenizer": lambda: Texts("tokenizer", "tokenizer.json"),
     "tokenizer_config": lambda: Texts(

@@ -102,9 +102,14 @@ class Checkpoints:
 
     def __init__(self, name: str, *changed: str, v3: bool = False) -> None:
         self.name, self.changed, self.config = name, changed, good.V3 if v3 else good.CONFIG
+        if name == "classifier":
+            self.config = good.CLASSIFIER
 
     def prepare(self, folder: Path) -> None:
         tensors = good.tensors_of(self.config)
+        if self.name == "classifier":
+            del tensors["lm_head.weight"]
+            tensors["score.weight"] = torch.ones(len(self.config["id2label"]), self.config["hidden_size"])
         weights = good.sharded(tensors) if self.name == "index" else good.one_file(tensors)
         self.good = {"config.json": good.dumped(self.config), **weights}
 
