@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_trt.export.bounded import trial
 from deepseek_trt.export.bundle.recipes import SCALE_SUFFIX
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
@@ -26,6 +25,7 @@ from deepseek_trt.export.reading.formats import ADAPTER_CONFIG
 from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.reading.tensors import Factor, LowRank, StoredTensor
 from deepseek_trt.export.reading.wording import shown, some
+from deepseek_trt.export.trials.trial import PATTERNS, trial
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every name that peft writes
@@ -116,7 +116,7 @@ def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
     if not patterns:
         return
     given = json.dumps({"patterns": patterns, "names": names}).encode()
-    reason = trial(Path(__file__).with_name("trial_patterns.py"), given, _SECONDS)
+    reason = trial(PATTERNS, given, _SECONDS)
     if reason:
         raise CheckpointError(
             f"{ADAPTER_CONFIG}: patterns such as {shown(patterns[0])} cannot be used: {reason}; name modules instead"

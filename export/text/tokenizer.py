@@ -11,12 +11,13 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from deepseek_trt.export.bounded import trial
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import CheckpointError, ConfigError, DeepseekTrtError
 from deepseek_trt.export.files import read_file
 from deepseek_trt.export.text.files import TOKENIZER, TOKENIZER_CONFIG
 from deepseek_trt.export.text.special_tokens import SpecialTokens, Token
+from deepseek_trt.export.trials.trial import TOKENIZER as TOKENIZER_SCRIPT
+from deepseek_trt.export.trials.trial import plain, trial
 
 PROBE = "hello world"
 _MOST_BYTES = 2**27  # of tokenizer.json; the largest known has 34 million
@@ -85,7 +86,7 @@ def check_bounded(folder: Path, texts: Sequence[str]) -> None:
     }
     path = folder / TOKENIZER
     data = json.dumps(given).encode() + b"\n" + _bytes(path)
-    reason = trial(Path(__file__).with_name("trial_tokenizer.py"), data)
+    reason = trial(TOKENIZER_SCRIPT, data)
     if reason:
         raise CheckpointError(f"{path} cannot be used: {reason}; download it again")
 
@@ -100,12 +101,7 @@ def refusals(error: type[DeepseekTrtError], sentence: str) -> Iterator[None]:
     except BaseException as raised:
         if not isinstance(raised, Exception) and type(raised).__name__ != "PanicException":
             raise
-        raise error(sentence.format(_words(raised))) from None
-
-
-def _words(raised: BaseException) -> str:
-    text = " ".join(str(raised).split())
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:200])
+        raise error(sentence.format(plain(str(raised)))) from None
 
 
 def _bytes(path: Path) -> bytes:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from deepseek_trt.engines.text.text import Text
-from deepseek_trt.export.bounded import trial
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import CheckpointError, ConfigError, RequestError
 from deepseek_trt.export.text.reading import read_text
 from deepseek_trt.export.text.tokenizer import refusals
+from deepseek_trt.export.trials.trial import trial
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
 good = importlib.import_module("fuzzing.good")

@@ -1,4 +1,4 @@
-"""Work on foreign data that may never end or fill the memory, tried first in a process of its own, within limits."""
+"""Work on foreign data that may never end or fill the memory: tried first by a script, within limits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _PATIENCE = 60  # seconds on the clock
 MEMORY = 2 * 2**30  # bytes of address space; libraries take a tenth
 _LONGEST_REASON = 200  # characters
 REFUSED = 3  # exit code of a script that says why on its last line
+TOKENIZER, PATTERNS = (Path(__file__).with_name(f"{name}_script.py") for name in ("tokenizer", "patterns"))
 
 
 def trial(script: Path, data: bytes, seconds: int = SECONDS) -> str:
@@ -31,10 +32,16 @@ def trial(script: Path, data: bytes, seconds: int = SECONDS) -> str:
     if ended.returncode == -signal.SIGABRT:
         return f"it takes more than {MEMORY // 2**30} GB of memory"
     if ended.returncode == REFUSED:
-        return " ".join(ended.stdout.decode(errors="replace").split())[:_LONGEST_REASON]
+        return plain(ended.stdout.decode(errors="replace"))
     if ended.returncode:
         return f"the library that reads it ended with {ended.returncode}"
     return ""
+
+
+def plain(words: str) -> str:
+    """A library's words on one line, cut and escaped."""
+    line = " ".join(words.split())[:_LONGEST_REASON]
+    return line if line.isprintable() else repr(line)[1:-1]
 
 
 def _environment() -> dict[str, str]:
