@@ -127,6 +127,11 @@ def test_an_index_of_another_size_is_noted(tmp_path, files):
         assert any("total_size" in note for note in read_source(tmp_path).notes) == noted
 
 
+def test_added_tokens_json_is_not_read_beside_a_list(tmp_path, files):
+    good.write(tmp_path, {**files, "added_tokens.json": b'{"\\n": 288}'})
+    assert any("added_tokens.json is not read" in note for note in read_source(tmp_path).notes)
+
+
 def test_names_of_templates_are_escaped(tmp_path, files):
     named = changed("tokenizer_config.json", chat_template=[{"name": "\x1b[31m", "template": "x"}])
     del files["chat_template.jinja"]

@@ -138,7 +138,7 @@ def _adds(raw: dict[str, Any]) -> bool:
 
 # What transformers alone refuses, and why it is right here.
 REFUSED_BY_TRANSFORMERS_ALONE = {
-    "'>' not supported between instances of 'int' and 'str'": "model_max_length: config.json says the context",
+    "'>' not supported between instances of 'int' and": "model_max_length: config.json says the context",
 }
 
 
