@@ -116,7 +116,7 @@ class Requests:
             if name in sent and np.dtype(_GOOD[name][1]).type(mine) != sent[name][0]:
                 raise DisagreementError(f"{name} {sent[name]} was sent, {mine} was read")
         whole = (p.max_new_tokens, p.top_k, p.seed, p.min_tokens, *p.stop_token_ids, *found.prompt_ids)
-        if not all(type(number) is int and 0 <= number < 2**64 for number in whole):
+        if not all(isinstance(number, (int, np.integer)) and 0 <= number < 2**64 for number in whole):
             raise DisagreementError(f"whole numbers were read as {whole}")
         if not all(math.isfinite(x) for x in (p.temperature, p.top_p, p.min_p, p.repetition_penalty)):
             raise DisagreementError("a number is not finite")
