@@ -26,7 +26,7 @@ from deepseek_trt.export.bundle.folder import (
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, TRANSFORMERS, Interface
 from deepseek_trt.export.dtypes import computed_in, dtype_of
-from deepseek_trt.export.errors import BundleError, ConfigError, OutputError
+from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.adapter import Adapter
@@ -146,6 +146,7 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
         return ExportResult(existing, fresh=False)
     with partial_folder(request.out, job.fingerprint, job.weight_bytes + _GRAPH_BYTES) as folder:
         _fill(folder, job, report)
+        _check_unchanged(job)
         finish(folder, request.out)
     return ExportResult(Bundle.open(request.out), fresh=True)
 
@@ -183,6 +184,13 @@ def _fingerprint(request: ExportRequest, source: Source, dtype: str, adapter: Ad
     facts += [repr(file) for file in carried_digests(request.checkpoint)]
     facts.append((request.checkpoint / "config.json").read_text(encoding="utf-8"))
     return hashlib.sha256("\n".join(facts).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _check_unchanged(job: _Job) -> None:
+    """Whoever writes to a checkpoint while it is exported gets no bundle of halves."""
+    adapter = _record(job.source.adapter) if job.source.adapter else None
+    if _fingerprint(job.request, job.source, job.dtype, adapter) != job.fingerprint:
+        raise CheckpointError(f"{job.request.checkpoint} changed while it was exported: export it again")
 
 
 def _sources(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:

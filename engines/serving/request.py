@@ -56,7 +56,9 @@ def parse_request(
     unknown = [name for name in unknown if not name.startswith(_OWN_PREFIX)]
     if unknown:
         known = ", ".join(field.name for field in INPUTS)
-        raise RequestError(f"parameter {', '.join(unknown)}: not known; the inputs are {known}")
+        raise RequestError(
+            f"parameter {', '.join(repr(name)[1:-1] for name in unknown)}: not known; the inputs are {known}"
+        )
     _check_types(tensors)
     params, timeout_ms = _sampling(tensors, defaults), _timeout(tensors, timeout_us)  # before what takes longer
     ids = _prompt(tensors, text)

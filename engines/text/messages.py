@@ -130,7 +130,7 @@ def _check_message(place: str, message: Any) -> None:
     if content is None:
         others = [key for key, value in message.items() if value and key not in ("role", "content", "name")]
         if not others:
-            raise RequestError(f"{place} ({message['role']}) has no content: give text")
+            raise RequestError(f"{place} ({repr(message['role'][:80])[1:-1]}) has no content: give text")
     elif isinstance(content, list):
         message["content"] = [_part(f"{place} content[{i}]", part) for i, part in enumerate(content)] or ""
     elif not isinstance(content, str):

@@ -10,7 +10,7 @@ from deepseek_trt.engines.text.stream import TextStream
 from deepseek_trt.engines.text.template import ChatTemplates
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
-from deepseek_trt.export.text.tokenizer import LoadedTokenizer
+from deepseek_trt.export.text.tokenizer import LoadedTokenizer, refusals
 from deepseek_trt.export.text.valid import check_text
 
 _LONG = 4096  # characters: encoding one text stops all other threads, encoding a batch lets them run
@@ -67,13 +67,9 @@ class Text:
         if len(text) > self.most_bytes:
             raise RequestError(f"{name} has {len(text)} characters, more than the model has tokens for: shorten it")
         check_text(text, name)
-        try:
+        with refusals(RequestError, f"{name} cannot be encoded ({{}}): leave out what the tokenizer does not know"):
             if len(text) < _LONG:
                 ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             else:
                 ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
-        except Exception as error:  # the library raises bare ones, for what a vocabulary without <unk> does not hold
-            raise RequestError(
-                f"{name} cannot be encoded ({error}): leave out what the tokenizer does not know"
-            ) from None
         return ids

@@ -134,6 +134,17 @@ def is_number(value: Any) -> bool:
     return not (isinstance(value, float) and math.isnan(value)) and abs(value) <= 1e300
 
 
+def nonfinite_in(value: Any) -> float | None:
+    """A NaN or an infinity that the JSON value is, or holds."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            return one
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return None
+
+
 def shown(value: Any) -> str:
     """The value for a message: as JSON spells it where it is no text, escaped, and cut where it is long."""
     text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)

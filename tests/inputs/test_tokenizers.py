@@ -244,7 +244,7 @@ def test_ids_that_contradict_tokenizer_json_are_refused(folder, added, words):
         ({"bos_token": {"text": "x"}}, "must be a token's text"),
         ({"bos_token": {"content": "x", "lstrip": "no"}}, "bos_token.lstrip 'no'"),
         ({"eos_token": "\ud800"}, "half a character"),
-        ({"added_tokens_decoder": []}, None),  # empty is none
+        ({"added_tokens_decoder": []}, "must be an object of tokens by id"),
         ({"added_tokens_decoder": [1]}, "added_tokens_decoder"),
         ({"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder"),
         ({"added_tokens_decoder": {"3": "<x>"}}, "added_tokens_decoder"),
