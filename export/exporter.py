@@ -35,9 +35,10 @@ from deepseek_trt.export.reading.hub import checkpoint_folder
 from deepseek_trt.export.reading.source import Source, export_dtype, read_source
 from deepseek_trt.export.writing.carried_files import carried_digests, carry_files
 from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
-from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
+from deepseek_trt.export.writing.partial import check_out, finish, partial_folder
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
+from deepseek_trt.export.writing.working import remove_leftover
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _UNREAD = "the weights' numbers were not read: validate looks for NaN, infinities and tensors of zeros"
@@ -143,7 +144,9 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
     job = _plan(request)
     existing = _existing(request.out, job.fingerprint)
     if existing is not None:
+        remove_leftover(request.out)
         return ExportResult(existing, fresh=False)
+    check_out(request.out)
     with partial_folder(request.out, job.fingerprint, job.weight_bytes + _GRAPH_BYTES) as folder:
         _fill(folder, job, report)
         finish(folder, request.out)
@@ -212,8 +215,7 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
         _trace_to_file(job, graph, written, folder)
         if job.source.interface.io == TRANSFORMERS:
             write_export_json(folder, graph.as_computed(), computed_in(job.dtype))
-    for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
-        (folder / name).unlink(missing_ok=True)
+    (folder / JOURNAL_FILE).unlink(missing_ok=True)  # only a continued run reads it
     manifest = _manifest(job, written, seen, folder).to_json()
     (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
 
