@@ -22,7 +22,7 @@ from deepseek_trt.export.reading.classifier import SCORE
 from deepseek_trt.export.reading.formats import ADAPTER_CONFIG
 from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.reading.tensors import Factor, LowRank, StoredTensor
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.wording import shown
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every name that peft writes

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.reading.tensors import StoredTensor
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.wording import shown
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _LFS_POINTER = b"version https://git-lfs"
