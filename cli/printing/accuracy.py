@@ -22,18 +22,18 @@ MOST_OF_LAYERS = 8
 def print_report(report: AccuracyReport, folder: Path | None = None) -> None:
     """Print the report; last what it covers, where its files are (`folder`), and the verdict."""
     colour = {"agrees": "green", "differs": "red", "absent": "yellow"}[report.independent.status]
-    parts: list[Table | Text] = [_line(report.independent.summary, colour)]
+    parts: list[Table | Text] = [styled_line(report.independent.summary, colour)]
     for backend in report.backends:
         parts += [_table(backend), *_sentences(backend)]
     parts += [*_faults(report), *_moves(report.moved)]
     parts += [Text.assemble((escaped(name), "bold"), f": {escaped(text)}") for name, text in covered(report)]
     if folder is not None:
-        parts.append(_line(f"report: {folder / HTML_FILE}"))
-    parts.append(_line(report.verdict.lower(), "green" if report.is_good else "red"))
+        parts.append(styled_line(f"report: {folder / HTML_FILE}"))
+    parts.append(styled_line(report.verdict.lower(), "green" if report.is_good else "red"))
     print_rich(*parts)
 
 
-def _line(text: str, style: str = "") -> Text:
+def styled_line(text: str, style: str = "") -> Text:
     """One line, whatever stands in the names of it."""
     return Text(escaped(text), style)
 
@@ -41,23 +41,27 @@ def _line(text: str, style: str = "") -> Text:
 def _faults(report: AccuracyReport) -> Iterator[Text]:
     for part in report.parts:
         failed = ", ".join(name for name, passed in part.passed.items() if not passed)
-        yield _line(f"FAIL {part.part}: failed ({failed})", "red") if failed else _line(f"{part.part}: passed")
+        yield (
+            styled_line(f"FAIL {part.part}: failed ({failed})", "red")
+            if failed
+            else styled_line(f"{part.part}: passed")
+        )
     for name in report.changed_weights:
-        yield _line(f"FAIL weight {named_weight(name)} is not what export wrote (sha256 differs)", "red")
+        yield styled_line(f"FAIL weight {named_weight(name)} is not what export wrote (sha256 differs)", "red")
     for odd in report.odd_weights:
-        yield _line(f"FAIL {odd.sentence}", "red")
+        yield styled_line(f"FAIL {odd.sentence}", "red")
     for name in report.changed_files:
-        yield _line(f"{name} has changed since export", "yellow")
+        yield styled_line(f"{name} has changed since export", "yellow")
 
 
 def _moves(moved: Moved | None) -> Iterator[Text]:
     if moved is None:
         return
     for change in moved.changes:
-        yield _line(named_change(change), "red" if change.worse else "")
-    yield from (_line(f"not compared with {moved.earlier}: {line}", "yellow") for line in moved.unmatched)
+        yield styled_line(named_change(change), "red" if change.worse else "")
+    yield from (styled_line(f"not compared with {moved.earlier}: {line}", "yellow") for line in moved.unmatched)
     if not moved.changes:
-        yield _line(f"nothing moved since {moved.earlier}")
+        yield styled_line(f"nothing moved since {moved.earlier}")
 
 
 def _table(b: BackendReport) -> Table:
@@ -94,9 +98,9 @@ def _sentences(b: BackendReport) -> Iterator[Text]:
     if b.set_aside:
         parts.append(f"router choices unseen, {sum(b.set_aside.values())} lines set aside for near ties")
     if parts or b.note:
-        yield _line("; ".join([*parts, *([b.note] if b.note else [])]))
+        yield styled_line("; ".join([*parts, *([b.note] if b.note else [])]))
     if b.first_fault is not None:
-        yield _line(f"FAIL first out of tolerance: {named_fault(b.first_fault)}", "red")
+        yield styled_line(f"FAIL first out of tolerance: {named_fault(b.first_fault)}", "red")
     if b.text is not None:
         yield _perplexity(b.text)
 
@@ -105,4 +109,4 @@ def _perplexity(t: TextScore) -> Text:
     difference, move = t.perplexity - t.reference_perplexity, t.loss - t.reference_loss
     line = f"perplexity {t.perplexity:.4f} ({difference:+.2e}) over {t.scored} tokens of text; loss {t.loss:.6f} nats"
     whole = f"{line} ({move:+.2e}, tolerance {t.tolerance:.2e})"
-    return _line(whole) if t.passed else _line(f"FAIL {whole}", "red")
+    return styled_line(whole) if t.passed else styled_line(f"FAIL {whole}", "red")

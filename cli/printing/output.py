@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -88,7 +89,7 @@ def say(line: str) -> None:
 def say_error(sentence: object, details: str = "") -> None:
     """Print an error, on stderr, in any case; a tool's own words on lines below it."""
     print_line(f"error: {sentence}{':' if details else ''}")
-    for line in details.splitlines():
+    for line in details.split("\n") if details else ():
         print_line(f"  {line}")
 
 
@@ -146,14 +147,16 @@ def print_result(as_json: bool, facts: Any, *lines: str) -> None:
 
 
 def print_rich(*parts: RenderableType) -> None:
-    """Print tables and styled texts on stdout. Strings in them are no markup; `cell` escapes those from files."""
+    """Print tables and styled texts on stdout. Strings in them are no markup, but escape those from files."""
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    with console.capture() as captured:
-        for part in parts:
-            console.print(escaped(part) if isinstance(part, str) else part)
-    write(captured.get())
+    drawn, on_terminal = io.StringIO(), sys.stdout.isatty()
+    console = Console(
+        file=drawn, force_terminal=on_terminal, soft_wrap=True, highlight=False, markup=False, emoji=False
+    )
+    for part in parts:
+        console.print(escaped(part) if isinstance(part, str) else part)
+    write(drawn.getvalue())
 
 
 def wrote(fresh: bool, what: object) -> str:

@@ -42,7 +42,9 @@ def claimed_folder(target: Path, wait: bool = False) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(folder, target, wait)
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from None
+        files = [str(parent) for parent in folder.absolute().parents if parent.is_file()]
+        why = f"{files[0]} is a file" if files else error.strerror or str(error)
+        raise OutputError(f"cannot write {target}: {why}") from None
     try:
         yield folder
     finally:
