@@ -17,6 +17,7 @@ from typing import Any
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AGAIN = 1.0  # seconds after the first signal from which another is meant: some send theirs twice
+_LAST_WORDS = "stopped by"
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # as of a program that the signal ended
 _came: list[tuple[int, float]] = []
 _running = False
@@ -36,7 +37,7 @@ def run_program(command: Callable[[], Any]) -> None:
     code = _code_of(command)
     if _came:
         number = _came[0][0]
-        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr)
+        sys.stderr.write(f"{_LAST_WORDS} {signal.Signals(number).name}\n")
         _flush(0)
         os._exit(128 + number)  # what a thread still does must not keep it here
     for ending in _ENDING:
@@ -60,7 +61,7 @@ def _note(number: int, _: FrameType | None) -> None:
     """Leave by an exception, so that all is cleaned up; at once where a second signal says so."""
     _came.append((number, time.monotonic()))
     if len(_came) == 1:
-        sys.exit(128 + number)
+        raise _Stopped
     if _came[-1][1] - _came[0][1] > _AGAIN:
         os._exit(128 + number)
 
@@ -99,12 +100,17 @@ def _open_streams() -> None:
         )
 
 
+class _Stopped(BaseException):
+    """A signal came. No SystemExit: C code that prints one of those ends the process there and then."""
+
+
 class _Lenient(io.TextIOWrapper):
-    """Standard error that never fails."""
+    """Standard error that never fails, and has nothing to say of what a signal has interrupted."""
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            super().write(text)
+        if not _came or text.startswith(_LAST_WORDS):
+            with suppress(OSError):
+                super().write(text)
         return len(text)
 
     def flush(self) -> None:

@@ -34,7 +34,7 @@ def start_python(module: str, environment: dict[str, str], folder: Path) -> subp
     It imports from where this process does, but never from the current folder. Ctrl-C does not reach it: end it.
     """
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", _START.format(module=module), *_import_folders()],
+        [sys.executable, "-I", "-c", _START.format(module=module), *import_folders()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
@@ -43,7 +43,7 @@ def start_python(module: str, environment: dict[str, str], folder: Path) -> subp
     )
 
 
-def _import_folders() -> list[str]:
+def import_folders() -> list[str]:
     """sys.path without the current folder, unless this package itself lies there: then it comes last."""
     here = Path.cwd()
     own = Path(__file__).absolute().parents[2]
