@@ -41,9 +41,10 @@ class Program:
         self._script, self._count = folder / "deepseek-trt", folder / "count"
         self._script.write_text(_SCRIPT)
 
-    def start(self, *arguments: object, environment: dict[str, str] | None = None, **options) -> subprocess.Popen:
+    def start(self, *arguments: object, environment: dict[str, str] | None = None, before=(), **options):
+        """A process, whose command stands behind the one `before` it."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
-        command = [sys.executable, os.fspath(self._script), *(os.fspath(a) for a in arguments)]
+        command = [*map(os.fspath, before), sys.executable, os.fspath(self._script), *(os.fspath(a) for a in arguments)]
         return subprocess.Popen(command, env={**os.environ, **(environment or {})}, **options)
 
     def run(self, *arguments: object, **options) -> subprocess.CompletedProcess:
