@@ -11,6 +11,7 @@ import click
 
 from deepseek_trt.cli.options import COUNT, MOST, threads_option
 from deepseek_trt.cli.printing.output import output_options, print_result, wrote
+from deepseek_trt.export.text.wording import some
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.model_repository.served import ClassifierSettings
@@ -77,7 +78,7 @@ def command(bundle: Path, repository: Path, name: str, link: bool, as_json: bool
     common = {"repository": str(written.path), "name": name, "fresh": written.fresh, "backend": model.backend}
     common |= {"why": model.why, "needs": model.needs, "requires": model.requirements}
     lines = (wrote(written.fresh, repository / name), *_lines(written, line))
-    print_result(as_json, {**facts, **common}, "\n".join(lines))
+    print_result(as_json, {**facts, **common}, *lines)
 
 
 def _lines(written: Repository, of_task: str) -> Iterator[str]:
@@ -97,4 +98,4 @@ def _generator(settings: ServingSettings) -> Result:
 
 def _classifier(settings: ClassifierSettings) -> Result:
     facts = {"labels": settings.labels, "max_batch_size": settings.max_batch_size}
-    return facts, f"labels {', '.join(settings.labels)}; up to {settings.max_batch_size} texts at once"
+    return facts, f"labels {some(settings.labels, len(settings.labels))}; up to {settings.max_batch_size} texts at once"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,9 +34,10 @@ from deepseek_trt.export.reading.hub import checkpoint_folder
 from deepseek_trt.export.reading.source import Source, export_dtype, read_source
 from deepseek_trt.export.writing.carried_files import carried_digests, carry_files
 from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
-from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
+from deepseek_trt.export.writing.partial import check_out, finish, partial_folder
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
+from deepseek_trt.export.writing.working import remove_leftover
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _UNREAD = "the weights' numbers were not read: validate looks for NaN, infinities and tensors of zeros"
@@ -143,7 +143,9 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
     job = _plan(request)
     existing = _existing(request.out, job.fingerprint)
     if existing is not None:
+        remove_leftover(request.out)
         return ExportResult(existing, fresh=False)
+    check_out(request.out)
     with partial_folder(request.out, job.fingerprint, job.weight_bytes + _GRAPH_BYTES) as folder:
         _fill(folder, job, report)
         _check_unchanged(job)
@@ -213,15 +215,13 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
     """Write all files of the bundle, its manifest last."""
     checkpoint = job.request.checkpoint
     carry_files(checkpoint, folder)
-    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
     written, seen = ((), (_UNREAD,)) if job.request.by_reference else _write_weights(job, folder, report)
     for graph in job.graphs:
         report.step(f"tracing {graph.name}", None)
         _trace_to_file(job, graph, written, folder)
         if job.source.interface.io == TRANSFORMERS:
             write_export_json(folder, graph.as_computed(), computed_in(job.dtype))
-    for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
-        (folder / name).unlink(missing_ok=True)
+    (folder / JOURNAL_FILE).unlink(missing_ok=True)  # only a continued run reads it
     manifest = _manifest(job, written, seen, folder).to_json()
     (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
 

@@ -1,4 +1,4 @@
-"""Files: reading regular ones alone, their sha256, and writing them aside before they are put in place."""
+"""Files: reading regular ones alone, and their sha256."""
 
 from __future__ import annotations
 
@@ -62,20 +62,3 @@ def stream_sha256(stream: BinaryIO, length: int | None = None) -> str:
         digest.update(data)
         length = None if length is None else length - len(data)
     return digest.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all: aside first, then renamed."""
-    with aside(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` at the end, or goes away with an exception."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

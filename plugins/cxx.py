@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from deepseek_trt.export.errors import BuildError
+from deepseek_trt.plugins.isolated import plain_environment
 
 _TARGET = "x86_64-linux-gnu.2.17"  # the glibc of the oldest distributions that CUDA 12 and later run on
 _ERROR_LINES = 30
@@ -33,16 +33,24 @@ class Compiler:
 
     def run(self, arguments: Sequence[str], folder: Path) -> None:
         """Run in `folder`. Raises BuildError with the compiler's own words."""
-        environment = dict(os.environ)
+        environment = plain_environment()
         if self.cache is not None:
             self.cache.mkdir(parents=True, exist_ok=True)
             environment |= {"ZIG_GLOBAL_CACHE_DIR": str(self.cache), "ZIG_LOCAL_CACHE_DIR": str(self.cache)}
         done = subprocess.run(
-            [*self.command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            [*self.command, *arguments],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            start_new_session=True,  # Ctrl-C is for this process, which ends the compiler
         )
         if done.returncode:
             words = "\n".join(done.stderr.splitlines()[:_ERROR_LINES])
-            raise BuildError(f"{self.identity} failed with exit code {done.returncode}:\n{words}")
+            raise BuildError(f"{self.identity} failed with exit code {done.returncode}", details=words)
 
 
 def written_sources(folder: Path) -> dict[str, bytes]:
@@ -65,15 +73,32 @@ def find_compiler(cxx: str | None = None, cache: Path | None = None) -> Compiler
         found = version("ziglang")
     except PackageNotFoundError:
         raise BuildError("the compiler is missing: run `pip install ziglang`, or name one with --cxx") from None
-    command = (sys.executable, "-m", "ziglang", "c++", "-target", _TARGET)
+    command = (str(_zig()), "c++", "-target", _TARGET)
     return Compiler(command, f"zig {found} for {_TARGET}", cache or cache_folder() / f"zig-{found}")
 
 
+def _zig() -> Path:
+    """The program in PyPI's package, run without Python: a module of its name may lie anywhere on sys.path."""
+    program = Path(str(distribution("ziglang").locate_file("ziglang"))) / "zig"
+    if not os.access(program, os.X_OK):
+        raise BuildError("ziglang is installed without its zig: pip install --force-reinstall ziglang")
+    return program
+
+
 def _system_compiler(cxx: str) -> Compiler:
-    path = shutil.which(cxx)
+    found = shutil.which(cxx)
+    path = found and os.path.abspath(found)  # it is run in another folder
     if path is None:
         raise BuildError(f"there is no compiler {cxx!r}: give --cxx a command on PATH, or leave it out to use zig")
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    if done.returncode:
+    done = subprocess.run(
+        [path, "--version"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=plain_environment(),
+    )
+    if done.returncode or not done.stdout.strip():
         raise BuildError(f"{path} --version failed: give --cxx a C++ compiler that takes g++'s options")
     return Compiler((path,), done.stdout.splitlines()[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path, PurePosixPath
 
-from deepseek_trt.engines.model_repository.copying import copy_file
+from deepseek_trt.engines.model_repository.copying import copy_file, real_file
 from deepseek_trt.engines.plans.plan import PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle
 from deepseek_trt.export.errors import BundleError
@@ -46,7 +46,8 @@ def _listed(bundle: Bundle, name: str) -> Path:
 def place_bundle(bundle: Bundle, backend: str, target: Path, link: bool = False) -> None:
     """Make the folder `target`, and in it all that a session of `backend` reads: copies, or hard links."""
     for name, file in carried_files(bundle, backend).items():
-        placed = target / name
+        beside = file.parent if name.startswith(PLUGINS_FOLDER) else bundle.path  # the library may lie elsewhere
+        file, placed = real_file(file, beside), target / name
         placed.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(_RECORD):  # names the library where it lies in the repository
             record = PlanRecord.read(file)
@@ -77,5 +78,5 @@ def _place_compiled(bundle: Bundle, target: Path) -> bool:
 
     library = cpu_library_path(bundle.path)
     if library is not None:
-        copy_file(library, target / CPU_LIBRARY_FILE)
+        copy_file(library.resolve(), target / CPU_LIBRARY_FILE)
     return library is not None

@@ -25,6 +25,7 @@ from deepseek_trt.engines.model_repository.sizes import SizeRequest
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import OutputError, RequestError
 from deepseek_trt.export.text.valid import check_place
+from deepseek_trt.export.writing.working import locked, remove_leftover
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,15 @@ def write_model_repository(request: RepositoryRequest) -> Repository:
     """
     _check_name(request.name)
     check_place(request.repository, OutputError)
-    model = served_model(Bundle.open(request.bundle), request.name, request.sizes)
-    target, inputs = request.repository / request.name, _fingerprint(model, request.link)
-    fresh = written_inputs(target) != inputs
-    if fresh:
-        replace_folder(target, lambda folder: _write_model(folder, model, inputs, request.link))
+    bundle = Bundle.open(request.bundle)
+    with locked(bundle.path, shared=True):  # nobody builds plans in it while they are copied
+        model = served_model(bundle, request.name, request.sizes)
+        target, inputs = request.repository / request.name, _fingerprint(model, request.link)
+        fresh = written_inputs(target) != inputs
+        if fresh:
+            replace_folder(target, lambda folder: _write_model(folder, model, inputs, request.link))
+        else:
+            remove_leftover(target)
     write_scripts(request.repository)
     return Repository(request.repository, model, fresh)
 

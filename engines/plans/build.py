@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_trt.engines.plans.deferred import deferred
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
 from deepseek_trt.engines.plans.parse import Parsed, layers_by_kind, network_tensors, parse_graph
 from deepseek_trt.engines.plans.plan import BuildSpec, Plan, PlanRecord, Profile, plan_path
@@ -19,6 +20,7 @@ from deepseek_trt.export.bundle.graph import GraphSpec
 from deepseek_trt.export.bundle.recipes import too_large_for_tensorrt
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.writing.working import remove_leftover, working_folder
 from deepseek_trt.plugins.tensorrt.loading import load_library
 
 BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
@@ -82,36 +84,38 @@ class _Build:
         path, source = plan_path(self.bundle, graph.name), self._source_sha256(graph)
         done = _up_to_date(path, source)
         if done is not None:
+            remove_leftover(path)
             return BuiltPlan(path, done, fresh=False)
+        with working_folder(path) as folder, deferred() as stopped:
+            record = self._make(graph, source, folder / path.name, stopped)
+            record.write(folder / _record_path(path).name)
+            _record_path(path).unlink(missing_ok=True)  # never a record beside another plan
+            (folder / path.name).rename(path)
+            (folder / _record_path(path).name).rename(_record_path(path))
+        return BuiltPlan(path, record, fresh=True)
+
+    def _make(self, graph: GraphSpec, source: str, made: Path, stopped: Callable[[], bool]) -> PlanRecord:
+        """Write the plan to `made`."""
         self.flavour.log.errors.clear()
         parsed = parse_graph(self.bundle, graph, self.spec, self.flavour)
         profile = profile_of(graph, self.bundle.manifest.cache, self.spec)
-        config = self._configure(parsed, profile)
-        aside = path.with_suffix(".plan.tmp")
-        try:
-            self._serialize(parsed, config, aside)
-            record = PlanRecord(
-                graph=graph.name,
-                spec=self.spec,
-                flavour_version=self.flavour.version,
-                inputs=network_tensors(parsed.network, "input"),
-                weights=parsed.weights,
-                outputs=network_tensors(parsed.network, "output"),
-                profile=profile,
-                layers=layers_by_kind(parsed.network),
-                plugins=parsed.plugins,
-                plugin_library=os.path.relpath(self.library, self.bundle.path),
-                plugin_library_sha256=self.library_sha256,
-                source_sha256=source,
-                plan_sha256=file_sha256(aside),
-                plan_bytes=aside.stat().st_size,
-            )
-            path.with_suffix(".plan.json").unlink(missing_ok=True)  # never a record beside another plan
-            aside.rename(path)
-            record.write(path.with_suffix(".plan.json"))
-        finally:
-            aside.unlink(missing_ok=True)
-        return BuiltPlan(path, record, fresh=True)
+        self._serialize(parsed, self._configure(parsed, profile, stopped), made)
+        return PlanRecord(
+            graph=graph.name,
+            spec=self.spec,
+            flavour_version=self.flavour.version,
+            inputs=network_tensors(parsed.network, "input"),
+            weights=parsed.weights,
+            outputs=network_tensors(parsed.network, "output"),
+            profile=profile,
+            layers=layers_by_kind(parsed.network),
+            plugins=parsed.plugins,
+            plugin_library=os.path.relpath(self.library, self.bundle.path),
+            plugin_library_sha256=self.library_sha256,
+            source_sha256=source,
+            plan_sha256=file_sha256(made),
+            plan_bytes=made.stat().st_size,
+        )
 
     def _source_sha256(self, graph: GraphSpec) -> str:
         """The sha256 of what decides what the plan holds; its small weights, or all of them, come from one export."""
@@ -121,7 +125,7 @@ class _Build:
         digest.update(repr(facts).encode())
         return digest.hexdigest()
 
-    def _configure(self, parsed: Parsed, profile: Profile) -> Any:
+    def _configure(self, parsed: Parsed, profile: Profile, stopped: Callable[[], bool]) -> Any:
         trt = self.flavour.trt
         config = parsed.builder.create_builder_config()
         shapes = parsed.builder.create_optimization_profile()
@@ -134,7 +138,7 @@ class _Build:
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
         if self.spec.embed_plugins:
             config.plugins_to_serialize = [str(self.library)]
-        config.progress_monitor = _monitor(trt, self.progress)
+        config.progress_monitor = _monitor(trt, self.progress, stopped)
         return config
 
     def _serialize(self, parsed: Parsed, config: Any, path: Path) -> None:
@@ -143,6 +147,8 @@ class _Build:
             with path.open("wb") as out:
                 stream = _writer(self.flavour.trt, out.write)
                 built = parsed.builder.build_serialized_network_to_stream(parsed.network, config, stream)
+            if stream.error is not None:
+                raise stream.error
         else:
             plan = parsed.builder.build_serialized_network(parsed.network, config)
             built = plan is not None
@@ -152,11 +158,15 @@ class _Build:
             raise BuildError(f"{self.flavour.name} cannot build {path.stem}: {self.flavour.log.last()}")
 
 
+def _record_path(plan: Path) -> Path:
+    return plan.with_suffix(".plan.json")
+
+
 def _up_to_date(path: Path, source: str) -> PlanRecord | None:
     if not path.is_file():
         return None
     try:
-        record = PlanRecord.read(path.with_suffix(".plan.json"))
+        record = PlanRecord.read(_record_path(path))
     except BundleError:
         return None
     same = record.source_sha256 == source and record.plan_bytes == path.stat().st_size
@@ -167,15 +177,20 @@ def _writer(trt: Any, write: Callable[[Any], Any]) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None  # to be raised when no C++ is on the stack
 
         def write(self, data: Any) -> int:
-            write(data)
+            try:
+                write(data)
+            except OSError as error:
+                self.error = error
+                return -1
             return len(data)
 
     return Writer()
 
 
-def _monitor(trt: Any, progress: BuildProgress) -> Any:
+def _monitor(trt: Any, progress: BuildProgress, stopped: Callable[[], bool]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -187,7 +202,7 @@ def _monitor(trt: Any, progress: BuildProgress) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             progress(phase_name, int(step) + 1, self.steps.get(phase_name, 0))
-            return True
+            return not stopped()
 
         def phase_finish(self, phase_name: str) -> None:
             steps = self.steps.get(phase_name, 0)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnxruntime as ort
@@ -25,6 +24,7 @@ from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.bundle.graph import past_name, present_name
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.writing.working import scratch_folder
 from deepseek_trt.plugins.cpu.library import CpuLibrary, ExpertsHit, cpu_library, experts_hit_counter
 
 LIBRARIES = "install the CUDA and cuDNN that this ONNX Runtime names in its documentation, or use --backend tensorrt"
@@ -253,9 +253,9 @@ def _weights_folder(bundle: Bundle) -> Iterator[Path]:
     if not bundle.manifest.by_reference:
         yield bundle.path
         return
-    with TemporaryDirectory() as folder:
-        (Path(folder) / WEIGHTS_FILE).touch()
-        yield Path(folder)
+    with scratch_folder() as folder:
+        (folder / WEIGHTS_FILE).touch()
+        yield folder
 
 
 def _read_at_load(name: str, value: ort.OrtValue, dense: bool) -> bool:

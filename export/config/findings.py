@@ -22,7 +22,8 @@ from deepseek_trt.export.config.quantization import quantization_notes, unsuppor
 from deepseek_trt.export.config.rope import rope_notes
 from deepseek_trt.export.config.rope_keys import rope_faults
 from deepseek_trt.export.config.shape import ModelShape
-from deepseek_trt.export.config.values import is_one_of, nonfinite_in, shown, wrong_value
+from deepseek_trt.export.config.values import is_one_of, nonfinite_in, wrong_value
+from deepseek_trt.export.text.wording import shown
 
 Raw = dict[str, Any]
 

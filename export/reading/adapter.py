@@ -24,7 +24,7 @@ from deepseek_trt.export.reading.classifier import SCORE
 from deepseek_trt.export.reading.formats import ADAPTER_CONFIG
 from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.reading.tensors import Factor, LowRank, StoredTensor
-from deepseek_trt.export.reading.wording import shown, some
+from deepseek_trt.export.text.wording import shown, some
 from deepseek_trt.export.trials.trial import PATTERNS, trial
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

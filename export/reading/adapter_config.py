@@ -11,7 +11,7 @@ from typing import Any
 
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.json_file import read_object
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.wording import shown
 
 # Keys that say where an adapter is from, how it was trained or initialized, or how it is run unmerged.
 _HARMLESS = {

@@ -11,7 +11,7 @@ from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.reading.names import published_names
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.weight_files import WeightFiles, find_weight_files
-from deepseek_trt.export.reading.wording import shown, some
+from deepseek_trt.export.text.wording import shown, some
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
-from deepseek_trt.export.reading.wording import shown
 from deepseek_trt.export.text.valid import flaw_of
+from deepseek_trt.export.text.wording import shown
 
 SCORE = "score.weight"  # [num_labels, hidden], no bias
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

@@ -12,7 +12,7 @@ from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.json_file import read_object
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.weight_files import weights_in
-from deepseek_trt.export.reading.wording import shown, some
+from deepseek_trt.export.text.wording import shown, some
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MEND = f"use the bfloat16 checkpoint that it was made from, or one in fp8 with *{SCALE_SUFFIX}"

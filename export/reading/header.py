@@ -15,8 +15,8 @@ from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import regular_file
 from deepseek_trt.export.reading.tensors import StoredTensor
-from deepseek_trt.export.reading.wording import shown
 from deepseek_trt.export.text.valid import flaw_of
+from deepseek_trt.export.text.wording import shown
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # maybe; JSON has two for a whole one

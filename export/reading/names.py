@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.reading.tensors import StoredTensor
-from deepseek_trt.export.reading.wording import shown, some
+from deepseek_trt.export.text.wording import shown, some
 
 # Who puts what before the names: PEFT, DDP, torch.compile, FSDP, a vision model, other trainers.
 PREFIXES = (

@@ -18,8 +18,8 @@ from deepseek_trt.export.reading.classifier import Classifier
 from deepseek_trt.export.reading.formats import ADAPTER_CONFIG, check_folder, check_tensors, fp8_notes
 from deepseek_trt.export.reading.infer import config_of_tensors, task_of, written_keys
 from deepseek_trt.export.reading.weight_files import CONFIG_FILE
-from deepseek_trt.export.reading.wording import some
 from deepseek_trt.export.text.reading import read_text
+from deepseek_trt.export.text.wording import some
 from deepseek_trt.export.writing.carried_files import check_carried
 from deepseek_trt.export.writing.weight_plan import WeightPlan, main_dtype, plan_weights
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.json_file import read_object
-from deepseek_trt.export.reading.wording import shown, some
+from deepseek_trt.export.text.wording import shown, some
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

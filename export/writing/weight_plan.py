@@ -25,7 +25,7 @@ from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import SCORE
 from deepseek_trt.export.reading.tensors import StoredTensor
-from deepseek_trt.export.reading.wording import some
+from deepseek_trt.export.text.wording import some
 
 _UNINDEXED = "the index does not name it, and the model does not need it"
 _SCALES = (*WEIGHT_DTYPES.values(), "F8_E8M0")  # what fp8 block scales may be

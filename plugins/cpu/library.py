@@ -7,13 +7,13 @@ import hashlib
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from deepseek_trt.export.errors import BackendError, BuildError
+from deepseek_trt.export.writing.working import working_folder
 from deepseek_trt.plugins.cpu.operators import OPERATORS, Operator, generated_headers
 from deepseek_trt.plugins.cxx import Compiler, cache_folder, find_compiler, written_sources
 
@@ -103,9 +103,9 @@ def _digest(sources: dict[str, bytes], compiler: Compiler) -> str:
 
 def _build(sources: dict[str, bytes], compiler: Compiler, path: Path) -> None:
     """Compile in a folder of its own and rename, so that processes may build at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        folder = Path(name)
+    with working_folder(path, wait=True) as folder:
+        if path.is_file():  # another process has built it meanwhile
+            return
         for file, data in sources.items():
             (folder / file).write_bytes(data)
         try:
@@ -114,5 +114,6 @@ def _build(sources: dict[str, bytes], compiler: Compiler, path: Path) -> None:
             compiler.run(["-shared", "-s", *(o[0] for o in _OBJECTS), "-o", CPU_LIBRARY_FILE, "-lpthread"], folder)
         except BuildError as error:
             mend = "run `pip install --force-reinstall ziglang`, or pass library=None to use the exported bodies"
-            raise BackendError(f"the CPU operators do not compile ({error}): {mend}") from None
+            sentence = f"the CPU operators do not compile ({error.sentence}): {mend}"
+            raise BackendError(sentence, details=error.details) from None
         os.replace(folder / CPU_LIBRARY_FILE, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.writing.working import locked
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.manifest import PLUGINS_FOLDER
@@ -43,7 +44,16 @@ class PluginReporter:
 
 
 def build_plugins(request: PluginRequest, report: PluginReporter = PluginReporter()) -> PluginLibrary:
-    """Compile and link; nothing where the library is there, made of the same inputs. Raises BundleError, BuildError."""
+    """Compile and link; nothing where the library is there, made of the same inputs.
+
+    Raises BundleError, BuildError, and OutputError where another process builds in the bundle.
+    """
+    with locked(Bundle.open(request.bundle).path):
+        return build_in_locked(request, report)
+
+
+def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLibrary:
+    """As `build_plugins`, for whoever has locked the bundle."""
     manifest = Bundle.open(request.bundle).manifest
     binaries = compile_all(
         manifest.model,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
+from deepseek_trt.export.writing.working import working_folder
 from deepseek_trt.plugins.cxx import Compiler, cache_folder, find_compiler
 
 _NAME = "libtensorrt_rtx.so"
@@ -45,9 +45,8 @@ def _shim(cache: Path, compiler: Compiler) -> Path:
     key = hashlib.sha256("\0".join((compiler.identity, *_FLAGS)).encode()).hexdigest()[:16]
     path = cache / f"rtx-shim-{key}" / _NAME
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".shim-", dir=path.parent) as folder:
-            os.replace(_build(Path(folder), compiler), path)
+        with working_folder(path, wait=True) as folder:
+            os.replace(_build(folder, compiler), path)
     return path
 
 

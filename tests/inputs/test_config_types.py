@@ -13,8 +13,9 @@ import pytest
 
 from deepseek_trt.export.config.keys import KEYS
 from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
-from deepseek_trt.export.config.values import Anything, Flag, Integer, ListOf, Number, Object, Text, shown
+from deepseek_trt.export.config.values import Anything, Flag, Integer, ListOf, Number, Object, Text
 from deepseek_trt.export.errors import ConfigError
+from deepseek_trt.export.text.wording import shown
 
 NAN, INF = float("nan"), float("inf")
 TYPED = {

@@ -12,7 +12,7 @@ from deepseek_trt.engines.plans.check import AGAIN, is_for_chip, wrong_chip
 from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.plan import Plan
 from deepseek_trt.export.errors import BackendError
-from deepseek_trt.export.files import aside
+from deepseek_trt.export.writing.working import aside
 
 
 class Engine:

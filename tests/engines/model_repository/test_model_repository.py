@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.engines.model_repository import copying
-from deepseek_trt.engines.model_repository.copying import copy_file
+from deepseek_trt.engines.model_repository.copying import copy_file, real_file
 from deepseek_trt.engines.model_repository.placing import carried_files
 from deepseek_trt.engines.model_repository.runtime import runtime_files
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
@@ -163,7 +163,7 @@ def test_a_copy_is_a_reflink_where_the_file_system_can(tmp_path, monkeypatch, cl
     monkeypatch.setattr(copying.fcntl, "ioctl", ioctl)
     (tmp_path / "a").write_bytes(b"copied")
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    copy_file(tmp_path / "link", tmp_path / "b")
+    copy_file(real_file(tmp_path / "link", tmp_path), tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == (b"cloned" if cloned else b"copied")
     assert not (tmp_path / "b").is_symlink()
 

@@ -170,6 +170,6 @@ def test_a_missing_or_damaged_record_is_named(tmp_path):
 @pytest.mark.tensorrt
 @pytest.mark.parametrize(("sm", "words"), [(90, "does not build for SM 90; it builds for 80, 86"), (75, "SM 75")])
 def test_a_chip_is_refused_before_kernels_are_compiled(bundle, monkeypatch, sm, words):
-    monkeypatch.setattr(request, "build_plugins", lambda *_: pytest.fail("kernels were compiled"))
+    monkeypatch.setattr(request, "build_in_locked", lambda *_: pytest.fail("kernels were compiled"))
     with pytest.raises(BuildError, match=words):
         build_plans(BuildRequest(bundle.path, BuildSpec(sms=(sm,))))
