@@ -21,6 +21,11 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
     `error` is what is raised. `nan` lets NaN and Infinity pass, to be named by their key. FileNotFoundError where there
     is no such file: what that means, callers know.
     """
+    return object_of(_bytes(path, error, most), path, error, nan)
+
+
+def object_of(data: bytes, path: Path, error: Errors = ConfigError, nan: bool = False) -> dict[str, Any]:
+    """The object that the bytes of the file at `path` hold, read as strictly."""
 
     def refuse(constant: str) -> NoReturn:
         raise error(f"{path} holds {constant}, which is no JSON: write a number or leave the key out")
@@ -33,7 +38,7 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
             raise error(f"{path.name} has the key {twice[:_SHOWN]!r} twice in one object: remove one of them")
         return made
 
-    text = _text(path, error, most)
+    text = _text(data, path, error)
     try:
         raw = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else refuse)
     except ValueError as wrong:  # JSON, and whole numbers of more digits than Python reads
@@ -47,18 +52,21 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
     return raw
 
 
-def _text(path: Path, error: Errors, most: int) -> str:
+def _bytes(path: Path, error: Errors, most: int) -> bytes:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise error(f"{path} is no regular file: download it again")
         if found.st_size > most:
             raise error(f"{path} is larger than {most} bytes: download it again")
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as wrong:
         raise error(f"{path} cannot be read ({wrong.strerror}): mend its permissions") from None
+
+
+def _text(data: bytes, path: Path, error: Errors) -> str:
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise error(f"{path} begins with a byte order mark: save it as UTF-8 without one")
     try:
