@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from deepseek_trt.cli.printing.output import JSON_FLAG, loudness_options, print_json, say_error
+from deepseek_trt.cli.printing.output import JSON_FLAG, loudness_options, print_json, say_error, say_notes
 from deepseek_trt.export.errors import DeepseekTrtError
 
 _AS_JSON = "deepseek_trt.as_json"
@@ -55,6 +55,7 @@ class LazyGroup(click.Group):
         for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8, and a terminal may know less than it
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
+        say_notes()
         try:
             return super().invoke(ctx)
         except click.ClickException as error:  # which click itself shows

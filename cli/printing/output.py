@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -80,6 +81,21 @@ def say(line: str) -> None:
 def say_error(sentence: object) -> None:
     """Print an error, on stderr, in any case."""
     click.echo(f"error: {sentence}", err=True)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+_notes = _Notes(logging.WARNING)
+
+
+def say_notes() -> None:
+    """Have what the library warns of said as a note."""
+    logger = logging.getLogger("deepseek_trt")
+    if _notes not in logger.handlers:
+        logger.addHandler(_notes)
 
 
 def step(line: str, shown: bool = True) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from deepseek_trt.engines.plans.build import BuildProgress, BuiltPlan, build_with_library, check_build
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter, PluginRequest, build_plugins
+from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter, PluginRequest, build_plugins, is_listed
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, PLUGINS_FOLDER, read_manifest
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -35,12 +35,12 @@ def build_plans(
     _return_freed_memory()
     bundle = Bundle.open(request.bundle)
     check_build(bundle, request.spec)  # before minutes go into kernels
-    return build_with_library(bundle, request.spec, _library(request, plugins or PluginReporter()), progress)
+    return build_with_library(bundle, request.spec, _library(bundle, request, plugins or PluginReporter()), progress)
 
 
-def _library(request: BuildRequest, plugins: PluginReporter) -> Path:
+def _library(bundle: Bundle, request: BuildRequest, plugins: PluginReporter) -> Path:
     library = request.bundle / PLUGINS_FOLDER / LIBRARY
-    if library.is_file() and set(request.spec.sms) <= set(read_manifest(library).sms):
+    if is_listed(bundle) and set(request.spec.sms) <= set(read_manifest(library).sms):
         return library
     return build_plugins(PluginRequest(request.bundle, request.spec.sms), plugins).path
 
