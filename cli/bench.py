@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT, MOST, backend_option, threads_option
+from deepseek_trt.cli.options import COUNT, MOST, backend_option, threads_option, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, print_rich, step
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ _ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
     "--new-tokens", type=click.IntRange(3, MOST), default=64, show_default=True, help="Tokens of each answer."
 )
 @threads_option
+@verify_option
 @output_options("Print the report as JSON.")
 def command(as_json: bool, bundle: Path, **options: Any) -> None:
     """Generate from random prompts with the model in BUNDLE and say how fast that was.

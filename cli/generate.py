@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import backend_option, sampling_options, threads_option
+from deepseek_trt.cli.options import backend_option, sampling_options, threads_option, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, say, step, write, write_model_text
 from deepseek_trt.cli.prompting.prompts import Prompts, prompt_options
 from deepseek_trt.cli.prompting.speed import Speed
@@ -31,6 +31,7 @@ _CHAT_CACHE_MIB = 1024
 @backend_option
 @sampling_options
 @threads_option
+@verify_option
 @output_options("Print one JSON object a prompt instead of streaming.")
 def command(bundle: Path, prompts: Prompts, backend: str, params: SamplingParams, threads: int, as_json: bool) -> None:
     """Continue each prompt with the model in BUNDLE, or chat with it on a terminal where no prompt is given.

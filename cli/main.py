@@ -11,7 +11,14 @@ from typing import Any
 import click
 
 from deepseek_trt.cli.ending import is_stopping, leave_broken_pipe, run_program
-from deepseek_trt.cli.printing.output import JSON_FLAG, loudness_options, print_json, say_error, say_usage_error
+from deepseek_trt.cli.printing.output import (
+    JSON_FLAG,
+    loudness_options,
+    print_json,
+    say_error,
+    say_notes,
+    say_usage_error,
+)
 from deepseek_trt.export.errors import DeepseekTrtError
 
 _AS_JSON = "deepseek_trt.as_json"
@@ -82,6 +89,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """A user's mistake is one sentence on stderr, an object on stdout with --json, and exit code 1."""
+        say_notes()
         try:
             return super().invoke(ctx)
         except click.ClickException as error:

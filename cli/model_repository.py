@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT, MOST, threads_option
+from deepseek_trt.cli.options import COUNT, MOST, threads_option, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_result, wrote
 from deepseek_trt.export.text.wording import some
 
@@ -48,6 +48,7 @@ Result = tuple[dict[str, Any], str]  # for machines, and a line for people
 )
 @click.option("--cache-mib", type=COUNT, help="MiB of the cache.  [default: 1024]")
 @threads_option
+@verify_option
 @click.option("--prefix-reuse/--no-prefix-reuse", default=True, show_default=True, help="Share equal prompts' pages.")
 @click.option(
     "--generation-config/--no-generation-config",

@@ -14,19 +14,21 @@ import onnx
 import onnx_ir as ir
 
 from deepseek_trt.export.bundle.folder import (
-    MANIFEST_FILE,
     WEIGHTS_FILE,
     AdapterRecord,
     Bundle,
     Manifest,
     SourceFile,
     WeightRecord,
+    WeightsFile,
 )
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, TRANSFORMERS, Interface
+from deepseek_trt.export.bundle.manifest import write_manifest
+from deepseek_trt.export.bundle.proof import remember_weights
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
-from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.files import file_sha256, stream_sha256
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
@@ -150,7 +152,9 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
         _fill(folder, job, report)
         _check_unchanged(job)
         finish(folder, request.out)
-    return ExportResult(Bundle.open(request.out), fresh=True)
+    bundle = Bundle.open(request.out)
+    remember_weights(bundle.path, bundle.manifest)
+    return ExportResult(bundle, fresh=True)
 
 
 def _plan(request: ExportRequest) -> _Job:
@@ -222,8 +226,7 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
         if job.source.interface.io == TRANSFORMERS:
             write_export_json(folder, graph.as_computed(), computed_in(job.dtype))
     (folder / JOURNAL_FILE).unlink(missing_ok=True)  # only a continued run reads it
-    manifest = _manifest(job, written, seen, folder).to_json()
-    (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
+    write_manifest(folder, _manifest(job, written, seen, folder))
 
 
 def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[tuple[WrittenTensor, ...], tuple[str, ...]]:
@@ -284,6 +287,13 @@ def _manifest(job: _Job, written: tuple[WrittenTensor, ...], seen: tuple[str, ..
         notes=source.notes + seen,
         classifier=source.classifier,
         adapter=job.adapter,
+        weights_file=None if job.request.by_reference else _weights_file(folder / WEIGHTS_FILE, written),
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
         files={p.relative_to(folder).as_posix(): file_sha256(p) for p in files},
     )
+
+
+def _weights_file(path: Path, written: tuple[WrittenTensor, ...]) -> WeightsFile:
+    """What is not said of each tensor: the header ends where the first one begins."""
+    with path.open("rb") as stream:
+        return WeightsFile(path.stat().st_size, stream_sha256(stream, min(w.offset for w in written)))

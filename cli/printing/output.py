@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -119,6 +120,21 @@ def write(text: str) -> None:
 def write_model_text(text: str) -> None:
     """Write what a model said: on a terminal with control characters escaped, into a pipe or a file as it is."""
     write(controls_escaped(text) if sys.stdout.isatty() else text)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+_notes = _Notes(logging.WARNING)
+
+
+def say_notes() -> None:
+    """Have what the library warns of said as a note."""
+    logger = logging.getLogger("deepseek_trt")
+    if _notes not in logger.handlers:
+        logger.addHandler(_notes)
 
 
 def step(line: str, shown: bool = True) -> None:

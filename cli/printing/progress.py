@@ -71,10 +71,10 @@ def build_progress() -> AbstractContextManager[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def weight_progress() -> Iterator[Callable[[int, int], None]]:
+def weight_progress(doing: str = "loading weights") -> Iterator[Callable[[int, int], None]]:
     """Give a function (bytes done, bytes in all) that draws weights being loaded, a part of a step that is timed."""
     with _bars(_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn(), timed=False) as advance:
-        yield lambda done, total: advance("loading weights", done, total)
+        yield lambda done, total: advance(doing, done, total)
 
 
 @contextmanager

@@ -76,18 +76,20 @@ class LLM:
         cache_mib: int = 1024,
         pages: int | None = None,
         generation_config: bool = True,
+        verify: bool = False,
     ) -> LLM:
         """The bundle at this path, with a session of its own.
 
         Its generation_config.json gives `defaults`, unless generation_config is False: then they are greedy.
 
         `pages` sets the cache's size, else `cache_mib` bounds it (in the bundle's dtype) where limits.max_running
-        sequences of full length would take more.
+        sequences of full length would take more. `verify` hashes all files of the bundle, the weights among them, which
+        are otherwise hashed once and again when they change.
         """
         check_backend(backend)
-        found, limits = Bundle.open(Path(bundle)), limits or SchedulerLimits()
+        found, limits = Bundle.open(Path(bundle), verify), limits or SchedulerLimits()
         check_generates(found)
-        defaults = SamplingDefaults.of(found.path) if generation_config else _NO_DEFAULTS
+        defaults = SamplingDefaults.of_bundle(found) if generation_config else _NO_DEFAULTS
         if pages is None:
             pages = _pages(found.manifest, limits.max_running, cache_mib)
         opened = open_session(SessionRequest(found, pages, threads), backend)

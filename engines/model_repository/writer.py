@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -103,12 +104,12 @@ def _model_file(model: Served) -> bytes:
 def _fingerprint(model: Served, link: bool) -> str:
     """A digest of all that decides what is written.
 
-    That is config.pbtxt, which holds the request, the bundle's files by size and time, and this package's sources.
+    That is config.pbtxt, which holds the request, the bundle's manifest and files, and this package's sources.
     """
-    carried = carried_files(model.bundle, model.backend).values()
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in carried]
+    manifest = dataclasses.replace(model.bundle.manifest, added={}).to_json()
+    facts = (config_pbtxt(model), manifest, carried_files(model.bundle, model.backend), model.bundle.path.resolve())
     sources = [*runtime_files(model.backend, model.start).values(), *Path(__file__).parent.glob("*.py")]
-    digest = hashlib.sha256(repr((config_pbtxt(model), stats, link)).encode())
+    digest = hashlib.sha256(repr((facts, link)).encode())
     for data in (*(source.read_bytes() for source in sources), _model_file(model)):
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()

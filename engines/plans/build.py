@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,17 @@ from typing import Any
 from deepseek_trt.engines.plans.deferred import deferred
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
 from deepseek_trt.engines.plans.parse import Parsed, layers_by_kind, network_tensors, parse_graph
-from deepseek_trt.engines.plans.plan import BuildSpec, Plan, PlanRecord, Profile, plan_path
+from deepseek_trt.engines.plans.plan import BuildSpec, Plan, PlanRecord, Profile, plan_files, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec
+from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.bundle.recipes import too_large_for_tensorrt
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
-from deepseek_trt.export.writing.working import remove_leftover, working_folder
-from deepseek_trt.plugins.tensorrt.loading import load_library
+from deepseek_trt.export.writing.working import aside, remove_leftover, working_folder
+from deepseek_trt.plugins.tensorrt.loading import load_library, loaded_from
+from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER, read_manifest
 
 BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
 
@@ -42,13 +44,16 @@ def build_with_library(
     as a plugin.
     """
     flavour = check_build(bundle, spec)
+    library = _placed(library, bundle)
     manifest = load_library(library, flavour.trt)
     if manifest.dtype != bundle.manifest.dtype:
         raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
     missing = [sm for sm in spec.sms if sm not in manifest.sms and not manifest.ptx_sms]
     if missing:
         raise BuildError(f"{library} has no kernels for SM {missing[0]}: run deepseek-trt plugins --sm {missing[0]}")
-    build = _Build(bundle, spec, flavour, library, manifest.sha256, progress or (lambda *_: None))
+    list_added(bundle.path, [f"{PLUGINS_FOLDER}/{name}" for name in (LIBRARY, MANIFEST)])
+    memory = loaded_from(library, manifest)
+    build = _Build(bundle.listed_anew(), spec, flavour, memory, manifest.sha256, progress or (lambda *_: None))
     return tuple(map(build.plan, bundle.manifest.graphs))
 
 
@@ -76,13 +81,13 @@ class _Build:
     bundle: Bundle
     spec: BuildSpec
     flavour: Flavour
-    library: Path
+    in_memory: Path
     library_sha256: str
     progress: BuildProgress
 
     def plan(self, graph: GraphSpec) -> BuiltPlan:
         path, source = plan_path(self.bundle, graph.name), self._source_sha256(graph)
-        done = _up_to_date(path, source)
+        done = _up_to_date(self.bundle, graph.name, source)
         if done is not None:
             remove_leftover(path)
             return BuiltPlan(path, done, fresh=False)
@@ -92,6 +97,7 @@ class _Build:
             _record_path(path).unlink(missing_ok=True)  # never a record beside another plan
             (folder / path.name).rename(path)
             (folder / _record_path(path).name).rename(_record_path(path))
+            list_added(self.bundle.path, plan_files(graph.name))
         return BuiltPlan(path, record, fresh=True)
 
     def _make(self, graph: GraphSpec, source: str, made: Path, stopped: Callable[[], bool]) -> PlanRecord:
@@ -110,7 +116,7 @@ class _Build:
             profile=profile,
             layers=layers_by_kind(parsed.network),
             plugins=parsed.plugins,
-            plugin_library=os.path.relpath(self.library, self.bundle.path),
+            plugin_library=f"{PLUGINS_FOLDER}/{LIBRARY}",
             plugin_library_sha256=self.library_sha256,
             source_sha256=source,
             plan_sha256=file_sha256(made),
@@ -119,7 +125,7 @@ class _Build:
 
     def _source_sha256(self, graph: GraphSpec) -> str:
         """The sha256 of what decides what the plan holds; its small weights, or all of them, come from one export."""
-        digest = hashlib.sha256(self.bundle.traced_path(graph.name).read_bytes())
+        digest = hashlib.sha256(self.bundle.traced_bytes(graph.name))
         versions = [self.flavour.name, self.flavour.version, self.library_sha256]
         facts = [dataclasses.astuple(self.spec), *versions, self.bundle.manifest.fingerprint]
         digest.update(repr(facts).encode())
@@ -137,7 +143,7 @@ class _Build:
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
         if self.spec.embed_plugins:
-            config.plugins_to_serialize = [str(self.library)]
+            config.plugins_to_serialize = [str(self.in_memory)]
         config.progress_monitor = _monitor(trt, self.progress, stopped)
         return config
 
@@ -162,15 +168,30 @@ def _record_path(plan: Path) -> Path:
     return plan.with_suffix(".plan.json")
 
 
-def _up_to_date(path: Path, source: str) -> PlanRecord | None:
-    if not path.is_file():
-        return None
+def _up_to_date(bundle: Bundle, graph: str, source: str) -> PlanRecord | None:
+    """The record of a plan that is listed, whole and of these inputs."""
+    plan = plan_files(graph)[0]
     try:
-        record = PlanRecord.read(_record_path(path))
+        record = PlanRecord.of(bundle, graph)
+        if record.source_sha256 != source or bundle.files.sha256.get(plan) != record.plan_sha256:
+            return None
+        bundle.files.check((plan,))
     except BundleError:
         return None
-    same = record.source_sha256 == source and record.plan_bytes == path.stat().st_size
-    return record if same and record.plan_sha256 == file_sha256(path) else None
+    return record
+
+
+def _placed(library: Path, bundle: Bundle) -> Path:
+    """The library in the bundle, copied with its manifest where it lies elsewhere: plans name it by its place there."""
+    folder = bundle.path / PLUGINS_FOLDER
+    if library.resolve() == folder.resolve() / LIBRARY:
+        return folder / LIBRARY
+    read_manifest(library)
+    folder.mkdir(exist_ok=True)
+    for source, name in ((library.with_name(MANIFEST), MANIFEST), (library, LIBRARY)):
+        with aside(folder / name) as draft:
+            shutil.copyfile(source, draft)
+    return folder / LIBRARY
 
 
 def _writer(trt: Any, write: Callable[[Any], Any]) -> Any:

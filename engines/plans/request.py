@@ -11,8 +11,8 @@ from deepseek_trt.engines.plans.build import BuildProgress, BuiltPlan, build_wit
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.writing.working import locked
-from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter, PluginRequest, build_in_locked
-from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER, read_manifest
+from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter, PluginRequest, build_in_locked, is_listed
+from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, PLUGINS_FOLDER, read_manifest
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -37,13 +37,14 @@ def build_plans(
     bundle = Bundle.open(request.bundle)
     check_build(bundle, request.spec)  # before minutes go into kernels
     with locked(bundle.path):  # nobody replaces the library, or copies half of the plans
-        return build_with_library(bundle, request.spec, _library(request, plugins or PluginReporter()), progress)
+        bundle = bundle.listed_anew()
+        library = _library(bundle, request, plugins or PluginReporter())
+        return build_with_library(bundle, request.spec, library, progress)
 
 
-def _library(request: BuildRequest, plugins: PluginReporter) -> Path:
+def _library(bundle: Bundle, request: BuildRequest, plugins: PluginReporter) -> Path:
     library = request.bundle / PLUGINS_FOLDER / LIBRARY
-    whole = library.is_file() and library.with_name(MANIFEST).is_file()  # else a run was killed between the two
-    if whole and set(request.spec.sms) <= set(read_manifest(library).sms):
+    if is_listed(bundle) and set(request.spec.sms) <= set(read_manifest(library).sms):
         return library
     return build_in_locked(PluginRequest(request.bundle, request.spec.sms), plugins).path
 

@@ -22,7 +22,8 @@ class TritonPythonModel:
     """What the Python backend calls: initialize once, execute for each batch of requests."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        self._bundle = Bundle.open(Path(args["model_repository"]) / args["model_version"] / "bundle")
+        path = Path(args["model_repository"]) / args["model_version"] / "bundle"
+        self._bundle = Bundle.open(path, judges_weights=True)  # as model.py of the repository has just hashed them
         self._classifier = TextClassifier(self._bundle)
         pb_utils.Logger.log_info(f"{args['model_name']}: {self._bundle.manifest.classifier}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_trt.plugins.cxx import cache_folder
+from deepseek_trt.export.trust.cache import cache_folder
 
 ENOUGH = 32  # seconds that sessions live: ONNX Runtime's own look-up comes after 25
 CALL = re.compile(r"\b(connect|sendto|sendmsg|sendmmsg)\((.*)")

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from deepseek_trt.engines.plans.check import (
-    check_file,
     check_library,
     check_pages,
     check_version,
     limits_of,
+    open_plan,
     read_plans,
 )
 from deepseek_trt.engines.plans.flavour import open_flavour
@@ -65,7 +65,7 @@ class TrtSession(Session):
         self.door = Door.of(bundle, pages)
         check_pages(self.limits, pages)
         self.cache, self.pages = bundle.manifest.cache, pages
-        self.library = cpu_library(bundle.path).path  # samples on the CPU
+        self.library = cpu_library(bundle).path  # samples on the CPU
         self._pool_shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self.vocab_size = bundle.manifest.model.vocab_size
         self._all_logits = bundle.manifest.all_logits
@@ -89,15 +89,16 @@ class TrtSession(Session):
         stack.callback(device.close)
         device.activate()
         libraries = {check_library(bundle, plan, device.sm) for plan in plans} - {None}
-        for plan in plans:
-            check_file(plan)
-        for library in libraries:
-            load_library(library, flavour.trt)  # type: ignore[arg-type]
-        self._engines: dict[str, Engine] = {}
-        for name, plan in self._plans.items():
-            engine = Engine(plan, flavour, device.sm, device.name, self._cuda_graphs and name == "decode")
-            stack.callback(engine.close)
-            self._engines[name] = engine
+        with contextlib.ExitStack() as streams:
+            opened = {name: streams.enter_context(open_plan(bundle, plan)) for name, plan in self._plans.items()}
+            for library in libraries:
+                load_library(library, flavour.trt, plans[0].record.plugin_library_sha256)  # type: ignore[arg-type]
+            self._engines: dict[str, Engine] = {}
+            for name, plan in self._plans.items():
+                captured = self._cuda_graphs and name == "decode"
+                engine = Engine(plan, opened[name], flavour, device.sm, device.name, captured)
+                stack.callback(engine.close)
+                self._engines[name] = engine
         notes = [f"{flavour.name} {flavour.version} on {device.name}", *(e.note for e in self._engines.values())]
         self.note = "; ".join(dict.fromkeys(filter(None, notes)))
         self._allocate(bundle, progress)

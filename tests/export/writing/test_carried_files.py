@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deepseek_trt.engines.text.text import Text
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.text.files import CARRIED
@@ -95,8 +97,9 @@ def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
 
     carry_files(demo_checkpoint, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
-    manifest = SimpleNamespace(model=ModelConfig(max_position_embeddings=64))
-    bundle = SimpleNamespace(path=tmp_path, tokenizer_path=tmp_path / "tokenizer.json", manifest=manifest)
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()}
+    manifest = SimpleNamespace(model=ModelConfig(max_position_embeddings=64), files=files, added={})
+    bundle = Bundle(tmp_path, manifest)
     ids = Text(bundle).encode_chat([{"role": "user", "content": "hello"}])
     bos = json.loads((demo_checkpoint / "config.json").read_text())["bos_token_id"]
     assert ids[0] == bos
