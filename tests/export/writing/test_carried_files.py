@@ -21,7 +21,7 @@ from deepseek_trt.export.writing.carried_files import carried_digests, carry_fil
 def test_files_arrive_as_they_are(demo_checkpoint, tmp_path):
     carry_files(demo_checkpoint, tmp_path)
     carried = {path.name for path in tmp_path.iterdir()}
-    assert carried == {name for name in CARRIED if (demo_checkpoint / name).is_file()}
+    assert carried == {"config.json", *(name for name in CARRIED if (demo_checkpoint / name).is_file())}
     for name in carried:
         assert filecmp.cmp(demo_checkpoint / name, tmp_path / name, shallow=False)
 
@@ -67,7 +67,8 @@ def test_templates_in_a_folder_are_carried(tmp_path):
     (source / "additional_chat_templates").mkdir(parents=True)
     target.mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
-    (source / "chat_template.json").write_text("{}")
+    for name in ("chat_template.json", "config.json"):
+        (source / name).write_text("{}")
     carry_files(source, target)
     assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
     names = ["chat_template.json", "additional_chat_templates/rag.jinja"]
@@ -82,10 +83,10 @@ def test_licences_are_carried(tmp_path):
     source.mkdir()
     target.mkdir()
     (source / "LICENSES").mkdir()
-    for name in (*LICENCES, "README.md", "licensed.bin", "noticeable.txt", "model.safetensors"):
+    for name in (*LICENCES, "README.md", "licensed.bin", "noticeable.txt", "config.json", "model.safetensors"):
         (source / name).write_text(name)
     carry_files(source, target)
-    assert {p.name for p in target.iterdir()} == set(LICENCES)
+    assert {p.name for p in target.iterdir()} == {"config.json", *LICENCES}
     before = carried_digests(source)
     (source / "LICENSE").write_text("another")
     assert carried_digests(source) != before
