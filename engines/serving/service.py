@@ -18,7 +18,7 @@ from deepseek_trt.engines.generation.answer import Answer
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.serving import metrics as m
-from deepseek_trt.engines.serving.request import Tensors, parse_request
+from deepseek_trt.engines.serving.request import GenerateRequest, Tensors, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream
 from deepseek_trt.export.errors import BackendError, DeepseekTrtError
 
@@ -72,18 +72,41 @@ class Service:
     def accept(
         self, channel: Channel, tensors: Tensors, parameters: Mapping[str, Any] | None = None, timeout_us: int = 0
     ) -> None:
-        """Start answering, or have an error sent; returns at once."""
+        """Start answering a request of tensors, or have an error sent; returns at once."""
+
+        def parsed() -> tuple[GenerateRequest, Answer]:
+            request = parse_request(tensors, parameters or {}, self._text, timeout_us, self._llm.defaults)
+            return request, Answer(self._text, request.params)
+
+        self.take(channel, parsed)
+
+    def take(self, channel: Channel, parsed: Callable[[], tuple[GenerateRequest, Answer]]) -> Stream | None:
+        """Start answering what `parsed` gives; None, and an error sent, where that cannot be. Returns at once."""
         arrived = time.perf_counter()
         try:
-            request = parse_request(tensors, parameters or {}, self._text, timeout_us, self._llm.defaults)
-            self._submit(Stream(channel, request, Answer(self._text, request.params), arrived))
+            stream = Stream(channel, *parsed(), arrived)
+            self._submit(stream)
+            return stream
         except DeepseekTrtError as error:
             self._refuse(channel, Failure("invalid", str(error)))
         except _RefusedError as error:
-            self._refuse(channel, Failure("refused", str(error)))
+            self._refuse(channel, Failure("refused", str(error), full=error.full))
         except Exception as error:  # a bug: the one who asked must not wait for ever
             _log.exception("a request could not be taken")
             self._refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
+        return None
+
+    def leave(self, stream: Stream, used: int | None) -> None:
+        """End an answer that nobody wants more of: `used` of its tokens were, None where nobody waits any more.
+
+        Any thread may call it; pages are free before the engine's next step.
+        """
+        ticket = stream.ticket
+        stream.leave(used)
+        if ticket is not None:
+            self._llm.cancel(ticket)
+        self._ready.append(stream)
+        self._wake.set()
 
     def close(self) -> None:
         """Returns when every request has had its final response and the threads have ended."""
@@ -100,7 +123,8 @@ class Service:
             if self._closed:
                 raise _RefusedError(self._closed)
             if len(self._live) >= self._max_inflight:
-                raise _RefusedError(f"{self._max_inflight} requests are in flight, the most allowed: try again later")
+                full = f"{self._max_inflight} requests are in flight, the most allowed: try again later"
+                raise _RefusedError(full, full=True)
             self._live.add(stream)
 
         def put(event: Event | Exception) -> None:
@@ -189,6 +213,9 @@ class Service:
         if stream.ticket is None:  # the thread that took the request has not come to it yet
             self._ready.append(stream)
             return
+        if stream.left is not None:
+            self._finish(stream, stream.end())
+            return
         stream.queued = False  # before taking, so that what comes meanwhile is told of
         response = stream.take()
         if isinstance(response, Failure) or (response and response.finish_reason):
@@ -249,7 +276,11 @@ class Service:
 
 
 class _RefusedError(Exception):
-    """The service takes no request now, right as this one may be."""
+    """The service takes no request now, right as this one may be; full: it may later."""
+
+    def __init__(self, message: str, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
 
 
 def _ended(stream: Stream, response: Response | Failure) -> m.Ended:

@@ -1,0 +1,80 @@
+"""A chat's messages as the prompt that the model's template makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek_trt.engines.serving.openai.bodies import ChatBody
+from deepseek_trt.engines.serving.openai.errors import invalid, unsupported
+from deepseek_trt.engines.serving.openai.served import Served
+from deepseek_trt.engines.serving.openai.tool_use import ToolUse
+from deepseek_trt.engines.text.messages import checked_arguments
+from deepseek_trt.engines.text.parsing.choose import Formats
+from deepseek_trt.engines.text.parsing.said import Parser
+from deepseek_trt.export.errors import RequestError
+
+# What each role means to templates; they pass over roles that they do not know.
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The rendered prompt, its tokens, and how its answer is read."""
+
+    prompt: str
+    ids: list[int]
+    use: ToolUse
+    formats: Formats
+
+    def parser(self) -> Parser:
+        """A new one, for one answer."""
+        return self.formats.parser(self.prompt, self.use.tools is not None)
+
+
+def converse(served: Served, body: ChatBody, use: ToolUse) -> Conversation:
+    """Render and encode. Raises ApiError and RequestError; templates may take seconds."""
+    assert served.text is not None
+    arguments = _arguments(body)
+    messages = [_message(index, message) for index, message in enumerate(body.messages)]
+    _check_read(served, arguments, use)
+    prompt = served.text.chat.render(messages, use.tools, None, arguments)
+    return Conversation(prompt, served.text.encode_rendered(prompt), use, served.formats)
+
+
+def _arguments(body: ChatBody) -> dict[str, Any]:
+    """What the template gets beside messages and tools."""
+    given = dict(body.chat_template_kwargs or {})
+    if body.documents is not None:
+        given["documents"] = body.documents
+    try:
+        return checked_arguments(given)
+    except RequestError as error:
+        raise invalid(f"chat_template_kwargs: {error}", "chat_template_kwargs") from None
+
+
+def _message(index: int, message: dict[str, Any]) -> dict[str, Any]:
+    role = message.get("role")
+    if role not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise invalid(
+            f"messages[{index}]: role {str(role)[:80]!r} is none that is read; give one of {known}", "messages"
+        )
+    unknown = [key for key, value in message.items() if value and key not in _KEYS]
+    if unknown:
+        raise invalid(f"messages[{index}]: {unknown[0][:80]!r} is not read; leave it out", "messages")
+    return {**{key: value for key, value in message.items() if key in _KEYS}, "role": _ROLES[role]}
+
+
+def _check_read(served: Served, arguments: dict[str, Any], use: ToolUse) -> None:
+    """What is given must reach the model."""
+    assert served.text is not None
+    tools = None if use.forced else use.tools
+    for name in served.text.chat.unused(arguments, tools):
+        if name == "tools":
+            raise unsupported("tools", "this model's chat template does not read them; leave them out")
+        param = "documents" if name == "documents" else "chat_template_kwargs"
+        raise unsupported(param, f"this model's chat template does not read {name[:80]!r}; leave it out")
+    if tools is not None and served.formats.tools is None:
+        raise unsupported("tools", "how this model calls tools is not known; start the server with --tool-parser")
