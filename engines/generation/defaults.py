@@ -48,7 +48,10 @@ class SamplingDefaults:
 
     def params(self, **given: Any) -> SamplingParams:
         """What was given, and for the rest these defaults."""
-        return SamplingParams(**{**dict(self.values), **given})
+        values = dict(self.values)
+        if given.get("max_tokens") is not None:  # the other name of it
+            values.pop("max_new_tokens", None)
+        return SamplingParams(**{**values, **given})
 
     @property
     def lines(self) -> tuple[str, ...]:

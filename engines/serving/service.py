@@ -1,4 +1,4 @@
-"""Service: requests in, answers out, over one LLM: an engine thread computes, one other thread sends.
+"""Service: requests in, answers out, over one LLM: readers read requests, an engine thread computes, one thread sends.
 
 Only the sending thread sends, polls and counts: tritonserver's metrics cannot be used from two threads at once.
 """
@@ -6,12 +6,14 @@ Only the sending thread sends, polls and counts: tritonserver's metrics cannot b
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from deepseek_trt.engines.generation.answer import Answer
@@ -28,6 +30,8 @@ _UNLOADING = "the model is being unloaded: ask again when it is loaded"
 _TICK = 0.02  # seconds between looks at who has gone or run out of time
 _POLL_AFTER = 0.06  # seconds from one question to a channel to the next: below 100 ms with the tick
 _ASK_AFTER = 0.5  # seconds from one question to the host to the next
+_READERS = 2  # threads that read requests: a long prompt, or a slow template, holds up one of them
+_LONGEST_REASON = 1000  # characters of a refusal
 
 
 class Host(Protocol):
@@ -46,8 +50,9 @@ class Service:
     The sending thread rests as long as each round of sending took: the interpreter is the engine's at least half of the
     time, and with many streams more tokens go into one response.
 
-    `accept` and `close` belong to tritonserver's thread. Once the host does not want the model any more, or at close,
-    nothing is taken, and what still runs after `drain_seconds` is ended with an error.
+    `accept`, `refuse` and `close` belong to tritonserver's thread; the first two return at once. Once the host does not
+    want the model any more, or at close, nothing is taken, and what still runs after `drain_seconds` is ended with an
+    error.
     """
 
     def __init__(self, llm: LLM, max_inflight: int, drain_seconds: float, metrics: m.Metrics, host: Host) -> None:
@@ -56,13 +61,15 @@ class Service:
         self._llm, self._text = llm, llm.text
         self._max_inflight, self._drain_seconds = max_inflight, drain_seconds
         self._metrics, self._host = metrics, host
-        self._admission = threading.Lock()  # guards the three below
+        self._admission = threading.Lock()  # guards the four below
         self._live: set[Stream] = set()  # have not had their final response
+        self._reading = 0  # requests that are taken, and not live yet
         self._closed = ""  # why nothing is taken any more
         self._abort_at = math.inf  # when what is live is ended with an error
         self._failure = ""  # of the engine, to be told to the host
         self._ready: deque[Stream] = deque()  # with something to send
         self._refused: deque[tuple[Channel, Failure]] = deque()
+        self._readers = ThreadPoolExecutor(_READERS, "deepseek-trt-reader")
         self._wake = threading.Event()
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="deepseek-trt-sender", daemon=True)
@@ -72,29 +79,20 @@ class Service:
     def accept(
         self, channel: Channel, tensors: Tensors, parameters: Mapping[str, Any] | None = None, timeout_us: int = 0
     ) -> None:
-        """Start answering a request of tensors, or have an error sent; returns at once."""
+        """Start answering, or have an error sent; returns at once. Nobody else may change the tensors."""
+        arrived = time.perf_counter()
 
         def parsed() -> tuple[GenerateRequest, Answer]:
             request = parse_request(tensors, parameters or {}, self._text, timeout_us, self._llm.defaults)
             return request, Answer(self._text, request.params)
 
-        self.take(channel, parsed)
+        if self._admits(channel):
+            self._readers.submit(self._read, channel, parsed, arrived)
 
     def take(self, channel: Channel, parsed: Callable[[], tuple[GenerateRequest, Answer]]) -> Stream | None:
-        """Start answering what `parsed` gives; None, and an error sent, where that cannot be. Returns at once."""
+        """Start answering what `parsed` gives, in this thread; None, and an error sent, where that cannot be."""
         arrived = time.perf_counter()
-        try:
-            stream = Stream(channel, *parsed(), arrived)
-            self._submit(stream)
-            return stream
-        except DeepseekTrtError as error:
-            self._refuse(channel, Failure("invalid", str(error)))
-        except _RefusedError as error:
-            self._refuse(channel, Failure("refused", str(error), full=error.full))
-        except Exception as error:  # a bug: the one who asked must not wait for ever
-            _log.exception("a request could not be taken")
-            self._refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
-        return None
+        return self._read(channel, parsed, arrived) if self._admits(channel) else None
 
     def leave(self, stream: Stream, used: int | None) -> None:
         """End an answer that nobody wants more of: `used` of its tokens were, None where nobody waits any more.
@@ -108,23 +106,59 @@ class Service:
         self._ready.append(stream)
         self._wake.set()
 
+    def refuse(self, channel: Channel, failure: Failure) -> None:
+        """Have this sent as the only response."""
+        if len(failure.message) > _LONGEST_REASON:
+            failure = dataclasses.replace(failure, message=f"{failure.message[: _LONGEST_REASON - 3]}...")
+        self._refused.append((channel, failure))
+        self._wake.set()
+
     def close(self) -> None:
         """Returns when every request has had its final response and the threads have ended."""
         self._shut(_UNLOADING, self._drain_seconds)
-        while self._live:
+        while self._live or self._reading:
             time.sleep(0.005)
+        self._readers.shutdown()
         self._stop = True
         self._wake.set()
         self._thread.join()
         self._llm.close()
 
+    def _admits(self, channel: Channel) -> bool:
+        """Make room for one more request, or refuse it."""
+        with self._admission:
+            refusal, full = self._closed, len(self._live) + self._reading >= self._max_inflight
+            if not refusal and not full:
+                self._reading += 1
+                return True
+        refusal = refusal or f"{self._max_inflight} requests are in flight, the most allowed: try again later"
+        self.refuse(channel, Failure("refused", refusal, full=not self._closed))
+        return False
+
+    def _read(
+        self, channel: Channel, parsed: Callable[[], tuple[GenerateRequest, Answer]], arrived: float
+    ) -> Stream | None:
+        """From what was sent to a request that the engine has, or to an error."""
+        try:
+            stream = Stream(channel, *parsed(), arrived)
+            self._submit(stream)
+            return stream
+        except DeepseekTrtError as error:
+            self.refuse(channel, Failure("invalid", str(error)))
+        except _RefusedError as error:
+            self.refuse(channel, Failure("refused", str(error)))
+        except Exception as error:  # a bug: the one who asked must not wait for ever
+            _log.exception("a request could not be taken")
+            self.refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
+        finally:
+            with self._admission:
+                self._reading -= 1
+        return None
+
     def _submit(self, stream: Stream) -> None:
         with self._admission:
             if self._closed:
                 raise _RefusedError(self._closed)
-            if len(self._live) >= self._max_inflight:
-                full = f"{self._max_inflight} requests are in flight, the most allowed: try again later"
-                raise _RefusedError(full, full=True)
             self._live.add(stream)
 
         def put(event: Event | Exception) -> None:
@@ -141,10 +175,6 @@ class Service:
             with self._admission:
                 self._live.discard(stream)
             raise
-
-    def _refuse(self, channel: Channel, failure: Failure) -> None:
-        self._refused.append((channel, failure))
-        self._wake.set()
 
     def _engine_failed(self, error: Exception) -> None:
         """In the engine's thread, after every request got the error."""
@@ -269,18 +299,14 @@ class Service:
         return {
             m.PREEMPTIONS: scheduler.counters.preemptions,
             m.BATCH_SIZE: scheduler.running,
-            m.INFLIGHT: len(self._live),
+            m.INFLIGHT: len(self._live) + self._reading,
             m.PAGES_USED: scheduler.pool.pages - 1 - free,
             m.PAGES_FREE: free,
         }
 
 
 class _RefusedError(Exception):
-    """The service takes no request now, right as this one may be; full: it may later."""
-
-    def __init__(self, message: str, full: bool = False) -> None:
-        super().__init__(message)
-        self.full = full
+    """The service takes no request now, right as this one may be."""
 
 
 def _ended(stream: Stream, response: Response | Failure) -> m.Ended:

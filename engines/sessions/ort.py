@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnxruntime as ort
 
+from deepseek_trt.engines.sessions.door import Door, check_cache_memory
 from deepseek_trt.engines.sessions.huge_pages import Progress, zeros
 from deepseek_trt.engines.sessions.loading import load_weights, no_progress, weights_fit
 from deepseek_trt.engines.sessions.prepared import fused_decode
@@ -128,6 +129,9 @@ class _BoundSession(GraphPair):
         """bfloat16 bundles are computed in float32. Whoever makes it goes on with `_bind`."""
         cache = bundle.manifest.cache
         self.cache = dataclasses.replace(cache, dtype=computed_in(cache.dtype))
+        self.door = Door.of(bundle, pages)
+        if place.device == "cpu":
+            check_cache_memory(self.cache, pages)
         self.pages, self.vocab_size, self.library = pages, bundle.manifest.model.vocab_size, library
         self._shape, self._dtype = (pages, cache.page_size, cache.latent_dim), np.dtype(numpy_dtype(self.cache.dtype))
         self._place = place

@@ -28,7 +28,8 @@ class Text:
         self._tokenizer = self._loaded.tokenizer
         self.chat = ChatTemplates(bundle.path)
         longest = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
-        self._most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings  # twice: normalizers may shorten
+        # Of a prompt. Twice: normalizers may shorten.
+        self.most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings
         added = self._tokenizer.get_added_tokens_decoder()
         self._vocab_size = bundle.manifest.model.vocab_size
         self._bytes = TokenBytes(self._tokenizer)
@@ -88,7 +89,7 @@ class Text:
         return TextStream(self._tokenizer, self._special)
 
     def _encode(self, text: str, name: str) -> list[int]:
-        if len(text) > self._most_bytes:
+        if len(text) > self.most_bytes:
             raise RequestError(f"{name} has {len(text)} characters, more than the model has tokens for: shorten it")
         check_text(text, name)
         try:

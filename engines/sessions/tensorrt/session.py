@@ -19,6 +19,7 @@ from deepseek_trt.engines.plans.check import (
 )
 from deepseek_trt.engines.plans.flavour import open_flavour
 from deepseek_trt.engines.plans.plan import Plan
+from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import Device, aligned
@@ -61,6 +62,7 @@ class TrtSession(Session):
         """
         plans = read_plans(bundle)
         self.limits = limits_of(plans)
+        self.door = Door.of(bundle, pages)
         check_pages(self.limits, pages)
         self.cache, self.pages = bundle.manifest.cache, pages
         self.library = cpu_library(bundle.path).path  # samples on the CPU
@@ -134,6 +136,7 @@ class TrtSession(Session):
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
         """As Session's; more tokens than the engine takes at once are cached piece by piece."""
+        self.door.check_prefill(input_ids, sequence_lengths, past_lengths, page_table)
         self._check_sizes(input_ids, page_table)
         batch, steps = input_ids.shape
         logits = np.zeros((*self._logits_rows(batch, steps), self.vocab_size), dtype=np.float32)
@@ -159,6 +162,7 @@ class TrtSession(Session):
         return (batch, steps) if self._all_logits else (batch,)
 
     def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        self.door.check_decode(input_ids, past_lengths, page_table)
         self._check_sizes(input_ids, page_table)
         rows, width = page_table.shape
         more = (0, bucket(rows, self.limits.batch) - rows)

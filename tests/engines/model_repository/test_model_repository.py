@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -403,6 +404,59 @@ def test_flags_of_serve_sh():
         supervise.command_of("such-server", {}, ["a"])
     with pytest.raises(SystemExit, match="is no flag"):
         supervise.split_flags(["8000"])
+
+
+def test_control_endpoints_ask_for_a_key_unless_given_flags_say_otherwise():
+    supervise = script("supervise.py")
+    key, flags = supervise.control_key(None), {}
+    assert key != supervise.control_key(None)
+    assert supervise.restrict(flags, key) == {"deepseek-trt-control": key}
+    both = f"model-repository,shared-memory,trace,logging:deepseek-trt-control={key}"
+    assert flags == {"http-restricted-api": [both], "grpc-restricted-protocol": [both]}
+    own = {"http-restricted-api": ["model-repository,health:a=b", "trace:c=d"], "grpc-restricted-protocol": []}
+    assert supervise.restrict(own, key) == {"a": "b", "c": "d", "deepseek-trt-control": key}
+    assert own["http-restricted-api"][2] == f"shared-memory,logging:deepseek-trt-control={key}"
+    assert own["grpc-restricted-protocol"] == [both]
+
+
+def test_a_control_file_keeps_the_key(tmp_path):
+    supervise, file = script("supervise.py"), tmp_path / "control"
+    key = supervise.control_key(str(file))
+    assert file.read_text() == f"deepseek-trt-control: {key}\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert supervise.control_key(str(file)) == key
+
+
+def _linked(file):
+    (file.parent / "other").touch(0o600)
+    file.symlink_to("other")
+
+
+def _written(data, mode=0o600):
+    def write(file):
+        file.write_bytes(data)
+        file.chmod(mode)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_written(b"deepseek-trt-control: " + b"a" * 64, 0o644), "nobody else can read"),
+        (_written(b"deepseek-trt-control: short"), "one line"),
+        (_written(b"deepseek-trt-control: " + b"a" * 40 + b"\nx: y"), "one line"),
+        (_written(b"other: " + b"a" * 64), "one line"),
+        (_written(b"\xff" * 64), "utf-8"),
+        (_linked, "control"),
+        (lambda file: file.mkdir(), "control"),
+        (lambda file: os.mkfifo(file, 0o600), "must be a file"),
+    ],
+)
+def test_a_control_file_of_others_is_refused(tmp_path, spoil, words):
+    spoil(tmp_path / "control")
+    with pytest.raises(SystemExit, match=words):
+        script("supervise.py").control_key(str(tmp_path / "control"))
 
 
 def test_a_spoiled_file_is_named(repository, tmp_path):
