@@ -75,6 +75,16 @@ class Text:
         if not all(0 <= token < self._vocab_size for token in ids):
             raise RequestError(f"{name} holds a token id outside 0..{self._vocab_size - 1}")
 
+    def token_id(self, written: str) -> int | None:
+        """The id of the token that is written so; None where there is none."""
+        found: int | None = self._tokenizer.token_to_id(written)
+        return found
+
+    def to_json(self) -> str:
+        """tokenizer.json with all tokens that the files beside it add."""
+        written: str = self._tokenizer.to_str()
+        return written
+
     def token_bytes(self, token: int) -> bytes:
         """What one token stands for; it may be a part of a character."""
         return self._bytes.of(token)

@@ -88,6 +88,11 @@ class Generating(Body, kw_only=True):
     min_tokens: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
     # ours: the tritonserver model's name for a deadline
     timeout_ms: int | None = None
     # vLLM's, for neutral values
@@ -103,6 +108,13 @@ class Generating(Body, kw_only=True):
     allowed_token_ids: Any = None
 
 
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """OpenAI's; json_schema holds name, schema and strict."""
+
+    type: str
+    json_schema: dict[str, Any] | None = None
+
+
 class CompletionBody(Generating, kw_only=True):
     """POST /v1/completions."""
 
@@ -110,15 +122,9 @@ class CompletionBody(Generating, kw_only=True):
     echo: bool | None = None
     best_of: int | None = None
     logprobs: int | None = None
+    response_format: ResponseFormat | None = None
     suffix: Any = None
     add_special_tokens: bool | None = None
-
-
-class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
-    """OpenAI's; json_schema holds name, schema and strict."""
-
-    type: str
-    json_schema: dict[str, Any] | None = None
 
 
 class ChatBody(Generating, kw_only=True):

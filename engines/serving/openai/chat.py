@@ -66,7 +66,7 @@ class Chat:
         use, logprobs = ToolUse.of(body), _logprobs(body)
         given = await asyncio.to_thread(converse, served, body, use)
         room = max(served.max_model_len - len(given.ids), 1)
-        params = sampling_params(body, served.defaults, room, logprobs)
+        params = sampling_params(body, served.defaults, room, logprobs, given.guide(body))
         questions = [Question(given.ids, own, body.timeout_ms, served.formats.marks) for own in seeds_of(params, count)]
         return cls(served, body, given, await ask(served.engine, text, questions))
 

@@ -10,6 +10,7 @@ from typing import Any
 from deepseek_trt.engines.serving.openai.answering import Answering, Question, ask, merged
 from deepseek_trt.engines.serving.openai.bodies import CompletionBody, StreamOptions
 from deepseek_trt.engines.serving.openai.errors import invalid, unsupported
+from deepseek_trt.engines.serving.openai.guides import guide_of
 from deepseek_trt.engines.serving.openai.logprobs import CompletionLogprobs
 from deepseek_trt.engines.serving.openai.sampling import sampling_params, seeds_of
 from deepseek_trt.engines.serving.openai.served import Served, usage
@@ -47,7 +48,8 @@ class Completions:
         text = served.text
         assert text is not None
         _check(body)
-        params = sampling_params(body, served.defaults, _MAX_TOKENS, body.logprobs)
+        guide = guide_of(body, body.response_format)
+        params = sampling_params(body, served.defaults, _MAX_TOKENS, body.logprobs, guide)
         prompts = await asyncio.to_thread(_prompts, text, body.prompt)
         served.check_choices(len(prompts) * (body.n or 1), "n")
         own = seeds_of(params, len(prompts) * (body.n or 1))

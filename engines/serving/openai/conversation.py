@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.engines.serving.openai.bodies import ChatBody
 from deepseek_trt.engines.serving.openai.errors import invalid, unsupported
+from deepseek_trt.engines.serving.openai.guides import forced_call, guide_of
 from deepseek_trt.engines.serving.openai.served import Served
 from deepseek_trt.engines.serving.openai.tool_use import ToolUse
 from deepseek_trt.engines.text.messages import checked_arguments
 from deepseek_trt.engines.text.parsing.choose import Formats
+from deepseek_trt.engines.text.parsing.reasoning import CLOSE
 from deepseek_trt.engines.text.parsing.said import Parser
+from deepseek_trt.engines.text.parsing.tools import V31, ToolFormat
 from deepseek_trt.export.errors import RequestError
 
 # What each role means to templates; they pass over roles that they do not know.
@@ -28,9 +33,26 @@ class Conversation:
     use: ToolUse
     formats: Formats
 
+    def guide(self, body: ChatBody) -> Guide | None:
+        """What the request wants of the answer's form, from the end of its reasoning on."""
+        guide = forced_call(self.use, self.tool_format) if self.use.forced else guide_of(body, body.response_format)
+        if self.use.forced and guide_of(body, body.response_format) is not None:
+            raise invalid("tool_choice: a call of a tool has no other form; leave response_format out", "tool_choice")
+        if guide is not None and self.formats.thinks_first(self.prompt):
+            return dataclasses.replace(guide, after=CLOSE)
+        return guide
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """The model's own, or, as a forced call is one by its guide, any."""
+        return self.formats.tools or V31
+
     def parser(self) -> Parser:
         """A new one, for one answer."""
-        return self.formats.parser(self.prompt, self.use.tools is not None)
+        formats = self.formats
+        if self.use.forced:
+            formats = dataclasses.replace(formats, tools=self.tool_format)
+        return formats.parser(self.prompt, self.use.tools is not None)
 
 
 def converse(served: Served, body: ChatBody, use: ToolUse) -> Conversation:

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
+from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.serving.openai.bodies import Generating
-from deepseek_trt.engines.serving.openai.errors import invalid, unsupported
+from deepseek_trt.engines.serving.openai.errors import invalid
 
 MOST_LOGPROBS = 20  # OpenAI's bound
 _SAME = (
@@ -30,14 +31,12 @@ _SEEDS = 2**64
 
 
 def sampling_params(
-    body: Generating, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None
+    body: Generating, defaults: SamplingDefaults, max_tokens: int, logprobs: int | None, guide: Guide | None
 ) -> SamplingParams:
     """The body's, and for the rest `defaults`; `max_tokens` counts where neither says how many.
 
     Raises ApiError and RequestError.
     """
-    if body.logit_bias:
-        raise unsupported("logit_bias", "not supported; leave it out")
     if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
         raise invalid(f"logprobs {logprobs}: must lie between 0 and {MOST_LOGPROBS}", "logprobs")
     if body.timeout_ms is not None and body.timeout_ms < 1:
@@ -48,7 +47,19 @@ def sampling_params(
         given["top_k"] = 0 if body.top_k == -1 else body.top_k  # vLLM's word for all
     known = dict(defaults.values)
     given["max_new_tokens"] = asked_tokens(body) or known.get("max_new_tokens") or max_tokens
-    return defaults.params(**given, logprobs=logprobs)
+    given["logit_bias"] = _biases(body.logit_bias or {})
+    return defaults.params(**given, logprobs=logprobs, guide=guide)
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    """JSON's keys are text; these are token ids."""
+    wrong = [key for key in given if not (key.isascii() and key.isdigit() and len(key) < 20)]
+    if wrong:
+        raise invalid(f"logit_bias {wrong[0][:80]!r}: keys are token ids, in digits", "logit_bias")
+    biases = {int(key): bias for key, bias in given.items()}
+    if len(biases) < len(given):
+        raise invalid("logit_bias: a token comes twice, written differently", "logit_bias")
+    return biases
 
 
 def asked_tokens(body: Generating) -> int | None:
@@ -76,4 +87,5 @@ def wire_params(params: SamplingParams) -> dict[str, Any]:
     values = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
     del values["stop"]
     values["max_new_tokens"] = int(params.max_new_tokens)
+    values["guide"] = None if params.guide is None else dataclasses.astuple(params.guide)
     return values

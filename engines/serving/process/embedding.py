@@ -26,7 +26,7 @@ class EmbeddingEngine:
         note = f" ({self._embedder.session.note})" if self._embedder.session.note else ""
         self.lines = [f"backend: {self._embedder.session.backend}{note}"]
         self._link, self._most = link, settings.max_inflight
-        self._registry, self._metrics = registry, m.Metrics(registry)
+        self._metrics = m.Metrics(registry)
         self._drain = settings.drain_ms / 1000
         self._waiting: queue.Queue[Embed | None] = queue.Queue()
         self._live: set[int] = set()  # not answered, and still wanted
@@ -58,15 +58,15 @@ class EmbeddingEngine:
 
     def _run(self) -> None:
         while (message := self._waiting.get()) is not None:
-            self._show(m.INFLIGHT, len(self._live))
+            self._metrics.flush(None, self._held)
             result = self._answer(message) if message.id in self._live else "cancelled"
             self._live.discard(message.id)
             tokens = sum(map(len, message.rows)) if result == "ok" else 0
             self._metrics.ended(m.Ended(result, input_tokens=tokens))
-            self._metrics.flush(None, lambda: {m.INFLIGHT: len(self._live)})
+            self._metrics.flush(None, self._held)
 
-    def _show(self, metric: m.MetricSpec, value: float) -> None:
-        self._registry.show(metric, value)
+    def _held(self) -> dict[m.MetricSpec, int]:
+        return {m.INFLIGHT: len(self._live)}
 
     def _answer(self, message: Embed) -> str:
         """Send the vectors, or why there are none; gives the result for the metrics."""

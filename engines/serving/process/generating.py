@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deepseek_trt.engines.generation.answer import Answer
+from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.serving.metrics import Metrics
 from deepseek_trt.engines.serving.opening import open_llm
@@ -17,6 +19,8 @@ from deepseek_trt.engines.serving.service import Service
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.stream import Failure, Response, Stream
 
+_COMPILERS = 2  # threads that compile guides
+
 
 class GeneratingEngine:
     """Takes Start and Leave; every Start is answered by Taken and Tokens, the last with a reason, or by Failed."""
@@ -27,19 +31,40 @@ class GeneratingEngine:
         self.lines = [f"backend: {llm.session.backend}{note}, as {llm.choice.why}", *llm.defaults.lines]
         self._link = link
         self._streams: dict[int, Stream] = {}  # those that have not ended
+        self._compiling: dict[int, Leave | None] = {}  # those whose guide takes its time, and who left meanwhile
+        self._compilers = ThreadPoolExecutor(_COMPILERS, "deepseek-trt-compiler")
+        self._handing = threading.Lock()  # guards the two dictionaries where both are looked at
         metrics, drain = Metrics(registry), settings.drain_ms / 1000
         self._service = Service(llm, settings.max_inflight, drain, metrics, _Host(link))
 
     def take(self, message: ToEngine) -> None:
-        if isinstance(message, Start):
+        if isinstance(message, Start) and message.params["guide"] is not None:
+            self._compiling[message.id] = None
+            self._compilers.submit(self._compile, message)
+        elif isinstance(message, Start):
             self._start(message)
         elif isinstance(message, Leave):
-            stream = self._streams.pop(message.id, None)
-            if stream is not None:
-                self._service.leave(stream, message.used)
+            self._leave(message)
 
     def close(self) -> None:
         self._service.close()
+        self._compilers.shutdown()
+
+    def _leave(self, message: Leave) -> None:
+        with self._handing:
+            if message.id in self._compiling:
+                self._compiling[message.id] = message
+            stream = self._streams.pop(message.id, None)
+        if stream is not None:
+            self._service.leave(stream, message.used)
+
+    def _compile(self, message: Start) -> None:
+        """Start in a thread of its own: other requests do not wait for a guide."""
+        self._start(message)
+        with self._handing:
+            left = self._compiling.pop(message.id)
+        if left is not None:
+            self._leave(left)
 
     def _start(self, message: Start) -> None:
         channel = _Channel(self._link, message.id, self._streams)
@@ -92,7 +117,8 @@ class _Host:
 
 
 def _parsed(message: Start) -> tuple[GenerateRequest, Answer]:
-    params = SamplingParams(**message.params)
+    guide = message.params["guide"]
+    params = SamplingParams(**{**message.params, "guide": None if guide is None else Guide(*guide)})
     request = GenerateRequest(message.prompt_ids, params, True, "", message.timeout_ms, tokens_alone=True)
     return request, Answer(None, params)
 

@@ -19,7 +19,10 @@ class Setup(Message, frozen=True):
 
 
 class Start(Message, frozen=True):
-    """Answer these tokens; params are SamplingParams' fields but for stop, which the server looks for itself."""
+    """Answer these tokens; params are SamplingParams' fields but for stop, which the server looks for itself.
+
+    Of a guide they hold kind, text and after.
+    """
 
     id: int
     prompt_ids: list[int]

@@ -325,6 +325,7 @@ def test_what_cannot_be_sent_ends_the_request(served):
 def test_a_failed_engine_fails_all_and_the_host_is_told(served):
     served.session.gate.clear()
     running = [served.ask(**LONG, stream=i == 0) for i in range(3)]
+    wait_until(lambda: len(served.service._live) == 3)  # one that is read later would be refused
     served.session.failures = 1
     served.session.gate.set()
     for channel in running:
