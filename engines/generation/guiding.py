@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from deepseek_trt.plugins.cpu.sampling_row import SamplingRow
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Of JSON: without a bound a model may write white space for ever, and keywords that are not known are never passed over.
+# Of JSON: without a bound a model may write white space for ever; keywords that are not known are said.
 JSON_OPTIONS = {
     "whitespace_flexible": True,
     "whitespace_pattern": r"[ \n]{0,20}",
@@ -26,6 +27,7 @@ JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)  # how a rule begins in llama.cpp's form
 _LONGEST_REASON = 300  # characters
 
 
@@ -113,8 +115,17 @@ def _grammar(llguidance: Any, guide: Guide) -> str:
     if guide.kind == "choice":
         texts: list[str] = json.loads(guide.text)
         return str(matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts))))
-    lark = llguidance.gbnf_to_lark(guide.text) if "::=" in guide.text else guide.text
+    lark = _lark_of_gbnf(guide.text) if _GBNF.search(guide.text) else guide.text
     return str(matcher.grammar_from_lark(lark))
+
+
+def _lark_of_gbnf(text: str) -> str:
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(text)
+    except Exception as error:  # the library raises what it comes to
+        raise ValueError(f"llama.cpp's form is not kept to: {error}") from None
 
 
 def _library() -> Any:

@@ -19,11 +19,12 @@ SCHEMA = {
     "required": ["name", "n"],
     "additionalProperties": False,
 }
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 HI = [{"role": "user", "content": "Say"}]
 TOOLS = [
     {"type": "function", "function": {"name": "first", "parameters": SCHEMA}},
-    {"type": "function", "function": {"name": "second", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}},
-]  # fmt: skip
+    {"type": "function", "function": {"name": "second", "parameters": NOTHING}},
+]
 
 
 @pytest.fixture
@@ -97,7 +98,8 @@ def test_what_is_no_form_is_named(http, field, value):
     answer = http.post("/v1/chat/completions", json={"messages": HI, "max_tokens": 3, field: value})
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
-    assert error["param"] == field or "guide" in error["message"]
+    assert error["param"] == field
+    assert field in error["message"]
 
 
 def test_two_forms_are_refused(http):
@@ -155,8 +157,9 @@ def test_logit_bias_is_honoured_and_checked(client, http):
 
 
 THINKING = (
-    "{{ bos_token }}{% if tools %}{{ tools | tojson }}<｜tool▁sep｜>{% endif %}{% for m in messages %}{{ m['content'] }}"
-    "{% endfor %}{% if thinking is defined and thinking %}<think>{% else %}</think>{% endif %}"
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}<｜tool▁sep｜>{% endif %}"
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    "{% if thinking is defined and thinking %}<think>{% else %}</think>{% endif %}"
 )
 
 
@@ -182,7 +185,8 @@ def test_reasoning_and_calls_are_told_from_content(thinker, start):
             f"{server.url}/chat/completions", json={"messages": HI, **say, "chat_template_kwargs": {"thinking": True}}
         )
         assert "</think>" in refused.json()["error"]["message"]  # no token of this model
-        call = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>first<｜tool▁sep｜>{"n": 1}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+        call = '<｜tool▁call▁begin｜>first<｜tool▁sep｜>{"n": 1}<｜tool▁call▁end｜>'
+        call = f"<｜tool▁calls▁begin｜>{call}<｜tool▁calls▁end｜>"
         for stream in (False, True):
             given = {"model": "demo", "messages": HI, "max_tokens": 300, "tools": TOOLS, "stream": stream}
             made = client.chat.completions.create(**given, extra_body={"guided_choice": [f"I ask.{call}"]})

@@ -185,12 +185,18 @@ def _mistyped(error: msgspec.ValidationError) -> ApiError:
     place = place.strip("`.")
     if "unknown field" in sentence or "missing required field" in sentence:
         param = sentence.rpartition(" ")[2].strip("`")
-        known = "is not known here" if "unknown" in sentence else "is missing"
-        where = f" in {place}" if place else ""
-        code = "unknown_parameter" if "unknown" in sentence else "missing_required_parameter"
-        return ApiError(400, f"{param}: {known}{where}", param, code)
-    param = place.partition("[")[0].partition(".")[0]
+        unknown = "unknown" in sentence
+        code = "unknown_parameter" if unknown else "missing_required_parameter"
+        whole = f"{place}.{param}" if place else param
+        said = "is not known here" if unknown else "is missing"
+        return ApiError(400, f"{whole}: {said}", _first(whole), code)
+    param = _first(place)
     return ApiError(400, f"{place or 'the body'}: {sentence}", param or None, "invalid_type")
+
+
+def _first(place: str) -> str:
+    """The field of the body that a place lies in."""
+    return place.partition("[")[0].partition(".")[0]
 
 
 def _short(value: Any) -> str:

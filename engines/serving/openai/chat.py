@@ -14,6 +14,7 @@ from deepseek_trt.engines.serving.openai.bodies import ChatBody, StreamOptions
 from deepseek_trt.engines.serving.openai.completions import check_stream
 from deepseek_trt.engines.serving.openai.conversation import Conversation, converse
 from deepseek_trt.engines.serving.openai.errors import invalid
+from deepseek_trt.engines.serving.openai.guides import asking_param, naming_guide
 from deepseek_trt.engines.serving.openai.logprobs import chat_logprobs
 from deepseek_trt.engines.serving.openai.sampling import sampling_params, seeds_of
 from deepseek_trt.engines.serving.openai.served import Served, usage
@@ -68,7 +69,8 @@ class Chat:
         room = max(served.max_model_len - len(given.ids), 1)
         params = sampling_params(body, served.defaults, room, logprobs, given.guide(body))
         questions = [Question(given.ids, own, body.timeout_ms, served.formats.marks) for own in seeds_of(params, count)]
-        return cls(served, body, given, await ask(served.engine, text, questions))
+        with naming_guide("tools" if use.forced else asking_param(body, body.response_format)):
+            return cls(served, body, given, await ask(served.engine, text, questions))
 
     def leave(self) -> None:
         for answer in self._taken:

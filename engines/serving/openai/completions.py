@@ -10,7 +10,7 @@ from typing import Any
 from deepseek_trt.engines.serving.openai.answering import Answering, Question, ask, merged
 from deepseek_trt.engines.serving.openai.bodies import CompletionBody, StreamOptions
 from deepseek_trt.engines.serving.openai.errors import invalid, unsupported
-from deepseek_trt.engines.serving.openai.guides import guide_of
+from deepseek_trt.engines.serving.openai.guides import asking_param, guide_of, naming_guide
 from deepseek_trt.engines.serving.openai.logprobs import CompletionLogprobs
 from deepseek_trt.engines.serving.openai.sampling import sampling_params, seeds_of
 from deepseek_trt.engines.serving.openai.served import Served, usage
@@ -54,7 +54,8 @@ class Completions:
         served.check_choices(len(prompts) * (body.n or 1), "n")
         own = seeds_of(params, len(prompts) * (body.n or 1))
         questions = [Question(prompt.ids, next(own), body.timeout_ms) for prompt in prompts for _ in range(body.n or 1)]
-        return cls(served, body, prompts, await ask(served.engine, text, questions))
+        with naming_guide(asking_param(body, body.response_format)):
+            return cls(served, body, prompts, await ask(served.engine, text, questions))
 
     def leave(self) -> None:
         for answer in self._taken:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.engines.generation.guiding import JSON_OPTIONS
 from deepseek_trt.engines.serving.openai.bodies import Generating, ResponseFormat
-from deepseek_trt.engines.serving.openai.errors import invalid
+from deepseek_trt.engines.serving.openai.errors import ApiError, invalid
 from deepseek_trt.engines.serving.openai.tool_use import ToolUse
 from deepseek_trt.engines.text.parsing.tools import CALLS_BEGIN, CALLS_END, ToolFormat
 from deepseek_trt.export.errors import RequestError
@@ -53,6 +54,36 @@ _MAKERS: dict[str, Callable[[Any], Guide | None]] = {
 
 def guide_of(body: Generating, response_format: ResponseFormat | None) -> Guide | None:
     """The one form that is asked for, or None. ApiError for several, and for what is none."""
+    asked = _asked(body, response_format)
+    if len(asked) > 1:
+        names = ", ".join(param for param, _, _ in asked)
+        raise invalid(f"{asked[0][0]}: an answer has one form, and {names} ask for several; give one", asked[0][0])
+    for param, kind, value in asked:
+        try:
+            return _MAKERS[kind](value)
+        except RequestError as error:
+            raise invalid(f"{param}: {error}", param) from None
+    return None
+
+
+@contextmanager
+def naming_guide(param: str | None) -> Iterator[None]:
+    """What the engine says of a guide is said of the field that asked for it."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param == "guide" and param:
+            raise ApiError(error.status, str(error).replace("guide", param, 1), param, error.code) from None
+        raise
+
+
+def asking_param(body: Generating, response_format: ResponseFormat | None) -> str | None:
+    """The field that asks for a form."""
+    return next((param for param, _, _ in _asked(body, response_format)), None)
+
+
+def _asked(body: Generating, response_format: ResponseFormat | None) -> list[tuple[str, str, Any]]:
+    """Fields that ask for a form, its kind, and what they give."""
     asked: list[tuple[str, str, Any]] = [
         (f"guided_{kind}", kind, value)
         for kind in ("json", "regex", "choice", "grammar")
@@ -66,15 +97,7 @@ def guide_of(body: Generating, response_format: ResponseFormat | None) -> Guide 
             asked.append(("structured_outputs", kind, value))
     if response_format is not None:
         asked += _of_format(response_format)
-    if len(asked) > 1:
-        names = ", ".join(param for param, _, _ in asked)
-        raise invalid(f"{asked[0][0]}: an answer has one form, and {names} ask for several; give one", asked[0][0])
-    for param, kind, value in asked:
-        try:
-            return _MAKERS[kind](value)
-        except RequestError as error:
-            raise invalid(f"{param}: {error}", param) from None
-    return None
+    return asked
 
 
 def _of_format(response_format: ResponseFormat) -> list[tuple[str, str, Any]]:
