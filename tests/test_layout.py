@@ -17,7 +17,14 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 ORDER = ("export", "plugins", "engines", "validate", "cli")
 MOST_FILES = 16  # of Python and C++ in a folder
-OTHER_TESTS = ("gpu", "server", "serving", "api", "inputs")  # need a GPU or a server, or try the whole from outside
+OTHER_TESTS = (
+    "gpu",
+    "server",
+    "serving",
+    "api",
+    "inputs",
+    "hostile",
+)  # that need a GPU or a tritonserver, or try the whole from outside
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "polygraphy", "triton", "numpy")
 
 

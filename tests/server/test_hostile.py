@@ -1,4 +1,4 @@
-"""Requests made to hurt, on the real server: errors to the sender, right answers to everybody else, no bug in the log."""
+"""Requests made to hurt, on the real server: errors to their senders, answers to all others, no bug in the log."""
 
 from __future__ import annotations
 
