@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from deepseek_trt.cli.options import COUNT, MOST, threads_option
-from deepseek_trt.cli.printing.output import loudness_options, say
+from deepseek_trt.cli.printing.output import output_options, print_json, say
 from deepseek_trt.export.errors import RequestError
 
 _EXTRA = ("starlette", "uvicorn", "msgspec")
@@ -61,8 +61,8 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option("--ssl-certfile", type=_FILE, help="Certificate for HTTPS, in PEM.")
 @click.option("--ssl-keyfile", type=_FILE, help="Its key, where the certificate's file does not hold it.")
-@loudness_options
-def command(bundle: Path, api_keys: tuple[str, ...], api_key_file: Path | None, **options: Any) -> None:
+@output_options("Print where the server is, once it is there, as one line of JSON.")
+def command(bundle: Path, api_keys: tuple[str, ...], api_key_file: Path | None, as_json: bool, **options: Any) -> None:
     """Serve BUNDLE with OpenAI's API: completions, chat, models; embeddings for a feature-extraction bundle.
 
     Example: deepseek-trt serve ./v2-lite --port 8000 --served-model-name v2-lite
@@ -77,7 +77,14 @@ def command(bundle: Path, api_keys: tuple[str, ...], api_key_file: Path | None, 
     sizes = {name: options.pop(name) for name in _SIZES}
     door = Door(_keys(api_keys, api_key_file), options.pop("max_body_mib") * 2**20)
     certificate, key = options.pop("ssl_certfile"), options.pop("ssl_keyfile")
-    serve(ServeRequest(bundle, SizeRequest(**sizes), door=door, certificate=certificate, key=key, **options), say)
+    request = ServeRequest(bundle, SizeRequest(**sizes), door=door, certificate=certificate, key=key, **options)
+    serve(request, say, lambda url, models: _announce(as_json, url, models))
+
+
+def _announce(as_json: bool, url: str, models: tuple[str, ...]) -> None:
+    say(f"serving {', '.join(models)} at {url}")
+    if as_json:
+        print_json({"url": url, "models": models})
 
 
 def _check_extra() -> None:

@@ -49,10 +49,20 @@ class Guides:
             after = self._text.token_id(guide.after)
             if after is None:
                 raise RequestError(f"guide {guide.kind}: {guide.after!r}, after which it holds, is no token here")
+        self._check_literals(guide)
         matcher = self._matcher(guide)
         if matcher.is_error():
             raise RequestError(f"guide {guide.kind}: {_reason(matcher.get_error())}")
-        return RowGuide(matcher, self._vocab, after)
+        return RowGuide(matcher, self._vocab, self._stops, after)
+
+    def _check_literals(self, guide: Guide) -> None:
+        """Text that is one of the tokenizer's own tokens, such as </think>, cannot be spelled by others: llguidance
+        would offer the token, and not know it again. A grammar can name such tokens.
+        """
+        text = guide.text if guide.kind != "grammar" else ""
+        found = next((token for token in self._text.added_tokens if token in text), None)
+        if found:
+            raise RequestError(f"guide {guide.kind}: holds {found!r}, which is a token by itself: leave it out")
 
     def _matcher(self, guide: Guide) -> LLMatcher:
         llguidance = _library()
@@ -70,22 +80,24 @@ class Guides:
 class RowGuide:
     """One answer's guide: a mask before each token is picked, and told of it after.
 
-    Where the answer is whole, the mask leaves the tokens that end it alone.
+    Where the answer is whole, the mask leaves the tokens that end it alone. Up to the token `after` it leaves all others.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab: int, after: int | None) -> None:
+    def __init__(self, matcher: LLMatcher, vocab: int, stops: Sequence[int], after: int | None) -> None:
         self._matcher, self._after = matcher, after
-        self._mask = np.zeros((vocab + 31) // 32, dtype=np.uint32)
-        self._fresh = False
+        self._mask = np.full((vocab + 31) // 32, 2**32 - 1, dtype=np.uint32)
+        self._fresh = after is not None
+        self._mask = self._without(np.array(stops))
 
     def prepare(self, row: SamplingRow) -> None:
         """Have the row's mask be that of its next token. BackendError where the guide has become too complex."""
-        if self._after is not None or self._fresh:
+        row.mask = self._mask.ctypes.data
+        if self._fresh:
             return
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._matcher.is_error():
             raise BackendError(f"the answer's guide cannot go on: {_reason(self._matcher.get_error())}")
-        self._fresh, row.mask = True, self._mask.ctypes.data
+        self._fresh = True
         bans = row.bans()
         if len(bans) and not self._without(bans).any():
             row.min_tokens = 0  # the answer must end here, short as it is
@@ -93,7 +105,8 @@ class RowGuide:
     def consume(self, token: int) -> None:
         """`token` was picked. BackendError where the guide does not have it."""
         if self._after is not None:
-            self._after = None if token == self._after else self._after
+            if token == self._after:
+                self._after, self._fresh = None, False
             return
         self._fresh = False
         if not self._matcher.consume_token(token):

@@ -33,6 +33,7 @@ class Text:
         added = self._tokenizer.get_added_tokens_decoder()
         self._vocab_size = bundle.manifest.model.vocab_size
         self._bytes = TokenBytes(self._tokenizer)
+        self.added_tokens = tuple(token.content for token in added.values())
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:

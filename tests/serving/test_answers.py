@@ -24,7 +24,8 @@ def llm(demo):
 
 @pytest.fixture
 def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="unused", max_retries=0)
+    with openai.OpenAI(base_url=server.url, api_key="unused", max_retries=0) as client:
+        yield client
 
 
 def streamed(events):

@@ -29,9 +29,14 @@ def served(features, start):
         assert "Traceback" not in server.said
 
 
-def test_vectors_usage_and_refusals(served, features):
+@pytest.fixture
+def client(served):
+    with openai.OpenAI(base_url=served.url, api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def test_vectors_usage_and_refusals(served, client, features):
     want = Embedder.open(features).embed(TEXTS)
-    client = openai.OpenAI(base_url=served.url, api_key="unused", max_retries=0)
     made = client.embeddings.create(model="vectors", input=TEXTS)  # which asks for base64
     np.testing.assert_allclose([one.embedding for one in made.data], want, rtol=1e-5, atol=1e-6)
     assert [one.index for one in made.data] == [0, 1, 2]

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 
-import httpx
 import jsonschema
 import openai
 import pytest
@@ -19,6 +18,7 @@ SCHEMA = {
     "required": ["name", "n"],
     "additionalProperties": False,
 }
+END = 4095
 NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 HI = [{"role": "user", "content": "Say"}]
 TOOLS = [
@@ -27,9 +27,14 @@ TOOLS = [
 ]
 
 
+def client_of(server):
+    return openai.OpenAI(base_url=server.url, api_key="unused", max_retries=0)
+
+
 @pytest.fixture
 def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="unused", max_retries=0)
+    with client_of(server) as client:
+        yield client
 
 
 def chat(client, **fields):
@@ -165,26 +170,49 @@ THINKING = (
 
 @pytest.fixture(scope="module")
 def thinker(demo, tmp_path_factory):
-    """The demo's bundle with V3.1's ways in its template; the model itself has never seen them."""
+    """The demo's bundle with V3.1's ways in its template, and its last token as </think>, which it never learned."""
     path = tmp_path_factory.mktemp("thinker") / "bundle"
     shutil.copytree(demo, path)
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": THINKING}))
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    last = next(text for text, id in vocabulary.items() if id == END)
+    del vocabulary[last]
+    vocabulary["</think>"] = END
+    tokenizer["model"]["merges"] = [m for m in merges if "".join(m.split() if isinstance(m, str) else m) != last]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": END, "content": "</think>", **flags})
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     return path
+
+
+def test_a_guide_holds_from_the_end_of_reasoning_on(thinker, start):
+    with start(thinker, "--served-model-name", "demo") as server, client_of(server) as client:
+        given = {"model": "demo", "messages": HI, "temperature": 1, "seed": 3, "max_tokens": 600}
+        extra = {"chat_template_kwargs": {"thinking": True}, "guided_regex": "[0-9]{5}"}
+        given |= {"logit_bias": {str(END): 7}, "extra_body": extra}
+        answer = client.chat.completions.create(**given).choices[0]
+        assert answer.finish_reason == "stop"
+        assert re.fullmatch("[0-9]{5}", answer.message.content)
+        assert answer.message.reasoning_content
+        events = list(client.chat.completions.create(**given, stream=True))
+        for name in ("reasoning_content", "content"):
+            parts = [getattr(event.choices[0].delta, name, None) or "" for event in events]
+            assert "".join(parts) == getattr(answer.message, name)
+        named = {"type": "function", "function": {"name": "first"}}
+        del extra["guided_regex"]
+        answer = client.chat.completions.create(**given, tools=TOOLS, tool_choice=named).choices[0]
+        assert answer.message.reasoning_content
+        jsonschema.validate(json.loads(answer.message.tool_calls[0].function.arguments), SCHEMA)
+        assert server.stop() == 0
 
 
 def test_reasoning_and_calls_are_told_from_content(thinker, start):
     """Words are put into the model's mouth by a guide."""
-    with start(thinker, "--served-model-name", "demo") as server:
-        client = openai.OpenAI(base_url=server.url, api_key="unused", max_retries=0)
-        say = {"guided_grammar": 'start: "so it is" "</think>" "Hello."'}
-        plain = {"guided_choice": ["so it is</think>Hello."]}
-        answer = chat(client, extra_body={**plain, "chat_template_kwargs": {"thinking": False}})
-        assert answer.message.content == "so it is</think>Hello."  # which has no reasoning
-        refused = httpx.post(
-            f"{server.url}/chat/completions", json={"messages": HI, **say, "chat_template_kwargs": {"thinking": True}}
-        )
-        assert "</think>" in refused.json()["error"]["message"]  # no token of this model
+    with start(thinker, "--served-model-name", "demo") as server, client_of(server) as client:
+        with pytest.raises(openai.BadRequestError, match="guided_choice choice: holds '</think>'"):
+            chat(client, extra_body={"guided_choice": ["so it is</think>Hello."]})
         call = '<｜tool▁call▁begin｜>first<｜tool▁sep｜>{"n": 1}<｜tool▁call▁end｜>'
         call = f"<｜tool▁calls▁begin｜>{call}<｜tool▁calls▁end｜>"
         for stream in (False, True):

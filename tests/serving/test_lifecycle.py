@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 
@@ -152,3 +155,35 @@ def test_a_taken_port_is_said_before_anything_is_loaded(demo, server):
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert made.returncode == 1
     assert f"port {port}: cannot be had" in made.stderr
+
+
+def test_https_and_json_for_machines(demo, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    arguments = [
+        "serve",
+        str(demo),
+        "--port",
+        "0",
+        "--json",
+        "--ssl-certfile",
+        str(certificate),
+        "--ssl-keyfile",
+        str(key),
+    ]
+    code = f"from deepseek_trt.cli.main import main; main({arguments!r})"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            facts = json.loads(process.stdout.readline())
+            assert facts["url"].startswith("https://127.0.0.1:")
+            trusted = ssl.create_default_context(cafile=certificate)
+            answer = httpx.post(f"{facts['url']}/completions", json={**LONG, "max_tokens": 3}, verify=trusted)
+            assert answer.json()["model"] == facts["models"][0]
+        finally:
+            process.terminate()
+    assert process.returncode == 0

@@ -17,6 +17,7 @@ from deepseek_trt.engines.text.parsing.choose import Formats
 from deepseek_trt.engines.text.parsing.reasoning import CLOSE
 from deepseek_trt.engines.text.parsing.said import Parser
 from deepseek_trt.engines.text.parsing.tools import V31, ToolFormat
+from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import RequestError
 
 # What each role means to templates; they pass over roles that they do not know.
@@ -32,12 +33,15 @@ class Conversation:
     ids: list[int]
     use: ToolUse
     formats: Formats
+    text: Text
 
     def guide(self, body: ChatBody) -> Guide | None:
         """What the request wants of the answer's form, from the end of its reasoning on."""
-        guide = forced_call(self.use, self.tool_format) if self.use.forced else guide_of(body, body.response_format)
-        if self.use.forced and guide_of(body, body.response_format) is not None:
-            raise invalid("tool_choice: a call of a tool has no other form; leave response_format out", "tool_choice")
+        guide = guide_of(body, body.response_format)
+        if self.use.forced:
+            if guide is not None:
+                raise invalid("tool_choice: a call has a form already; leave response_format out", "tool_choice")
+            guide = forced_call(self.use, self.tool_format, self.text.token_id)
         if guide is not None and self.formats.thinks_first(self.prompt):
             return dataclasses.replace(guide, after=CLOSE)
         return guide
@@ -62,7 +66,7 @@ def converse(served: Served, body: ChatBody, use: ToolUse) -> Conversation:
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
     _check_read(served, arguments, use)
     prompt = served.text.chat.render(messages, use.tools, None, arguments)
-    return Conversation(prompt, served.text.encode_rendered(prompt), use, served.formats)
+    return Conversation(prompt, served.text.encode_rendered(prompt), use, served.formats, served.text)
 
 
 def _arguments(body: ChatBody) -> dict[str, Any]:

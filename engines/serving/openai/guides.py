@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,10 @@ from deepseek_trt.engines.generation.guiding import JSON_OPTIONS
 from deepseek_trt.engines.serving.openai.bodies import Generating, ResponseFormat
 from deepseek_trt.engines.serving.openai.errors import ApiError, invalid
 from deepseek_trt.engines.serving.openai.tool_use import ToolUse
-from deepseek_trt.engines.text.parsing.tools import CALLS_BEGIN, CALLS_END, ToolFormat
+from deepseek_trt.engines.text.parsing.tools import CALLS_BEGIN, CALLS_END, MARKS, ToolFormat
 from deepseek_trt.export.errors import RequestError
+
+_MARKS = re.compile("(" + "|".join(map(re.escape, MARKS)) + ")")
 
 
 def _schema(value: Any) -> Guide:
@@ -117,14 +120,22 @@ def _of_format(response_format: ResponseFormat) -> list[tuple[str, str, Any]]:
     return [("response_format", "json_object", True)] if kind == "json_object" else []
 
 
-def forced_call(use: ToolUse, form: ToolFormat) -> Guide:
-    """Calls of the forced tools, with arguments by their schemas: one, or as many as may be in parallel."""
+def forced_call(use: ToolUse, form: ToolFormat, token_id: Callable[[str], int | None]) -> Guide:
+    """Calls of the forced tools, with arguments by their schemas: one, or as many as may be in parallel.
+
+    `token_id` knows those of the format's marks that are tokens: a grammar names these by their ids.
+    """
+
+    def mark(text: str) -> str:
+        ids = {part: token_id(part) for part in _MARKS.split(text) if part}
+        return " ".join(json.dumps(part, ensure_ascii=False) if id is None else f"<[{id}]>" for part, id in ids.items())
+
     calls = "call+" if use.parallel else "call"
     named = {tool["function"]["name"]: tool["function"].get("parameters") for tool in use.tools or ()}
-    lines = [f"start: {_mark(CALLS_BEGIN)} {calls} {_mark(CALLS_END)}"]
+    lines = [f"start: {mark(CALLS_BEGIN)} {calls} {mark(CALLS_END)}"]
     lines.append("call: " + " | ".join(f"call{index}" for index in range(len(use.forced))))
     for index, name in enumerate(use.forced):
-        around = [_mark(form.before), json.dumps(name), _mark(form.between), f"arguments{index}", _mark(form.after)]
+        around = [mark(form.before), json.dumps(name), mark(form.between), f"arguments{index}", mark(form.after)]
         lines.append(f"call{index}: {' '.join(around)}")
         lines.append(f"arguments{index}: %json {json.dumps(_strict(named[name]))}")
     return Guide("grammar", "\n".join(lines))
@@ -133,8 +144,3 @@ def forced_call(use: ToolUse, form: ToolFormat) -> Guide:
 def _strict(schema: Any) -> Any:
     """The schema, or any object; white space bounded as everywhere."""
     return {**(schema or {"type": "object"}), "x-guidance": JSON_OPTIONS}
-
-
-def _mark(text: str) -> str:
-    """A format's text in a grammar."""
-    return json.dumps(text, ensure_ascii=False)

@@ -29,6 +29,9 @@ _SLOW_CLIENTS = 5  # seconds for clients to read the ends of their answers
 _KEEP_ALIVE = 30  # seconds for a connection without a request
 
 
+Announce = Callable[[str, tuple[str, ...]], None]
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a server is made of; certificates are a PEM file and that of its key."""
@@ -50,7 +53,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def run(parts: Parts, listener: socket.socket, ours: socket.socket, say: Callable[[str], None]) -> str:
+async def run(
+    parts: Parts, listener: socket.socket, ours: socket.socket, say: Callable[[str], None], announce: Announce
+) -> str:
     """Serve until a signal; gives why the engine went before, or nothing. Raises BackendError where it cannot open."""
     stop, hurry = _signals()
     engine = EngineClient(await ServerLink.over(ours))
@@ -66,7 +71,7 @@ async def run(parts: Parts, listener: socket.socket, ours: socket.socket, say: C
     serving = asyncio.create_task(server.serve([listener]))
     while not (server.started or serving.done()):
         await asyncio.sleep(0.005)
-    say(f"serving {', '.join(parts.names)} at {_address(listener, parts.certificates is not None)}")
+    announce(_address(listener, parts.certificates is not None), parts.names)
     await _first(serving, stop.wait(), engine.lost.wait())
     api.stopping = True
     orderly = stop.is_set() and not engine.lost.is_set()

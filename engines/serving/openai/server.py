@@ -16,7 +16,7 @@ from pathlib import Path
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
 from deepseek_trt.engines.serving.openai.app import Door
-from deepseek_trt.engines.serving.openai.running import Parts, run
+from deepseek_trt.engines.serving.openai.running import Announce, Parts, run
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.text.parsing.choose import AUTO, Formats, choose_formats
 from deepseek_trt.engines.text.template_files import choose_template
@@ -51,15 +51,16 @@ class ServeRequest:
     tool_parser: str = AUTO
 
 
-def serve(request: ServeRequest, say: Callable[[str], None]) -> None:
+def serve(request: ServeRequest, say: Callable[[str], None], announce: Announce) -> None:
     """Returns after SIGTERM or SIGINT, when answers have ended.
 
-    `say` is told where the server is, and what people should know. Raises BackendError where the engine ends before,
-    and BundleError, ConfigError and RequestError for what cannot be served.
+    `say` is told what people should know, and `announce` where the server is, once it is there, and its models' names.
+    Raises BackendError where the engine ends before, and BundleError, ConfigError and RequestError for what cannot be
+    served.
     """
     parts = _parts(request)
     with _bound(request.host, request.port) as listener, _engine_process() as (process, ours):
-        reason = asyncio.run(run(parts, listener, ours, say))
+        reason = asyncio.run(run(parts, listener, ours, say, announce))
         ours.close()  # the engine ends with it
         code = _ended(process)
     if reason:
