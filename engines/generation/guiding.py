@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import queue
 import re
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.engines.text.text import Text
@@ -16,7 +20,7 @@ from deepseek_trt.export.errors import BackendError, RequestError
 from deepseek_trt.plugins.cpu.sampling_row import SamplingRow
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 # Of JSON: without a bound a model may write white space for ever; keywords that are not known are said.
 JSON_OPTIONS = {
@@ -28,6 +32,8 @@ JSON_OPTIONS = {
     "lenient": False,
 }
 _GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)  # how a rule begins in llama.cpp's form
+_MASKERS = 8  # threads that make masks, at most
+Words = npt.NDArray[np.uint32]
 _LONGEST_REASON = 300  # characters
 
 
@@ -39,6 +45,7 @@ class Guides:
         self._text, self._vocab, self._stops = text, vocab_size, list(stops)
         self._making = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._ahead: _Ahead | None = None
 
     def compiled(self, guide: Guide) -> RowGuide:
         """A new one, for one answer. RequestError, with the reason, for a guide that is none."""
@@ -54,6 +61,14 @@ class Guides:
         if matcher.is_error():
             raise RequestError(f"guide {guide.kind}: {_reason(matcher.get_error())}")
         return RowGuide(matcher, self._vocab, self._stops, after)
+
+    def begin(self, rows: Sequence[RowGuide]) -> None:
+        """Make the next masks of rows whose tokens were picked, meanwhile: the model computes most of a step's time."""
+        due = [row for row in rows if row.due]
+        if due and self._ahead is None:
+            self._ahead = _Ahead()
+        if due and self._ahead is not None:
+            self._ahead.begin(due, (self._vocab + 31) // 32)
 
     def _check_literals(self, guide: Guide) -> None:
         """Text that is one of the tokenizer's own tokens, such as </think>, cannot be spelled by others: llguidance
@@ -80,42 +95,112 @@ class Guides:
 class RowGuide:
     """One answer's guide: a mask before each token is picked, and told of it after.
 
-    Where the answer is whole, the mask leaves the tokens that end it alone. Up to the token `after` it leaves all others.
+    Where the answer is whole, the mask leaves the tokens that end it alone. Up to the token `after` it leaves all
+    others.
     """
 
     def __init__(self, matcher: LLMatcher, vocab: int, stops: Sequence[int], after: int | None) -> None:
-        self._matcher, self._after = matcher, after
-        self._mask = np.full((vocab + 31) // 32, 2**32 - 1, dtype=np.uint32)
-        self._fresh = after is not None
-        self._mask = self._without(np.array(stops))
+        self.matcher, self._after = matcher, after
+        self.picked: int | None = None  # the token that the matcher has not been told of
+        self._masks = np.full((1, (vocab + 31) // 32), 2**32 - 1, dtype=np.uint32)
+        self._index = 0  # of the row's mask in _masks
+        self._masks = self._without(np.array(stops))[None]
+        self._place = self._masks.ctypes.data
+        self.due = after is None  # whether the mask is not the next token's
+        self._job: _Job | None = None  # that makes it
 
     def prepare(self, row: SamplingRow) -> None:
-        """Have the row's mask be that of its next token. BackendError where the guide has become too complex."""
-        row.mask = self._mask.ctypes.data
-        if self._fresh:
-            return
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        if self._matcher.is_error():
-            raise BackendError(f"the answer's guide cannot go on: {_reason(self._matcher.get_error())}")
-        self._fresh = True
-        bans = row.bans()
-        if len(bans) and not self._without(bans).any():
-            row.min_tokens = 0  # the answer must end here, short as it is
+        """Have the row's mask be that of its next token. BackendError where the guide cannot go on."""
+        if self.due:
+            self._wait()
+            self.due = False
+            if row.made < row.min_tokens and not self._without(row.bans()).any():
+                row.min_tokens = 0  # the answer must end here, short as it is
+        row.mask = self._place
 
     def consume(self, token: int) -> None:
-        """`token` was picked. BackendError where the guide does not have it."""
-        if self._after is not None:
-            if token == self._after:
-                self._after, self._fresh = None, False
-            return
-        self._fresh = False
-        if not self._matcher.consume_token(token):
-            raise BackendError(f"the answer's guide does not allow token {token}: {_reason(self._matcher.get_error())}")
+        """`token` was picked."""
+        if self._after is None:
+            self.picked, self.due = token, True
+        elif token == self._after:
+            self._after, self.due = None, True
 
-    def _without(self, tokens: Any) -> Any:
-        mask = self._mask.copy()
+    def expect(self, job: _Job, index: int, place: int) -> None:
+        """The job makes the next mask, with this index, at this address."""
+        self._job, self._masks, self._index, self._place = job, job.masks, index, place
+
+    def _wait(self) -> None:
+        if self._job is not None:
+            self._job.wait()
+            self._job = None
+        else:
+            if self.picked is not None:
+                self.matcher.consume_token(self.picked)
+            self._masks, self._index = np.zeros((1, self._masks.shape[1]), dtype=np.uint32), 0
+            self._place = self._masks.ctypes.data
+            self.matcher.unsafe_compute_mask_ptr(self._place, self._masks.nbytes)
+        self.picked = None
+        if self.matcher.is_error():
+            raise BackendError(f"the answer's guide cannot go on: {_reason(self.matcher.get_error())}")
+
+    def _without(self, tokens: Any) -> Words:
+        mask: Words = self._masks[self._index].copy()
         np.bitwise_and.at(mask, tokens // 32, ~(np.uint32(1) << (tokens % 32).astype(np.uint32)))
         return mask
+
+
+class _Job:
+    """The next masks of some rows. `done` is released with them; whoever has not waited for it sees `ready`."""
+
+    __slots__ = ("done", "error", "masks", "ready", "told", "wanted")
+
+    def __init__(self, told: list[Any], wanted: list[Any], masks: Words) -> None:
+        self.told, self.wanted, self.masks = told, wanted, masks
+        self.ready, self.error = False, ""
+        self.done = threading.Lock()
+        self.done.acquire()
+
+    def run(self, executor: LLExecutor) -> None:
+        try:
+            executor.consume_token_par(self.told)
+            masks = self.masks
+            executor.unsafe_compute_mask_ptr(self.wanted, masks.ctypes.data, masks.strides[0], len(masks))
+        except Exception as error:  # every row that waits gets it
+            self.error = f"{type(error).__name__}: {error}"
+        self.ready = True
+        self.done.release()
+
+    def wait(self) -> None:
+        """Return when the masks are there."""
+        if not self.ready:
+            with self.done:
+                pass
+        if self.error:
+            raise BackendError(f"the answer's guide cannot go on: {_reason(self.error)}")
+
+
+class _Ahead:
+    """A thread that has masks made, by several threads of llguidance's at once. It ends when this goes."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        arguments = (self._jobs, _library().LLExecutor(min(os.cpu_count() or 1, _MASKERS)))
+        threading.Thread(target=_run_jobs, args=arguments, name="deepseek-trt-guides", daemon=True).start()
+        self._end = weakref.finalize(self, self._jobs.put, None)
+
+    def begin(self, rows: Sequence[RowGuide], words: int) -> None:
+        masks = np.zeros((len(rows), words), dtype=np.uint32)
+        told = [(row.matcher, row.picked) for row in rows if row.picked is not None]
+        job = _Job(told, [(row.matcher, index) for index, row in enumerate(rows)], masks)
+        self._jobs.put(job)
+        first, size = masks.ctypes.data, masks.strides[0]
+        for index, row in enumerate(rows):
+            row.expect(job, index, first + index * size)
+
+
+def _run_jobs(jobs: queue.SimpleQueue[_Job | None], executor: LLExecutor) -> None:
+    while (job := jobs.get()) is not None:
+        job.run(executor)
 
 
 def _grammar(llguidance: Any, guide: Guide) -> str:

@@ -55,12 +55,7 @@ class Request:
         return 0 < self.cached == len(self.tokens) - 1
 
     def finished_by(self, token: int) -> FinishReason | None:
-        """Why the answer ends with `token`, which was sampled last. Before min_tokens no stop token can come.
-
-        BackendError where the answer's guide does not have the token.
-        """
-        if self.sampler.guide:
-            self.sampler.guide.consume(token)
+        """Why the answer ends with `token`, which was sampled last. Before min_tokens no stop token can come."""
         if token in self.stops:
             return "stop"
         return "length" if self.sampler.made == self.limit else None

@@ -285,6 +285,7 @@ class Scheduler:
             return []
         logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
         events: list[Event] = []
+        guided: list[RowGuide] = []
         for request, choice in zip(requests, self._choices(requests, logits), strict=True):
             if isinstance(choice, Exception):
                 events.append(self._failed(request, choice))
@@ -294,15 +295,16 @@ class Scheduler:
                 events.append(self._failed(request, self._not_finite(request)))
                 continue
             request.tokens.append(token)
-            try:
-                finished = request.finished_by(token)
-            except BackendError as error:
-                events.append(self._failed(request, error))
-                continue
+            finished = request.finished_by(token)
             events.append(Event(request.id, token, finished, logprob, top))
             if finished:
                 self._vacate(request)
                 self._running.remove(request)
+            elif request.sampler.guide:
+                request.sampler.guide.consume(token)
+                guided.append(request.sampler.guide)
+        if guided and self._guides:
+            self._guides.begin(guided)
         return events
 
     def _choices(self, requests: list[Request], logits: Floats) -> Sequence[Choice | Exception]:
