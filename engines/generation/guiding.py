@@ -162,7 +162,8 @@ class _Job:
 
     def run(self, executor: LLExecutor) -> None:
         try:
-            executor.consume_token_par(self.told)
+            if self.told:
+                executor.consume_token_par(self.told)
             masks = self.masks
             executor.unsafe_compute_mask_ptr(self.wanted, masks.ctypes.data, masks.strides[0], len(masks))
         except Exception as error:  # every row that waits gets it

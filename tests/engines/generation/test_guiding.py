@@ -200,6 +200,11 @@ def test_an_llm_answers_in_the_form_and_other_rows_as_alone(demo):
         bad = SamplingParams(guide=Guide("regex", "("))
         with pytest.raises(RequestError, match="guide regex"):
             llm.generate(["a"], bad)
+        form = Guide("regex", "[0-9]{4}")
+        many = [SamplingParams(40, temperature=1.0, seed=i, guide=form if i % 2 else None) for i in range(12)]
+        apart = [llm.generate(["a"], one)[0] for one in many]
+        assert llm.generate(["a"] * 12, many) == apart
+        assert all(re.fullmatch("[0-9]{4}", result.text) for result in apart[1::2])
         (biased,) = llm.generate(["a"], SamplingParams(3, logit_bias={77: 100}))
         assert biased.token_ids == (77, 77, 77)
         with pytest.raises(RequestError, match="logit_bias"):
