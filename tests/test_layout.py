@@ -131,7 +131,7 @@ def test_tests_have_no_packages():
 
 
 @pytest.mark.parametrize(
-    "command", ["", "export", "validate", "generate", "bench", "classify", "model-repository", "build"]
+    "command", ["", "export", "validate", "generate", "bench", "classify", "model-repository", "serve", "build"]
 )
 def test_help_imports_nothing_heavy(command):
     arguments = [command, "--help"] if command else ["--help"]

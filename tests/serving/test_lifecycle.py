@@ -115,6 +115,18 @@ def test_a_killed_server_takes_the_engine_with_it(demo, start, until, alive):
         until(lambda: not alive(engine))
 
 
+def test_who_leaves_before_the_body_is_whole_is_no_error(demo, start, until):
+    with start(demo) as server:
+        host, port = server.root.removeprefix("http://").split(":")
+        for sent in (b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 99\r\n\r\n{"):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(sent)
+        assert httpx.post(f"{server.url}/completions", json={**LONG, "max_tokens": 3}).status_code == 200
+        assert server.stop() == 0
+        assert "Traceback" not in server.said
+        assert "failed" not in server.said
+
+
 def test_signals_to_the_engine_are_the_servers(demo, start):
     """A terminal's Ctrl-C, and a service manager's SIGTERM, reach both processes."""
     with start(demo) as server:

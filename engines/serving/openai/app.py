@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -201,6 +201,8 @@ def _as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestError):
         return refused(error)
+    if isinstance(error, ClientDisconnect):
+        return ApiError(499, "the client has gone", None, "cancelled")
     _log.error("a request has failed", exc_info=error)  # a bug: this request's end and no other's
     return ApiError(500, f"{type(error).__name__}: {error}", None, "failed")
 

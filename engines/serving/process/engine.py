@@ -15,11 +15,22 @@ from deepseek_trt.engines.serving.process.board import Registry
 from deepseek_trt.engines.serving.process.embedding import EmbeddingEngine
 from deepseek_trt.engines.serving.process.generating import GeneratingEngine
 from deepseek_trt.engines.serving.process.link import EngineLink
-from deepseek_trt.engines.serving.process.messages import AskMetrics, Down, Drain, Drained, Ready, Setup, ToEngine
+from deepseek_trt.engines.serving.process.messages import (
+    AskMetrics,
+    Down,
+    Drain,
+    Drained,
+    Failed,
+    Ready,
+    Setup,
+    ToEngine,
+)
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import FEATURES
 from deepseek_trt.export.errors import DeepseekTrtError
+
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -85,7 +96,17 @@ class _Messages:
             elif isinstance(message, AskMetrics):
                 self._link.send(self._registry.shown(message.id))
             else:
-                self._engine.take(message)
+                self._take(message)
         if not self.drained.is_set():
             os._exit(1)  # nobody waits for what is computed
         self.gone.set()
+
+    def _take(self, message: ToEngine) -> None:
+        """What is raised is a bug: this request's end, and no reason to receive no more."""
+        try:
+            self._engine.take(message)
+        except Exception as error:
+            _log.exception("a message could not be taken")
+            id = getattr(message, "id", None)
+            if id is not None:
+                self._link.send(Failed(id, "failed", f"{type(error).__name__}: {error}"))
