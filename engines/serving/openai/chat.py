@@ -68,7 +68,7 @@ class Chat:
         given = await asyncio.to_thread(converse, served, body, use)
         room = max(served.max_model_len - len(given.ids), 1)
         params = sampling_params(body, served.defaults, room, logprobs, given.guide(body))
-        questions = [Question(given.ids, own, body.timeout_ms, served.formats.marks) for own in seeds_of(params, count)]
+        questions = [Question(given.ids, own, body.timeout_ms, given.marks) for own in seeds_of(params, count)]
         with naming_guide("tools" if use.forced else asking_param(body, body.response_format)):
             return cls(served, body, given, await ask(served.engine, text, questions))
 

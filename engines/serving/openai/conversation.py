@@ -51,12 +51,19 @@ class Conversation:
         """The model's own, or, as a forced call is one by its guide, any."""
         return self.formats.tools or V31
 
+    @property
+    def marks(self) -> frozenset[str]:
+        """Special tokens that its answer's parser looks for."""
+        return self._read.marks(self.use.tools is not None)
+
     def parser(self) -> Parser:
         """A new one, for one answer."""
-        formats = self.formats
-        if self.use.forced:
-            formats = dataclasses.replace(formats, tools=self.tool_format)
-        return formats.parser(self.prompt, self.use.tools is not None)
+        return self._read.parser(self.prompt, self.use.tools is not None)
+
+    @property
+    def _read(self) -> Formats:
+        """The formats that its answer can have."""
+        return dataclasses.replace(self.formats, tools=self.tool_format) if self.use.forced else self.formats
 
 
 def converse(served: Served, body: ChatBody, use: ToolUse) -> Conversation:

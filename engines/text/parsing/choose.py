@@ -21,11 +21,10 @@ class Formats:
     reasoning: bool = False
     tools: ToolFormat | None = None
 
-    @property
-    def marks(self) -> frozenset[str]:
-        """Tokens whose text the parsers look for, be they special or not."""
+    def marks(self, tools: bool) -> frozenset[str]:
+        """Tokens whose text the parsers look for, be they special or not; `tools` as for `parser`."""
         thinking = frozenset((OPEN, CLOSE)) if self.reasoning else frozenset[str]()
-        return thinking | (MARKS if self.tools else frozenset())
+        return thinking | (MARKS if tools and self.tools else frozenset())
 
     def thinks_first(self, prompt: str) -> bool:
         """Whether the answer to this rendered prompt begins inside of the block."""
