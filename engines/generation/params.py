@@ -69,7 +69,7 @@ class SamplingParams:
         """Raises RequestError naming the field, its value and what it must be."""
         if max_tokens is not None:
             alone = isinstance(self.max_new_tokens, _Unset) or _same(self.max_new_tokens, max_tokens)
-            _require(_is_whole(max_tokens) and 1 <= max_tokens <= _MOST, "max_tokens", max_tokens, _LENGTHS)
+            _require(_is_whole(max_tokens), "max_tokens", max_tokens, "must be a whole number")
             _require(alone, "max_tokens", max_tokens, "is max_new_tokens, which is given, too: leave out one of them")
             object.__setattr__(self, "max_new_tokens", max_tokens)
         self._check_types()
