@@ -30,6 +30,7 @@ _UNLOADING = "the model is being unloaded: ask again when it is loaded"
 _TICK = 0.02  # seconds between looks at who has gone or run out of time
 _POLL_AFTER = 0.06  # seconds from one question to a channel to the next: below 100 ms with the tick
 _ASK_AFTER = 0.5  # seconds from one question to the host to the next
+_FULL = "{} requests are in flight, the most allowed: try again later"
 _READERS = 2  # threads that read requests: a long prompt, or a slow template, holds up one of them
 _LONGEST_REASON = 1000  # characters of a refusal
 
@@ -63,7 +64,7 @@ class Service:
         self._metrics, self._host = metrics, host
         self._admission = threading.Lock()  # guards the four below
         self._live: set[Stream] = set()  # have not had their final response
-        self._reading = 0  # requests that are taken, and not live yet
+        self._reading: set[Channel] = set()  # of requests that are taken, and not live yet
         self._closed = ""  # why nothing is taken any more
         self._abort_at = math.inf  # when what is live is ended with an error
         self._failure = ""  # of the engine, to be told to the host
@@ -127,12 +128,11 @@ class Service:
     def _admits(self, channel: Channel) -> bool:
         """Make room for one more request, or refuse it."""
         with self._admission:
-            refusal, full = self._closed, len(self._live) + self._reading >= self._max_inflight
+            refusal, full = self._closed, len(self._live) + len(self._reading) >= self._max_inflight
             if not refusal and not full:
-                self._reading += 1
+                self._reading.add(channel)
                 return True
-        refusal = refusal or f"{self._max_inflight} requests are in flight, the most allowed: try again later"
-        self.refuse(channel, Failure("refused", refusal, full=not self._closed))
+        self.refuse(channel, Failure("refused", refusal or _FULL.format(self._max_inflight), full=not refusal))
         return False
 
     def _read(
@@ -152,13 +152,14 @@ class Service:
             self.refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
         finally:
             with self._admission:
-                self._reading -= 1
+                self._reading.discard(channel)
         return None
 
     def _submit(self, stream: Stream) -> None:
         with self._admission:
             if self._closed:
                 raise _RefusedError(self._closed)
+            self._reading.discard(stream.channel)  # or it would count twice for a moment
             self._live.add(stream)
 
         def put(event: Event | Exception) -> None:
@@ -299,7 +300,7 @@ class Service:
         return {
             m.PREEMPTIONS: scheduler.counters.preemptions,
             m.BATCH_SIZE: scheduler.running,
-            m.INFLIGHT: len(self._live) + self._reading,
+            m.INFLIGHT: len(self._live) + len(self._reading),
             m.PAGES_USED: scheduler.pool.pages - 1 - free,
             m.PAGES_FREE: free,
         }
