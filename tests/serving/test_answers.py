@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
@@ -163,6 +164,21 @@ def test_vllms_parameters_reach_the_sampler(llm, client):
         extra_body={"stop_token_ids": [stop], "top_k": -1},
     )  # fmt: skip
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (want.text, want.finish_reason)
+
+
+def test_temperature_is_openais_one_where_nobody_says(llm, client):
+    (want,) = llm.generate([PROMPTS[0]], SamplingParams(16, temperature=1.0, seed=11))
+    assert client.completions.create(model="demo", prompt=PROMPTS[0], seed=11).choices[0].text == want.text
+
+
+def test_a_generation_config_decides(demo, start, tmp_path, llm):
+    (greedy,) = llm.generate([PROMPTS[0]], SamplingParams(4))
+    shutil.copytree(demo, tmp_path / "bundle")
+    (tmp_path / "bundle" / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 4}')
+    with start(tmp_path / "bundle") as server:
+        answer = httpx.post(f"{server.url}/completions", json={"prompt": PROMPTS[0]}).json()["choices"][0]
+        assert answer["text"] == greedy.text
+        assert server.stop() == 0
 
 
 def test_many_at_once_answer_as_each_alone(llm, client):

@@ -24,6 +24,7 @@ from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import FEATURES
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
+from deepseek_trt.export.text.generation_config import GenerationConfig
 
 _ENGINE_ENDS = 10  # seconds for the engine's process to end by itself
 _START = "import sys; sys.path[:] = {path!r}; from {module} import main; main({descriptor})"
@@ -71,10 +72,19 @@ def _parts(request: ServeRequest) -> Parts:
     bundle = Bundle.open(request.bundle)
     text = Text(bundle) if bundle.tokenizer_path or bundle.manifest.task != FEATURES else None
     settings = dataclasses.replace(_settings(bundle, request.sizes), drain_ms=1000 * request.drain_seconds)
-    defaults = SamplingDefaults.of(bundle.path) if settings.generation_config else SamplingDefaults()
+    defaults = _defaults(bundle, settings.generation_config)
     names = request.names or (bundle.path.resolve().name,)
     certificates = _certificates(request)
     return Parts(bundle, text, settings, _formats(text, request), defaults, names, request.door, certificates)
+
+
+def _defaults(bundle: Bundle, generation_config: bool) -> SamplingDefaults:
+    """The bundle's, and where it does not speak of temperature OpenAI's: 1. do_sample false speaks of it: greedy."""
+    defaults = SamplingDefaults.of(bundle.path) if generation_config else SamplingDefaults()
+    greedy = generation_config and GenerationConfig.read(bundle.path).do_sample is False
+    if greedy or "temperature" in dict(defaults.values):
+        return defaults
+    return dataclasses.replace(defaults, values=(*defaults.values, ("temperature", 1.0)))
 
 
 def _settings(bundle: Bundle, sizes: SizeRequest) -> ServingSettings:
