@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepseek_trt.engines.generation.answer import Piece as Piece
     from deepseek_trt.engines.generation.answer import Result as Result
+    from deepseek_trt.engines.generation.guide import Guide as Guide
     from deepseek_trt.engines.generation.llm import LLM as LLM
     from deepseek_trt.engines.generation.params import SamplingParams as SamplingParams
     from deepseek_trt.engines.generation.scheduler import SchedulerLimits as SchedulerLimits
@@ -52,6 +53,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Where each name lives.
 _HOMES = {
     "LLM": "engines.generation.llm",
+    "Guide": "engines.generation.guide",
     "Piece": "engines.generation.answer",
     "Result": "engines.generation.answer",
     "SamplingParams": "engines.generation.params",

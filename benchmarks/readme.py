@@ -33,7 +33,7 @@ DEMO = ROOT / "cli" / "demo_model"
 LAYERS, FILLED = 6, (0, 1, 2, 3, 5)
 _LEFT_OUT = re.compile(r"\[?\.\.\.\]?")  # what README cuts out of a line
 _TIMES = re.compile(r"tokens/s|─{10}")  # and what is not compared
-_SKIPPED = ("serve.sh", "./sentiment")  # a server, and a checkpoint that does not ship
+_SKIPPED = ("serve.sh", "deepseek-trt serve", "./sentiment")  # servers, and a checkpoint that does not ship
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ COMMANDS = {
     "plugins": "Build the plugin library of a bundle, with no GPU.",
     "build": "Build prefill.plan and decode.plan with TensorRT-RTX or TensorRT.",
     "generate": "Stream text from a bundle.",
+    "serve": "Serve a bundle with OpenAI's API.",
     "bench": "Measure speed, and how near it is to the memory's.",
     "model-repository": "Write a tritonserver model repository that serves a bundle.",
     "classify": "Label texts with a text-classification bundle.",

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 ORDER = ("export", "plugins", "engines", "validate", "cli")
 MOST_FILES = 16  # of Python and C++ in a folder
-# Tests that need a GPU or a tritonserver, or try the whole from outside.
-OTHER_TESTS = ("gpu", "server", "api", "inputs", "fuzz", "hostile")
+# Tests that need a GPU or a server, or try the whole from outside.
+OTHER_TESTS = ("gpu", "server", "serving", "api", "inputs", "fuzz", "hostile")
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "polygraphy", "triton", "numpy")
 
 
@@ -125,7 +125,7 @@ def test_tests_have_no_packages():
 
 
 @pytest.mark.parametrize(
-    "command", ["", "export", "validate", "generate", "bench", "classify", "model-repository", "build"]
+    "command", ["", "export", "validate", "generate", "bench", "classify", "model-repository", "serve", "build"]
 )
 def test_help_imports_nothing_heavy(command):
     arguments = [command, "--help"] if command else ["--help"]

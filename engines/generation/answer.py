@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from deepseek_trt.engines.generation.params import SamplingParams
@@ -66,8 +66,9 @@ class Result:
 class Answer:
     """Turns a request's events into pieces, with text up to the first stop."""
 
-    def __init__(self, text: Text | None, params: SamplingParams) -> None:
-        self._stream = text.stream() if text else None
+    def __init__(self, text: Text | None, params: SamplingParams, shown: Container[str] = ()) -> None:
+        """`shown` are texts of special tokens that are shown all the same: a parser of the answer looks for them."""
+        self._stream, self._shown = text.stream() if text else None, shown
         self._stops = StopText(params.stop)
         self._min_tokens = params.min_tokens
         self._made = 0
@@ -91,7 +92,7 @@ class Answer:
         text, armed = "", self._made >= self._min_tokens
         if event.finished != "stop":
             part = stream.step(event.token)
-            text = self._stops.push(part.text, armed, part.hidden)
+            text = self._stops.push(part.text, armed, part.hidden and part.text not in self._shown)
         if event.finished:
             text += self._stops.push(stream.flush(), armed)
         if self._stops.found:

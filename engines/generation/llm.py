@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_trt.engines.generation.answer import Answer, Piece, Result
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
+from deepseek_trt.engines.generation.guiding import Guides
 from deepseek_trt.engines.generation.loop import EngineLoop, Ticket
 from deepseek_trt.engines.generation.pages import pages_needed, pages_within
 from deepseek_trt.engines.generation.params import SamplingParams
@@ -61,7 +62,8 @@ class LLM:
         """
         self.session, self.text, self.defaults = session, text, defaults
         self.choice = choice or Choice(session.backend, "it was given")
-        self.scheduler = Scheduler(session, config, limits)
+        guides = Guides(text, config.vocab_size, config.eos_token_ids) if text else None
+        self.scheduler = Scheduler(session, config, limits, guides)
         self._loop = EngineLoop(self.scheduler)
         self._closing = weakref.finalize(self, self._loop.close)
 

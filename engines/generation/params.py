@@ -6,12 +6,15 @@ from dataclasses import InitVar, dataclass
 from math import inf
 from numbers import Integral, Real
 
+from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.text.valid import check_text
 
 # Every stop string is looked for after every token: bounds for what a server's clients send.
 MOST_STOPS = 128
 LONGEST_STOP = 1024  # characters
+MOST_BIAS = 100  # OpenAI's bound
+MOST_BIASES = 1024  # tokens
 _MOST = 2**31 - 1  # what the sampler counts to
 _SEEDS = 2**64
 _LARGEST_PENALTY = 1e6  # float32 logits stay finite by it
@@ -40,6 +43,8 @@ class SamplingParams:
     give it, is another for max_new_tokens.
     Before min_tokens no stop counts. logprobs: None for none, n for the chosen token's and the n likeliest tokens'
     natural log-probabilities, of the model's own distribution: before penalties and temperature.
+    logit_bias: (token id, what is added to its logit after the penalties), or a dict of them. guide: the form that the
+    answer must have; it ends where the form does, and before min_tokens where nothing else may come.
     """
 
     max_new_tokens: int = _Unset(128)
@@ -56,13 +61,15 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    guide: Guide | None = None
     max_tokens: InitVar[int | None] = None
 
     def __post_init__(self, max_tokens: int | None) -> None:
         """Raises RequestError naming the field, its value and what it must be."""
         if max_tokens is not None:
             alone = isinstance(self.max_new_tokens, _Unset) or _same(self.max_new_tokens, max_tokens)
-            _require(_is_whole(max_tokens) and 1 <= max_tokens <= _MOST, "max_tokens", max_tokens, _LENGTHS)
+            _require(_is_whole(max_tokens), "max_tokens", max_tokens, "must be a whole number")
             _require(alone, "max_tokens", max_tokens, "is max_new_tokens, which is given, too: leave out one of them")
             object.__setattr__(self, "max_new_tokens", max_tokens)
         self._check_types()
@@ -77,6 +84,8 @@ class SamplingParams:
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "must lie in [-2, 2]")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "must lie in [-2, 2]")
         self._check_stops()
+        self._check_bias()
+        _require(self.guide is None or isinstance(self.guide, Guide), "guide", self.guide, "must be a Guide or None")
         _require(0 <= self.min_tokens <= self.max_new_tokens, "min_tokens", self.min_tokens, self._min_tokens_range())
         fits = self.logprobs is None or 0 <= self.logprobs <= _MOST
         _require(fits, "logprobs", self.logprobs, f"must be None or not negative{_BELOW}")
@@ -96,9 +105,16 @@ class SamplingParams:
                 object.__setattr__(self, name, value if isinstance(value, int) else _as_float(name, value))
             elif name == "ignore_eos":
                 _require(isinstance(value, bool), name, value, "must be True or False")
-            elif name != "logprobs" or value is not None:
+            elif name not in ("logit_bias", "guide") and (name != "logprobs" or value is not None):
                 _require(_is_whole(value), name, value, "must be a whole number")
                 object.__setattr__(self, name, value if isinstance(value, _Unset) else int(value))
+
+    def _check_bias(self) -> None:
+        pairs = tuple(self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias)
+        mend = f"must hold token ids, each once, with numbers in [-{MOST_BIAS}, {MOST_BIAS}]"
+        good = all(isinstance(p, (tuple, list)) and len(p) == 2 and _is_bias(*p) for p in pairs)
+        _require(good and len({p[0] for p in pairs}) == len(pairs) <= MOST_BIASES, "logit_bias", self.logit_bias, mend)
+        object.__setattr__(self, "logit_bias", tuple((int(token), float(bias)) for token, bias in pairs))
 
     def _check_stops(self) -> None:
         few = len(self.stop) <= MOST_STOPS
@@ -118,6 +134,11 @@ class SamplingParams:
     @property
     def penalised(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _is_bias(token: object, bias: object) -> bool:
+    number = isinstance(bias, Real) and not isinstance(bias, bool) and abs(float(bias)) <= MOST_BIAS
+    return isinstance(token, Integral) and _is_whole(token) and 0 <= int(token) <= _MOST and number
 
 
 def _is_whole(value: object) -> bool:

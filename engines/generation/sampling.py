@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from deepseek_trt.engines.generation.guiding import RowGuide
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling_numpy import log_probabilities, pick_rows
 from deepseek_trt.export.arrays import Floats
@@ -26,10 +27,15 @@ class Sampler:
     """One request's randomness and history."""
 
     def __init__(
-        self, params: SamplingParams, prompt: Sequence[int] = (), stops: Sequence[int] = (), room: int | None = None
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int] = (),
+        stops: Sequence[int] = (),
+        room: int | None = None,
+        guide: RowGuide | None = None,
     ) -> None:
         """`stops` are the tokens that may not be picked before params.min_tokens; `room` is for that many tokens."""
-        self.params = params
+        self.params, self.guide = params, guide
         self.logprobs = -1 if params.logprobs is None else params.logprobs
         self.row = SamplingRow(
             top_p=params.top_p,
@@ -48,6 +54,10 @@ class Sampler:
         self._history = History(self.row, prompt, room) if params.penalised else None
         self._stops = np.array(stops, dtype=np.int32)
         self.row.banned, self.row.banned_count = self._stops.ctypes.data, len(self._stops)
+        self._biased = np.array([token for token, _ in params.logit_bias], dtype=np.int32)
+        self._biases = np.array([bias for _, bias in params.logit_bias], dtype=np.float32)
+        self.row.biased, self.row.biases = self._biased.ctypes.data, self._biases.ctypes.data
+        self.row.biased_count = len(self._biased)
 
     @property
     def made(self) -> int:
@@ -61,6 +71,9 @@ def sample_rows(samplers: Sequence[Sampler], logits: Floats, native: NativeSampl
     Of equal logits greedy takes the lowest id. Where a row holds NaN or infinity, or no number at all, the token is
     NOT_FINITE, and nothing is remembered.
     """
+    for sampler in samplers:
+        if sampler.guide:
+            sampler.guide.prepare(sampler.row)
     return _native(samplers, logits, native) if native else _numpy(samplers, logits)
 
 

@@ -47,6 +47,13 @@ def pick_rows(rows: Rows, logits: Floats) -> list[int]:
 def _pick_finite(rows: Rows, logits: Floats, top: Int64s) -> list[int]:
     """`top` [B] are the largest logits' tokens."""
     used = _adjusted_rows(rows, logits)
+    open_ = [index for index, row in enumerate(rows) if not row.mask or used[index].max() > _LOWEST]
+    if len(open_) < len(rows):
+        left = np.full(len(rows), NOT_FINITE)
+        if open_:
+            left[open_] = _pick_finite([rows[index] for index in open_], logits[open_], top[open_])
+        made: list[int] = left.tolist()
+        return made
     tokens = np.empty(len(rows), dtype=np.int64)
     for top_k, members in _grouped(rows, logits.shape[1]).items():
         if top_k == 1:
@@ -102,7 +109,7 @@ def _log_sum(logits: Floats) -> float:
 
 
 def _adjusted_rows(rows: Rows, logits: Floats) -> Floats:
-    changed = [index for index, row in enumerate(rows) if row.seen_count or len(row.bans())]
+    changed = [i for i, row in enumerate(rows) if row.seen_count or row.biased_count or row.mask or len(row.bans())]
     if not changed:
         return logits
     used: Floats = logits.copy()
@@ -112,7 +119,7 @@ def _adjusted_rows(rows: Rows, logits: Floats) -> Floats:
 
 
 def adjusted(row: SamplingRow, logits: Floats) -> Floats:
-    """A copy of logits [vocab] with the row's penalties and bans."""
+    """A copy of logits [vocab] with the row's penalties, biases, bans and mask."""
     result: Floats = logits.copy()
     ids, counts = row.history()
     if len(ids):
@@ -120,8 +127,11 @@ def adjusted(row: SamplingRow, logits: Floats) -> Floats:
         repeated = np.where(seen > 0, seen / np.float32(row.repetition), seen * np.float32(row.repetition))
         present = repeated - np.float32(row.presence) * (counts > 0)
         result[ids] = present - np.float32(row.frequency) * counts
+    biased, biases = row.bias()
+    result[biased] += biases
     result[row.bans()] = -np.inf
-    return result
+    allowed = row.allowed(len(logits))
+    return result if allowed is None else np.where(allowed, result, np.float32(-np.inf))
 
 
 def _grouped(rows: Rows, vocab: int) -> dict[int, list[int]]:

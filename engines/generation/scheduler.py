@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepseek_trt.engines.generation.guiding import Guides, RowGuide
 from deepseek_trt.engines.generation.pages import PagePool, page_table, sequence_pages
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
@@ -67,7 +68,15 @@ class Scheduler:
     tokens are kept and computed again. The earliest is never put back, so every request ends.
     """
 
-    def __init__(self, session: Session, config: ModelConfig, limits: SchedulerLimits | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        config: ModelConfig,
+        limits: SchedulerLimits | None = None,
+        guides: Guides | None = None,
+    ) -> None:
+        """`guides` compiles guides, which take a tokenizer; without it requests with one are refused."""
+        self._guides = guides
         self.limits = limits or SchedulerLimits()
         self.counters = Counters()
         self.pool = PagePool(session.pages)
@@ -96,11 +105,19 @@ class Scheduler:
         """
         self.check(prompt, params, name)
         tokens = list(prompt)
-        stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._config.eos_token_ids)
+        free = params.ignore_eos and params.guide is None  # a guide says itself where the answer may end
+        stops = frozenset(params.stop_token_ids) | frozenset(() if free else self._config.eos_token_ids)
         limit, most = self._limit(prompt, params), self._most_pages(prompt, params)
-        sampler = Sampler(params, tokens, sorted(stops), room=limit)
+        sampler = Sampler(params, tokens, sorted(stops), room=limit, guide=self._guide(params))
         keys = PrefixKeys(self._session.cache.page_size)
         return Request(tokens, sampler, limit, most, stops, keys)
+
+    def _guide(self, params: SamplingParams) -> RowGuide | None:
+        if params.guide is None:
+            return None
+        if self._guides is None:
+            raise RequestError("guide: the bundle has no tokenizer.json, by whose tokens answers are guided")
+        return self._guides.compiled(params.guide)
 
     def queue(self, request: Request) -> int:
         """Queue what `prepare` made, and return its id."""
@@ -116,6 +133,9 @@ class Scheduler:
             raise RequestError(f"{name} is empty: give at least one token")
         if not all(0 <= token < vocab for token in prompt):
             raise RequestError(f"{name} holds a token id outside 0..{vocab - 1}")
+        biased = [token for token, _ in params.logit_bias if token >= vocab]
+        if biased:
+            raise RequestError(f"logit_bias {biased[:8]}: the model's token ids end at {vocab - 1}")
         unknown = [token for token in params.stop_token_ids if token >= vocab]
         if unknown:
             raise RequestError(f"stop_token_ids {unknown}: the model's token ids end at {vocab - 1}")
@@ -265,6 +285,7 @@ class Scheduler:
             return []
         logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
         events: list[Event] = []
+        guided: list[RowGuide] = []
         for request, choice in zip(requests, self._choices(requests, logits), strict=True):
             if isinstance(choice, Exception):
                 events.append(self._failed(request, choice))
@@ -279,6 +300,11 @@ class Scheduler:
             if finished:
                 self._vacate(request)
                 self._running.remove(request)
+            elif request.sampler.guide:
+                request.sampler.guide.consume(token)
+                guided.append(request.sampler.guide)
+        if guided and self._guides:
+            self._guides.begin(guided)
         return events
 
     def _choices(self, requests: list[Request], logits: Floats) -> Sequence[Choice | Exception]:

@@ -32,13 +32,17 @@ _SAMPLING = ("top_k", "top_p", "min_p", "temperature", "repetition_penalty", "pr
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A request that can be run. echo: text that comes before the answer; timeout_ms: None for no deadline."""
+    """A request that can be run. echo: text that comes before the answer; timeout_ms: None for no deadline.
+
+    tokens_alone: whoever asked makes text of the tokens, and looks for stop strings.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
     stream: bool
     echo: str
     timeout_ms: int | None
+    tokens_alone: bool = False
 
 
 def parse_request(

@@ -6,6 +6,7 @@ Only the sending thread sends, polls and counts: tritonserver's metrics cannot b
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import threading
@@ -19,7 +20,7 @@ from deepseek_trt.engines.generation.answer import Answer
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.serving import metrics as m
-from deepseek_trt.engines.serving.request import Tensors, parse_request
+from deepseek_trt.engines.serving.request import GenerateRequest, Tensors, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream
 from deepseek_trt.export.errors import BackendError, DeepseekTrtError
 
@@ -29,6 +30,7 @@ _UNLOADING = "the model is being unloaded: ask again when it is loaded"
 _TICK = 0.02  # seconds between looks at who has gone or run out of time
 _POLL_AFTER = 0.06  # seconds from one question to a channel to the next: below 100 ms with the tick
 _ASK_AFTER = 0.5  # seconds from one question to the host to the next
+_FULL = "{} requests are in flight, the most allowed: try again later"
 _READERS = 2  # threads that read requests: a long prompt, or a slow template, holds up one of them
 _LONGEST_REASON = 1000  # characters of a refusal
 
@@ -62,7 +64,7 @@ class Service:
         self._metrics, self._host = metrics, host
         self._admission = threading.Lock()  # guards the four below
         self._live: set[Stream] = set()  # have not had their final response
-        self._reading = 0  # requests that are taken, and not live yet
+        self._reading: set[Channel] = set()  # of requests that are taken, and not live yet
         self._closed = ""  # why nothing is taken any more
         self._abort_at = math.inf  # when what is live is ended with an error
         self._failure = ""  # of the engine, to be told to the host
@@ -80,21 +82,35 @@ class Service:
     ) -> None:
         """Start answering, or have an error sent; returns at once. Nobody else may change the tensors."""
         arrived = time.perf_counter()
-        with self._admission:
-            refusal = self._closed
-            if not refusal and len(self._live) + self._reading >= self._max_inflight:
-                refusal = f"{self._max_inflight} requests are in flight, the most allowed: try again later"
-            if not refusal:
-                self._reading += 1
-        if refusal:
-            self.refuse(channel, Failure("refused", refusal))
-        else:
-            self._readers.submit(self._read, channel, tensors, parameters or {}, timeout_us, arrived)
+
+        def parsed() -> tuple[GenerateRequest, Answer]:
+            request = parse_request(tensors, parameters or {}, self._text, timeout_us, self._llm.defaults)
+            return request, Answer(self._text, request.params)
+
+        if self._admits(channel):
+            self._readers.submit(self._read, channel, parsed, arrived)
+
+    def take(self, channel: Channel, parsed: Callable[[], tuple[GenerateRequest, Answer]]) -> Stream | None:
+        """Start answering what `parsed` gives, in this thread; None, and an error sent, where that cannot be."""
+        arrived = time.perf_counter()
+        return self._read(channel, parsed, arrived) if self._admits(channel) else None
+
+    def leave(self, stream: Stream, used: int | None) -> None:
+        """End an answer that nobody wants more of: `used` of its tokens were, None where nobody waits any more.
+
+        Any thread may call it; pages are free before the engine's next step.
+        """
+        ticket = stream.ticket
+        stream.leave(used)
+        if ticket is not None:
+            self._llm.cancel(ticket)
+        self._ready.append(stream)
+        self._wake.set()
 
     def refuse(self, channel: Channel, failure: Failure) -> None:
         """Have this sent as the only response."""
         if len(failure.message) > _LONGEST_REASON:
-            failure = Failure(failure.kind, f"{failure.message[: _LONGEST_REASON - 3]}...")
+            failure = dataclasses.replace(failure, message=f"{failure.message[: _LONGEST_REASON - 3]}...")
         self._refused.append((channel, failure))
         self._wake.set()
 
@@ -109,13 +125,24 @@ class Service:
         self._thread.join()
         self._llm.close()
 
+    def _admits(self, channel: Channel) -> bool:
+        """Make room for one more request, or refuse it."""
+        with self._admission:
+            refusal, full = self._closed, len(self._live) + len(self._reading) >= self._max_inflight
+            if not refusal and not full:
+                self._reading.add(channel)
+                return True
+        self.refuse(channel, Failure("refused", refusal or _FULL.format(self._max_inflight), full=not refusal))
+        return False
+
     def _read(
-        self, channel: Channel, tensors: Tensors, parameters: Mapping[str, Any], timeout_us: int, arrived: float
-    ) -> None:
-        """In a reader's thread: from tensors to a request that the engine has, or to an error."""
+        self, channel: Channel, parsed: Callable[[], tuple[GenerateRequest, Answer]], arrived: float
+    ) -> Stream | None:
+        """From what was sent to a request that the engine has, or to an error."""
         try:
-            request = parse_request(tensors, parameters, self._text, timeout_us, self._llm.defaults)
-            self._submit(Stream(channel, request, Answer(self._text, request.params), arrived))
+            stream = Stream(channel, *parsed(), arrived)
+            self._submit(stream)
+            return stream
         except DeepseekTrtError as error:
             self.refuse(channel, Failure("invalid", str(error)))
         except _RefusedError as error:
@@ -125,12 +152,14 @@ class Service:
             self.refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
         finally:
             with self._admission:
-                self._reading -= 1
+                self._reading.discard(channel)
+        return None
 
     def _submit(self, stream: Stream) -> None:
         with self._admission:
             if self._closed:
                 raise _RefusedError(self._closed)
+            self._reading.discard(stream.channel)  # or it would count twice for a moment
             self._live.add(stream)
 
         def put(event: Event | Exception) -> None:
@@ -215,6 +244,9 @@ class Service:
         if stream.ticket is None:  # the thread that took the request has not come to it yet
             self._ready.append(stream)
             return
+        if stream.left is not None:
+            self._finish(stream, stream.end())
+            return
         stream.queued = False  # before taking, so that what comes meanwhile is told of
         response = stream.take()
         if isinstance(response, Failure) or (response and response.finish_reason):
@@ -268,7 +300,7 @@ class Service:
         return {
             m.PREEMPTIONS: scheduler.counters.preemptions,
             m.BATCH_SIZE: scheduler.running,
-            m.INFLIGHT: len(self._live) + self._reading,
+            m.INFLIGHT: len(self._live) + len(self._reading),
             m.PAGES_USED: scheduler.pool.pages - 1 - free,
             m.PAGES_FREE: free,
         }

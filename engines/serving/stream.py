@@ -14,13 +14,14 @@ from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.serving.request import GenerateRequest
 
 FailureKind = Literal["invalid", "refused", "cancelled", "timeout", "failed"]
+LeftReason = Literal["satisfied", "gone"]
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response; num_output_tokens and logprobs are of the tokens since the response before.
+    """One response; num_output_tokens, logprobs and pieces are of the tokens since the response before.
 
-    finish_reason is "stop" or "length" on the last response, else empty.
+    finish_reason is "stop" or "length" on the last response, else empty. pieces are there for requests of tokens alone.
     """
 
     text: str
@@ -29,14 +30,16 @@ class Response:
     num_output_tokens: int
     logprobs: tuple[float, ...] | None
     cum_logprob: float | None
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An answer that does not come, or does not go on."""
+    """An answer that does not come, or does not go on. full: there was no room for the request; there may be later."""
 
     kind: FailureKind
     message: str
+    full: bool = False
 
 
 class Channel(Protocol):
@@ -61,14 +64,29 @@ class Stream:
         self.first_token: float | None = None
         self.last_token = arrived
         self.made = 0  # tokens that were taken
+        self.left: LeftReason | None = None  # why nobody wants more of the answer
+        self._used = 0  # tokens that were wanted of an answer that was left
         self._events: deque[Event | Exception] = deque()
         self._text = [request.echo] if request.echo else []
+        self._pieces: list[Piece] = []
         self._logprobs: list[float] = []
         self._cum_logprob = 0.0
         self._unsent = 0  # tokens taken since the response before
 
     def put(self, event: Event | Exception) -> None:
         self._events.append(event)
+
+    def leave(self, used: int | None) -> None:
+        """Nobody wants more: `used` tokens were enough, or None where nobody waits any more. Any thread may call it."""
+        self._used = used or 0
+        self.left = "gone" if used is None else "satisfied"
+
+    def end(self) -> Response | Failure:
+        """What becomes of an answer that was left: the rest is nobody's."""
+        if self.left == "satisfied":
+            self.made = self._used
+            return self._response("stop")
+        return Failure("cancelled", f"the request was cancelled after {self.made} tokens")
 
     def take(self) -> Response | Failure | None:
         """Everything that was put since, as the response to send now; None where there is none to send yet."""
@@ -77,7 +95,8 @@ class Stream:
         if error is not None:
             return Failure("failed", f"after {self.made} tokens: {error}")
         finish_reason = pieces[-1].finish_reason if pieces else None
-        if not finish_reason and not (self.request.stream and self._text):
+        unsent = self._pieces if self.request.tokens_alone else self._text
+        if not finish_reason and not (self.request.stream and unsent):
             return None
         return self._response(finish_reason or "")
 
@@ -101,6 +120,8 @@ class Stream:
         self.made += len(pieces)
         self._unsent += len(pieces)
         self._text += [piece.text for piece in pieces if piece.text]
+        if self.request.tokens_alone:
+            self._pieces += pieces
         if self.request.params.logprobs is not None:
             self._logprobs += [piece.logprob for piece in pieces if piece.logprob is not None]
 
@@ -114,6 +135,7 @@ class Stream:
             num_output_tokens=self._unsent,
             logprobs=tuple(self._logprobs) if wanted else None,
             cum_logprob=self._cum_logprob if wanted else None,
+            pieces=tuple(self._pieces),
         )
-        self._text, self._logprobs, self._unsent = [], [], 0
+        self._text, self._pieces, self._logprobs, self._unsent = [], [], [], 0
         return response

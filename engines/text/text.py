@@ -10,6 +10,7 @@ from deepseek_trt.engines.text.messages import Message
 from deepseek_trt.engines.text.stream import TextStream
 from deepseek_trt.engines.text.template import ChatTemplates
 from deepseek_trt.engines.text.template_files import Named, read_special_tokens, read_templates
+from deepseek_trt.engines.text.token_bytes import TokenBytes
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
 from deepseek_trt.export.text.tokenizer import LoadedTokenizer, refusals
@@ -51,6 +52,9 @@ class Text:
         # Of a prompt. Twice: normalizers may shorten.
         self.most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings
         added = self._tokenizer.get_added_tokens_decoder()
+        self._vocab_size = bundle.manifest.model.vocab_size
+        self._bytes = TokenBytes(self._tokenizer)
+        self.added_tokens = tuple(token.content for token in added.values())
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
 
     def encode(self, text: str) -> list[int]:
@@ -59,6 +63,15 @@ class Text:
         RequestError for what is no valid text, and for one that is longer than all tokens that the model can take.
         """
         return [*self._loaded.front, *self._encode(text, "the prompt"), *self._loaded.back]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """`encode`, but where the text itself begins with what texts are put after (BOS), that is there once.
+
+        For servers: their clients render chat templates, which write BOS, and send the text.
+        """
+        front, ids = list(self._loaded.front), self.encode(text)
+        rest = ids[len(front) :]
+        return rest if front and rest[: len(front)] == front else ids
 
     def encode_chat(
         self,
@@ -73,7 +86,30 @@ class Text:
         The template itself writes the special tokens. `chat_template` is the name of one of several, or a file;
         `arguments` are what the template reads beside messages and tools, e.g. thinking=True. Raises RequestError.
         """
-        return self._encode(self.chat.render(messages, tools, chat_template, arguments), "the conversation")
+        return self.encode_rendered(self.chat.render(messages, tools, chat_template, arguments))
+
+    def encode_rendered(self, conversation: str) -> list[int]:
+        """Token ids of what a chat template wrote, which holds all special tokens that belong there."""
+        return self._encode(conversation, "the conversation")
+
+    def check_ids(self, ids: Sequence[int], name: str) -> None:
+        """RequestError that calls them `name` where one is none of the model's."""
+        if not all(0 <= token < self._vocab_size for token in ids):
+            raise RequestError(f"{name} holds a token id outside 0..{self._vocab_size - 1}")
+
+    def token_id(self, written: str) -> int | None:
+        """The id of the token that is written so; None where there is none."""
+        found: int | None = self._tokenizer.token_to_id(written)
+        return found
+
+    def to_json(self) -> str:
+        """tokenizer.json with all tokens that the files beside it add."""
+        written: str = self._tokenizer.to_str()
+        return written
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for; it may be a part of a character."""
+        return self._bytes.of(token)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The tokens' text without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -31,6 +31,9 @@ class SamplingRow(ctypes.Structure):
         ("seen", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
         ("banned", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("biased", ctypes.c_void_p),
+        ("biases", ctypes.c_void_p),
         ("steepness", ctypes.c_float),
         ("repetition", ctypes.c_float),
         ("presence", ctypes.c_float),
@@ -42,6 +45,7 @@ class SamplingRow(ctypes.Structure):
         ("min_tokens", ctypes.c_int32),
         ("top_k", ctypes.c_int32),
         ("logprobs", ctypes.c_int32),
+        ("biased_count", ctypes.c_int32),
     )
 
     def history(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
@@ -51,6 +55,17 @@ class SamplingRow(ctypes.Structure):
     def bans(self) -> npt.NDArray[np.int32]:
         """Tokens that may not come now."""
         return _view(self.banned, self.banned_count if self.made < self.min_tokens else 0, np.int32)
+
+    def bias(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Tokens, and what is added to their logits."""
+        return _view(self.biased, self.biased_count, np.int32), _view(self.biases, self.biased_count, np.float32)
+
+    def allowed(self, vocab: int) -> npt.NDArray[np.bool_] | None:
+        """Which of the tokens may come now; None where all may."""
+        if not self.mask:
+            return None
+        words = _view(self.mask, (vocab + 31) // 32, np.uint32)
+        return np.unpackbits(words.view(np.uint8), count=vocab, bitorder="little").view(np.bool_)
 
     def record(self, token: int) -> None:
         """Count the token as made and, where a history is kept, as seen."""

@@ -64,6 +64,8 @@ def test_every_sampling_option_reaches_the_sampler():
     command = click.command()(sampling_options(lambda params: seen.append(params)))
     arguments = []
     for field in dataclasses.fields(params):
+        if field.name in ("logit_bias", "guide"):  # of Python and servers alone
+            continue
         option = "--stop-token-id" if field.name == "stop_token_ids" else "--" + field.name.replace("_", "-")
         value = getattr(params, field.name)
         for one in value if isinstance(value, tuple) else (value,):

@@ -103,7 +103,7 @@ WRONG = {
 @pytest.mark.parametrize("field", WRONG)
 def test_wrong_values_are_refused_where_params_are_made(field):
     for value in WRONG[field]:
-        with pytest.raises(RequestError, match=field) as refused:
+        with pytest.raises(RequestError, match=field.replace("max_", "max_(new_)?")) as refused:
             SamplingParams(**{field: value})
         assert len(str(refused.value)) < 400
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_trt.engines.generation.answer import Answer
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.serving import metrics as m
-from deepseek_trt.engines.serving.request import parse_request
+from deepseek_trt.engines.serving.request import GenerateRequest, parse_request
 from deepseek_trt.engines.serving.service import Service
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.stream import Failure, Response
@@ -291,7 +292,7 @@ def test_full_is_refused_and_then_taken(served):
     served.session.gate.clear()
     running = [served.ask(**LONG) for _ in range(4)]
     (failure,) = served.ask(text_input="a").answer()
-    assert (failure.kind, "4 requests are in flight" in failure.message) == ("refused", True)
+    assert (failure.kind, "4 requests are in flight" in failure.message, failure.full) == ("refused", True, True)
     served.session.gate.set()
     assert all(len(channel.text) == 30 for channel in running)
     assert served.ask(text_input="a", max_tokens=3, min_tokens=3).text
@@ -325,6 +326,7 @@ def test_what_cannot_be_sent_ends_the_request(served):
 def test_a_failed_engine_fails_all_and_the_host_is_told(served):
     served.session.gate.clear()
     running = [served.ask(**LONG, stream=i == 0) for i in range(3)]
+    wait_until(lambda: len(served.service._live) == 3)  # one that is read later would be refused
     served.session.failures = 1
     served.session.gate.set()
     for channel in running:
@@ -358,7 +360,8 @@ def test_an_unwanted_model_takes_nothing_and_ends_what_runs(served):
     channel = served.ask(**LONG)
     served.host.wants = False
     wait_until(lambda: served.service._closed)
-    assert served.ask(text_input="a").answer()[0].kind == "refused"
+    (failure,) = served.ask(text_input="a").answer()
+    assert (failure.kind, failure.full) == ("refused", False)
     served.session.gate.set()
     assert len(channel.text) == 30
 
@@ -367,6 +370,7 @@ def test_close_ends_with_an_error_what_takes_too_long():
     served = Served(drain_seconds=0.05)
     served.session.gate.clear()
     channels = [served.ask(**LONG, stream=stream) for stream in (True, False)]
+    wait_until(lambda: len(served.service._live) == 2)
     opener = threading.Timer(0.3, served.session.gate.set)
     opener.start()
     served.service.close()
@@ -420,3 +424,28 @@ def test_edited_settings_are_checked(change, words):
     parameters = {**SETTINGS.to_parameters(), **change}
     with pytest.raises(RequestError, match=words):
         ServingSettings.from_parameters({k: v for k, v in parameters.items() if v is not None})
+
+
+@pytest.mark.parametrize(("used", "result"), [(3, "ok"), (None, "cancelled")])
+def test_an_answer_of_tokens_alone_ends_where_it_is_left(served, monkeypatch, used, result):
+    """What a server in another process does: it finds stop strings, or its client goes."""
+    steps, left, decode = [], threading.Event(), served.session.decode
+
+    def step(*arguments):
+        steps.append(1)
+        assert len(steps) < 6 or left.wait(WAIT)
+        return decode(*arguments)
+
+    monkeypatch.setattr(served.session, "decode", step)
+    params = SamplingParams(30, min_tokens=30)
+    request = GenerateRequest([0, 1, 2], params, True, "", None, tokens_alone=True)
+    channel = Channel()
+    stream = served.service.take(channel, lambda: (request, Answer(None, params)))
+    wait_until(lambda: sum(len(response.pieces) for response in channel.sent) >= 3)
+    served.service.leave(stream, used)
+    left.set()
+    last = channel.answer()[-1]
+    assert (last.finish_reason if used else last.kind) == ("stop" if used else "cancelled")
+    wait_until(lambda: served.llm.scheduler.pool.free == served.session.pages - 1)
+    wait_until(lambda: served.board.values.get((m.REQUESTS.name, result)) == 1)
+    assert not used or served.board.values[m.OUTPUT_TOKENS.name, ""] == used

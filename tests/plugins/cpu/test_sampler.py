@@ -48,6 +48,18 @@ def drawn_params(rng, rows):
     ]
 
 
+class Mask:
+    """A guide that allows the same tokens for ever."""
+
+    def __init__(self, allowed):
+        words = np.zeros((len(allowed) + 31) // 32 * 32, dtype=np.uint8)
+        words[: len(allowed)] = allowed
+        self.words = np.packbits(words, bitorder="little").view(np.uint32)
+
+    def prepare(self, row):
+        row.mask = self.words.ctypes.data
+
+
 def drawn_logits(rng, rows, vocab):
     """Wide and narrow ones, some with many ties, some with tokens that cannot come."""
     logits = (rng.normal(size=(rows, vocab)) * rng.choice([0.5, 3, 20])).astype(np.float32)
@@ -78,6 +90,30 @@ def test_picks_what_numpy_picks(native, vocab):
                 # the last steps are float64's: a sum in another order, another logarithm, and the largest logit added
                 size = 20 + np.abs(logits).max(where=np.isfinite(logits), initial=0)
                 np.testing.assert_allclose(*values, rtol=0, atol=4 * 2**-53 * size)
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_masks_and_biases_pick_what_numpy_picks_and_leave_other_rows_as_they_were(native, vocab):
+    rng = np.random.default_rng(vocab)
+    for _ in range(8):
+        plain = drawn_params(rng, 12)
+        params, masks = list(plain), [None] * 12
+        for i in range(0, 12, 2):
+            masks[i] = Mask(rng.random(vocab) < rng.choice([0.0, 0.02, 0.5, 1.0]))
+            if i % 4:
+                bias = {int(token): float(rng.normal() * 9) for token in rng.choice(vocab, min(3, vocab))}
+                params[i] = dataclasses.replace(plain[i], logit_bias=bias)
+        one, other = ([Sampler(p, [1, 2], [0], guide=m) for p, m in zip(params, masks, strict=True)] for _ in range(2))
+        free = [Sampler(p, [1, 2], [0]) for p in plain]
+        for _ in range(4):
+            logits = drawn_logits(rng, 12, vocab)
+            expected, actual = sample_rows(one, logits), sample_rows(other, logits, native)
+            tokens = [token for token, *_ in actual]
+            assert tokens == [token for token, *_ in expected]
+            assert [s.row.draws for s in other] == [s.row.draws for s in one]
+            assert tokens[1::2] == [token for token, *_ in sample_rows(free, logits, native)][1::2]
+            for token, mask in zip(tokens[::2], masks[::2], strict=True):
+                assert token == NOT_FINITE or mask.words[token // 32] >> (token % 32) & 1
 
 
 def test_batch_and_order_change_nothing(native):

@@ -17,10 +17,21 @@ double draw(SamplingRow& row) {
     return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-// A copy with penalties and bans, where the row has any.
+// What the mask leaves of the logits, the others -infinity.
+void apply(const uint32_t* mask, float* y, int64_t n) {
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const uint32_t bits = mask[i / 32];
+        if (bits == ~0u) continue;
+        for (int64_t bit = 0; bit < 32; ++bit) y[i + bit] = bits >> bit & 1 ? y[i + bit] : -INFINITY;
+    }
+    for (; i < n; ++i) y[i] = mask[i / 32] >> (i % 32) & 1 ? y[i] : -INFINITY;
+}
+
+// A copy with penalties, biases, bans and the mask, where the row has any.
 const float* adjusted(const SamplingRow& row, const float* x, int64_t n, Room& room) {
     const int64_t seen = row.seen_count, banned = row.made < row.min_tokens ? row.banned_count : 0;
-    if (!seen && !banned) return x;
+    if (!seen && !banned && !row.mask && !row.biased_count) return x;
     room.logits.resize(n);
     room.values.resize(seen);
     float *y = room.logits.data(), *values = room.values.data();
@@ -32,7 +43,9 @@ const float* adjusted(const SamplingRow& row, const float* x, int64_t n, Room& r
         values[i] = (value - (row.counts[i] > 0 ? row.presence : 0.0f)) - row.frequency * row.counts[i];
     }
     for (int64_t i = 0; i < seen; ++i) y[row.seen[i]] = values[i];
+    for (int64_t i = 0; i < row.biased_count; ++i) y[row.biased[i]] += row.biases[i];
     for (int64_t i = 0; i < banned; ++i) y[row.banned[i]] = -INFINITY;
+    if (row.mask) apply(row.mask, y, n);
     return y;
 }
 
@@ -113,7 +126,12 @@ void sample_rows(const SamplingBatch& batch, int64_t from, int64_t last) {
         const bool measures = row.logprobs >= 0;
         const double total = measures ? measure(batch, index, x, best, room) : 0;  // first: x is near by now
         const float* y = adjusted(row, x, n, room);
-        const int64_t token = pick(row, y, n, x == y ? best : maximum(y, n, room.maxima), room);
+        const float left = x == y ? best : maximum(y, n, room.maxima);
+        if (row.mask && !(left > LOWEST)) {
+            batch.tokens[index] = NOT_FINITE;
+            continue;
+        }
+        const int64_t token = pick(row, y, n, left, room);
         batch.tokens[index] = token;
         if (measures) batch.logprobs[index] = x[token] - total;
         record(row, static_cast<int32_t>(token));

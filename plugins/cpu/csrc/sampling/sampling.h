@@ -12,7 +12,10 @@ struct SamplingRow {
     int32_t* seen;   // tokens of prompt and answer, each once, with their number in the answer; null: not kept
     float* counts;
     const int32_t* banned;  // tokens that may not be picked
-    float steepness;        // log2(e) / temperature; 0 is greedy
+    const uint32_t* mask;   // a bit for each token that may be picked, the lowest first; null: all may
+    const int32_t* biased;  // tokens whose logits biases are added to
+    const float* biases;
+    float steepness;  // log2(e) / temperature; 0 is greedy
     float repetition;
     float presence;
     float frequency;
@@ -23,6 +26,7 @@ struct SamplingRow {
     int32_t min_tokens;  // before so many, banned counts
     int32_t top_k;       // 0 keeps all
     int32_t logprobs;    // -1: none wanted, n: the chosen token's and the n likeliest tokens'
+    int32_t biased_count;
 };
 
 struct SamplingTop {
@@ -30,7 +34,8 @@ struct SamplingTop {
     double logprob;
 };
 
-// The token of a row whose logits hold NaN or infinity, or no number above the least one; the row records nothing.
+// The token of a row whose logits hold NaN or infinity, or no number above the least one among those that its mask
+// leaves; the row records nothing.
 constexpr int64_t NOT_FINITE = -1;
 
 // A batch; tokens and logprobs have a place a row, tops `most` places a row.

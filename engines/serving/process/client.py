@@ -1,0 +1,146 @@
+"""EngineClient: the engine's process as the server's event loop sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+from deepseek_trt.engines.serving.process.link import ServerLink
+from deepseek_trt.engines.serving.process.messages import (
+    AskMetrics,
+    Down,
+    Drain,
+    Drained,
+    Embed,
+    Failed,
+    Leave,
+    Ready,
+    Setup,
+    Shown,
+    Start,
+    Taken,
+    Tokens,
+    ToServer,
+    Vectors,
+)
+from deepseek_trt.export.errors import BackendError
+
+Answer = Taken | Tokens | Failed | Vectors | Shown
+ENDED = "the engine's process has ended"
+
+
+class Asked:
+    """One request: what comes back, in order, until it is over or left."""
+
+    def __init__(self, client: EngineClient, id: int) -> None:
+        self._client, self.id = client, id
+        self._come: asyncio.Queue[Answer] = asyncio.Queue()
+
+    def put(self, answer: Answer) -> None:
+        self._come.put_nowait(answer)
+
+    async def next(self) -> Answer:
+        return await self._come.get()
+
+    def waiting(self) -> Iterable[Answer]:
+        """What has come and can be had at once."""
+        while not self._come.empty():
+            yield self._come.get_nowait()
+
+    def leave(self, used: int | None) -> None:
+        """Nothing more is wanted; see Leave. A second time does nothing."""
+        self._client.leave(self.id, used)
+
+
+class EngineClient:
+    """Belongs to one event loop. `down` says why nothing can be asked any more, or is empty; `lost` is set with it."""
+
+    def __init__(self, link: ServerLink) -> None:
+        self._link = link
+        self._ids = itertools.count()
+        self._asked: dict[int, Asked] = {}
+        self._drained = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.down, self.drained = "", False
+
+    async def open(self, bundle: str, settings: dict[str, Any]) -> list[str]:
+        """Wait until the engine has computed once; what it says of itself. BackendError where it cannot."""
+        self._link.send(Setup(bundle, settings))
+        message = await self._link.receive()
+        if isinstance(message, Ready):
+            self._reading = asyncio.create_task(self._read())
+            return message.lines
+        raise BackendError(message.reason if isinstance(message, Down) else f"{ENDED} while it opened the bundle")
+
+    def generate(self, prompt_ids: list[int], params: dict[str, Any], timeout_ms: int | None) -> Asked:
+        asked = self._new()
+        self._link.send(Start(asked.id, prompt_ids, params, timeout_ms))
+        return asked
+
+    @contextlib.asynccontextmanager
+    async def embed(self, rows: list[list[int]]) -> AsyncIterator[Asked]:
+        """Ask for rows' vectors; who leaves the context does not wait for them any more."""
+        asked = self._new()
+        self._link.send(Embed(asked.id, rows))
+        try:
+            yield asked
+        finally:
+            asked.leave(None)
+
+    async def metrics(self) -> Shown | None:
+        """None where the engine is down."""
+        asked = self._new()
+        self._link.send(AskMetrics(asked.id))
+        answer = await asked.next()
+        self._asked.pop(asked.id, None)
+        return answer if isinstance(answer, Shown) else None
+
+    def leave(self, id: int, used: int | None) -> None:
+        if self._asked.pop(id, None) is not None:
+            self._link.send(Leave(id, used))
+
+    async def drain(self) -> None:
+        """Have nothing more taken; returns when every request has had its end."""
+        self._link.send(Drain())
+        await self._drained.wait()
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _new(self) -> Asked:
+        asked = Asked(self, next(self._ids))
+        if self.down:
+            asked.put(Failed(asked.id, "refused", self.down))
+        else:
+            self._asked[asked.id] = asked
+        return asked
+
+    async def _read(self) -> None:
+        while (message := await self._link.receive()) is not None:
+            self._handle(message)
+        self._lose(ENDED)
+        self._drained.set()
+
+    def _handle(self, message: ToServer) -> None:
+        if isinstance(message, Down):
+            self._lose(message.reason)
+        elif isinstance(message, Drained):
+            self.drained = True
+            self._drained.set()
+        elif not isinstance(message, Ready):
+            asked = self._asked.get(message.id)
+            if asked is None:  # it was left
+                return
+            asked.put(message)
+            if isinstance(message, Failed) or (isinstance(message, Tokens) and message.finish):
+                del self._asked[message.id]
+
+    def _lose(self, reason: str) -> None:
+        self.down = self.down or reason
+        self.lost.set()
+        for asked in (*self._asked.values(),):
+            asked.put(Failed(asked.id, "failed", self.down))
+        self._asked.clear()
