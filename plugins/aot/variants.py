@@ -20,19 +20,19 @@ TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Each kernel's module (in plugins/kernels) and the arguments it takes at launch, in order; T is the op's dtype.
 _WRITE = (
     "pool *T, latent *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, steps i32, table_width i32, "
-    "page_size i32"
+    "page_size i32, pages i32"
 )
 _SPLIT = (
     "query *T, pool *T, page_table *i32, past_lengths *i32, partial *fp32, partial_lse *fp32, scale_log2 fp32, "
-    "num_splits i32, table_width i32, page_size i32"
+    "num_splits i32, table_width i32, page_size i32, pages i32"
 )
 _EXPAND = (
     "pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T, w_uv *T, k_nope *T, value *T, "
-    "first_head i32, capacity i32, table_width i32, page_size i32"
+    "first_head i32, capacity i32, table_width i32, page_size i32, pages i32, steps i32"
 )
 _ATTEND = (
     "query *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, k_nope *T, value *T, attended *T, "
-    "scale_log2 fp32, first_head i32, steps i32, capacity i32, table_width i32, page_size i32"
+    "scale_log2 fp32, first_head i32, steps i32, capacity i32, table_width i32, page_size i32, pages i32"
 )
 
 
@@ -48,7 +48,7 @@ KERNELS = {
     "latent_write": KernelSource("latent_write", _WRITE),
     "mla_decode_split": KernelSource("mla_decode", _SPLIT),
     "mla_decode_combine": KernelSource(
-        "mla_decode", "partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T, num_splits i32"
+        "mla_decode", "partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T, num_splits i32, capacity i32"
     ),
     "mla_prefill_expand": KernelSource("mla_prefill", _EXPAND),
     "mla_prefill_attend": KernelSource("mla_prefill", _ATTEND),

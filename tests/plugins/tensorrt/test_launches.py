@@ -128,18 +128,20 @@ def decode(e: Expected, n: Sizes) -> None:
     splits = launches.decode_splits(n["B"], tiles, capacity, e.tile("mla_decode_split", "BLOCK_N"))
     partial = e.take(n["B"] * heads * splits * rank * 4)
     lse = e.take(n["B"] * heads * splits * 4)
-    paging = [n["M"], n["page"]]
+    paging = [n["M"], n["page"], n["P"]]
     written: list[int | str] = ["present_latent", "latent", "page_table", "past_lengths", 0, 1, *paging]
     e.launch("latent_write", [cdiv(1, e.tile("latent_write", "BLOCK_S")), n["B"]], written)
     cached: list[int | str] = ["query", "present_latent", "page_table", "past_lengths"]
     scale = SCALE * math.log2(math.e)
     e.launch("mla_decode_split", [tiles, splits, n["B"]], [*cached, partial, lse, scale, splits, *paging])
     columns = cdiv(rank, e.tile("mla_decode_combine", "BLOCK_D"))
-    e.launch("mla_decode_combine", [n["B"] * heads, columns], [partial, lse, "past_lengths", "attended", splits])
+    e.launch(
+        "mla_decode_combine", [n["B"] * heads, columns], [partial, lse, "past_lengths", "attended", splits, capacity]
+    )
 
 
 def prefill(e: Expected, n: Sizes) -> None:
-    capacity, paging = n["M"] * n["page"], [n["M"], n["page"]]
+    capacity, paging = n["M"] * n["page"], [n["M"], n["page"], n["P"]]
     chunk = launches.prefill_chunk_heads(n["B"], capacity, n["H"], (n["N"] + n["V"]) * ELEMENT)
     k_nope = e.take(n["B"] * chunk * capacity * n["N"] * ELEMENT)
     value = e.take(n["B"] * chunk * capacity * n["V"] * ELEMENT)
@@ -147,7 +149,7 @@ def prefill(e: Expected, n: Sizes) -> None:
     rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
     e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", *lengths, n["S"], *paging])
     for part in launches.head_chunks(n["H"], chunk):
-        expand = ["present_latent", *lengths, "w_uk", "w_uv", k_nope, value, part.first, capacity, *paging]
+        expand = ["present_latent", *lengths, "w_uk", "w_uv", k_nope, value, part.first, capacity, *paging, n["S"]]
         tokens = cdiv(capacity, e.tile("mla_prefill_expand", "BLOCK_T"))
         e.launch("mla_prefill_expand", [tokens, part.count, n["B"]], expand)
         attend = ["query", "present_latent", *lengths, k_nope, value, "attended", SCALE * math.log2(math.e)]
@@ -207,7 +209,8 @@ def expected(op: OpSpec, config: ModelConfig, chip: Chip, sizes: Sizes) -> Expec
 
 
 def create(op: str) -> str:
-    return " ".join(["create", op, "build", *FIELDS[op]])
+    """As an engine's plugin: one of the builder's launches nothing."""
+    return " ".join(["create", op, "engine", *FIELDS[op]])
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
@@ -291,7 +294,12 @@ def test_missing_driver_is_said(drive: Drive, plugin_config: ModelConfig) -> Non
             "has no moe_router for this GPU (sm_75, 232448 bytes of shared memory a block); run `deepseek-trt plugins",
         ),
         ({"FAKE_SHARED": "900"}, 86, "has no moe_router for this GPU (sm_86, 900 bytes"),
-        ({"FAKE_BAD_IMAGE": "moe_router"}, 86, "CUDA driver: cuLibraryLoadData failed: as the test asked (209)"),
+        (
+            {"FAKE_BAD_IMAGE": "moe_router", "FAKE_CUDA": "12040"},
+            86,
+            "CUDA driver: cuLibraryLoadData failed: as the test asked (209); no code for moe_router loads on this GPU "
+            "(sm_86): the driver knows CUDA 12.4, the binaries need driver 580 (CUDA 13) or newer",
+        ),
         ({"FAKE_NO_CONTEXT": "1"}, 86, "CUDA driver: cuCtxGetDevice failed: as the test asked (201)"),
     ],
 )
@@ -310,6 +318,44 @@ def test_ptx_steps_in_where_compiled_code_needs_too_much_shared_memory(
     output = drive([create("MoeExperts"), "attach"], sm=90, FAKE_SHARED="1085")
     loads = {line.split("/")[2] for line in output if line.startswith("load ")}
     assert loads == {"ptx80"}
+
+
+def test_ptx_steps_in_where_binaries_do_not_load(drive: Drive, plugin_config: ModelConfig) -> None:
+    """An older driver refuses binaries of a newer CUDA, but compiles the PTX; it is said once an op."""
+    shapes = tensors(SPECS["MoeExperts"], plugin_config, {"T": 8})
+    commands = [create("MoeExperts"), *shapes, "attach", "reshape", "enqueue", "attach", "reshape", "enqueue"]
+    output = drive(commands, sm=86, FAKE_BAD_IMAGE="sm86", FAKE_CUDA="12040")
+    launched = {line.split(" | ")[1].split("/")[2] for line in output if line.startswith("launch ")}
+    assert launched == {"ptx80"}
+    (said,) = [line for line in output if line.startswith("log ")]
+    assert said == (
+        "log 2 deepseek-trt: MoeExperts runs PTX for SM 80 on this GPU (sm_86), slower than it could: the better code "
+        "does not load (CUDA driver: cuLibraryLoadData failed: as the test asked (209)); the driver knows CUDA 12.4, "
+        "the binaries need driver 580 (CUDA 13) or newer"
+    )
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_builders_plugins_launch_nothing(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
+    """A builder times plugins on made-up inputs, which would index memory."""
+    sizes = {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
+    built = create(name).replace(" engine ", " build ")
+    output = drive([built, *tensors(SPECS[name], plugin_config, sizes), "attach", "reshape", "enqueue"])
+    assert output == ["create ok", "attach 0", "reshape 0", "enqueue 0"]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_misaligned_tensors_are_said(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
+    """Kernels load 16 bytes at a time; memory that is not aligned so would be a fault on the GPU, far from its cause."""
+    op, sizes = SPECS[name], {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
+    shapes = tensors(op, plugin_config, sizes)
+    for tensor in op.inputs + op.outputs:
+        address = address_of(op, tensor.name)
+        moved = [line.replace(f" {address:x} ", f" {address + 2:x} ") for line in shapes]
+        output = drive([create(name), *moved, "attach", "reshape", "enqueue"])
+        assert output[-1] == "enqueue 1", tensor.name
+        assert f"{tensor.name.replace('past_latent', 'pool').replace('present_latent', 'pool')} lies at" in output[-2]
+        assert f"{address + 2:#x}, which is no multiple of 16 bytes" in output[-2]
 
 
 def test_failed_load_leaves_nothing_behind(drive: Drive) -> None:
