@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_trt.engines.plans.check import has_kernels
+from deepseek_trt.engines.plans.chips import chips_of, stand_in_note
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
 from deepseek_trt.engines.plans.parse import Parsed, layers_by_kind, network_tensors, parse_graph
 from deepseek_trt.engines.plans.plan import BuildSpec, Plan, PlanRecord, Profile, plan_path
@@ -26,9 +28,12 @@ BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
 
 @dataclass(frozen=True)
 class BuiltPlan(Plan):
-    """`fresh`: whether it was built now or had been built of the same inputs before."""
+    """`fresh`: whether it was built now or had been built of the same inputs before. `note`: what of the kernels is
+    slower than it could be, or empty.
+    """
 
     fresh: bool
+    note: str = ""
 
 
 def build_with_library(
@@ -43,10 +48,12 @@ def build_with_library(
     manifest = load_library(library, flavour.trt)
     if manifest.dtype != bundle.manifest.dtype:
         raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
-    missing = [sm for sm in spec.sms if sm not in manifest.sms and not manifest.ptx_sms]
-    if missing:
-        raise BuildError(f"{library} has no kernels for SM {missing[0]}: run deepseek-trt plugins --sm {missing[0]}")
-    build = _Build(bundle, spec, flavour, library, manifest.sha256, progress or (lambda *_: None))
+    chips = chips_of(spec, flavour)
+    for sm in chips:
+        if not has_kernels(manifest, sm):
+            raise BuildError(f"{library} has no kernels for SM {sm}: run deepseek-trt plugins --sm {sm}")
+    note = stand_in_note(manifest, chips)
+    build = _Build(bundle, spec, flavour, library, manifest.sha256, note, progress or (lambda *_: None))
     return tuple(map(build.plan, bundle.manifest.graphs))
 
 
@@ -76,13 +83,14 @@ class _Build:
     flavour: Flavour
     library: Path
     library_sha256: str
+    note: str
     progress: BuildProgress
 
     def plan(self, graph: GraphSpec) -> BuiltPlan:
         path, source = plan_path(self.bundle, graph.name), self._source_sha256(graph)
         done = _up_to_date(path, source)
         if done is not None:
-            return BuiltPlan(path, done, fresh=False)
+            return BuiltPlan(path, done, fresh=False, note=self.note)
         self.flavour.log.errors.clear()
         parsed = parse_graph(self.bundle, graph, self.spec, self.flavour)
         profile = profile_of(graph, self.bundle.manifest.cache, self.spec)
@@ -111,7 +119,7 @@ class _Build:
             record.write(path.with_suffix(".plan.json"))
         finally:
             aside.unlink(missing_ok=True)
-        return BuiltPlan(path, record, fresh=True)
+        return BuiltPlan(path, record, fresh=True, note=self.note)
 
     def _source_sha256(self, graph: GraphSpec) -> str:
         """The sha256 of what decides what the plan holds; its small weights, or all of them, come from one export."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_trt.engines.plans.chips import stand_in_note
 from deepseek_trt.engines.plans.flavour import MODULES, Flavour
 from deepseek_trt.engines.plans.plan import Plan, PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec, TensorSpec, past_name
-from deepseek_trt.export.errors import BackendError, BundleError
+from deepseek_trt.export.errors import BackendError, BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
+from deepseek_trt.plugins.kernels.chips import runs_on
 from deepseek_trt.plugins.tensorrt.manifest import Manifest, read_manifest
 
 AGAIN = "run deepseek-trt build again"
@@ -115,10 +117,18 @@ def check_library(bundle: Bundle, plan: Plan, sm: int) -> Path | None:
     return path
 
 
+def kernels_note(bundle: Bundle, plan: Plan, sm: int) -> str:
+    """What to say where PTX stands in on this GPU for the plan's kernels; empty also where their library is gone."""
+    try:
+        manifest = read_manifest((bundle.path / plan.record.plugin_library).resolve())
+    except BuildError:  # the plan carries it
+        return ""
+    return stand_in_note(manifest, [sm]) if manifest.sha256 == plan.record.plugin_library_sha256 else ""
+
+
 def has_kernels(manifest: Manifest, sm: int) -> bool:
     """The library's own rule: compiled code for this chip, or an earlier 8.x for a later one; else PTX."""
-    compiled = any(own == sm or (own // 10 == sm // 10 == 8 and own <= sm) for own in manifest.sms)
-    return compiled or any(ptx <= sm for ptx in manifest.ptx_sms)
+    return any(runs_on(own, sm) for own in manifest.sms) or any(ptx <= sm for ptx in manifest.ptx_sms)
 
 
 def check_file(plan: Plan) -> None:

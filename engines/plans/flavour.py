@@ -21,15 +21,24 @@ MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _NEEDED = (("OnnxParserFlag", "ENABLE_PLUGIN_OVERRIDE"), ("PreviewFeature", "ALIASED_PLUGIN_IO_10_03"))
 
 
+_OURS = "deepseek-trt: "  # how a message of the plugin library begins that is for the user
+
+
 class ErrorLog:
-    """TensorRT's last errors, each a severity and a message: it explains itself nowhere else."""
+    """TensorRT's last errors, each a severity and a message: it explains itself nowhere else.
+
+    `notes` are what the plugin library says of how it computes, once each.
+    """
 
     def __init__(self) -> None:
         self.errors: collections.deque[tuple[str, str]] = collections.deque(maxlen=100)
+        self.notes: dict[str, None] = {}
 
     def __call__(self, severity: str, message: str) -> None:
         """Keep errors; TensorRT logs every verbose line, too, and those would pile up with the layers."""
-        if severity in ("INTERNAL_ERROR", "ERROR"):
+        if message.startswith(_OURS):
+            self.notes[message.removeprefix(_OURS)] = None
+        elif severity in ("INTERNAL_ERROR", "ERROR"):
             self.errors.append((severity, message))
 
     def first(self) -> str:

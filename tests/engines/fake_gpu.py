@@ -241,6 +241,7 @@ class Engine:
         return (RtxRuntimeConfig if self.trt.rtx else RuntimeConfig)()
 
     def create_execution_context(self, config):
+        self.trt.on_context()
         context = Context(self.trt, self.record, config)
         self.trt.contexts[self.record.graph] = context
         return context
@@ -255,6 +256,7 @@ def fake_trt(name, bundle, records, device, weights):
     trt.rtx, trt.device, trt.config = "rtx" in name, device, bundle.manifest.model
     trt.contexts, trt.refuse_runs, trt.validity = {}, False, (EngineValidity.VALID, 0)
     trt.deserialised = []
+    trt.on_context = lambda: None
     trt.constants = weights
     trt.ExecutionContextAllocationStrategy = Strategy
     trt.DynamicShapesKernelSpecializationStrategy = Specialisation

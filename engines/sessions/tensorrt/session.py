@@ -14,6 +14,7 @@ from deepseek_trt.engines.plans.check import (
     check_library,
     check_pages,
     check_version,
+    kernels_note,
     limits_of,
     read_plans,
 )
@@ -96,7 +97,9 @@ class TrtSession(Session):
             engine = Engine(plan, flavour, device.sm, device.name, self._cuda_graphs and name == "decode")
             stack.callback(engine.close)
             self._engines[name] = engine
-        notes = [f"{flavour.name} {flavour.version} on {device.name}", *(e.note for e in self._engines.values())]
+        kernels = (kernels_note(bundle, plan, device.sm) for plan in plans)
+        engines = (engine.note for engine in self._engines.values())
+        notes = [f"{flavour.name} {flavour.version} on {device.name}", *engines, *kernels, *flavour.log.notes]
         self.note = "; ".join(dict.fromkeys(filter(None, notes)))
         self._allocate(bundle, progress)
 

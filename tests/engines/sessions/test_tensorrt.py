@@ -357,7 +357,9 @@ def test_which_kernels_run_on_which_chip(world, sm, sms, ptx, runs):
     world.change("decode", spec=dataclasses.replace(SPEC, sms=(sm,)))
     world.write_library(sms=sms, ptx_sms=ptx)
     if runs:
-        world.session()
+        compiled = any(own // 10 == sm // 10 for own in sms)
+        stands_in = f"no kernels compiled for SM {sm}: PTX made for SM 80 stands in"
+        assert (stands_in in world.session().note) != compiled
     else:
         with pytest.raises(BackendError, match=f"no kernels for SM {sm}"):
             world.session()
@@ -383,6 +385,26 @@ def test_what_tensorrt_says_of_a_plan(world):
     world.trt.validity = (VALIDITY.INVALID, 4)
     with pytest.raises(BackendError, match=r"does not take .*prefill.plan on a stand-in \(OLD_CUDA_DRIVER\)"):
         world.session()
+
+
+def test_an_embedded_librarys_ptx_is_said_where_it_lies_beside(make_world, bundle):
+    world = make_world(bundle, embed_plugins=True)
+    world.write_library(sms=(120,), ptx_sms=(80,))
+    first = world.session()
+    assert "PTX made for SM 80 stands in" in first.note
+    world.library.unlink()
+    second = world.session()
+    assert "PTX" not in second.note
+
+
+def test_what_the_plugin_library_says_while_it_loads_is_in_the_note(world):
+    """Its binaries may not load where its manifest cannot tell: on an older driver."""
+    world.trt.on_context = lambda: [
+        world.trt.say("WARNING", "deepseek-trt: MlaDecode runs PTX for SM 80"),
+        world.trt.say("WARNING", "deepseek-trt: MlaDecode runs PTX for SM 80"),
+        world.trt.say("WARNING", "something of TensorRT's own"),
+    ]
+    assert world.session().note == "rtx 1.0 on a stand-in; MlaDecode runs PTX for SM 80"
 
 
 def test_the_full_tensorrt_needs_the_named_chip(make_world, bundle):

@@ -346,7 +346,7 @@ def test_builders_plugins_launch_nothing(drive: Drive, plugin_config: ModelConfi
 
 @pytest.mark.parametrize("name", SPECS)
 def test_misaligned_tensors_are_said(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
-    """Kernels load 16 bytes at a time; memory that is not aligned so would be a fault on the GPU, far from its cause."""
+    """Kernels load 16 bytes at a time; memory that is not aligned so would be a fault far from its cause."""
     op, sizes = SPECS[name], {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
     shapes = tensors(op, plugin_config, sizes)
     for tensor in op.inputs + op.outputs:
