@@ -139,6 +139,7 @@ class _Build:
             raise BuildError(f"{self.flavour.name} refuses the profile {profile.shapes}")
         self.flavour.set_chips(config, self.spec.sms)
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        self.flavour.keep_capturable(config)
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
         if self.spec.embed_plugins:
             config.plugins_to_serialize = [str(self.library)]

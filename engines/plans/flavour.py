@@ -90,6 +90,12 @@ class Flavour:
         for index, sm in enumerate(sms):
             config.set_compute_capability(self.trt.ComputeCapability.__members__[f"SM{sm}"], index)
 
+    def keep_capturable(self, config: Any) -> None:
+        """Build plans whose runs allocate nothing, which RTX asks for where runs are captured into CUDA graphs."""
+        flag = getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+        if flag is not None:
+            config.set_flag(flag)
+
     def network_flags(self) -> int:
         """Strongly typed, where that is not the only kind."""
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)

@@ -120,6 +120,18 @@ def test_chips_must_be_named_and_known():
         flavour.set_chips(config, (90,))
 
 
+@pytest.mark.tensorrt
+def test_plans_can_be_captured():
+    """TensorRT-RTX's notes ask for this flag where runs are captured into CUDA graphs; TensorRT has no such flag."""
+    import tensorrt_rtx as trt
+
+    flavour = open_flavour("rtx")
+    config = trt.Builder(flavour.logger).create_builder_config()
+    assert not config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    flavour.keep_capturable(config)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
 def test_a_flavour_without_chips_takes_the_gpu_of_the_machine():
     class Trt:
         __version__ = "10.15"

@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,8 @@ def test_gives_the_tokens_of_torch(make_world, bundle, expected, flavour, weight
     session = world.session(cuda_graphs=cuda_graphs)
     assert tokens_of(session, bundle.manifest.model) == expected
     assert world.loaded == [world.library]
-    assert session.note == f"{flavour} 1.0 on a stand-in"
+    off = "" if cuda_graphs else "; CUDA graphs are off: every step costs its launches"
+    assert session.note == f"{flavour} 1.0 on a stand-in{off}"
     assert ("launch" in world.device.calls) == cuda_graphs
     assert not world.device.queue, "a step must be over when its logits are given"
 
@@ -210,12 +212,12 @@ def test_a_bucket_is_captured_once_and_used_again(world):
 
     run = ["upload", "run", "download"]
     assert calls(3) == run, "the first time a shape runs it may compile: not captured"
-    assert calls(4) == ["capture", *run, "launch"], "3 and 4 rows share a bucket"
+    assert calls(4) == [*run, "capture", *run], "3 and 4 rows share a bucket; a capture follows a run, and runs nothing"
     assert calls(3) == ["launch"]
     assert calls(4) == ["launch"]
     assert calls(2) == run
     assert calls(4, pages_a_row=3) == run, "another table width"
-    assert calls(4, pages_a_row=4) == ["capture", *run, "launch"]
+    assert calls(4, pages_a_row=4) == [*run, "capture", *run]
     assert calls(3) == ["launch"], "graphs of other buckets stay"
 
 
@@ -225,13 +227,49 @@ def test_graphs_give_the_same_bits(world, make_world):
         np.testing.assert_array_equal(decode_once(graphs, rows), decode_once(plain, rows))
 
 
-def test_a_context_that_cannot_be_captured_runs_plain(world):
-    session = world.session()
-    world.trt.contexts["decode"].is_stream_capturable = lambda stream: False
-    for _ in range(3):
+@pytest.mark.parametrize("flavour", ["rtx", "tensorrt"])
+def test_shapes_that_take_turns(make_world, bundle, flavour):
+    """A, B, A, B, A: each is captured after a run of its own shapes, on a context that the other does not touch."""
+    world = make_world(bundle, flavour=flavour, sms=SPEC.sms if flavour == "rtx" else ())
+    graphs, plain = world.session(), world.session(cuda_graphs=False)
+    for rows in (1, 2, 1, 2, 1, 2, 4, 1, 4, 2, 4):
+        np.testing.assert_array_equal(decode_once(graphs, rows), decode_once(plain, rows))
+    assert world.device.calls.count("capture") == 3
+    assert graphs.note == f"{flavour} 1.0 on a stand-in"
+
+
+UNCAPTURED = {  # what goes wrong with a capture, and what is said of it
+    "TensorRT says that it cannot": (lambda w: setattr(w.trt, "capturable", False), "cannot be captured; build the"),
+    "TensorRT refuses the run": (lambda w: setattr(w.trt, "refuse_captured_runs", True), "the first cause"),
+    "there is no other context": (lambda w: setattr(w.trt, "refuse_more_contexts", True), "refuses an execution cont"),
+    "the driver refuses": (lambda w: setattr(w.device, "refuse_capture", "out of memory"), "out of memory"),
+}
+
+
+@pytest.mark.parametrize(("break_it", "words"), UNCAPTURED.values(), ids=UNCAPTURED.keys())
+def test_what_cannot_be_captured_runs_plain_and_says_so_once(world, caplog, break_it, words):
+    session, plain = world.session(), world.session(cuda_graphs=False)
+    break_it(world)
+    for rows in (2, 2, 2, 2, 1, 1, 1):
         world.device.calls.clear()
-        decode_once(session, 2)
-        assert world.device.calls == ["upload", "run", "download"]
+        expected = decode_once(plain, rows)
+        np.testing.assert_array_equal(decode_once(session, rows), expected)
+        assert "launch" not in world.device.calls
+    assert session.note.count("decode runs without a CUDA graph, and so slower: ") == 1
+    assert words in session.note
+    assert [record.message for record in caplog.records] == [session.note.partition("; ")[2]]
+
+
+def test_a_bucket_whose_capture_failed_leaves_the_others_theirs(world, caplog):
+    session = world.session()
+    world.device.refuse_capture = "once"
+    decode_once(session, 2), decode_once(session, 2)
+    world.device.refuse_capture = ""
+    world.device.calls.clear()
+    for rows in (1, 1, 2, 1, 2):
+        decode_once(session, rows)
+    assert world.device.calls.count("capture") == 1
+    assert world.device.calls.count("launch") == 1
 
 
 @pytest.mark.parametrize(
@@ -456,10 +494,19 @@ def test_only_what_is_captured_is_compiled_before_it_runs(world):
 
 
 def test_a_session_that_goes_gives_the_gpu_back(world):
+    """And the contexts of its graphs first."""
+    stock, held, left = world.device.close, [], []
+    world.monkeypatch.setattr(world.device, "close", lambda: (left.extend(c() for c in held), stock()))
     session = world.session()
+    for _ in range(3):
+        decode_once(session, 2)
+    contexts = world.trt.contexts["decode"].engine.contexts
+    held += [weakref.ref(context) for context in contexts[1:]]
+    contexts.clear()
     del session
     gc.collect()
     assert world.device.closed
+    assert left == [None]
 
 
 def test_imports_no_torch():
