@@ -75,7 +75,8 @@ def _print_tables(facts: Facts, gpu_memory: float) -> None:
     console.print(_MEANING)
     capacity = Table("context", f"sequences at once on {gpu_memory:g} GiB", box=None)
     for row in facts.capacities:
-        capacity.add_row(f"{row.context:,}", str(row.batch) if row.batch else "does not fit")
+        why = " (TensorRT's page pools hold fewer than 2^31 numbers)" if row.limited else ""
+        capacity.add_row(f"{row.context:,}", f"{row.batch}{why}" if row.batch else "does not fit")
     if facts.capacities:
         console.print(capacity)
     for line in dropped_lines(facts.dropped):

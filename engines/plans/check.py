@@ -9,7 +9,7 @@ from deepseek_trt.engines.plans.chips import stand_in_note
 from deepseek_trt.engines.plans.flavour import MODULES, Flavour
 from deepseek_trt.engines.plans.plan import Plan, PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.graph import GraphSpec, TensorSpec, past_name
+from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, TensorSpec, past_name
 from deepseek_trt.export.errors import BackendError, BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.kernels.chips import runs_on
@@ -147,8 +147,13 @@ def limits_of(plans: dict[str, Plan]) -> Limits:
     return Limits(batch, input_len, shapes["page_table"][2][1], shapes[past_name(0)][2][0])
 
 
-def check_pages(limits: Limits, pages: int) -> None:
-    """BackendError where the pool would be larger than the engines take."""
+def check_pages(limits: Limits, cache: CacheSpec, pages: int) -> None:
+    """BackendError where the pool would be larger than the engines, or any engine of TensorRT, take."""
+    if pages > cache.most_pages:
+        raise BackendError(
+            f"{pages} cache pages are needed, 2^31 numbers a layer or more; TensorRT takes {cache.most_pages}, "
+            f"{cache.longest(1)} tokens of all sequences together: use fewer or shorter prompts, or --backend ort"
+        )
     if pages > limits.pages:
         raise BackendError(
             f"{pages} cache pages are needed, the engines take at most {limits.pages}: use fewer or shorter prompts, "

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from deepseek_trt.export.config.limits import TENSORRT_MOST_NUMBERS
 from deepseek_trt.export.dtypes import dtype_bytes
 
 EMBEDDINGS, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 CORRECTION_BIAS = "e_score_correction_bias"
 SCALE_SUFFIX = "_scale_inv"  # weight_scale_inv [ceil(rows/128), ceil(columns/128)] beside an fp8 weight
 FP8 = "F8_E4M3"
-_TENSORRT_MAX_ELEMENTS = 2**31 - 1  # TensorRT counts a tensor's elements in 31 bits
 
 
 @dataclass(frozen=True)
@@ -77,4 +77,4 @@ class Dropped:
 
 def too_large_for_tensorrt(recipes: Iterable[Recipe]) -> tuple[Recipe, ...]:
     """The graph tensors that TensorRT cannot hold; V2 has none, V3's stacked experts are."""
-    return tuple(recipe for recipe in recipes if recipe.size > _TENSORRT_MAX_ELEMENTS)
+    return tuple(recipe for recipe in recipes if recipe.size > TENSORRT_MOST_NUMBERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deepseek_trt.export.config.model_config import ModelConfig
 
+TENSORRT_MOST_NUMBERS = 2**31 - 1  # of one tensor: TensorRT counts them in 31 bits
 _ROUTED = ("greedy", "group_limited_greedy")  # the topk_methods that MoeRouter computes
 
 

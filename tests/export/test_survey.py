@@ -84,6 +84,13 @@ def test_needs_and_capacity(published, monkeypatch):
     assert batches[4096] == int(free // (4096 * 31104))
     assert {row.batch for row in survey(folder, gpu_bytes=24 * GIB).facts.capacities} == {0}
     assert survey(folder, dtype="float32").facts.cache_bytes_per_token == 2 * 31104
+    assert not any(row.limited for row in facts.capacities)
+    huge = survey(folder, gpu_bytes=2000 * GIB).facts.capacities
+    assert [(row.context, row.batch, row.limited) for row in huge] == [
+        (4096, 910, True),
+        (32768, 113, True),
+        (131072, 28, True),
+    ], "a page pool of TensorRT holds fewer than 2^31 numbers"
 
 
 def test_unsupported_and_damaged(tmp_path, published, make_checkpoint):

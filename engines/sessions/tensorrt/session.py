@@ -64,7 +64,7 @@ class TrtSession(Session):
         """
         plans = read_plans(bundle)
         self.limits = limits_of(plans)
-        check_pages(self.limits, pages)
+        check_pages(self.limits, bundle.manifest.cache, pages)
         self.cache, self.pages = bundle.manifest.cache, pages
         self.library = cpu_library(bundle.path).path  # samples on the CPU
         self._pool_shape = (pages, self.cache.page_size, self.cache.latent_dim)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -153,12 +155,35 @@ def test_absent_tensorrt_says_how_to_install_it(monkeypatch):
     [
         ({"max_input_len": 600}, "--max-input-len 600 is above --max-seq-len 512"),
         ({"max_batch_size": 0}, "at least 1"),
-        ({"max_batch_size": 4096, "max_seq_len": 163840}, "2\\^31"),
+        ({"max_batch_size": 4096, "max_seq_len": 163840}, "2\\^31 numbers or more, which TensorRT does not take"),
     ],
 )
 def test_profiles_that_cannot_be(bundle, changes, words):
     with pytest.raises(BuildError, match=words):
         profile_of(bundle.graph("prefill"), bundle.manifest.cache, dataclasses.replace(SPEC, **changes))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "fits"),
+    [
+        (128, 32768, "128 sequences of 29120 tokens or 113 sequences of 32768 tokens"),
+        (1, 4_000_000, "1 sequences of 3728192 tokens"),
+        (100_000, 128, "29126 sequences of 128 tokens"),
+        (100_000, 5_000_000, "1 sequence of 3728192 tokens"),
+    ],
+)
+def test_the_largest_pool_that_fits_is_named_and_fits(bundle, rows, tokens, fits):
+    """Of V2's latents, 576 numbers a token."""
+    cache = dataclasses.replace(bundle.manifest.cache, latent_dim=576, page_size=64)
+    spec = dataclasses.replace(SPEC, max_batch_size=rows, max_seq_len=tokens)
+    with pytest.raises(BuildError, match=f"the largest that fit are {fits}: lower"):
+        profile_of(bundle.graph("prefill"), cache, spec)
+    sequences, of = (int(word) for word in re.findall(r"\d+", fits)[:2])
+    largest = dataclasses.replace(SPEC, max_batch_size=sequences, max_seq_len=of)
+    pool = profile_of(bundle.graph("prefill"), cache, largest).shapes["past_key_values.0.latent"][2]
+    assert math.prod(pool) < 2**31
+    with pytest.raises(BuildError, match=r"2\^31"):
+        profile_of(bundle.graph("prefill"), cache, dataclasses.replace(largest, max_seq_len=of + cache.page_size * 2))
 
 
 def test_profiles_come_from_the_three_sizes(bundle):

@@ -324,6 +324,13 @@ def test_more_pages_than_the_engines_take(world):
         world.session(pages=34)
 
 
+def test_more_pages_than_any_engine_takes(world):
+    with pytest.raises(
+        BackendError, match=r"needed, 2\^31 numbers a layer or more; TensorRT takes \d+, \d+ tokens of all"
+    ):
+        world.session(pages=2**31)
+
+
 def remove(path):
     return lambda world: (world.bundle.path / path).unlink()
 
