@@ -104,6 +104,16 @@ def test_routers_ids_index_experts(logit):
     assert ids.max() < 20
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_biased_routers_ids_index_experts(bad):
+    for groups, kept in ((1, 1), (5, 2)):
+        bias = torch.randn(20)
+        bias[13] = bad
+        _, ids = KERNEL_OPS["MoeBiasedRouter"](torch.randn(3, 20), bias, 4, groups, kept, 1, 1.0)
+        assert ids.min() >= 0
+        assert ids.max() < 20
+
+
 def test_the_watch_sees_a_stray_load():
     """The pool is smaller than the kernel is told."""
     from deepseek_trt.plugins.kernels.latent_write import latent_write
