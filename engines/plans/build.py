@@ -64,8 +64,8 @@ def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
     large = too_large_for_tensorrt(record.recipe for record in bundle.manifest.weights)
     if large:
         raise BuildError(
-            f"{large[0].name} {list(large[0].shape)} holds 2^31 numbers or more, which TensorRT cannot take: "
-            "run this bundle with ONNX Runtime, deepseek-trt generate --backend ort"
+            f"{large[0].name} {list(large[0].shape)} holds 2^31 numbers or more, which TensorRT cannot take, and is no "
+            "stack of experts, which could be split: run this bundle with ort"
         )
     flavour = open_flavour(spec.flavour)
     flavour.check_chips(spec.sms)

@@ -10,6 +10,7 @@ from deepseek_trt.engines.plans.flavour import MODULES, Flavour
 from deepseek_trt.engines.plans.plan import Plan, PlanRecord, plan_path
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, TensorSpec, past_name
+from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.errors import BackendError, BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.kernels.chips import runs_on
@@ -65,7 +66,7 @@ def _alike(built: TensorSpec, exported: TensorSpec) -> bool:
 
 def _check_weights(plan: Plan, bundle: Bundle) -> None:
     """The bundle's weights are those that the plan wants to be given, by name, shape and dtype."""
-    stored = {w.recipe.name: (w.recipe.shape, w.dtype) for w in bundle.manifest.weights}
+    stored = {p.name: (p.shape, w.dtype) for w in bundle.manifest.weights for p in tensorrt_parts(w.recipe)}
     for tensor in plan.record.inputs:
         if tensor.name in plan.record.weights and stored.get(tensor.name) != (tensor.dims, tensor.dtype):
             raise BackendError(

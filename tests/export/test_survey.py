@@ -49,17 +49,14 @@ WAYS = ("weights mapped", "weights copied", "by reference", "--backend torch")
 
 
 def test_steps_that_will_be_refused_are_not_sized(published, monkeypatch):
-    """No kernel for the router, experts that TensorRT cannot hold, and too little memory on this machine."""
+    """Too little memory on this machine; engines of the V3 family are not refused, whose experts go in parts."""
     monkeypatch.setattr(free_memory, "available_memory", lambda: 2 * GIB)
     engines = {name: survey(published(name)).facts for name in ("v2-lite", "v3", "moonlight")}
     refused = {name: facts.needs[-1].refused for name, facts in engines.items()}
     assert refused["v2-lite"] == ""
-    assert "topk_method 'noaux_tc' has no kernel" in refused["v3"]
-    assert "2^31" in refused["v3"]
-    assert "noaux_tc" in refused["moonlight"]
-    assert "2^31" not in refused["moonlight"]
+    assert refused["v3"] == refused["moonlight"] == ""
     assert engines["v2-lite"].capacities
-    assert not engines["v3"].capacities
+    assert engines["v3"].capacities
     needs = {need.step: need.refused for need in engines["v2-lite"].needs}
     assert needs["generate, by reference"].startswith("on this machine: it takes 28.90 GB of memory, where 2.15 GB")
     assert "62.83 GB" in needs["generate, --backend torch"]

@@ -138,6 +138,7 @@ public:
                 throw Error("enqueue without onShapeChange");
             }
             check_aliases(Spec::kTensors, inputs, outputs);
+            check_parts(Spec::kTensors, inputs);
             Op::enqueue(Call<Op>{attributes_, read_sizes(input_descs), Spec::inputs(inputs), Spec::outputs(outputs),
                 *kernels_, workspace, stream});
         });

@@ -34,9 +34,17 @@ FIELDS = {
         "norm_topk_prob:i:1:0",
         "routed_scaling_factor:f:1:16.0",
     ],
+    "MoeBiasedRouter": [
+        "top_k:i:1:3",
+        "n_group:i:1:4",
+        "topk_group:i:1:2",
+        "norm_topk_prob:i:1:1",
+        "routed_scaling_factor:f:1:2.5",
+    ],
     "MoeExperts": ["activation:s:4:silu"],
 }
 SPECS = {op.name: op for op in OPS if op.name in FIELDS}
+OF_V2 = [name for name in SPECS if name != "MoeBiasedRouter"]  # those in plugin_library
 TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "i32"}
 
 Drive = Callable[..., list[str]]
@@ -163,6 +171,11 @@ def router(e: Expected, n: Sizes) -> None:
     e.launch("moe_router", grid, ["logits", "weights", "ids", n["T"], 16.0])
 
 
+def biased_router(e: Expected, n: Sizes) -> None:
+    grid = [cdiv(n["T"], e.tile("moe_biased_router", "BLOCK_T"))]
+    e.launch("moe_biased_router", grid, ["logits", "correction_bias", "weights", "ids", n["T"], 2.5])
+
+
 def experts(e: Expected, n: Sizes) -> None:
     T, slots = n["T"], n["T"] * n["K"]
     block = e.tile("moe_gate_up", "BLOCK_M", T)
@@ -183,7 +196,13 @@ def experts(e: Expected, n: Sizes) -> None:
     e.launch("moe_combine", grid, [outer, "weights", "output", T])
 
 
-WRITERS = {"MlaDecode": decode, "MlaPrefill": prefill, "MoeRouter": router, "MoeExperts": experts}
+WRITERS = {
+    "MlaDecode": decode,
+    "MlaPrefill": prefill,
+    "MoeRouter": router,
+    "MoeBiasedRouter": biased_router,
+    "MoeExperts": experts,
+}
 CASES: list[tuple[str, Sizes]] = [
     ("MlaDecode", {"B": 1, "P": 40, "page": 64, "M": 4}),
     ("MlaDecode", {"B": 1, "P": 5000, "page": 64, "M": 2000}),
@@ -232,6 +251,53 @@ def test_launches(drive: Drive, plugin_config: ModelConfig, chip: Chip) -> None:
     assert len(loads) == len(set(loads)) == len(variants_for(plugin_config, DTYPE, chip.tiles))
 
 
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
+def test_launches_of_v3(drive: Drive, v3_config: ModelConfig, v3_library: PluginLibrary, chip: Chip) -> None:
+    """Its router; and its experts in parts, which lie as one stack and are taken for one."""
+    cases: list[tuple[str, Sizes]] = [("MoeBiasedRouter", {"T": 1}), ("MoeBiasedRouter", {"T": 257})]
+    cases += [("MoeExperts", {"T": 8}), ("MoeExperts", {"T": 86})]
+    commands: list[str] = []
+    for name, sizes in cases:
+        commands += ["clear", create(name), *in_three_parts(name, tensors(SPECS[name], v3_config, sizes))]
+        commands += ["types", "configure", "attach", "reshape", "enqueue"]
+    output = drive(commands, sm=chip.sm, library=v3_library.path)
+    lines = [line for name, sizes in cases for line in expected(SPECS[name], v3_config, chip, sizes).lines]
+    assert [line for line in output if line.startswith("launch ")] == lines
+    assert not [line for line in output if line.startswith("log ")]
+
+
+def in_three_parts(name: str, shapes: list[str]) -> list[str]:
+    """The three stacks of 16 experts in parts of 6, 6 and 4, one after the other in memory."""
+    if name != "MoeExperts":
+        return shapes
+    lines = shapes[:3]
+    for shape in shapes[3:6]:
+        tensor, side, kind, address, _, *rows = shape.split()
+        part = 6 * math.prod(map(int, rows)) * ELEMENT
+        for i, count in enumerate((6, 6, 4)):
+            lines.append(" ".join([tensor, side, kind, f"{int(address, 16) + i * part:x}", str(count), *rows]))
+    return lines + shapes[6:]
+
+
+def test_parts_must_lie_one_after_the_other(drive: Drive, v3_config: ModelConfig, v3_library: PluginLibrary) -> None:
+    shapes = in_three_parts("MoeExperts", tensors(SPECS["MoeExperts"], v3_config, {"T": 8}))
+    commands = [create("MoeExperts"), *shapes, "attach", "reshape", "enqueue"]
+    shapes[5] = shapes[5].replace(shapes[5].split()[3], "abc000")
+    moved = [create("MoeExperts"), *shapes, "attach", "reshape", "enqueue"]
+    assert drive(commands, library=v3_library.path)[-1] == "enqueue 0"
+    output = drive(moved, library=v3_library.path)
+    assert "input gate_proj_part2 must lie right after input gate_proj_part1, 30720 bytes on" in output[-2]
+    assert output[-1] == "enqueue 1"
+
+
+def test_whole_stacks_do_not_fit_a_library_for_parts(
+    drive: Drive, v3_config: ModelConfig, v3_library: PluginLibrary
+) -> None:
+    shapes = tensors(SPECS["MoeExperts"], v3_config, {"T": 8})
+    output = drive([create("MoeExperts"), *shapes, "types"], library=v3_library.path)
+    assert "takes 12 inputs and gives 1 outputs" in output[-2]
+
+
 def test_large_shared_memory_is_asked_for(drive: Drive, plugin_config: ModelConfig) -> None:
     output = drive([create("MlaDecode"), "attach"])
     assert [line for line in output if line.startswith("attribute ")] == [
@@ -250,7 +316,7 @@ def test_all_loading_is_over_before_enqueue(drive: Drive, plugin_config: ModelCo
     assert runs[:6] == runs[6:]
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", OF_V2)
 def test_workspace_covers_all_smaller_sizes(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
     """The plan's workspace is sized once, for the largest shapes; no smaller shape may need more."""
     op, largest = SPECS[name], {"B": 9, "S": 70, "P": 99, "page": 64, "M": 7000, "T": 700}
@@ -335,7 +401,7 @@ def test_ptx_steps_in_where_binaries_do_not_load(drive: Drive, plugin_config: Mo
     )
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", OF_V2)
 def test_builders_plugins_launch_nothing(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
     """A builder times plugins on made-up inputs, which would index memory."""
     sizes = {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
@@ -344,7 +410,7 @@ def test_builders_plugins_launch_nothing(drive: Drive, plugin_config: ModelConfi
     assert output == ["create ok", "attach 0", "reshape 0", "enqueue 0"]
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", OF_V2)
 def test_misaligned_tensors_are_said(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
     """Kernels load 16 bytes at a time; memory that is not aligned so would be a fault far from its cause."""
     op, sizes = SPECS[name], {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
