@@ -223,6 +223,20 @@ class Context:
         self.trt.device.run(lambda: self.compute(shapes, addresses))
         return True
 
+    def in_one_piece(self, given, addresses):
+        """The weights by name, parts of a stack of experts as the stack that they are in memory."""
+        whole = {name: tensor for name, tensor in given.items() if ".part" not in name}
+        for name in dict.fromkeys(name.partition(".part")[0] for name in given.keys() - whole.keys()):
+            parts = [given[f"{name}.part{i}"] for i in range(sum(other.startswith(f"{name}.part") for other in given))]
+            at = addresses[f"{name}.part0"]
+            for i, part in enumerate(parts):
+                assert addresses[f"{name}.part{i}"] == at, "parts must lie one after the other"
+                at += part.numel() * part.element_size()
+            shape = (sum(map(len, parts)), *parts[0].shape[1:])
+            raw = self.trt.device.bytes_at(addresses[f"{name}.part0"], at - addresses[f"{name}.part0"])
+            whole[name] = torch.from_numpy(raw.view(np.float32).reshape(shape))
+        return whole
+
     def compute(self, shapes, addresses):
         given = {}
         for tensor in self.record.inputs:
@@ -230,12 +244,13 @@ class Context:
             dtype = np.dtype(DTYPES[tensor.dtype])
             raw = self.trt.device.bytes_at(addresses[tensor.name], int(np.prod(shape)) * dtype.itemsize)
             given[tensor.name] = torch.from_numpy(raw.view(dtype).reshape(shape))
+        shared = self.in_one_piece({name: given[name] for name in self.record.weights}, addresses)
         layers = range(self.trt.config.num_hidden_layers)
         for layer in layers:
             assert addresses[past_name(layer)] == addresses[present_name(layer)], "the cache must be aliased"
         where = tuple(addresses[name] for name in self.record.weights)
         if self.model is None or self.model[0] != where:  # its parameters are the device's memory itself
-            state = {**self.trt.constants, **{name: given[name] for name in self.record.weights}}
+            state = {**self.trt.constants, **shared}
             self.model = (where, self.trt.model_of(state))
         model = self.model[1]
         pools = [given[past_name(layer)] for layer in layers]

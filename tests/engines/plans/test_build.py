@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from deepseek_trt.engines.plans import request
 from deepseek_trt.engines.plans.build import build_with_library
+from deepseek_trt.engines.plans.check import read_plans
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.engines.plans.request import BuildRequest, build_plans
+from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import graphs_of
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 
+ROOT = Path(__file__).parents[3]
 SPEC = BuildSpec(sms=(86, 89, 120), max_batch_size=4, max_input_len=128, max_seq_len=512)
 
 
@@ -101,6 +106,52 @@ def test_a_tensor_of_2_to_the_31_numbers_never_reaches_tensorrt(bundle, library)
     manifest = dataclasses.replace(bundle.manifest, weights=(large, *bundle.manifest.weights[1:]))
     with pytest.raises(BuildError, match=r"\[256, 2048, 7168\] holds 2\^31 numbers or more"):
         build_with_library(dataclasses.replace(bundle, manifest=manifest), SPEC, library.path)
+
+
+SMALL_V3 = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "n_routed_experts": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+
+
+@pytest.mark.tensorrt
+def test_a_model_of_v3s_kind_builds_with_its_experts_in_parts(tmp_path, bundle_of, monkeypatch):
+    """Its router is a plugin, and each stack of experts two inputs, as if TensorRT took 300,000 numbers a tensor."""
+    spec = importlib.util.spec_from_file_location("make_checkpoint", ROOT / "benchmarks" / "make_checkpoint.py")
+    make_checkpoint = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "make_checkpoint", make_checkpoint)
+    spec.loader.exec_module(make_checkpoint)
+    published = make_checkpoint.Published({**make_checkpoint.V3, **SMALL_V3}, 1)
+    make_checkpoint.write_sparse(published, tmp_path / "checkpoint")
+    exported = Bundle.open(
+        Path(shutil.copytree(bundle_of(tmp_path / "checkpoint", allow_zeros=True).path, tmp_path / "bundle"))
+    )
+    monkeypatch.setattr(recipes, "TENSORRT_MOST_NUMBERS", 300_000)
+    spec = dataclasses.replace(SPEC, sms=(86,))
+    prefill, decode = build_plans(BuildRequest(exported.path, spec))
+    for plan, attention in ((prefill, "MlaPrefill"), (decode, "MlaDecode")):
+        assert plan.record.plugins == {attention: 2, "MoeBiasedRouter": 1, "MoeExperts": 1}
+        parts = {t.name.split("experts.")[1]: t.dims for t in plan.record.inputs if ".part" in t.name}
+        assert parts == {f"{name}_proj.part{i}": dims for name, dims in EXPECTED_PARTS.items() for i in (0, 1)}
+    assert read_plans(exported)["decode"].record == decode.record
+    embedded = build_plans(BuildRequest(exported.path, dataclasses.replace(spec, weights="embedded")))[1].record
+    assert [name.split("experts.")[1] for name in embedded.weights] == list(parts), "they are never embedded"
+
+
+EXPECTED_PARTS = {"gate": (8, 128, 256), "up": (8, 128, 256), "down": (8, 256, 128)}
 
 
 def test_damaged_library_is_refused(bundle, library, tmp_path):

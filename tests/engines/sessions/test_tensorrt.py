@@ -29,8 +29,10 @@ from deepseek_trt.engines.sessions.tensorrt import session as trt_module
 from deepseek_trt.engines.sessions.tensorrt import weight_upload
 from deepseek_trt.engines.sessions.tensorrt.session import TrtSession, bucket
 from deepseek_trt.engines.sessions.torch import TorchSession
+from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec, past_name
+from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.errors import BackendError, BuildError, BundleError, RequestError
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, SCHEMA, Manifest
@@ -82,7 +84,7 @@ class World:
             TensorSpec(t.name, t.dtype, tuple(-1 if isinstance(d, str) else d for d in t.dims)) for t in graph.inputs
         ]
         large = [w for w in self.bundle.manifest.weights if self.spec.weights == "shared" and len(w.recipe.shape) > 1]
-        shared = [TensorSpec(w.recipe.name, w.dtype, w.recipe.shape) for w in large]
+        shared = [TensorSpec(p.name, w.dtype, p.shape) for w in large for p in tensorrt_parts(w.recipe)]
         return PlanRecord(
             graph=graph.name,
             spec=self.spec,
@@ -151,6 +153,17 @@ def test_gives_the_tokens_of_torch(make_world, bundle, expected, flavour, weight
     assert session.note == f"{flavour} 1.0 on a stand-in{off}"
     assert ("launch" in world.device.calls) == cuda_graphs
     assert not world.device.queue, "a step must be over when its logits are given"
+
+
+def test_experts_in_parts_give_the_same_tokens(make_world, bundle, expected, monkeypatch):
+    """As if TensorRT took fewer numbers a tensor than a stack of experts holds: the parts are places in one copy."""
+    stacks = [w.recipe for w in bundle.manifest.weights if ".mlp.experts." in w.recipe.name]
+    monkeypatch.setattr(recipes, "TENSORRT_MOST_NUMBERS", max(stack.size for stack in stacks) // 2)
+    assert all(len(tensorrt_parts(stack)) > 1 for stack in stacks)
+    monkeypatch.setattr(recipes, "EXPERTS", "")  # other weights are as large in a model this small
+    world = make_world(bundle)
+    assert any(name.endswith(".part1") for name in world.records["decode"].weights)
+    assert tokens_of(world.session(), bundle.manifest.model) == expected
 
 
 def test_by_reference_gives_the_same_tokens(make_world, small_v2, bundle_of, expected, tmp_path):
