@@ -20,6 +20,7 @@ DeepseekTrtError, whose message says how. Names are imported when they are first
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
     from deepseek_trt.validate.request import ValidateRequest as ValidateRequest
 
     __version__: str
+
+# ONNX Runtime from 1.31 on looks up a host of its maker's and keeps a device id in the user's cache, unless this is set
+# before its first import: here, as nothing of this package is imported earlier.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Where each name lives.
 _HOMES = {

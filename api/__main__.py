@@ -1,5 +1,5 @@
 """`python -m deepseek_trt` is the deepseek-trt command."""
 
-from deepseek_trt.cli.main import main
+from deepseek_trt.cli.start import main
 
-main(prog_name="deepseek-trt")
+main()

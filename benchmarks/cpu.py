@@ -29,6 +29,8 @@ from cpu_point import Files, Job, Point
 from cpu_table import markdown
 from mid_model import write_checkpoint
 
+from deepseek_trt.export.json_text import json_text
+
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -140,7 +142,7 @@ def measure_all(files: Files, args: argparse.Namespace) -> dict[str, Any]:
         result = _start(files, args, cell.runner, cell.point, cell.point.threads)
         results[cell.key] = {**result, "at": time.strftime("%F %H:%M", time.gmtime())}
         print(f"{cell.key}: {min(result['ms']):.1f} ms, {result['error']:.1e}", file=sys.stderr)
-        path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        path.write_text(json_text(results, indent=1), encoding="utf-8")
     return results
 
 
@@ -161,7 +163,7 @@ def main() -> None:
     files = Files(args.workdir.resolve())
     prepare(files, args)
     results = measure_all(files, args)
-    print(json.dumps(results) if args.json else markdown(results, list(points(args)), args))
+    print(json_text(results) if args.json else markdown(results, list(points(args)), args))
 
 
 if __name__ == "__main__":

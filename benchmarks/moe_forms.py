@@ -28,7 +28,7 @@ import onnxruntime as ort
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.functions import attach_functions
 from deepseek_trt.plugins.cpu.fuse import FuseForCpu
-from deepseek_trt.plugins.cpu.library import cpu_library_path
+from deepseek_trt.plugins.cpu.library import cpu_library
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 ROUTER = {"n_group": 1, "topk_group": 1, "norm_topk_prob": 0, "routed_scaling_factor": 1.0}
@@ -170,7 +170,7 @@ def session_of(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    library = cpu_library_path()
+    library = cpu_library().path
     if library is not None:
         options.register_custom_ops_library(str(library))
         ctypes.CDLL(str(library)).deepseek_trt_cpu_threads(threads)

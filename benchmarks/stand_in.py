@@ -30,7 +30,7 @@ class OrtSession(Session):
     def __init__(self, bundle: Any, pages: int, threads: int = 0, *_: Any, **__: Any) -> None:
         self.cache, self.pages = bundle.manifest.cache, pages
         self.vocab_size = bundle.manifest.model.vocab_size
-        self.library = cpu_library(bundle.path).path  # samples on the CPU, as for every session
+        self.library = cpu_library(bundle).path  # samples on the CPU, as for every session
         self._logits = np.zeros((1024, self.vocab_size), dtype=np.float32)
         self._logits[:, _TOKEN] = 1.0
 

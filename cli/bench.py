@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT, MOST, backend_option, threads_option
-from deepseek_trt.cli.printing.output import output_options, print_json, step
+from deepseek_trt.cli.options import COUNT, MOST, backend_option, threads_option, verify_option
+from deepseek_trt.cli.printing.output import output_options, print_json, print_rich, step
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.bench.bench import BenchReport, Point
@@ -44,6 +44,7 @@ _ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
     "--new-tokens", type=click.IntRange(3, MOST), default=64, show_default=True, help="Tokens of each answer."
 )
 @threads_option
+@verify_option
 @output_options("Print the report as JSON.")
 def command(as_json: bool, bundle: Path, **options: Any) -> None:
     """Generate from random prompts with the model in BUNDLE and say how fast that was.
@@ -63,7 +64,6 @@ def command(as_json: bool, bundle: Path, **options: Any) -> None:
 
 def _print_table(report: BenchReport) -> None:
     """Print a column a batch size; a step gives every row one token."""
-    from rich.console import Console
     from rich.table import Table
 
     first = report.points[0]
@@ -73,6 +73,5 @@ def _print_table(report: BenchReport) -> None:
         table.add_column(f"batch {point.batch_size}", justify="right")
     for name, cell in _ROWS:
         table.add_row(name, *map(cell, report.points))
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print(f"memory bandwidth, measured: {report.bandwidth / 1e9:.1f} GB/s; weights in {report.weights_dtype}")
+    measured = f"memory bandwidth, measured: {report.bandwidth / 1e9:.1f} GB/s; weights in {report.weights_dtype}"
+    print_rich(table, measured)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT
+from deepseek_trt.cli.options import COUNT, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_result, say, wrote
 from deepseek_trt.engines.plans.plan import BuildSpec
 
@@ -54,6 +54,7 @@ _DEFAULTS = BuildSpec()
     help="shared: both plans read the bundle's; embedded: each plan holds its own.",
 )
 @click.option("--embed-plugins", is_flag=True, help="Put the plugin library into the plans.")
+@verify_option
 @output_options("Print one JSON object a plan.")
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Turn the graphs of BUNDLE into TensorRT engines, MLA and MoE as plugins.

@@ -9,11 +9,12 @@ from pathlib import Path
 import click
 
 from deepseek_trt.cli.options import MOST, FiniteRange
-from deepseek_trt.cli.printing.output import dropped_lines, output_options, print_json, say_error
+from deepseek_trt.cli.printing.output import dropped_lines, output_options, print_json, print_rich, say_error
 from deepseek_trt.export.bundle.interface import TASKS
 from deepseek_trt.export.config.model_config import DTYPES, ModelConfig
 from deepseek_trt.export.memory import CHUNK, CONTEXT
 from deepseek_trt.export.survey import GIB, Facts, survey
+from deepseek_trt.export.text.wording import escaped
 
 _MEANING = (
     f"memory must exist; file pages are dropped where it is short. Generating: one sequence of {CONTEXT:,} tokens, "
@@ -57,32 +58,22 @@ def command(
 
 
 def _print_tables(facts: Facts, gpu_memory: float) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
     model = Table(show_header=False, box=None)
     for name, value in _model_rows(facts):
-        model.add_row(name, value)
-    console.print(model)
+        model.add_row(name, escaped(value))
     needs = Table("step", "disk", "memory", "file pages", box=None)
     for need in facts.needs:
         sizes = ("refused", "", "") if need.refused else map(_size, (need.disk, need.memory, need.file_pages))
         needs.add_row(need.step, *sizes)
-    console.print(needs)
-    for need in (need for need in facts.needs if need.refused):
-        console.print(f"refused: {need.step}: {need.refused}")
-    console.print(_MEANING)
+    refused = [f"refused: {need.step}: {need.refused}" for need in facts.needs if need.refused]
     capacity = Table("context", f"sequences at once on {gpu_memory:g} GiB", box=None)
     for row in facts.capacities:
         why = " (TensorRT's page pools hold fewer than 2^31 numbers)" if row.limited else ""
         capacity.add_row(f"{row.context:,}", f"{row.batch}{why}" if row.batch else "does not fit")
-    if facts.capacities:
-        console.print(capacity)
-    for line in dropped_lines(facts.dropped):
-        console.print(line)
-    for note in facts.notes:
-        console.print(f"note: {note}")
+    notes = [*dropped_lines(facts.dropped), *(f"note: {note}" for note in facts.notes)]
+    print_rich(model, needs, *refused, _MEANING, *([capacity] if facts.capacities else []), *notes)
 
 
 def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:

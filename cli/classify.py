@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from deepseek_trt.cli.printing.output import output_options, print_result, say, step
+from deepseek_trt.export.text.wording import some
 
 
 @click.command("classify")
@@ -31,5 +32,5 @@ def command(bundle: Path, texts: tuple[str, ...], backend: str, as_json: bool) -
     step("computing the labels", shown=False)
     for text, result in zip(texts, classifier.classify(texts), strict=True):
         facts = {"text": text, "label": result.label, "score": result.score, "scores": dict(result.scores)}
-        scores = ", ".join(f"{label} {score:.4f}" for label, score in result.scores)
+        scores = ", ".join(f"{some([label])} {score:.4f}" for label, score in result.scores)
         print_result(as_json, facts, f"{scores}: {text}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from deepseek_trt.cli.printing.output import JSON_FLAG, is_quiet, loudness_flags, output_options, say
+from deepseek_trt.cli.printing.output import JSON_FLAG, loudness_flags, output_options, say
 
 PROMPT = "Return the number of"
 
@@ -28,14 +28,15 @@ def command(folder: Path, as_json: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with as_file(files("deepseek_trt.cli") / "demo_model") as checkpoint:
         for step in demo_steps(checkpoint, folder):
-            if not is_quiet():
-                click.secho(f"\n$ deepseek-trt {shlex.join(step)}", bold=True, err=True)
+            say("")
+            say(f"$ deepseek-trt {shlex.join(step)}")
             try:
                 main.main(args=[*step, *flags], prog_name="deepseek-trt", standalone_mode=True)
             except SystemExit as exit_:  # the first that fails ends the demo, with its exit code
                 if exit_.code:
                     sys.exit(exit_.code)
-    say(f"\nThe bundle, the engines, the report and the model repository lie in {folder}.")
+    say("")
+    say(f"The bundle, the engines, the report and the model repository lie in {folder}.")
 
 
 def demo_steps(checkpoint: Path, folder: Path) -> tuple[tuple[str, ...], ...]:

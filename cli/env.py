@@ -29,4 +29,4 @@ def command(as_json: bool) -> None:
         **found.versions,
     }
     width = max(map(len, rows))
-    print_result(as_json, dataclasses.asdict(found), "\n".join(f"{k:{width}}  {v}" for k, v in rows.items()))
+    print_result(as_json, dataclasses.asdict(found), *(f"{k:{width}}  {v}" for k, v in rows.items()))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import backend_option, sampling_options, threads_option
-from deepseek_trt.cli.printing.output import output_options, print_result, say, step
+from deepseek_trt.cli.options import backend_option, sampling_options, threads_option, verify_option
+from deepseek_trt.cli.printing.output import output_options, print_json, say, step, write, write_model_text
 from deepseek_trt.cli.prompting.prompts import Prompts, prompt_options
 from deepseek_trt.cli.prompting.speed import Speed
 
@@ -31,9 +31,12 @@ _CHAT_CACHE_MIB = 1024
 @backend_option
 @sampling_options
 @threads_option
+@verify_option
 @output_options("Print one JSON object a prompt instead of streaming.")
 def command(bundle: Path, prompts: Prompts, backend: str, params: SamplingParams, threads: int, as_json: bool) -> None:
     """Continue each prompt with the model in BUNDLE, or chat with it on a terminal where no prompt is given.
+
+    On a terminal, control characters in an answer are shown escaped; into a pipe or file it goes as it is.
 
     Example: deepseek-trt generate ./v2-lite --prompt "The number of" --max-new-tokens 64
     """
@@ -62,11 +65,11 @@ def _answer(path: Path, prompts: Prompts, params: SamplingParams, backend: str, 
         if len(ids) == 1 and not as_json:
             for piece in llm.stream(ids[0], params):
                 speed.tick()
-                click.echo(piece.text if llm.text else f"{piece.token_id} ", nl=False)
-            click.echo()
+                write_model_text(piece.text if llm.text else f"{piece.token_id} ")
+            write("\n")
         else:
             for result in llm.generate(ids, params, on_token=speed.tick):
-                print_result(as_json, _facts(result), _paragraph(result))
+                _print(result, as_json)
         say(speed.line)
 
 
@@ -125,6 +128,11 @@ def _facts(result: Result) -> dict[str, Any]:
     return facts
 
 
-def _paragraph(result: Result) -> str:
+def _print(result: Result, as_json: bool) -> None:
+    """One of several answers."""
+    if as_json:
+        print_json(_facts(result))
+        return
     body = result.text if result.text is not None else " ".join(map(str, result.token_ids))
-    return f"--- {result.finish_reason}, {len(result.token_ids)} tokens\n{body}"
+    write(f"--- {result.finish_reason}, {len(result.token_ids)} tokens\n")
+    write_model_text(f"{body}\n")

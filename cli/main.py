@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import io
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import click
 
-from deepseek_trt.cli.printing.output import JSON_FLAG, loudness_options, print_json, say_error
+from deepseek_trt.cli.ending import is_stopping, leave_broken_pipe, run_program
+from deepseek_trt.cli.printing.output import (
+    JSON_FLAG,
+    loudness_options,
+    print_json,
+    say_error,
+    say_notes,
+    say_usage_error,
+)
 from deepseek_trt.export.errors import DeepseekTrtError
 
 _AS_JSON = "deepseek_trt.as_json"
@@ -50,28 +60,56 @@ class LazyGroup(click.Group):
         ctx.meta[_AS_JSON] = JSON_FLAG in args  # known even where the command's own options are mistaken
         return super().parse_args(ctx, args)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Run as the program: signals and lost output have their exit codes."""
+        run_program(lambda: self.main(*args, **kwargs))
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's, but what it says of a mistake is escaped, and each has its exit code."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, False, **extra)
+        except click.ClickException as error:
+            say_usage_error(error)
+            sys.exit(error.exit_code)
+        except BrokenPipeError:
+            raise leave_broken_pipe() from None
+        except OSError as error:  # of what click itself prints
+            say_error(_sentence(error))
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
     def invoke(self, ctx: click.Context) -> object:
         """A user's mistake is one sentence on stderr, an object on stdout with --json, and exit code 1."""
-        for stream in (sys.stdout, sys.stderr):  # names of files may be no UTF-8, and a terminal may know less than it
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
+        say_notes()
         try:
             return super().invoke(ctx)
-        except click.ClickException as error:  # which click itself shows
+        except click.ClickException as error:
             _print_as_json(ctx, error.format_message(), error)
             raise
+        except BrokenPipeError:  # who reads the output has left
+            raise leave_broken_pipe() from None
         except (DeepseekTrtError, OSError) as error:
-            if isinstance(error, BrokenPipeError):  # who reads the output has left
-                raise
-            sentence = str(error) if isinstance(error, DeepseekTrtError) else _sentence(error)
-            say_error(sentence)
-            _print_as_json(ctx, sentence, error)
+            if is_stopping():
+                sys.exit(1)
+            sentence = error.sentence if isinstance(error, DeepseekTrtError) else _sentence(error)
+            say_error(sentence, error.details if isinstance(error, DeepseekTrtError) else "")
+            _print_as_json(ctx, str(error) if isinstance(error, DeepseekTrtError) else sentence, error)
             sys.exit(1)
 
 
 def _print_as_json(ctx: click.Context, sentence: str, error: Exception) -> None:
     if ctx.meta[_AS_JSON]:
-        print_json({"error": sentence, "kind": type(error).__name__})
+        with suppress(OSError, DeepseekTrtError):  # where it cannot be printed, stderr and the exit code say enough
+            print_json({"error": sentence, "kind": type(error).__name__})
 
 
 def _sentence(error: OSError) -> str:
@@ -90,5 +128,5 @@ def main() -> None:
     deepseek-trt validate OUT --report REPORT
     deepseek-trt generate OUT --prompt "The number of"
 
-    Exit codes: 0 good, 1 error, 2 usage, 3 accuracy below tolerance.
+    Exit codes: 0 good, 1 error, 2 usage, 3 accuracy below tolerance, 130 Ctrl-C, 143 SIGTERM.
     """  # noqa: D301 (click's \b)

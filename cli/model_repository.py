@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT, MOST, threads_option
+from deepseek_trt.cli.options import COUNT, MOST, threads_option, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_result, wrote
+from deepseek_trt.export.text.wording import some
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.model_repository.served import ClassifierSettings
@@ -47,6 +48,7 @@ Result = tuple[dict[str, Any], str]  # for machines, and a line for people
 )
 @click.option("--cache-mib", type=COUNT, help="MiB of the cache.  [default: 1024]")
 @threads_option
+@verify_option
 @click.option("--prefix-reuse/--no-prefix-reuse", default=True, show_default=True, help="Share equal prompts' pages.")
 @click.option(
     "--generation-config/--no-generation-config",
@@ -77,7 +79,7 @@ def command(bundle: Path, repository: Path, name: str, link: bool, as_json: bool
     common = {"repository": str(written.path), "name": name, "fresh": written.fresh, "backend": model.backend}
     common |= {"why": model.why, "needs": model.needs, "requires": model.requirements}
     lines = (wrote(written.fresh, repository / name), *_lines(written, line))
-    print_result(as_json, {**facts, **common}, "\n".join(lines))
+    print_result(as_json, {**facts, **common}, *lines)
 
 
 def _lines(written: Repository, of_task: str) -> Iterator[str]:
@@ -97,4 +99,4 @@ def _generator(settings: ServingSettings) -> Result:
 
 def _classifier(settings: ClassifierSettings) -> Result:
     facts = {"labels": settings.labels, "max_batch_size": settings.max_batch_size}
-    return facts, f"labels {', '.join(settings.labels)}; up to {settings.max_batch_size} texts at once"
+    return facts, f"labels {some(settings.labels, len(settings.labels))}; up to {settings.max_batch_size} texts at once"

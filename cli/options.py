@@ -48,6 +48,23 @@ threads_option = click.option(
 )
 
 
+def verify_option(command: Command) -> Command:
+    """Give a command --verify, which hashes all of its `bundle` before anything else is done."""
+
+    @functools.wraps(command)
+    def verified(verify: bool, **options: Any) -> Any:
+        if verify:
+            from deepseek_trt.cli.printing.progress import weight_progress
+            from deepseek_trt.export.bundle.folder import Bundle
+
+            with weight_progress("hashing weights") as progress:
+                Bundle.open(options["bundle"], verify=True, progress=progress)
+        return command(**options)
+
+    text = "Hash all files of BUNDLE, the weights, too: those are else hashed once, and again when they change."
+    return click.option("--verify", is_flag=True, help=text)(verified)  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class _Sampling:
     """How the command line takes a field of SamplingParams; None is a flag."""
@@ -109,8 +126,9 @@ def sampling_options(command: Command) -> Command:
 
 def _params(bundle: Path | None, given: Mapping[str, Any]) -> SamplingParams:
     from deepseek_trt.engines.generation.defaults import SamplingDefaults
+    from deepseek_trt.export.bundle.folder import Bundle
 
-    defaults = SamplingDefaults.of(bundle) if bundle else SamplingDefaults()
+    defaults = SamplingDefaults.of_bundle(Bundle.open(bundle)) if bundle else SamplingDefaults()
     for line in defaults.lines:
         say(line)
     return defaults.params(**given)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.options import threads_option
+from deepseek_trt.cli.options import threads_option, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, step
 from deepseek_trt.validate.request import BACKENDS, ValidateRequest, check_name
 
@@ -42,6 +42,7 @@ class _Backend(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 
 @click.option("--independent/--no-independent", default=None, help=INDEPENDENT_HELP)
 @click.option("--compare", type=click.Path(path_type=Path), help="An earlier report.json: show what moved.")
 @threads_option
+@verify_option
 @output_options()
 def command(report: Path | None, compare: Path | None, as_json: bool, **options: Any) -> None:
     """Run BUNDLE's graphs beside torch in float32 and compare logits and cached latents, step by step.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deepseek_trt.engines.sessions.tensorrt.cuda import visible_gpu
 from deepseek_trt.export.reading.hub import hub_cache
-from deepseek_trt.plugins.cxx import cache_folder
+from deepseek_trt.export.trust.cache import cache_folder
 
 _PACKAGES = (
     "deepseek-trt",
@@ -63,7 +63,7 @@ def read_environment() -> Environment:
         cpu_features=tuple(name for name in _CPU_FEATURES if name in _cpu_info("flags").split()),
         memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         gpu=visible_gpu(),
-        caches={"compiled operators": str(cache_folder()), "hub snapshots": str(hub_cache())},
+        caches={"compiled operators and checked weights": str(cache_folder()), "hub snapshots": str(hub_cache())},
     )
 
 

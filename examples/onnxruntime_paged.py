@@ -7,7 +7,10 @@ prints 24 new tokens for each prompt of token ids. Row b's page p is page 1 + b 
 
 from __future__ import annotations
 
+import os
 import sys
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 
 import numpy as np
 import onnxruntime as ort

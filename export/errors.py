@@ -17,7 +17,14 @@ from __future__ import annotations
 
 
 class DeepseekTrtError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can mend: one sentence, and `details` of several lines where a tool gave some."""
+
+    def __init__(self, sentence: str = "", *, details: str = "") -> None:
+        super().__init__(sentence)
+        self.sentence, self.details = sentence, details
+
+    def __str__(self) -> str:
+        return f"{self.sentence}:\n{self.details}" if self.details else self.sentence
 
 
 class ConfigError(DeepseekTrtError):

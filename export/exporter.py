@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,19 +14,21 @@ import onnx
 import onnx_ir as ir
 
 from deepseek_trt.export.bundle.folder import (
-    MANIFEST_FILE,
     WEIGHTS_FILE,
     AdapterRecord,
     Bundle,
     Manifest,
     SourceFile,
     WeightRecord,
+    WeightsFile,
 )
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, TRANSFORMERS, Interface
+from deepseek_trt.export.bundle.manifest import write_manifest
+from deepseek_trt.export.bundle.proof import remember_weights
 from deepseek_trt.export.dtypes import computed_in, dtype_of
-from deepseek_trt.export.errors import BundleError, ConfigError, OutputError
-from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
+from deepseek_trt.export.files import file_sha256, stream_sha256
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
@@ -35,9 +36,10 @@ from deepseek_trt.export.reading.hub import checkpoint_folder
 from deepseek_trt.export.reading.source import Source, export_dtype, read_source
 from deepseek_trt.export.writing.carried_files import carried_digests, carry_files
 from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
-from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
+from deepseek_trt.export.writing.partial import check_out, finish, partial_folder
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
+from deepseek_trt.export.writing.working import remove_leftover
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _UNREAD = "the weights' numbers were not read: validate looks for NaN, infinities and tensors of zeros"
@@ -143,11 +145,16 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
     job = _plan(request)
     existing = _existing(request.out, job.fingerprint)
     if existing is not None:
+        remove_leftover(request.out)
         return ExportResult(existing, fresh=False)
+    check_out(request.out)
     with partial_folder(request.out, job.fingerprint, job.weight_bytes + _GRAPH_BYTES) as folder:
         _fill(folder, job, report)
+        _check_unchanged(job)
         finish(folder, request.out)
-    return ExportResult(Bundle.open(request.out), fresh=True)
+    bundle = Bundle.open(request.out)
+    remember_weights(bundle.path, bundle.manifest)
+    return ExportResult(bundle, fresh=True)
 
 
 def _plan(request: ExportRequest) -> _Job:
@@ -185,6 +192,13 @@ def _fingerprint(request: ExportRequest, source: Source, dtype: str, adapter: Ad
     return hashlib.sha256("\n".join(facts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
+def _check_unchanged(job: _Job) -> None:
+    """Whoever writes to a checkpoint while it is exported gets no bundle of halves."""
+    adapter = _record(job.source.adapter) if job.source.adapter else None
+    if _fingerprint(job.request, job.source, job.dtype, adapter) != job.fingerprint:
+        raise CheckpointError(f"{job.request.checkpoint} changed while it was exported: export it again")
+
+
 def _sources(checkpoint: Checkpoint) -> tuple[SourceFile, ...]:
     stats = [(file.relative_to(checkpoint.root).as_posix(), file.stat()) for file in checkpoint.files]
     return tuple(SourceFile(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
@@ -205,17 +219,14 @@ def _fill(folder: Path, job: _Job, report: Reporter) -> None:
     """Write all files of the bundle, its manifest last."""
     checkpoint = job.request.checkpoint
     carry_files(checkpoint, folder)
-    shutil.copyfile(checkpoint / "config.json", folder / "config.json")
     written, seen = ((), (_UNREAD,)) if job.request.by_reference else _write_weights(job, folder, report)
     for graph in job.graphs:
         report.step(f"tracing {graph.name}", None)
         _trace_to_file(job, graph, written, folder)
         if job.source.interface.io == TRANSFORMERS:
             write_export_json(folder, graph.as_computed(), computed_in(job.dtype))
-    for name in (JOURNAL_FILE, INPUTS_FILE):  # only a continued run reads them
-        (folder / name).unlink(missing_ok=True)
-    manifest = _manifest(job, written, seen, folder).to_json()
-    (folder / MANIFEST_FILE).write_text(manifest, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
+    (folder / JOURNAL_FILE).unlink(missing_ok=True)  # only a continued run reads it
+    write_manifest(folder, _manifest(job, written, seen, folder))
 
 
 def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[tuple[WrittenTensor, ...], tuple[str, ...]]:
@@ -276,6 +287,13 @@ def _manifest(job: _Job, written: tuple[WrittenTensor, ...], seen: tuple[str, ..
         notes=source.notes + seen,
         classifier=source.classifier,
         adapter=job.adapter,
+        weights_file=None if job.request.by_reference else _weights_file(folder / WEIGHTS_FILE, written),
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
         files={p.relative_to(folder).as_posix(): file_sha256(p) for p in files},
     )
+
+
+def _weights_file(path: Path, written: tuple[WrittenTensor, ...]) -> WeightsFile:
+    """What is not said of each tensor: the header ends where the first one begins."""
+    with path.open("rb") as stream:
+        return WeightsFile(path.stat().st_size, stream_sha256(stream, min(w.offset for w in written)))

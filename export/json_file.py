@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import stat
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
 from deepseek_trt.export.errors import ConfigError, DeepseekTrtError
+from deepseek_trt.export.files import read_file
 
 _MAX_BYTES = 16 * 2**20  # the published ones have thousands; an index of 150,000 tensors has 20 MB
 _MAX_DEPTH = 64
@@ -21,6 +22,11 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
     `error` is what is raised. `nan` lets NaN and Infinity pass, to be named by their key. FileNotFoundError where there
     is no such file: what that means, callers know.
     """
+    return object_of(_bytes(path, error, most), path, error, nan)
+
+
+def object_of(data: bytes, path: Path, error: Errors = ConfigError, nan: bool = False) -> dict[str, Any]:
+    """The object that the bytes of the file at `path` hold, read as strictly."""
 
     def refuse(constant: str) -> NoReturn:
         raise error(f"{path} holds {constant}, which is no JSON: write a number or leave the key out")
@@ -33,9 +39,13 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
             raise error(f"{path.name} has the key {twice[:_SHOWN]!r} twice in one object: remove one of them")
         return made
 
-    text = _text(path, error, most)
+    def finite(digits: str) -> float:
+        number = float(digits)  # 1e400 is infinite
+        return number if nan or math.isfinite(number) else refuse(digits[:_SHOWN])
+
+    text = _text(data, path, error)
     try:
-        raw = json.loads(text, object_pairs_hook=unique, parse_constant=None if nan else refuse)
+        raw = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=None if nan else refuse)
     except ValueError as wrong:  # JSON, and whole numbers of more digits than Python reads
         raise error(f"{path} is not JSON ({wrong}); download it again") from None
     except RecursionError:
@@ -47,18 +57,16 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
     return raw
 
 
-def _text(path: Path, error: Errors, most: int) -> str:
+def _bytes(path: Path, error: Errors, most: int) -> bytes:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise error(f"{path} is no regular file: download it again")
-        if found.st_size > most:
-            raise error(f"{path} is larger than {most} bytes: download it again")
-        data = path.read_bytes()
+        return read_file(path, most)
     except FileNotFoundError:
         raise
     except OSError as wrong:
-        raise error(f"{path} cannot be read ({wrong.strerror}): mend its permissions") from None
+        raise error(f"{path} cannot be read: {wrong.strerror}") from None
+
+
+def _text(data: bytes, path: Path, error: Errors) -> str:
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise error(f"{path} begins with a byte order mark: save it as UTF-8 without one")
     try:

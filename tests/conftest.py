@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek_trt.export import trace as tracing
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle
+from deepseek_trt.export.bundle.manifest import sha256_of
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -181,6 +183,22 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]
             out = tmp_path_factory.mktemp("bundle") / "out"
             made[key] = export_bundle(ExportRequest(checkpoint, out, **options)).bundle
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def relist() -> Callable[[Path], Bundle]:
+    """relist(folder): the bundle there, its manifest listing what now lies in it as if export had written that."""
+
+    def make(folder: Path) -> Bundle:
+        raw = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        apart = {MANIFEST_FILE, WEIGHTS_FILE, *raw["added"]}
+        names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - apart
+        raw["files"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sorted(names)}
+        del raw["sha256"]
+        (folder / MANIFEST_FILE).write_text(json.dumps({**raw, "sha256": sha256_of(raw)}), encoding="utf-8")
+        return Bundle.open(folder)
 
     return make
 

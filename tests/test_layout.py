@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 ORDER = ("export", "plugins", "engines", "validate", "cli")
 MOST_FILES = 16  # of Python and C++ in a folder
-OTHER_TESTS = ("gpu", "server", "api", "inputs")  # that need a GPU or a tritonserver, or try the whole from outside
+# Tests that need a GPU or a tritonserver, or try the whole from outside.
+OTHER_TESTS = ("gpu", "server", "api", "inputs", "fuzz", "hostile")
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "polygraphy", "triton", "numpy")
 
 

@@ -32,7 +32,7 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
     Raises BundleError, CheckpointError, BackendError or RequestError; a bad result is no error, but `report.passed`
     False, or `report.moved.worse`.
     """
-    started, bundle = time.time(), Bundle.open(request.bundle)
+    started, bundle = time.time(), Bundle.open(request.bundle, judges_weights=True)
     if request.checkpoint is not None:
         request = dataclasses.replace(request, checkpoint=checkpoint_folder(request.checkpoint))
     earlier = read_report(request.earlier) if request.earlier else None

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from deepseek_trt.cli.printing.output import print_rich
+from deepseek_trt.export.text.wording import escaped
 from deepseek_trt.validate.findings.text_score import TextScore
 from deepseek_trt.validate.report.html import HTML_FILE
 from deepseek_trt.validate.report.report import AccuracyReport, BackendReport, Moved, OutputReport
@@ -20,53 +21,60 @@ MOST_OF_LAYERS = 8
 
 def print_report(report: AccuracyReport, folder: Path | None = None) -> None:
     """Print the report; last what it covers, where its files are (`folder`), and the verdict."""
-    console = Console(soft_wrap=True)
     colour = {"agrees": "green", "differs": "red", "absent": "yellow"}[report.independent.status]
-    console.print(f"[{colour}]{escape(report.independent.summary)}", highlight=False)
+    parts: list[Table | Text] = [styled_line(report.independent.summary, colour)]
     for backend in report.backends:
-        console.print(_table(backend))
-        for line in _sentences(backend):
-            console.print(line, highlight=False)
-    for line in [*_faults(report), *_moves(report.moved)]:
-        console.print(line, highlight=False)
-    for name, text in covered(report):
-        console.print(f"[bold]{name}[/]: {escape(text)}", highlight=False)
+        parts += [_table(backend), *_sentences(backend)]
+    parts += [*_faults(report), *_moves(report.moved)]
+    parts += [Text.assemble((escaped(name), "bold"), f": {escaped(text)}") for name, text in covered(report)]
     if folder is not None:
-        console.print(f"report: {escape(str(folder / HTML_FILE))}", highlight=False)
-    console.print(f"[{'green' if report.is_good else 'red'}]{report.verdict.lower()}", highlight=False)
+        parts.append(styled_line(f"report: {folder / HTML_FILE}"))
+    parts.append(styled_line(report.verdict.lower(), "green" if report.is_good else "red"))
+    print_rich(*parts)
 
 
-def _faults(report: AccuracyReport) -> Iterator[str]:
+def styled_line(text: str, style: str = "") -> Text:
+    """One line, whatever stands in the names of it."""
+    return Text(escaped(text), style)
+
+
+def _faults(report: AccuracyReport) -> Iterator[Text]:
     for part in report.parts:
         failed = ", ".join(name for name, passed in part.passed.items() if not passed)
-        yield f"[red]FAIL {part.part}: failed ({failed})" if failed else f"{part.part}: passed"
+        yield (
+            styled_line(f"FAIL {part.part}: failed ({failed})", "red")
+            if failed
+            else styled_line(f"{part.part}: passed")
+        )
     for name in report.changed_weights:
-        yield f"[red]FAIL weight {named_weight(name)} is not what export wrote (sha256 differs)"
+        yield styled_line(f"FAIL weight {named_weight(name)} is not what export wrote (sha256 differs)", "red")
     for odd in report.odd_weights:
-        yield f"[red]FAIL {odd.sentence}"
+        yield styled_line(f"FAIL {odd.sentence}", "red")
     for name in report.changed_files:
-        yield f"[yellow]{name} has changed since export"
+        yield styled_line(f"{name} has changed since export", "yellow")
 
 
-def _moves(moved: Moved | None) -> Iterator[str]:
+def _moves(moved: Moved | None) -> Iterator[Text]:
     if moved is None:
         return
     for change in moved.changes:
-        yield f"{'[red]' if change.worse else ''}{escape(named_change(change))}"
-    yield from (f"[yellow]not compared with {escape(moved.earlier)}: {escape(line)}" for line in moved.unmatched)
+        yield styled_line(named_change(change), "red" if change.worse else "")
+    yield from (styled_line(f"not compared with {moved.earlier}: {line}", "yellow") for line in moved.unmatched)
     if not moved.changes:
-        yield f"nothing moved since {escape(moved.earlier)}"
+        yield styled_line(f"nothing moved since {moved.earlier}")
 
 
 def _table(b: BackendReport) -> Table:
     title = f"{b.backend}, computed in {b.computed_in}, against torch in float32"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=escaped(title), title_justify="left", box=SIMPLE_HEAD)
     for name in ("output", "", "error", "tolerance", "ulps", "worst at"):
         table.add_column(name, justify="left" if name in ("output", "", "worst at") else "right")
     for o in _shown(b):
         place = f"{o.worst.step}, row {o.worst.row} at {o.worst.position}"
         numbers = (o.error, f"{o.tolerance:.2e}", f"{o.median_ulps:.2g}" if not o.reason else "")
-        table.add_row(o.output, "ok" if o.passed else "FAIL", *numbers, place, style=None if o.passed else "red")
+        table.add_row(
+            escaped(o.output), "ok" if o.passed else "FAIL", *numbers, place, style=None if o.passed else "red"
+        )
     return table
 
 
@@ -76,7 +84,7 @@ def _shown(b: BackendReport) -> list[OutputReport]:
     return [o for o in b.outputs if o not in layers or o in layers[:MOST_OF_LAYERS]]
 
 
-def _sentences(b: BackendReport) -> Iterator[str]:
+def _sentences(b: BackendReport) -> Iterator[Text]:
     """One of how the backend's tokens agree and what to know about it, its first fault, and the text's perplexity."""
     ties, parts = sum(f.near_tie for f in b.flips), []
     if b.tokens:
@@ -90,14 +98,15 @@ def _sentences(b: BackendReport) -> Iterator[str]:
     if b.set_aside:
         parts.append(f"router choices unseen, {sum(b.set_aside.values())} lines set aside for near ties")
     if parts or b.note:
-        yield "; ".join([*parts, *([b.note] if b.note else [])])
+        yield styled_line("; ".join([*parts, *([b.note] if b.note else [])]))
     if b.first_fault is not None:
-        yield f"[red]FAIL first out of tolerance: {named_fault(b.first_fault)}"
+        yield styled_line(f"FAIL first out of tolerance: {named_fault(b.first_fault)}", "red")
     if b.text is not None:
         yield _perplexity(b.text)
 
 
-def _perplexity(t: TextScore) -> str:
+def _perplexity(t: TextScore) -> Text:
     difference, move = t.perplexity - t.reference_perplexity, t.loss - t.reference_loss
     line = f"perplexity {t.perplexity:.4f} ({difference:+.2e}) over {t.scored} tokens of text; loss {t.loss:.6f} nats"
-    return f"{'' if t.passed else '[red]FAIL '}{line} ({move:+.2e}, tolerance {t.tolerance:.2e})"
+    whole = f"{line} ({move:+.2e}, tolerance {t.tolerance:.2e})"
+    return styled_line(whole) if t.passed else styled_line(f"FAIL {whole}", "red")

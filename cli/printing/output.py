@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import functools
+import io
+import json
 import logging
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from deepseek_trt.cli.printing.watch import Watch
+from deepseek_trt.export.errors import OutputError
 from deepseek_trt.export.json_text import json_text
+from deepseek_trt.export.text.wording import controls_escaped, escaped
+from deepseek_trt.export.text.wording import sentence as one_sentence
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from deepseek_trt.export.bundle.recipes import Dropped
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -33,7 +42,7 @@ def _hush(ctx: click.Context, _: click.Parameter, given: bool) -> None:
 
 def _time(ctx: click.Context, _: click.Parameter, given: bool) -> None:
     if given and _WATCH not in ctx.meta:
-        watch = ctx.meta[_WATCH] = Watch(lambda line: click.echo(line, err=True))
+        watch = ctx.meta[_WATCH] = Watch(print_line)
         _check_loudness(ctx)
         ctx.find_root().call_on_close(watch.end)
 
@@ -79,12 +88,57 @@ def loudness_flags() -> tuple[str, ...]:
 def say(line: str) -> None:
     """Print progress or a note, on stderr, unless --quiet was given."""
     if not is_quiet():
-        click.echo(line, err=True)
+        print_line(line)
 
 
-def say_error(sentence: object) -> None:
-    """Print an error, on stderr, in any case."""
-    click.echo(f"error: {sentence}", err=True)
+def say_error(sentence: object, details: str = "") -> None:
+    """Print an error, on stderr, in any case; a tool's own words on lines below it."""
+    print_line(f"error: {sentence}{':' if details else ''}")
+    for line in details.split("\n") if details else ():
+        print_line(f"  {line}")
+
+
+def say_usage_error(error: click.ClickException) -> None:
+    """Print what click has to say of a mistake, with nothing in it that came from the command line as it is."""
+    error.message = one_sentence(error.message)  # type: ignore[misc]  # final for subclasses' sake
+    error.show()
+
+
+def print_line(line: str) -> None:
+    """Print one line, escaped, on stderr; what stderr does not take is dropped."""
+    with suppress(OSError):
+        click.echo(one_sentence(line), err=True)
+
+
+def write(text: str) -> None:
+    """Write to stdout, now. OutputError where it does not take it, BrokenPipeError where nobody reads it."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def write_model_text(text: str) -> None:
+    """Write what a model said: on a terminal with control characters escaped, into a pipe or a file as it is."""
+    write(controls_escaped(text) if sys.stdout.isatty() else text)
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+_notes = _Notes(logging.WARNING)
+
+
+def say_notes() -> None:
+    """Have what the library warns of said as a note."""
+    logger = logging.getLogger("deepseek_trt")
+    if _notes not in logger.handlers:
+        logger.addHandler(_notes)
 
 
 def step(line: str, shown: bool = True) -> None:
@@ -97,16 +151,32 @@ def step(line: str, shown: bool = True) -> None:
 
 
 def print_json(facts: Any) -> None:
-    """Print one line of JSON, on stdout."""
-    click.echo(json_text(facts))
+    """Print one line of JSON, on stdout; what would not show as itself has JSON's own escapes."""
+    text = json_text(facts)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    write(f"{text}\n")
 
 
-def print_result(as_json: bool, facts: Any, text: str) -> None:
-    """Print what a command made: `facts` for machines, or `text` for people."""
+def print_result(as_json: bool, facts: Any, *lines: str) -> None:
+    """Print what a command made: `facts` for machines, or `lines` for people."""
     if as_json:
         print_json(facts)
     else:
-        click.echo(text)
+        write("".join(f"{escaped(line)}\n" for line in lines))
+
+
+def print_rich(*parts: RenderableType) -> None:
+    """Print tables and styled texts on stdout. Strings in them are no markup, but escape those from files."""
+    from rich.console import Console
+
+    drawn, on_terminal = io.StringIO(), sys.stdout.isatty()
+    console = Console(
+        file=drawn, force_terminal=on_terminal, soft_wrap=True, highlight=False, markup=False, emoji=False
+    )
+    for part in parts:
+        console.print(escaped(part) if isinstance(part, str) else part)
+    write(drawn.getvalue())
 
 
 def wrote(fresh: bool, what: object) -> str:

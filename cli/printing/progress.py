@@ -19,17 +19,18 @@ from rich.progress import (
 )
 
 from deepseek_trt.cli.printing.output import is_quiet, step
+from deepseek_trt.export.text.wording import escaped, sentence
 
 if TYPE_CHECKING:
     from deepseek_trt.export.exporter import Reporter
     from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter
 
-_NAME = TextColumn("{task.description}")
+_NAME = TextColumn("{task.description}", markup=False)
 
 
 def _console(**options: bool) -> Console:
     """Stderr, or nothing where --quiet was given."""
-    return Console(stderr=True, quiet=is_quiet(), **options)  # type: ignore[arg-type]
+    return Console(stderr=True, quiet=is_quiet(), markup=False, emoji=False, **options)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -46,8 +47,8 @@ def export_reporter() -> Iterator[Reporter]:
             step(text, shown=False)
             bars.stop_task(current[0])
             if total is None:
-                console.print(text)
-            current[0] = bars.add_task(text, visible=total is not None, total=total)
+                console.print(sentence(text))
+            current[0] = bars.add_task(escaped(text), visible=total is not None, total=total)
 
         yield Reporter(begin, lambda done: bars.advance(current[0], done))
 
@@ -59,7 +60,9 @@ def plugin_reporter() -> Iterator[PluginReporter]:
 
     with _bars(_NAME, BarColumn(), MofNCompleteColumn()) as advance:
         console = _console(soft_wrap=True, highlight=False)
-        yield PluginReporter(console.print, lambda done, total: advance("compiling kernels", done, total))
+        yield PluginReporter(
+            lambda line: console.print(sentence(line)), lambda done, total: advance("compiling kernels", done, total)
+        )
 
 
 def build_progress() -> AbstractContextManager[Callable[[str, int, int], None]]:
@@ -68,10 +71,10 @@ def build_progress() -> AbstractContextManager[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def weight_progress() -> Iterator[Callable[[int, int], None]]:
+def weight_progress(doing: str = "loading weights") -> Iterator[Callable[[int, int], None]]:
     """Give a function (bytes done, bytes in all) that draws weights being loaded, a part of a step that is timed."""
     with _bars(_NAME, BarColumn(), DownloadColumn(), TransferSpeedColumn(), timed=False) as advance:
-        yield lambda done, total: advance("loading weights", done, total)
+        yield lambda done, total: advance(doing, done, total)
 
 
 @contextmanager
@@ -86,7 +89,7 @@ def _bars(*columns: ProgressColumn, timed: bool = True) -> Iterator[Callable[[st
         if bars.console.is_terminal:
             bars.start()
         if name not in tasks:
-            tasks[name] = bars.add_task(name)
+            tasks[name] = bars.add_task(escaped(name))
         bars.update(tasks[name], completed=done, total=total, visible=done < total)
 
     try:

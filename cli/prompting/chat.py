@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.printing.output import say, say_error
+from deepseek_trt.cli.printing.output import print_line, say, say_error, write, write_model_text
 from deepseek_trt.cli.prompting.speed import Speed
 from deepseek_trt.engines.generation.answer import Answer, Piece
 from deepseek_trt.engines.generation.request import Event
@@ -47,7 +47,14 @@ class Chat:
         self._answers = 0
 
     def run(self) -> None:
-        """Return at the end of the input, or at /quit."""
+        """Return at the end of the input, or at /quit; Ctrl-C ends a line, not the program."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self._run()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _run(self) -> None:
         with contextlib.suppress(ImportError):  # there is none on Windows
             import readline  # noqa: F401 (input then edits lines, keeps them, and takes pasted ones whole)
         self._llm.start()
@@ -59,16 +66,16 @@ class Chat:
                 if not self._round():
                     return
             except KeyboardInterrupt:
-                click.echo()
+                write("\n")
             except DeepseekTrtError as error:
-                say_error(f"{error}{_AFTER_ERROR if self._answers else ''}")
+                say_error(f"{error.sentence}{_AFTER_ERROR if self._answers else ''}")
 
     def _round(self) -> bool:
         """One message, or one command; False to leave."""
         try:
             line = _ask()
         except EOFError:
-            click.echo()
+            write("\n")
             return False
         if not line.strip():
             return True
@@ -83,7 +90,8 @@ class Chat:
             say("the conversation is forgotten")
         elif command != "/quit":
             help_of = HELP if command == "/help" else f"{command}: no such command; /help says what there is"
-            click.echo(help_of, err=True)
+            for line in help_of.splitlines():
+                print_line(line)
         return command != "/quit"
 
     def _turn(self, line: str) -> None:
@@ -111,10 +119,10 @@ class Chat:
                     raise piece
                 pieces.append(piece)
                 speed.tick()
-                click.echo(piece.text, nl=False)
+                write_model_text(piece.text)
         finally:
             self._llm.cancel(ticket)
-            click.echo()
+            write("\n")
         say(f"({speed.line}{self._ending(pieces, len(ids))})")
         return "".join(piece.text for piece in pieces)
 

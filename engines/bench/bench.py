@@ -16,7 +16,6 @@ from deepseek_trt.engines.generation.pages import pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.engines.sessions.huge_pages import Progress
-from deepseek_trt.engines.sessions.loading import no_progress
 from deepseek_trt.engines.sessions.opening import (
     AUTO,
     Choice,
@@ -30,6 +29,7 @@ from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import Device
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.library import ExpertsHit

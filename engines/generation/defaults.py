@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
 from deepseek_trt.export.text.files import GENERATION_CONFIG
 from deepseek_trt.export.text.generation_config import GenerationConfig, Number
@@ -29,9 +30,15 @@ class SamplingDefaults:
     not_honoured: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, bundle: Path) -> SamplingDefaults:
-        """Read a bundle's file. ConfigError for a wrong type, BundleError for a value out of range, naming the key."""
-        config = GenerationConfig.read(bundle)
+    def of_bundle(cls, bundle: Bundle) -> SamplingDefaults:
+        """As `of` the files that the bundle lists."""
+        with bundle.text_folder() as folder:
+            return cls.of(folder)
+
+    @classmethod
+    def of(cls, folder: Path) -> SamplingDefaults:
+        """Read a folder's file. ConfigError for a wrong type, BundleError for a value out of range, naming the key."""
+        config = GenerationConfig.read(folder)
         values = dict(config.sampling)
         if config.do_sample is False:
             values = {name: value for name, value in values.items() if name not in _OF_SAMPLING}
@@ -42,13 +49,16 @@ class SamplingDefaults:
             defaults.params()
         except RequestError as error:
             raise BundleError(
-                f"{bundle / GENERATION_CONFIG}: {error}; mend the file, or leave it out: --no-generation-config"
+                f"{folder / GENERATION_CONFIG}: {error}; mend the file, or leave it out: --no-generation-config"
             ) from None
         return defaults
 
     def params(self, **given: Any) -> SamplingParams:
         """What was given, and for the rest these defaults."""
-        return SamplingParams(**{**dict(self.values), **given})
+        values = dict(self.values)
+        if given.get("max_tokens") is not None:  # the other name of it
+            values.pop("max_new_tokens", None)
+        return SamplingParams(**{**values, **given})
 
     @property
     def lines(self) -> tuple[str, ...]:

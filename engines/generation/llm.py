@@ -76,18 +76,20 @@ class LLM:
         cache_mib: int = 1024,
         pages: int | None = None,
         generation_config: bool = True,
+        verify: bool = False,
     ) -> LLM:
         """The bundle at this path, with a session of its own.
 
         Its generation_config.json gives `defaults`, unless generation_config is False: then they are greedy.
 
         `pages` sets the cache's size, else `cache_mib` bounds it (in the bundle's dtype) where limits.max_running
-        sequences of full length would take more.
+        sequences of full length would take more. `verify` hashes all files of the bundle, the weights among them, which
+        are otherwise hashed once and again when they change.
         """
         check_backend(backend)
-        found, limits = Bundle.open(Path(bundle)), limits or SchedulerLimits()
+        found, limits = Bundle.open(Path(bundle), verify), limits or SchedulerLimits()
         check_generates(found)
-        defaults = SamplingDefaults.of(found.path) if generation_config else _NO_DEFAULTS
+        defaults = SamplingDefaults.of_bundle(found) if generation_config else _NO_DEFAULTS
         if pages is None:
             pages = _pages(found.manifest, limits.max_running, cache_mib)
         opened = open_session(SessionRequest(found, pages, threads), backend)
@@ -100,7 +102,7 @@ class LLM:
         """Answers in order of the prompts. With one SamplingParams for all, prompt i samples with its seed + i.
 
         SamplingParams are complete; where none are given, `defaults` decide. `on_token` is called after every token of
-        any of them.
+        any of them; what it raises is raised here, and other callers' answers go on.
 
         Raises RequestError, before anything is computed, for a prompt or parameter that the model cannot take.
         """
@@ -110,8 +112,8 @@ class LLM:
         try:
             for (ids, own), mine in zip(requests, pieces, strict=True):
                 tickets.append(self._submit(ids, own, _keeper(mine, on_token)))
-            while not all(ticket.ended for ticket in tickets):
-                self._loop.step(unless=lambda: all(ticket.ended for ticket in tickets))
+            while not _over(tickets):
+                self._loop.step(unless=lambda: _over(tickets))
         finally:
             self._drop(tickets)
         return [
@@ -156,7 +158,8 @@ class LLM:
         """Hand the answer's events to `put` as they are made, or what went wrong, in the thread that `start` starts.
 
         That thread is kept from text: an Answer makes pieces of events elsewhere, and whoever finds a stop string there
-        cancels the ticket. Raises RequestError for a prompt or parameter that the model cannot take.
+        cancels the ticket. What `put` raises ends this request alone, and is the ticket's `error`. Raises RequestError
+        for a prompt or parameter that the model cannot take.
         """
         ids = self._encode(prompt)
         self._check_stop(params)
@@ -192,6 +195,8 @@ class LLM:
     def _requests(self, prompts: Sequence[Prompt], params: ParamsOrMany) -> list[tuple[list[int], SamplingParams]]:
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise RequestError(f"prompts {repr(prompts)[:80]}: give a list of prompts, or use stream for one")
+        if isinstance(prompts, (str, bytes)):
+            raise RequestError(f"prompts {prompts[:40]!r}: give a list of prompts, [prompt] for one")
         prompts = list(prompts)
         requests = list(zip(map(self._encode, prompts), self._params_each(params, len(prompts)), strict=True))
         for index, (ids, own) in enumerate(requests):
@@ -202,7 +207,7 @@ class LLM:
     def _params_each(self, params: ParamsOrMany, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             one = params or self.defaults.params()
-            return [dataclasses.replace(one, seed=one.seed + index) for index in range(count)]
+            return [dataclasses.replace(one, seed=(one.seed + index) % 2**64) for index in range(count)]
         if not isinstance(params, Sequence) or not all(isinstance(own, SamplingParams) for own in params):
             raise RequestError(
                 f"params {repr(params)[:80]}: give SamplingParams, or a list of them, one for each prompt"
@@ -217,10 +222,7 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            try:
-                return [operator.index(token) for token in prompt]
-            except TypeError:
-                raise RequestError(f"prompt {repr(prompt)[:80]}: give text, or a list of token ids") from None
+            return _token_ids(prompt)
         if self.text is None:
             raise RequestError(f"prompt {prompt[:40]!r}: the bundle has no tokenizer.json; give token ids")
         return self.text.encode(prompt)
@@ -276,6 +278,24 @@ class LLM:
     async def _acollect(self, ids: list[int], params: SamplingParams) -> Result:
         async with contextlib.aclosing(self._apieces(ids, params)) as pieces:
             return Result.of(ids, [piece async for piece in pieces], self.text is not None)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        if isinstance(prompt, (bytes, bytearray, memoryview, dict, set)) or any(isinstance(t, bool) for t in prompt):
+            raise TypeError
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        shown = f"{type(prompt).__name__} of {len(prompt)}" if hasattr(prompt, "__len__") else type(prompt).__name__
+        raise RequestError(f"prompt (a {shown}): give text, or a list of token ids") from None
+
+
+def _over(tickets: Sequence[Ticket]) -> bool:
+    """Whether all have ended; raises what a callback of theirs raised."""
+    for ticket in tickets:
+        if ticket.error is not None:
+            raise ticket.error
+    return all(ticket.ended for ticket in tickets)
 
 
 def _keeper(pieces: list[Piece | Exception], on_token: Callable[[], None]) -> Callable[[Piece | Exception], None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.request import Event
+from deepseek_trt.engines.generation.request import Event, Request
 from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.export.errors import BackendError
 
@@ -17,13 +17,15 @@ Deliver = Callable[[Event | Exception], bool]
 
 @dataclass(eq=False)
 class Ticket:
-    """A submitted request. `deliver` gets its events, or what went wrong, and says whether the request ends there."""
+    """A submitted request. `deliver` gets its events, or what went wrong, and says whether the request ends there.
 
-    prompt: Sequence[int]
-    params: SamplingParams
+    What `deliver` raises ends the request, and is its `error`.
+    """
+
+    request: Request
     deliver: Deliver
-    id: int | None = None  # the scheduler's, once it is there
     ended: bool = False
+    error: BaseException | None = None
 
 
 class EngineLoop:
@@ -40,12 +42,15 @@ class EngineLoop:
         self._cancelled: deque[Ticket] = deque()
         self._closed = False
         self._thread: threading.Thread | None = None
-        self._active: dict[int, Ticket] = {}  # by the scheduler's id; touched while stepping
+        self._active: dict[int, Ticket] = {}  # by the scheduler's id; touched while stepping, as are _events
+        self._events: deque[Event] = deque()  # made, and not handed over yet
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, deliver: Deliver) -> Ticket:
-        """Raises RequestError where the scheduler cannot take the request, BackendError after close."""
-        self._scheduler.check(prompt, params)
-        ticket = Ticket(prompt, params, deliver)
+        """All that the request's own values decide is done here, in the caller's thread.
+
+        Raises RequestError where the scheduler cannot take the request, BackendError after close.
+        """
+        ticket = Ticket(self._scheduler.prepare(prompt, params), deliver)
         with self._changed:
             self._refuse_closed()
             self._submitted.append(ticket)
@@ -67,10 +72,12 @@ class EngineLoop:
         """One step of the scheduler, unless there is nothing to do or `unless` holds once it is this thread's turn."""
         with self._stepping:
             self._settle()
+            if self._events:  # whoever made them was interrupted
+                self._hand_over_all()
             if unless() or not self._scheduler.busy:
                 return
-            for event in self._scheduler.step():
-                self._hand_over(event)
+            self._events.extend(self._scheduler.step())
+            self._hand_over_all()
 
     def start(self, on_failure: Callable[[Exception], None] | None = None) -> None:
         """Step in a background thread from now on, whenever there is something to do.
@@ -114,7 +121,7 @@ class EngineLoop:
                     on_failure(error)
 
     def _pending(self) -> bool:
-        return bool(self._submitted or self._cancelled or self._scheduler.busy)
+        return bool(self._submitted or self._cancelled or self._events or self._scheduler.busy)
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -125,23 +132,37 @@ class EngineLoop:
             submitted, self._submitted = self._submitted, deque()
             cancelled, self._cancelled = self._cancelled, deque()
         for ticket in submitted:
-            ticket.id = self._scheduler.add(ticket.prompt, ticket.params)
-            self._active[ticket.id] = ticket
+            self._active[self._scheduler.queue(ticket.request)] = ticket
         for ticket in cancelled:
             self._end(ticket)
 
-    def _hand_over(self, event: Event) -> None:
-        ticket = self._active[event.request]
-        if ticket.deliver(event.error or event):
-            self._end(ticket)
+    def _hand_over_all(self) -> None:
+        while self._events:
+            event = self._events.popleft()
+            ticket = self._active.get(event.request)
+            if ticket is not None and self._delivered(ticket, event.error or event):
+                self._end(ticket)
+
+    def _delivered(self, ticket: Ticket, event: Event | Exception) -> bool:
+        """Whether the request ends here. What a callback raises is its own request's, whoever makes the step; only the
+        main thread's Ctrl-C goes on from here.
+        """
+        try:
+            return ticket.deliver(event)
+        except BaseException as error:
+            ticket.error = error
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                self._end(ticket)
+                raise
+            return True
 
     def _end(self, ticket: Ticket) -> None:
         ticket.ended = True
-        if ticket.id is not None and ticket.id in self._active:
-            del self._active[ticket.id]
-            self._scheduler.cancel(ticket.id)
+        if self._active.pop(ticket.request.id, None) is not None:
+            self._scheduler.cancel(ticket.request.id)
 
     def _fail(self, error: Exception) -> None:
+        self._events.clear()
         for ticket in tuple(self._active.values()):
-            ticket.deliver(error)
+            self._delivered(ticket, error)
             self._end(ticket)

@@ -13,10 +13,18 @@ from deepseek_trt.export.text.valid import check_text
 MOST_STOPS = 128
 LONGEST_STOP = 1024  # characters
 _MOST = 2**31 - 1  # what the sampler counts to
+_SEEDS = 2**64
+_LARGEST_PENALTY = 1e6  # float32 logits stay finite by it
 _BELOW = " and below 2^31"
 _LENGTHS = f"must be at least 1{_BELOW}"
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_STOPS = f"must hold strings alone: at most {MOST_STOPS} strings, of at most {LONGEST_STOP} characters each"
+_SHOWN = 120  # characters of a wrong value
 _TUPLES = {"stop": "strings", "stop_token_ids": "token ids"}
+
+
+class _Unset(int):
+    """A default that nobody gave: equal to the number, and known as a default still in a copy with other fields."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class SamplingParams:
     natural log-probabilities, of the model's own distribution: before penalties and temperature.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: int = _Unset(128)
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -53,19 +61,19 @@ class SamplingParams:
     def __post_init__(self, max_tokens: int | None) -> None:
         """Raises RequestError naming the field, its value and what it must be."""
         if max_tokens is not None:
-            both = self.max_new_tokens not in (SamplingParams.max_new_tokens, max_tokens)
-            _require(
-                not both, "max_tokens", max_tokens, "is max_new_tokens, which is given, too: leave out one of them"
-            )
+            alone = isinstance(self.max_new_tokens, _Unset) or _same(self.max_new_tokens, max_tokens)
+            _require(_is_whole(max_tokens) and 1 <= max_tokens <= _MOST, "max_tokens", max_tokens, _LENGTHS)
+            _require(alone, "max_tokens", max_tokens, "is max_new_tokens, which is given, too: leave out one of them")
             object.__setattr__(self, "max_new_tokens", max_tokens)
         self._check_types()
         _require(1 <= self.max_new_tokens <= _MOST, "max_new_tokens", self.max_new_tokens, _LENGTHS)
         _require(0 <= self.temperature < inf, "temperature", self.temperature, "must be finite and not negative")
         _require(self.top_k >= 0, "top_k", self.top_k, "must not be negative (0 keeps all)")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
-        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        _require(0 <= self.seed < _SEEDS, "seed", self.seed, "must not be negative, and below 2^64")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "must lie in [0, 1]")
-        _require(0 < self.repetition_penalty < inf, "repetition_penalty", self.repetition_penalty, "must be above 0")
+        bounded = 1 / _LARGEST_PENALTY <= self.repetition_penalty <= _LARGEST_PENALTY
+        _require(bounded, "repetition_penalty", self.repetition_penalty, "must be above 0: in [1e-6, 1e6]")
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "must lie in [-2, 2]")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "must lie in [-2, 2]")
         self._check_stops()
@@ -85,20 +93,20 @@ class SamplingParams:
                 number = isinstance(value, Real) and not isinstance(value, bool)
                 huge = isinstance(value, int) and abs(value) > _MOST
                 _require(number and not huge, name, value, "must be a number")
-                object.__setattr__(self, name, value if isinstance(value, int) else float(value))
+                object.__setattr__(self, name, value if isinstance(value, int) else _as_float(name, value))
             elif name == "ignore_eos":
                 _require(isinstance(value, bool), name, value, "must be True or False")
             elif name != "logprobs" or value is not None:
                 _require(_is_whole(value), name, value, "must be a whole number")
-                object.__setattr__(self, name, int(value))
+                object.__setattr__(self, name, value if isinstance(value, _Unset) else int(value))
 
     def _check_stops(self) -> None:
+        few = len(self.stop) <= MOST_STOPS
+        _require(few and all(isinstance(text, str) for text in self.stop), "stop", self.stop, _STOPS)
+        _require(all(len(text) <= LONGEST_STOP for text in self.stop), "stop", self.stop, _STOPS)
         for text in self.stop:
-            _require(isinstance(text, str), "stop", self.stop, "must hold strings alone")
             check_text(text, f"stop {text!r}")
         _require(all(self.stop), "stop", self.stop, "must hold no empty string")
-        if len(self.stop) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in self.stop):
-            raise RequestError(f"stop: give at most {MOST_STOPS} strings, of at most {LONGEST_STOP} characters each")
         _require(all(map(_is_whole, self.stop_token_ids)), "stop_token_ids", self.stop_token_ids, "must hold token ids")
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
         lowest = min(self.stop_token_ids, default=0)
@@ -116,7 +124,30 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _same(one: object, other: object) -> bool:
+    return _is_whole(one) and _is_whole(other) and one == other
+
+
+def _as_float(name: str, value: Real) -> float:
+    try:
+        return float(value)
+    except (OverflowError, ValueError):
+        raise RequestError(f"{name} is beyond what a float holds: must be a number") from None
+
+
 def _require(condition: bool, field: str, value: object, mend: str) -> None:
     if not condition:
+        raise RequestError(f"{field} {_short(value)}: {mend}")
+
+
+def _short(value: object) -> str:
+    """At most _SHOWN characters; long lists and numbers are not written out first."""
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return f"(a number of {value.bit_length()} bits)"
+    if isinstance(value, (str, bytes, list, tuple)) and len(value) > _SHOWN:
+        return f"{_short(value[: _SHOWN // 4])[:-1]}... ({len(value)} in all)"
+    try:
         shown = repr(value)
-        raise RequestError(f"{field} {shown if len(shown) <= 120 else shown[:117] + '...'}: {mend}")
+    except Exception:  # the value's own, or a number of too many digits inside
+        shown = f"(a {type(value).__name__})"
+    return shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.sampling import Sampler
-from deepseek_trt.export.errors import BackendError
 
 FinishReason = Literal["stop", "length"]
 
@@ -24,23 +23,24 @@ class Event(NamedTuple):  # made for every token: a frozen dataclass takes three
     finished: FinishReason | None
     logprob: float | None = None
     likeliest: bytes = b""
-    error: BackendError | None = None
+    error: Exception | None = None
 
 
 @dataclass
 class Request:
     """A prompt until its answer ends.
 
-    tokens: prompt and answer; the first `cached` of them lie in `pages`. limit: tokens of the answer.
+    tokens: prompt and answer; the first `cached` of them lie in `pages`. limit: tokens of the answer. id: the
+    scheduler's, once it has queued the request.
     """
 
-    id: int
     tokens: list[int]
     sampler: Sampler
     limit: int
     most_pages: int
     stops: frozenset[int]
     keys: PrefixKeys
+    id: int = -1
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     named: int = 0  # pages that the pool knows by key

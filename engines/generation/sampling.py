@@ -44,7 +44,8 @@ class Sampler:
             min_tokens=params.min_tokens,
         )
         self.address = ctypes.addressof(self.row)
-        self._history = History(self.row, prompt, room or params.max_new_tokens) if params.penalised else None
+        room = params.max_new_tokens if room is None else room
+        self._history = History(self.row, prompt, room) if params.penalised else None
         self._stops = np.array(stops, dtype=np.int32)
         self.row.banned, self.row.banned_count = self._stops.ctypes.data, len(self._stops)
 
@@ -70,7 +71,14 @@ def with_logprobs(logits: Floats, token: int, count: int) -> Choice:
 
 
 def _numpy(samplers: Sequence[Sampler], logits: Floats) -> list[Choice]:
-    tokens = pick_rows([sampler.row for sampler in samplers], logits)
+    rows = [sampler.row for sampler in samplers]
+    draws = [row.draws for row in rows]
+    try:
+        tokens = pick_rows(rows, logits)
+    except Exception:  # nothing is recorded yet, and each row can be tried by itself
+        for row, before in zip(rows, draws, strict=True):
+            row.draws = before
+        raise
     return [
         (token, None, b"") if sampler.logprobs < 0 or token < 0 else with_logprobs(row, token, sampler.logprobs)
         for sampler, row, token in zip(samplers, logits, tokens, strict=True)

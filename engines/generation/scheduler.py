@@ -12,7 +12,7 @@ from deepseek_trt.engines.generation.pages import PagePool, page_table, sequence
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.request import Event, Request, Work
-from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
+from deepseek_trt.engines.generation.sampling import Choice, Sampler, sample_rows
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config.model_config import ModelConfig
@@ -87,13 +87,24 @@ class Scheduler:
 
     def add(self, prompt: Sequence[int], params: SamplingParams, name: str = "the prompt") -> int:
         """Queue a request and return its id. Raises RequestError, which calls the prompt `name`, where `check` does."""
+        return self.queue(self.prepare(prompt, params, name))
+
+    def prepare(self, prompt: Sequence[int], params: SamplingParams, name: str = "the prompt") -> Request:
+        """All that a request's own values decide, checked and allocated, for any thread; `queue` takes it from there.
+
+        Raises RequestError, which calls the prompt `name`, where `check` does.
+        """
         self.check(prompt, params, name)
         tokens = list(prompt)
         stops = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._config.eos_token_ids)
         limit, most = self._limit(prompt, params), self._most_pages(prompt, params)
         sampler = Sampler(params, tokens, sorted(stops), room=limit)
         keys = PrefixKeys(self._session.cache.page_size)
-        request = Request(self._next_id, tokens, sampler, limit, most, stops, keys)
+        return Request(tokens, sampler, limit, most, stops, keys)
+
+    def queue(self, request: Request) -> int:
+        """Queue what `prepare` made, and return its id."""
+        request.id = self._next_id
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -253,11 +264,14 @@ class Scheduler:
         if not requests:
             return []
         logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
-        choices = sample_rows([request.sampler for request in requests], logits, self._native)
         events: list[Event] = []
-        for request, (token, logprob, top) in zip(requests, choices, strict=True):
+        for request, choice in zip(requests, self._choices(requests, logits), strict=True):
+            if isinstance(choice, Exception):
+                events.append(self._failed(request, choice))
+                continue
+            token, logprob, top = choice
             if token == NOT_FINITE:
-                events.append(self._failed(request))
+                events.append(self._failed(request, self._not_finite(request)))
                 continue
             request.tokens.append(token)
             finished = request.finished_by(token)
@@ -267,17 +281,32 @@ class Scheduler:
                 self._running.remove(request)
         return events
 
-    def _failed(self, request: Request) -> Event:
+    def _choices(self, requests: list[Request], logits: Floats) -> Sequence[Choice | Exception]:
+        """Each request's next token, or what its sampling raised: tried one by one where all at once raise."""
+        try:
+            return sample_rows([request.sampler for request in requests], logits, self._native)
+        except Exception:
+            return [self._choice(request, row) for request, row in zip(requests, logits, strict=True)]
+
+    def _choice(self, request: Request, logits: Floats) -> Choice | Exception:
+        try:
+            return sample_rows([request.sampler], logits[None], self._native)[0]
+        except Exception as error:
+            return error
+
+    def _failed(self, request: Request, error: Exception) -> Event:
         """End the request; what it cached may not be used again."""
         self.pool.forget(request.pages)
         self._vacate(request)
         self._running.remove(request)
-        error = BackendError(
+        return Event(request.id, NOT_FINITE, None, error=error)
+
+    def _not_finite(self, request: Request) -> BackendError:
+        return BackendError(
             f"the model's logits are not finite at token {request.sampler.made + 1} of the answer (computed in "
             f"{self._session.cache.dtype}): weights are NaN or infinite, or numbers outgrow the dtype; `deepseek-trt "
             "validate --bisect` finds where, and an export with --dtype bfloat16 has more room than float16"
         )
-        return Event(request.id, NOT_FINITE, None, error=error)
 
 
 def _int32(values: list[int]) -> Int32s:

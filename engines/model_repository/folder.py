@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from deepseek_trt.export.errors import OutputError
 from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.writing.working import put_in_place, working_folder
 
 MANIFEST = "manifest.json"
 MODEL_FILE = "model.py"  # what the server loads
@@ -35,6 +35,8 @@ def manifests(repository: Path) -> dict[str, dict[str, Any]]:
 
 def written_inputs(target: Path) -> str | None:
     """The fingerprint of what is there, None for nothing whole; OutputError where something else is."""
+    if target.is_symlink():
+        raise OutputError(f"{target} is a link: remove it, or give --name")
     if not target.exists():
         return None
     try:
@@ -47,17 +49,7 @@ def written_inputs(target: Path) -> str | None:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder under another name, then rename it: a server never sees half a model."""
-    fresh, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        write(fresh)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    """Fill a folder under another name, then put it in the place of `target`: a server never sees half a model."""
+    with working_folder(target) as folder:
+        write(folder)
+        put_in_place(folder, target)

@@ -3,79 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from deepseek_trt.engines.model_repository.copying import copy_file
-from deepseek_trt.engines.plans.plan import PlanRecord, plan_path
-from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle
+from deepseek_trt.engines.model_repository.copying import copy_file, real_file
+from deepseek_trt.engines.plans.plan import PlanRecord, plan_files
+from deepseek_trt.engines.sessions.prepared import FUSED_DECODE
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
+from deepseek_trt.export.bundle.manifest import list_added, write_manifest
 from deepseek_trt.export.errors import BundleError
-from deepseek_trt.export.text.files import text_files
-from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
+from deepseek_trt.plugins.cpu.library import CPU_LIBRARY_FILE, cpu_library_bytes
+from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, PLUGINS_FOLDER
 
-_RECORD = ".plan.json"
+_AGAIN = "build the plans again, or give --backend ort"
 
 
-def carried_files(bundle: Bundle, backend: str) -> dict[str, Path]:
-    """Every file that a repository for `backend` takes from the bundle, by its path there: what the manifest lists, and
-    text files that came later. BundleError where one is missing.
-
-    Plans bring the plugin library that they want beside them, and the library's manifest.
+def carried_files(bundle: Bundle, backend: str) -> dict[str, str]:
+    """The sha256 of every file but manifest and weights that a repository for `backend` takes from the bundle, by name:
+    what export wrote and, for TensorRT, plans with their plugin library. BundleError where one is not listed.
     """
-    names = sorted({MANIFEST_FILE, WEIGHTS_FILE, *bundle.manifest.files})
-    carried = {name: _listed(bundle, name) for name in names}
-    carried |= {file.relative_to(bundle.path).as_posix(): file for file in text_files(bundle.path)}
+    names = sorted(bundle.manifest.files)
     for graph in bundle.manifest.graphs if backend == "tensorrt" else ():
-        plan = plan_path(bundle, graph.name)
-        record = plan.with_suffix(_RECORD)
-        carried |= {plan.name: plan, record.name: record}
-        built = PlanRecord.read(record)
+        built = PlanRecord.of(bundle, graph.name)
+        names += plan_files(graph.name)
         if not built.spec.embed_plugins:
-            library = (bundle.path / built.plugin_library).resolve()
-            carried |= {f"{PLUGINS_FOLDER}/{f.name}": f for f in (library, library.with_name(MANIFEST))}
-    return carried
-
-
-def _listed(bundle: Bundle, name: str) -> Path:
-    """The file of that name in the bundle."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not (bundle.path / path).is_file():
-        raise BundleError(f"{bundle.path} has no file {name!r}, which its manifest lists: export the checkpoint again")
-    return bundle.path / path
+            names += [built.plugin_library, f"{PLUGINS_FOLDER}/{MANIFEST}"]
+    missing = next((name for name in names if name not in bundle.files), None)
+    if missing:
+        raise BundleError(f"{bundle.path} lists no {missing}: {_AGAIN}")
+    return {name: bundle.files.sha256[name] for name in names}
 
 
 def place_bundle(bundle: Bundle, backend: str, target: Path, link: bool = False) -> None:
-    """Make the folder `target`, and in it all that a session of `backend` reads: copies, or hard links."""
-    for name, file in carried_files(bundle, backend).items():
+    """Make the folder `target`, and in it all that a session of `backend` reads: copies, or hard links.
+
+    Its manifest lists what is there. BundleError where a file is not the one that the bundle lists.
+    """
+    bundle.prove_weights()
+    carried = carried_files(bundle, backend)
+    for name in (*carried, WEIGHTS_FILE):
         placed = target / name
         placed.parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(_RECORD):  # names the library where it lies in the repository
-            record = PlanRecord.read(file)
-            dataclasses.replace(record, plugin_library=f"{PLUGINS_FOLDER}/{LIBRARY}").write(placed)
-        else:
-            copy_file(file, placed, link)
-    if backend == "tensorrt":
-        _place_compiled(bundle, target)  # they sample
-    else:
-        _place_prepared(bundle, target)
+        copy_file(real_file(bundle.path / name, bundle.path), placed, link)
+    made = _place_compiled(bundle, target) if backend == "tensorrt" else _place_prepared(bundle, target)
+    write_manifest(target, dataclasses.replace(bundle.manifest, added={}))
+    list_added(target, (*(carried.keys() - bundle.manifest.files.keys()), *made))
+    copied = Bundle.open(target).files.sha256  # which compares what export wrote
+    for name, digest in carried.items():
+        if copied[name] != digest:
+            raise BundleError(f"{bundle.path / name} is not the file that its manifest lists: {_AGAIN}")
 
 
-def _place_prepared(bundle: Bundle, target: Path) -> None:
-    """Place decode for the compiled operators, where they take over all of it: the server's Python has no onnx."""
-    from deepseek_trt.engines.sessions.prepared import fused_path
+def _place_prepared(bundle: Bundle, target: Path) -> tuple[str, ...]:
+    """Place decode for the compiled operators, where they take over all of it: the server's Python has no onnx.
+
+    Gives the names of what was placed.
+    """
     from deepseek_trt.plugins.cpu.fuse import fused_bytes
 
-    placed = dataclasses.replace(bundle, path=target)
-    if any(graph.name == "decode" for graph in bundle.manifest.graphs):
-        fused, left = fused_bytes(bundle.traced_path("decode"))
-        if not left and _place_compiled(bundle, target):
-            fused_path(placed).write_bytes(fused)
+    if not any(graph.name == "decode" for graph in bundle.manifest.graphs):
+        return ()
+    fused, left = fused_bytes(bundle.traced_bytes("decode"))
+    made = () if left else _place_compiled(bundle, target)
+    if made:
+        (target / FUSED_DECODE).write_bytes(fused)
+    return (*made, FUSED_DECODE) if made else ()
 
 
-def _place_compiled(bundle: Bundle, target: Path) -> bool:
-    """Place the compiled CPU operators, as the server's machine may have no compiler; False where there are none."""
-    from deepseek_trt.plugins.cpu.library import CPU_LIBRARY_FILE, cpu_library_path
-
-    library = cpu_library_path(bundle.path)
-    if library is not None:
-        copy_file(library, target / CPU_LIBRARY_FILE)
-    return library is not None
+def _place_compiled(bundle: Bundle, target: Path) -> tuple[str, ...]:
+    """Place the compiled CPU operators, as the server's machine may have no compiler; nothing where there are none."""
+    library = cpu_library_bytes(bundle)
+    if library is None:
+        return ()
+    (target / CPU_LIBRARY_FILE).write_bytes(library)
+    return (CPU_LIBRARY_FILE,)

@@ -9,7 +9,7 @@ from typing import Any
 
 from deepseek_trt.engines.model_repository.folder import manifests
 from deepseek_trt.export.bundle.interface import GENERATION
-from deepseek_trt.export.files import aside
+from deepseek_trt.export.writing.working import aside, locked
 
 _SERVING = ("serve.sh", "supervise.py")
 _ASKING = ("client.py", "README.md")
@@ -22,6 +22,11 @@ def script_bytes(name: str) -> bytes:
 
 def write_scripts(repository: Path) -> None:
     """What serves the repository, and how to ask its models that generate; those that classify say it themselves."""
+    with locked(repository, wait=True):  # another run may write another model's: the last one knows them all
+        _write_scripts(repository)
+
+
+def _write_scripts(repository: Path) -> None:
     generators = {name: m for name, m in manifests(repository).items() if m.get("task", GENERATION) == GENERATION}
     for name in (*_SERVING, *_ASKING) if generators else _SERVING:
         data = script_bytes(name)

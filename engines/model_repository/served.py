@@ -83,7 +83,7 @@ def served_model(bundle: Bundle, name: str, sizes: SizeRequest) -> Served:
     classifier = bundle.manifest.classifier
     if classifier is None:
         if sizes.generation_config:
-            SamplingDefaults.of(bundle.path)  # ConfigError or BundleError now, not when the server loads the model
+            SamplingDefaults.of_bundle(bundle)  # ConfigError or BundleError now, not when the server loads the model
         choice = serving_backend(bundle, sizes.backend)
         settings = settings_for(bundle, dataclasses.replace(sizes, backend=choice.backend))
         return _generator(bundle, name, settings, choice.why)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from deepseek_trt.engines.generation.pages import MIB, pages_needed, pages_within, sequence_pages
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.plans.check import Limits, limits_of, read_plans
-from deepseek_trt.engines.plans.plan import plan_path
+from deepseek_trt.engines.plans.plan import has_plan
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.sessions.opening import AUTO, Choice, choose_backend
 from deepseek_trt.export.bundle.folder import Bundle
@@ -67,7 +67,7 @@ def serving_backend(bundle: Bundle, wanted: str) -> Choice:
     choice = choose_backend(bundle, wanted) if wanted == AUTO else Choice(wanted, "it was asked for")
     if choice.backend == "tensorrt":
         return choice
-    planned = wanted == AUTO and all(plan_path(bundle, graph.name).is_file() for graph in bundle.manifest.graphs)
+    planned = wanted == AUTO and all(has_plan(bundle, graph.name) for graph in bundle.manifest.graphs)
     return Choice("ort", f"{choice.why} (for its plans, give --backend tensorrt)" if planned else choice.why)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -25,6 +26,7 @@ from deepseek_trt.engines.model_repository.sizes import SizeRequest
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import OutputError, RequestError
 from deepseek_trt.export.text.valid import check_place
+from deepseek_trt.export.writing.working import locked, remove_leftover
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,15 @@ def write_model_repository(request: RepositoryRequest) -> Repository:
     """
     _check_name(request.name)
     check_place(request.repository, OutputError)
-    model = served_model(Bundle.open(request.bundle), request.name, request.sizes)
-    target, inputs = request.repository / request.name, _fingerprint(model, request.link)
-    fresh = written_inputs(target) != inputs
-    if fresh:
-        replace_folder(target, lambda folder: _write_model(folder, model, inputs, request.link))
+    bundle = Bundle.open(request.bundle)
+    with locked(bundle.path, shared=True):  # nobody builds plans in it while they are copied
+        model = served_model(bundle, request.name, request.sizes)
+        target, inputs = request.repository / request.name, _fingerprint(model, request.link)
+        fresh = written_inputs(target) != inputs
+        if fresh:
+            replace_folder(target, lambda folder: _write_model(folder, model, inputs, request.link))
+        else:
+            remove_leftover(target)
     write_scripts(request.repository)
     return Repository(request.repository, model, fresh)
 
@@ -98,12 +104,12 @@ def _model_file(model: Served) -> bytes:
 def _fingerprint(model: Served, link: bool) -> str:
     """A digest of all that decides what is written.
 
-    That is config.pbtxt, which holds the request, the bundle's files by size and time, and this package's sources.
+    That is config.pbtxt, which holds the request, the bundle's manifest and files, and this package's sources.
     """
-    carried = carried_files(model.bundle, model.backend).values()
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in carried]
+    manifest = dataclasses.replace(model.bundle.manifest, added={}).to_json()
+    facts = (config_pbtxt(model), manifest, carried_files(model.bundle, model.backend), model.bundle.path.resolve())
     sources = [*runtime_files(model.backend, model.start).values(), *Path(__file__).parent.glob("*.py")]
-    digest = hashlib.sha256(repr((config_pbtxt(model), stats, link)).encode())
+    digest = hashlib.sha256(repr((facts, link)).encode())
     for data in (*(source.read_bytes() for source in sources), _model_file(model)):
         digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,20 @@ from typing import Any
 
 from deepseek_trt.engines.plans.check import has_kernels
 from deepseek_trt.engines.plans.chips import chips_of, stand_in_note
+from deepseek_trt.engines.plans.deferred import deferred
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
 from deepseek_trt.engines.plans.parse import Parsed, layers_by_kind, network_tensors, parse_graph
-from deepseek_trt.engines.plans.plan import BuildSpec, Plan, PlanRecord, Profile, plan_path
+from deepseek_trt.engines.plans.plan import BuildSpec, Plan, PlanRecord, Profile, plan_files, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec
+from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.bundle.recipes import too_large_for_tensorrt
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
-from deepseek_trt.plugins.tensorrt.loading import load_library
+from deepseek_trt.export.writing.working import aside, remove_leftover, working_folder
+from deepseek_trt.plugins.tensorrt.loading import load_library, loaded_from
+from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER, read_manifest
 
 BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
 
@@ -45,6 +49,7 @@ def build_with_library(
     as a plugin.
     """
     flavour = check_build(bundle, spec)
+    library = _placed(library, bundle)
     manifest = load_library(library, flavour.trt)
     if manifest.dtype != bundle.manifest.dtype:
         raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
@@ -52,8 +57,9 @@ def build_with_library(
     for sm in chips:
         if not has_kernels(manifest, sm):
             raise BuildError(f"{library} has no kernels for SM {sm}: run deepseek-trt plugins --sm {sm}")
-    note = stand_in_note(manifest, chips)
-    build = _Build(bundle, spec, flavour, library, manifest.sha256, note, progress or (lambda *_: None))
+    list_added(bundle.path, [f"{PLUGINS_FOLDER}/{name}" for name in (LIBRARY, MANIFEST)])
+    memory, note = loaded_from(library, manifest), stand_in_note(manifest, chips)
+    build = _Build(bundle.listed_anew(), spec, flavour, memory, manifest.sha256, note, progress or (lambda *_: None))
     return tuple(map(build.plan, bundle.manifest.graphs))
 
 
@@ -81,55 +87,58 @@ class _Build:
     bundle: Bundle
     spec: BuildSpec
     flavour: Flavour
-    library: Path
+    in_memory: Path
     library_sha256: str
     note: str
     progress: BuildProgress
 
     def plan(self, graph: GraphSpec) -> BuiltPlan:
         path, source = plan_path(self.bundle, graph.name), self._source_sha256(graph)
-        done = _up_to_date(path, source)
+        done = _up_to_date(self.bundle, graph.name, source)
         if done is not None:
+            remove_leftover(path)
             return BuiltPlan(path, done, fresh=False, note=self.note)
+        with working_folder(path) as folder, deferred() as stopped:
+            record = self._make(graph, source, folder / path.name, stopped)
+            record.write(folder / _record_path(path).name)
+            _record_path(path).unlink(missing_ok=True)  # never a record beside another plan
+            (folder / path.name).rename(path)
+            (folder / _record_path(path).name).rename(_record_path(path))
+            list_added(self.bundle.path, plan_files(graph.name))
+        return BuiltPlan(path, record, fresh=True, note=self.note)
+
+    def _make(self, graph: GraphSpec, source: str, made: Path, stopped: Callable[[], bool]) -> PlanRecord:
+        """Write the plan to `made`."""
         self.flavour.log.errors.clear()
         parsed = parse_graph(self.bundle, graph, self.spec, self.flavour)
         profile = profile_of(graph, self.bundle.manifest.cache, self.spec)
-        config = self._configure(parsed, profile)
-        aside = path.with_suffix(".plan.tmp")
-        try:
-            self._serialize(parsed, config, aside)
-            record = PlanRecord(
-                graph=graph.name,
-                spec=self.spec,
-                flavour_version=self.flavour.version,
-                inputs=network_tensors(parsed.network, "input"),
-                weights=parsed.weights,
-                outputs=network_tensors(parsed.network, "output"),
-                profile=profile,
-                layers=layers_by_kind(parsed.network),
-                plugins=parsed.plugins,
-                plugin_library=os.path.relpath(self.library, self.bundle.path),
-                plugin_library_sha256=self.library_sha256,
-                source_sha256=source,
-                plan_sha256=file_sha256(aside),
-                plan_bytes=aside.stat().st_size,
-            )
-            path.with_suffix(".plan.json").unlink(missing_ok=True)  # never a record beside another plan
-            aside.rename(path)
-            record.write(path.with_suffix(".plan.json"))
-        finally:
-            aside.unlink(missing_ok=True)
-        return BuiltPlan(path, record, fresh=True, note=self.note)
+        self._serialize(parsed, self._configure(parsed, profile, stopped), made)
+        return PlanRecord(
+            graph=graph.name,
+            spec=self.spec,
+            flavour_version=self.flavour.version,
+            inputs=network_tensors(parsed.network, "input"),
+            weights=parsed.weights,
+            outputs=network_tensors(parsed.network, "output"),
+            profile=profile,
+            layers=layers_by_kind(parsed.network),
+            plugins=parsed.plugins,
+            plugin_library=f"{PLUGINS_FOLDER}/{LIBRARY}",
+            plugin_library_sha256=self.library_sha256,
+            source_sha256=source,
+            plan_sha256=file_sha256(made),
+            plan_bytes=made.stat().st_size,
+        )
 
     def _source_sha256(self, graph: GraphSpec) -> str:
         """The sha256 of what decides what the plan holds; its small weights, or all of them, come from one export."""
-        digest = hashlib.sha256(self.bundle.traced_path(graph.name).read_bytes())
+        digest = hashlib.sha256(self.bundle.traced_bytes(graph.name))
         versions = [self.flavour.name, self.flavour.version, self.library_sha256]
         facts = [dataclasses.astuple(self.spec), *versions, self.bundle.manifest.fingerprint]
         digest.update(repr(facts).encode())
         return digest.hexdigest()
 
-    def _configure(self, parsed: Parsed, profile: Profile) -> Any:
+    def _configure(self, parsed: Parsed, profile: Profile, stopped: Callable[[], bool]) -> Any:
         trt = self.flavour.trt
         config = parsed.builder.create_builder_config()
         shapes = parsed.builder.create_optimization_profile()
@@ -142,8 +151,8 @@ class _Build:
         self.flavour.keep_capturable(config)
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
         if self.spec.embed_plugins:
-            config.plugins_to_serialize = [str(self.library)]
-        config.progress_monitor = _monitor(trt, self.progress)
+            config.plugins_to_serialize = [str(self.in_memory)]
+        config.progress_monitor = _monitor(trt, self.progress, stopped)
         return config
 
     def _serialize(self, parsed: Parsed, config: Any, path: Path) -> None:
@@ -152,6 +161,8 @@ class _Build:
             with path.open("wb") as out:
                 stream = _writer(self.flavour.trt, out.write)
                 built = parsed.builder.build_serialized_network_to_stream(parsed.network, config, stream)
+            if stream.error is not None:
+                raise stream.error
         else:
             plan = parsed.builder.build_serialized_network(parsed.network, config)
             built = plan is not None
@@ -161,30 +172,54 @@ class _Build:
             raise BuildError(f"{self.flavour.name} cannot build {path.stem}: {self.flavour.log.last()}")
 
 
-def _up_to_date(path: Path, source: str) -> PlanRecord | None:
-    if not path.is_file():
-        return None
+def _record_path(plan: Path) -> Path:
+    return plan.with_suffix(".plan.json")
+
+
+def _up_to_date(bundle: Bundle, graph: str, source: str) -> PlanRecord | None:
+    """The record of a plan that is listed, whole and of these inputs."""
+    plan = plan_files(graph)[0]
     try:
-        record = PlanRecord.read(path.with_suffix(".plan.json"))
+        record = PlanRecord.of(bundle, graph)
+        if record.source_sha256 != source or bundle.files.sha256.get(plan) != record.plan_sha256:
+            return None
+        bundle.files.check((plan,))
     except BundleError:
         return None
-    same = record.source_sha256 == source and record.plan_bytes == path.stat().st_size
-    return record if same and record.plan_sha256 == file_sha256(path) else None
+    return record
+
+
+def _placed(library: Path, bundle: Bundle) -> Path:
+    """The library in the bundle, copied with its manifest where it lies elsewhere: plans name it by its place there."""
+    folder = bundle.path / PLUGINS_FOLDER
+    if library.resolve() == folder.resolve() / LIBRARY:
+        return folder / LIBRARY
+    read_manifest(library)
+    folder.mkdir(exist_ok=True)
+    for source, name in ((library.with_name(MANIFEST), MANIFEST), (library, LIBRARY)):
+        with aside(folder / name) as draft:
+            shutil.copyfile(source, draft)
+    return folder / LIBRARY
 
 
 def _writer(trt: Any, write: Callable[[Any], Any]) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None  # to be raised when no C++ is on the stack
 
         def write(self, data: Any) -> int:
-            write(data)
+            try:
+                write(data)
+            except OSError as error:
+                self.error = error
+                return -1
             return len(data)
 
     return Writer()
 
 
-def _monitor(trt: Any, progress: BuildProgress) -> Any:
+def _monitor(trt: Any, progress: BuildProgress, stopped: Callable[[], bool]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -196,7 +231,7 @@ def _monitor(trt: Any, progress: BuildProgress) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             progress(phase_name, int(step) + 1, self.steps.get(phase_name, 0))
-            return True
+            return not stopped()
 
         def phase_finish(self, phase_name: str) -> None:
             steps = self.steps.get(phase_name, 0)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from deepseek_trt.engines.plans.chips import stand_in_note
 from deepseek_trt.engines.plans.flavour import MODULES, Flavour
-from deepseek_trt.engines.plans.plan import Plan, PlanRecord, plan_path
+from deepseek_trt.engines.plans.plan import Plan, PlanRecord, plan_files
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, TensorSpec, past_name
 from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.errors import BackendError, BuildError, BundleError
-from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.kernels.chips import runs_on
-from deepseek_trt.plugins.tensorrt.manifest import Manifest, read_manifest
+from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, Manifest, read_manifest
 
 AGAIN = "run deepseek-trt build again"
 
@@ -37,11 +37,10 @@ def read_plans(bundle: Bundle) -> dict[str, Plan]:
     """
     plans: dict[str, Plan] = {}
     for graph in bundle.manifest.graphs:
-        path = plan_path(bundle, graph.name)
-        record = PlanRecord.read(path.with_suffix(".plan.json"))
-        if not path.is_file():
-            raise BundleError(f"{path} is missing: make it with deepseek-trt build")
-        plan = plans[graph.name] = Plan(path, record)
+        record, name = PlanRecord.of(bundle, graph.name), plan_files(graph.name)[0]
+        if bundle.files.sha256.get(name) != record.plan_sha256:
+            raise BundleError(f"{bundle.path / name} is not the plan that its record describes: {AGAIN}")
+        plan = plans[graph.name] = Plan(bundle.path / name, record)
         _check_inputs(plan, graph)
         _check_weights(plan, bundle)
     first, *others = plans.values()
@@ -101,12 +100,14 @@ def wrong_chip(plan: Plan, sm: int, gpu: str) -> BackendError:
 def check_library(bundle: Bundle, plan: Plan, sm: int) -> Path | None:
     """The plugin library that the plan was built with; None where the plan carries it.
 
-    Raises BuildError where it is missing or damaged, BackendError where it is another one, or has no kernels for the
-    GPU.
+    Raises BundleError where the bundle lists none or another file, BuildError where it is damaged, BackendError where
+    it is another one, or has no kernels for the GPU.
     """
     if plan.record.spec.embed_plugins:
         return None
-    path = (bundle.path / plan.record.plugin_library).resolve()
+    name = plan.record.plugin_library
+    bundle.files.check((name, f"{PurePosixPath(name).parent}/{MANIFEST}"), "run deepseek-trt plugins again, then build")
+    path = bundle.path / name
     manifest = read_manifest(path)
     if manifest.sha256 != plan.record.plugin_library_sha256:
         raise BackendError(f"{path} is not the library that {plan.path.name} was built with: {AGAIN}")
@@ -121,8 +122,8 @@ def check_library(bundle: Bundle, plan: Plan, sm: int) -> Path | None:
 def kernels_note(bundle: Bundle, plan: Plan, sm: int) -> str:
     """What to say where PTX stands in on this GPU for the plan's kernels; empty also where their library is gone."""
     try:
-        manifest = read_manifest((bundle.path / plan.record.plugin_library).resolve())
-    except BuildError:  # the plan carries it
+        manifest = read_manifest(bundle.path / plan.record.plugin_library)
+    except (BuildError, BundleError):  # the plan carries it
         return ""
     return stand_in_note(manifest, [sm]) if manifest.sha256 == plan.record.plugin_library_sha256 else ""
 
@@ -132,13 +133,9 @@ def has_kernels(manifest: Manifest, sm: int) -> bool:
     return any(runs_on(own, sm) for own in manifest.sms) or any(ptx <= sm for ptx in manifest.ptx_sms)
 
 
-def check_file(plan: Plan) -> None:
-    """The plan's bytes are those that its record describes."""
-    size = plan.path.stat().st_size
-    if size != plan.record.plan_bytes:
-        raise BackendError(f"{plan.path} has {size} bytes, its record says {plan.record.plan_bytes}: {AGAIN}")
-    if file_sha256(plan.path) != plan.record.plan_sha256:
-        raise BackendError(f"{plan.path} is not the file that its record describes (sha256 differs): {AGAIN}")
+def open_plan(bundle: Bundle, plan: Plan) -> BinaryIO:
+    """The plan, once its bytes are those that bundle and record describe; BundleError where they are others."""
+    return bundle.files.open(plan.path.name, AGAIN)
 
 
 def limits_of(plans: dict[str, Plan]) -> Limits:

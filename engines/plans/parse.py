@@ -49,18 +49,16 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     network = builder.create_network(flavour.network_flags())
     parser = trt.OnnxParser(network, flavour.logger)
     parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
-    model = onnx.load(bundle.traced_path(graph.name), load_external_data=False)
+    data, place = bundle.traced_bytes(graph.name), str(bundle.traced_path(graph.name))
+    bundle.prove_weights()  # the parser reads the file by itself
+    model = onnx.load_model_from_string(data)
     wanted = collections.Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
     weights: tuple[str, ...] = ()
-    data = b""
     parts = {w.recipe.name: tensorrt_parts(w.recipe) for w in bundle.manifest.weights}
     split = {name for name, of in parts.items() if len(of) > 1}
     if spec.weights == "shared" or split:
         weights, data = _with_shared_weights(bundle, model, parts, None if spec.weights == "shared" else split)
-        parsed = parser.parse(data, str(bundle.traced_path(graph.name)))
-    else:
-        parsed = parser.parse_from_file(str(bundle.traced_path(graph.name)))
-    if not parsed:
+    if not parser.parse(data, place):
         reason = flavour.log.last()
         if parser.num_errors:
             error = parser.get_error(0)

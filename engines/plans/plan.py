@@ -6,13 +6,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec
 from deepseek_trt.export.errors import BundleError
+from deepseek_trt.export.trust.own_json import own_object, own_record
+from deepseek_trt.export.trust.real_files import flaw_of_name
 
 PLAN_SCHEMA = 1
+MEND = "make it with deepseek-trt build"
 Weights = Literal["shared", "embedded"]
 Shape = tuple[int, ...]
 
@@ -33,9 +36,19 @@ class BuildSpec:
     embed_plugins: bool = False
 
 
+def plan_files(graph: str) -> tuple[str, str]:
+    """The names of a graph's plan, and of its record beside it."""
+    return f"{graph}.plan", f"{graph}.plan.json"
+
+
 def plan_path(bundle: Bundle, graph: str) -> Path:
-    """Where the plan of one of the bundle's graphs lies; its record is the .plan.json beside it."""
-    return bundle.path / f"{graph}.plan"
+    """Where the plan of one of the bundle's graphs lies."""
+    return bundle.path / plan_files(graph)[0]
+
+
+def has_plan(bundle: Bundle, graph: str) -> bool:
+    """Whether the bundle lists a plan of the graph."""
+    return all(name in bundle.files for name in plan_files(graph))
 
 
 @dataclass(frozen=True)
@@ -69,21 +82,16 @@ class PlanRecord:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> PlanRecord:
-        """BundleError when there is none, or it is of another schema or damaged."""
-        try:
-            raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if raw["schema_version"] != PLAN_SCHEMA:
-                raise BundleError(f"{path} is of schema {raw['schema_version']}, not {PLAN_SCHEMA}: build it again")
-            spec = BuildSpec(**{**raw["spec"], "sms": tuple(raw["spec"]["sms"])})
-            shapes = {name: _three(shapes) for name, shapes in raw["profile"]["shapes"].items()}
-            tensors = {key: tuple(_tensor(t) for t in raw[key]) for key in ("inputs", "outputs")}
-            fixed = {"spec": spec, "profile": Profile(shapes), "weights": tuple(raw["weights"])}
-            return cls(**{**raw, **tensors, **fixed})
-        except FileNotFoundError:
-            raise BundleError(f"{path} is missing: make it with deepseek-trt build") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise BundleError(f"{path} is damaged ({error!r}): build the plans again") from None
+    def of(cls, bundle: Bundle, graph: str) -> PlanRecord:
+        """That of a bundle's plan. BundleError when there is none, or it is of another schema or damaged."""
+        name = plan_files(graph)[1]
+        data, path = bundle.files.read(name, MEND), bundle.path / name
+        raw = own_object(data, path, BundleError, MEND)
+        record = own_record(cls, raw, ("schema_version", PLAN_SCHEMA), path, BundleError, MEND)
+        flaw = _flaw(record, graph)
+        if flaw:
+            raise BundleError(f"{path}: {flaw}: {MEND}")
+        return record
 
 
 @dataclass(frozen=True)
@@ -94,10 +102,21 @@ class Plan:
     record: PlanRecord
 
 
-def _three(shapes: list[list[int]]) -> tuple[Shape, Shape, Shape]:
-    smallest, likeliest, largest = (tuple(shape) for shape in shapes)
-    return smallest, likeliest, largest
-
-
-def _tensor(raw: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(raw["name"], raw["dtype"], tuple(raw["dims"]))
+def _flaw(record: PlanRecord, graph: str) -> str:
+    """What of the record cannot be, with its key; nothing where all can."""
+    if record.graph != graph:
+        return f"graph is {record.graph!r}"
+    flaw = flaw_of_name(record.plugin_library)
+    if flaw:
+        return f"plugin_library {record.plugin_library!r} {flaw}"
+    spec = record.spec
+    if min(spec.max_batch_size, spec.max_input_len, spec.max_seq_len, *spec.sms) < 1:
+        return "spec holds a size below 1"
+    for name, shapes in record.profile.shapes.items():
+        if any(not 0 <= low <= middle <= high for low, middle, high in zip(*shapes, strict=False)):
+            return f"profile: {name} has the shapes {shapes}"
+    for tensor in record.inputs:
+        if any(len(shape) != len(tensor.dims) for shape in record.profile.shapes.get(tensor.name, ())):
+            return f"profile: {tensor.name} has shapes of another rank than {len(tensor.dims)}"
+    missing = {tensor.name for tensor in record.inputs} - record.profile.shapes.keys() - set(record.weights)
+    return f"profile lacks {sorted(missing)[0]}" if missing else ""

@@ -13,8 +13,9 @@ from deepseek_trt.engines.plans.chips import chips_of
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BuildError
+from deepseek_trt.export.writing.working import locked
 from deepseek_trt.plugins.kernels.chips import compiled_for
-from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter, PluginRequest, build_plugins
+from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter, PluginRequest, build_in_locked, is_listed
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, PLUGINS_FOLDER, read_manifest
 from deepseek_trt.plugins.tensorrt.op_tables import fixed_sizes
 
@@ -39,18 +40,20 @@ def build_plans(
     """
     _return_freed_memory()
     bundle = Bundle.open(request.bundle)
-    flavour = check_build(bundle, request.spec)  # before minutes go into kernels
-    library = _library(bundle, chips_of(request.spec, flavour), plugins or PluginReporter())
-    return build_with_library(bundle, request.spec, library, progress)
+    chips = chips_of(request.spec, check_build(bundle, request.spec))  # before minutes go into kernels
+    with locked(bundle.path):  # nobody replaces the library, or copies half of the plans
+        bundle = bundle.listed_anew()
+        library = _library(bundle, chips, plugins or PluginReporter())
+        return build_with_library(bundle, request.spec, library, progress)
 
 
 def _library(bundle: Bundle, sms: Sequence[int], plugins: PluginReporter) -> Path:
     """The bundle's library where it is of this model and has kernels compiled for the chips; else one made anew."""
     library = bundle.path / PLUGINS_FOLDER / LIBRARY
     wanted = tuple(dict.fromkeys(own for sm in sms for own in compiled_for(sm)))
-    if _suits(library, bundle, wanted):
+    if is_listed(bundle) and _suits(library, bundle, wanted):
         return library
-    return build_plugins(PluginRequest(bundle.path, wanted), plugins).path
+    return build_in_locked(PluginRequest(bundle.path, wanted), plugins).path
 
 
 def _suits(library: Path, bundle: Bundle, sms: Sequence[int]) -> bool:

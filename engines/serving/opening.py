@@ -16,8 +16,8 @@ from deepseek_trt.export.bundle.folder import Bundle
 
 def open_llm(path: Path, settings: ServingSettings) -> LLM:
     """The bundle at `path`, within the settings' limits; prefill and decode have run once."""
-    bundle = Bundle.open(path)
-    defaults = SamplingDefaults.of(path) if settings.generation_config else SamplingDefaults()
+    bundle = Bundle.open(path, judges_weights=True)  # as model.py of the repository has just hashed them
+    defaults = SamplingDefaults.of_bundle(bundle) if settings.generation_config else SamplingDefaults()
     started = open_session(SessionRequest(bundle, settings.pages, settings.threads), settings.backend)
     config = dataclasses.replace(bundle.manifest.model, max_position_embeddings=settings.max_model_len)
     llm = LLM(started.session, config, Text(bundle), settings.limits, started.choice, defaults)

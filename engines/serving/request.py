@@ -14,7 +14,7 @@ import numpy.typing as npt
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.serving.tensors import INPUTS
-from deepseek_trt.engines.text.messages import checked_arguments, checked_messages, checked_tools
+from deepseek_trt.engines.text.messages import check_depth, checked_arguments, checked_messages, checked_tools
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.text.valid import check_text, text_of_bytes
@@ -25,6 +25,8 @@ _NO_DEFAULTS = SamplingDefaults()
 # What tritonserver and its clients add to a request's parameters by themselves.
 _OWN_PARAMETERS = ("id", "binary_data_output", "sequence_id", "sequence_start", "sequence_end")
 _OWN_PREFIX = "triton_"
+_ESCAPED = 6  # bytes of JSON that one character takes at most
+_KINDS = {"TYPE_STRING": "OSU", "TYPE_INT32": "iu", "TYPE_UINT64": "iu", "TYPE_BOOL": "b", "TYPE_FP32": "f"}
 _SAMPLING = ("top_k", "top_p", "min_p", "temperature", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -54,34 +56,60 @@ def parse_request(
     unknown = [name for name in unknown if not name.startswith(_OWN_PREFIX)]
     if unknown:
         known = ", ".join(field.name for field in INPUTS)
-        raise RequestError(f"parameter {', '.join(unknown)}: not known; the inputs are {known}")
-    ids, echo = _prompt(tensors, text)
+        raise RequestError(
+            f"parameter {', '.join(repr(name)[1:-1] for name in unknown)}: not known; the inputs are {known}"
+        )
+    _check_types(tensors)
+    params, timeout_ms = _sampling(tensors, defaults), _timeout(tensors, timeout_us)  # before what takes longer
+    ids = _prompt(tensors, text)
     return GenerateRequest(
         prompt_ids=ids,
-        params=_sampling(tensors, defaults),
+        params=params,
         stream=bool(_scalar(tensors, "stream", False)),
-        echo="" if _scalar(tensors, "exclude_input_in_output", True) else echo,
-        timeout_ms=_timeout(tensors, timeout_us),
+        echo="" if _scalar(tensors, "exclude_input_in_output", True) else _echo(tensors, text, ids),
+        timeout_ms=timeout_ms,
     )
 
 
-def _prompt(tensors: Tensors, text: Text) -> tuple[list[int], str]:
-    """Token ids, and the text that they stand for."""
+def _check_types(tensors: Tensors) -> None:
+    """Of the inputs that there are; tritonserver has looked at them, others may not have."""
+    fields = {field.name: field for field in INPUTS}
+    for name, array in tensors.items():
+        if name not in fields or array.dtype.kind not in _KINDS[fields[name].data_type]:
+            wanted = f"must be {fields[name].data_type}" if name in fields else "not known"
+            raise RequestError(f"input {name} of {array.dtype}: {wanted}")
+
+
+def _echo(tensors: Tensors, text: Text, ids: list[int]) -> str:
+    """The text that the prompt's tokens stand for."""
+    return text.decode(ids) if "messages" in tensors else _string(tensors, "text_input")
+
+
+def _prompt(tensors: Tensors, text: Text) -> list[int]:
     if ("text_input" in tensors) == ("messages" in tensors):
         raise RequestError("give either text_input or messages")
     if "messages" in tensors:
-        ids = _chat_ids(tensors, text)
-        return ids, text.decode(ids)
+        return _chat_ids(tensors, text)
     alone = [name for name in ("tools", "chat_template_kwargs") if name in tensors]
     if alone:
         raise RequestError(f"{alone[0]} is for the chat template: give messages instead of text_input")
+    _check_size(tensors, "text_input", text.most_bytes)
     prompt = _string(tensors, "text_input")
     if not prompt:
         raise RequestError("text_input is empty: give at least one character")
-    return text.encode(prompt), prompt
+    return text.encode(prompt)
+
+
+def _check_size(tensors: Tensors, name: str, most: int) -> None:
+    """Before it is decoded or read: more bytes than all tokens that the model takes can stand for."""
+    size = len(value) if name in tensors and isinstance(value := _one(tensors, name), (bytes, str)) else 0
+    if size > most:
+        raise RequestError(f"{name} has {size:,} bytes, more than the model has tokens for ({most:,}): shorten it")
 
 
 def _chat_ids(tensors: Tensors, text: Text) -> list[int]:
+    for name in ("messages", "tools", "chat_template_kwargs"):
+        _check_size(tensors, name, _ESCAPED * text.most_bytes)
     messages = checked_messages(_json(tensors, "messages"))
     tools = checked_tools(_json(tensors, "tools"))
     arguments = checked_arguments(_json(tensors, "chat_template_kwargs") or {})
@@ -93,17 +121,30 @@ def _json(tensors: Tensors, name: str) -> Any:
     if name not in tensors:
         return None
     try:
-        value = json.loads(_string(tensors, name))
+        value = json.loads(_string(tensors, name), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name} is not JSON ({error}): give it as a string that holds JSON") from None
-    check_text(json.dumps(value, ensure_ascii=False), name)
+    check_depth(value, name)
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise RequestError(f"{name} is not JSON ({error}): give numbers that are finite") from None
+    check_text(written, name)
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key {twice[:40]!r} comes twice")
+    return made
 
 
 def _sampling(tensors: Tensors, defaults: SamplingDefaults) -> SamplingParams:
     words = _strings(tensors, "bad_words")
     if words:
-        raise RequestError(f"bad_words {words}: not supported; leave it out")
+        raise RequestError(f"bad_words {str(words[:8])[:80]}: not supported; leave it out")
     numbers = {name: _scalar(tensors, name, None) for name in _SAMPLING if name in tensors}
     if "max_tokens" in tensors:
         numbers["max_new_tokens"] = _scalar(tensors, "max_tokens", None)

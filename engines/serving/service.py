@@ -1,4 +1,4 @@
-"""Service: requests in, answers out, over one LLM: an engine thread computes, one other thread sends.
+"""Service: requests in, answers out, over one LLM: readers read requests, an engine thread computes, one thread sends.
 
 Only the sending thread sends, polls and counts: tritonserver's metrics cannot be used from two threads at once.
 """
@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from deepseek_trt.engines.generation.answer import Answer
@@ -28,6 +29,8 @@ _UNLOADING = "the model is being unloaded: ask again when it is loaded"
 _TICK = 0.02  # seconds between looks at who has gone or run out of time
 _POLL_AFTER = 0.06  # seconds from one question to a channel to the next: below 100 ms with the tick
 _ASK_AFTER = 0.5  # seconds from one question to the host to the next
+_READERS = 2  # threads that read requests: a long prompt, or a slow template, holds up one of them
+_LONGEST_REASON = 1000  # characters of a refusal
 
 
 class Host(Protocol):
@@ -46,8 +49,9 @@ class Service:
     The sending thread rests as long as each round of sending took: the interpreter is the engine's at least half of the
     time, and with many streams more tokens go into one response.
 
-    `accept` and `close` belong to tritonserver's thread. Once the host does not want the model any more, or at close,
-    nothing is taken, and what still runs after `drain_seconds` is ended with an error.
+    `accept`, `refuse` and `close` belong to tritonserver's thread; the first two return at once. Once the host does not
+    want the model any more, or at close, nothing is taken, and what still runs after `drain_seconds` is ended with an
+    error.
     """
 
     def __init__(self, llm: LLM, max_inflight: int, drain_seconds: float, metrics: m.Metrics, host: Host) -> None:
@@ -56,13 +60,15 @@ class Service:
         self._llm, self._text = llm, llm.text
         self._max_inflight, self._drain_seconds = max_inflight, drain_seconds
         self._metrics, self._host = metrics, host
-        self._admission = threading.Lock()  # guards the three below
+        self._admission = threading.Lock()  # guards the four below
         self._live: set[Stream] = set()  # have not had their final response
+        self._reading = 0  # requests that are taken, and not live yet
         self._closed = ""  # why nothing is taken any more
         self._abort_at = math.inf  # when what is live is ended with an error
         self._failure = ""  # of the engine, to be told to the host
         self._ready: deque[Stream] = deque()  # with something to send
         self._refused: deque[tuple[Channel, Failure]] = deque()
+        self._readers = ThreadPoolExecutor(_READERS, "deepseek-trt-reader")
         self._wake = threading.Event()
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="deepseek-trt-sender", daemon=True)
@@ -72,35 +78,59 @@ class Service:
     def accept(
         self, channel: Channel, tensors: Tensors, parameters: Mapping[str, Any] | None = None, timeout_us: int = 0
     ) -> None:
-        """Start answering, or have an error sent; returns at once."""
+        """Start answering, or have an error sent; returns at once. Nobody else may change the tensors."""
         arrived = time.perf_counter()
-        try:
-            request = parse_request(tensors, parameters or {}, self._text, timeout_us, self._llm.defaults)
-            self._submit(Stream(channel, request, Answer(self._text, request.params), arrived))
-        except DeepseekTrtError as error:
-            self._refuse(channel, Failure("invalid", str(error)))
-        except _RefusedError as error:
-            self._refuse(channel, Failure("refused", str(error)))
-        except Exception as error:  # a bug: the one who asked must not wait for ever
-            _log.exception("a request could not be taken")
-            self._refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
+        with self._admission:
+            refusal = self._closed
+            if not refusal and len(self._live) + self._reading >= self._max_inflight:
+                refusal = f"{self._max_inflight} requests are in flight, the most allowed: try again later"
+            if not refusal:
+                self._reading += 1
+        if refusal:
+            self.refuse(channel, Failure("refused", refusal))
+        else:
+            self._readers.submit(self._read, channel, tensors, parameters or {}, timeout_us, arrived)
+
+    def refuse(self, channel: Channel, failure: Failure) -> None:
+        """Have this sent as the only response."""
+        if len(failure.message) > _LONGEST_REASON:
+            failure = Failure(failure.kind, f"{failure.message[: _LONGEST_REASON - 3]}...")
+        self._refused.append((channel, failure))
+        self._wake.set()
 
     def close(self) -> None:
         """Returns when every request has had its final response and the threads have ended."""
         self._shut(_UNLOADING, self._drain_seconds)
-        while self._live:
+        while self._live or self._reading:
             time.sleep(0.005)
+        self._readers.shutdown()
         self._stop = True
         self._wake.set()
         self._thread.join()
         self._llm.close()
 
+    def _read(
+        self, channel: Channel, tensors: Tensors, parameters: Mapping[str, Any], timeout_us: int, arrived: float
+    ) -> None:
+        """In a reader's thread: from tensors to a request that the engine has, or to an error."""
+        try:
+            request = parse_request(tensors, parameters, self._text, timeout_us, self._llm.defaults)
+            self._submit(Stream(channel, request, Answer(self._text, request.params), arrived))
+        except DeepseekTrtError as error:
+            self.refuse(channel, Failure("invalid", str(error)))
+        except _RefusedError as error:
+            self.refuse(channel, Failure("refused", str(error)))
+        except Exception as error:  # a bug: the one who asked must not wait for ever
+            _log.exception("a request could not be taken")
+            self.refuse(channel, Failure("failed", f"{type(error).__name__}: {error}"))
+        finally:
+            with self._admission:
+                self._reading -= 1
+
     def _submit(self, stream: Stream) -> None:
         with self._admission:
             if self._closed:
                 raise _RefusedError(self._closed)
-            if len(self._live) >= self._max_inflight:
-                raise _RefusedError(f"{self._max_inflight} requests are in flight, the most allowed: try again later")
             self._live.add(stream)
 
         def put(event: Event | Exception) -> None:
@@ -117,10 +147,6 @@ class Service:
             with self._admission:
                 self._live.discard(stream)
             raise
-
-    def _refuse(self, channel: Channel, failure: Failure) -> None:
-        self._refused.append((channel, failure))
-        self._wake.set()
 
     def _engine_failed(self, error: Exception) -> None:
         """In the engine's thread, after every request got the error."""
@@ -242,7 +268,7 @@ class Service:
         return {
             m.PREEMPTIONS: scheduler.counters.preemptions,
             m.BATCH_SIZE: scheduler.running,
-            m.INFLIGHT: len(self._live),
+            m.INFLIGHT: len(self._live) + self._reading,
             m.PAGES_USED: scheduler.pool.pages - 1 - free,
             m.PAGES_FREE: free,
         }

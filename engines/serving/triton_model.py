@@ -50,9 +50,14 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            parameters = json.loads(request.parameters() or "{}")
-            self._service.accept(ResponseChannel(request), tensors, parameters, request.timeout())
+            channel = ResponseChannel(request)
+            try:  # copies: the request's memory is not ours for longer than this call
+                tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
+                parameters = json.loads(request.parameters() or "{}")
+            except Exception as error:  # of this request alone
+                self._service.refuse(channel, Failure("invalid", f"the request cannot be read ({error})"))
+            else:
+                self._service.accept(channel, tensors, parameters, request.timeout())
 
     def finalize(self) -> None:
         """Free what holds shared memory before the process ends, or tritonserver 2.51 crashes then."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 from deepseek_trt.engines.sessions.huge_pages import Progress, read_weights
 from deepseek_trt.export.arrays import Arrays
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.free_memory import available_memory, too_much
 from deepseek_trt.export.memory import generate_mapped
 
 _COPIED = 0.5  # of the free memory, at most: the page cache keeps the file as well
-
-
-def no_progress(done: int, total: int) -> None:
-    """Tells nobody."""
 
 
 def weights_fit(bundle: Bundle) -> bool:

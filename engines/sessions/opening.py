@@ -6,11 +6,12 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deepseek_trt.engines.plans.plan import plan_path
+from deepseek_trt.engines.plans.plan import has_plan
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import visible_gpu
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 
 AUTO, CUDA_PROVIDER = "auto", "CUDAExecutionProvider"
@@ -37,7 +38,6 @@ class SessionRequest:
 
 
 def _ort(request: SessionRequest) -> Session:
-    from deepseek_trt.engines.sessions.loading import no_progress
     from deepseek_trt.engines.sessions.ort import OrtSession
 
     progress = request.progress or no_progress
@@ -136,7 +136,7 @@ def choose_backend(bundle: Bundle, wanted: str = AUTO, around: Surroundings | No
     gpu = around.gpu()
     if gpu is None:
         return Choice("ort", "no GPU is visible")
-    missing = [f"{graph.name}.plan" for graph in bundle.manifest.graphs if not plan_path(bundle, graph.name).is_file()]
+    missing = [f"{graph.name}.plan" for graph in bundle.manifest.graphs if not has_plan(bundle, graph.name)]
     if wanted == AUTO and not missing:
         return Choice("tensorrt", f"the bundle has plans and {gpu} is visible")
     unplanned = f" and the bundle has no {missing[0]}" if wanted == AUTO else ""
@@ -152,6 +152,7 @@ def open_session(request: SessionRequest, wanted: str = AUTO, around: Surroundin
     was not asked for by name, the CPU takes over and the choice says so.
     """
     choice = choose_backend(request.bundle, wanted, around)
+    request.bundle.prove_weights(request.progress or no_progress)
     try:
         return Opened(BACKENDS[choice.backend](request), choice)
     except BackendError as error:

@@ -9,27 +9,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnxruntime as ort
 
+from deepseek_trt.engines.sessions.door import Door, check_cache_memory
 from deepseek_trt.engines.sessions.huge_pages import Progress, zeros
-from deepseek_trt.engines.sessions.loading import load_weights, no_progress, weights_fit
+from deepseek_trt.engines.sessions.loading import load_weights, weights_fit
 from deepseek_trt.engines.sessions.prepared import fused_decode
 from deepseek_trt.engines.sessions.session import GraphPair, widening_note
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
-from deepseek_trt.export.bundle.graph import past_name, present_name
+from deepseek_trt.export.bundle.graph import GraphSpec, past_name, present_name
+from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.dtypes import computed_in, dtype_of
-from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.errors import BackendError, BundleError
+from deepseek_trt.export.writing.working import scratch_folder
 from deepseek_trt.plugins.cpu.library import CpuLibrary, ExpertsHit, cpu_library, experts_hit_counter
 
 LIBRARIES = "install the CUDA and cuDNN that this ONNX Runtime names in its documentation, or use --backend tensorrt"
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _SMALL = 2**20
+_DTYPES = {  # ONNX Runtime's names
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
 
 OrtValues = dict[str, ort.OrtValue]
 
@@ -67,7 +76,7 @@ def open_graph(
     graph: str,
     threads: int = 0,
     *,
-    model: Path | bytes | None = None,
+    model: bytes | None = None,
     name: str = "",
     given: OrtValues | None = None,
     shared: OrtValues | None = None,
@@ -82,7 +91,8 @@ def open_graph(
     holds operators that the model wants. `threads` 0 takes all processors. Raises BackendError where ONNX Runtime
     refuses.
     """
-    model = bundle.graph_path(graph) if model is None else model
+    model = bundle.graph_bytes(graph) if model is None else model
+    bundle.prove_weights()  # ONNX Runtime reads the file by itself
     if bundle.manifest.by_reference and given is None:
         narrow = bundle.manifest.dtype == "float16"  # whose weights ONNX Runtime widens at load
         given = {n: v for n, v in (shared or {}).items() if _read_at_load(n, v, narrow or memory.folded)}
@@ -98,8 +108,7 @@ def open_graph(
     try:
         with _weights_folder(bundle) as folder:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
-            data = model if isinstance(model, bytes) else model.read_bytes()
-            session = ort.InferenceSession(data, options, providers=[provider], disabled_optimizers=disabled)
+            session = ort.InferenceSession(model, options, providers=[provider], disabled_optimizers=disabled)
     except Exception as error:  # ONNX Runtime's own exceptions share no base but Exception
         name = name or str(bundle.graph_path(graph))
         where, mend = ("", "export the checkpoint again") if place == CPU else (f" with {place.provider}", LIBRARIES)
@@ -128,11 +137,16 @@ class _BoundSession(GraphPair):
         """bfloat16 bundles are computed in float32. Whoever makes it goes on with `_bind`."""
         cache = bundle.manifest.cache
         self.cache = dataclasses.replace(cache, dtype=computed_in(cache.dtype))
+        self.door = Door.of(bundle, pages)
+        if place.device == "cpu":
+            check_cache_memory(self.cache, pages)
         self.pages, self.vocab_size, self.library = pages, bundle.manifest.model.vocab_size, library
         self._shape, self._dtype = (pages, cache.page_size, cache.latent_dim), np.dtype(numpy_dtype(self.cache.dtype))
         self._place = place
 
-    def _bind(self, graphs: dict[str, ort.InferenceSession], pools: list[ort.OrtValue]) -> None:
+    def _bind(self, bundle: Bundle, graphs: dict[str, ort.InferenceSession], pools: list[ort.OrtValue]) -> None:
+        for name, graph in graphs.items():
+            _check_inputs(bundle, bundle.graph(name).as_computed(), graph)
         self._graphs, self._pools = graphs, pools
         self._bindings = {name: graph.io_binding() for name, graph in graphs.items()}
         for binding in self._bindings.values():
@@ -170,7 +184,7 @@ class OrtSession(_BoundSession):
         the weights in their file instead of copying them to huge pages, which decodes faster; None: as memory allows.
         `progress` is told of what is copied or assembled.
         """
-        library = cpu_library(bundle.path) if compiled else CpuLibrary(None)
+        library = cpu_library(bundle) if compiled else CpuLibrary(None)
         super().__init__(bundle, pages, CPU, library.path)
         self.threads = threads or len(os.sched_getaffinity(0))
         self._count = experts_hit_counter(library.path) if library.path else None
@@ -185,7 +199,7 @@ class OrtSession(_BoundSession):
         as_exported = f"as exported, not compiled: {', '.join(left)}" if left else ""
         self.note = "; ".join(filter(None, (widening_note(bundle.manifest.dtype), as_exported, library.reason)))
         self._arrays = [zeros(self._shape, self._dtype) for _ in range(self.cache.layers)]
-        self._bind(graphs, [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays])
+        self._bind(bundle, graphs, [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays])
 
     @property
     def weights_dtype(self) -> str:
@@ -222,14 +236,14 @@ class OrtCudaSession(_BoundSession):
 
     def __init__(self, bundle: Bundle, pages: int, threads: int = 0, place: Place = CUDA) -> None:
         """BackendError where the provider does not start. Tests run the same code at another place, the CPU."""
-        super().__init__(bundle, pages, place, cpu_library(bundle.path).path)  # samples on the CPU
+        super().__init__(bundle, pages, place, cpu_library(bundle).path)  # samples on the CPU
         dtype, computed = bundle.manifest.dtype, self.cache.dtype
         words = "" if computed == dtype else f"{dtype} weights, computed in {computed}, "
         self.note = f"{words}ONNX Runtime's {place.provider}"
         weights = referred_weights(bundle)
         graphs = {name: open_graph(bundle, name, threads, given=weights, place=place) for name in ("prefill", "decode")}
         zeroed = (np.zeros(self._shape, self._dtype) for _ in range(self.cache.layers))
-        self._bind(graphs, [ort.OrtValue.ortvalue_from_numpy(a, place.device, place.ordinal) for a in zeroed])
+        self._bind(bundle, graphs, [ort.OrtValue.ortvalue_from_numpy(a, place.device, place.ordinal) for a in zeroed])
 
     def pool(self, layer: int) -> Array:
         """A copy of the layer's pool."""
@@ -241,6 +255,21 @@ class OrtCudaSession(_BoundSession):
             pool.update_inplace(np.full(self._shape, value, self._dtype))
 
 
+def _check_inputs(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:
+    """BundleError where a graph does not take what it is going to be fed, by name, dtype and fixed dims."""
+    wanted = {t.name: (t.dtype, [d if isinstance(d, int) else None for d in t.dims]) for t in graph.inputs}
+    found = {
+        t.name: (_DTYPES.get(t.type, t.type), [d if isinstance(d, int) else None for d in t.shape])
+        for t in session.get_inputs()
+    }
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise BundleError(
+                f"{bundle.path}: its {graph.name} graph takes {name} as {found.get(name)}, the manifest says "
+                f"{wanted.get(name)}: export the checkpoint again"
+            )
+
+
 @contextmanager
 def _weights_folder(bundle: Bundle) -> Iterator[Path]:
     """Give where the weights file lies. By reference it is an empty one: ONNX Runtime wants the file that graphs name,
@@ -249,9 +278,9 @@ def _weights_folder(bundle: Bundle) -> Iterator[Path]:
     if not bundle.manifest.by_reference:
         yield bundle.path
         return
-    with TemporaryDirectory() as folder:
-        (Path(folder) / WEIGHTS_FILE).touch()
-        yield Path(folder)
+    with scratch_folder() as folder:
+        (folder / WEIGHTS_FILE).touch()
+        yield folder
 
 
 def _read_at_load(name: str, value: ort.OrtValue, dense: bool) -> bool:

@@ -1,21 +1,17 @@
-"""Decode for the compiled operators: made of the traced graph at load, or kept beside a bundle that is served."""
+"""Decode for the compiled operators: made of the traced graph at load, or kept in a bundle that is served."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from deepseek_trt.export.bundle.folder import Bundle
 
+FUSED_DECODE = "decode.cpu.onnx"  # its name in a bundle that is to be loaded without the onnx package
+_AGAIN = "write the repository again with deepseek-trt model-repository"
 
-def fused_decode(bundle: Bundle) -> tuple[Path | bytes, list[str]]:
+
+def fused_decode(bundle: Bundle) -> tuple[bytes, list[str]]:
     """Decode for the compiled operators, and the names of the custom operators that none of them replaces."""
-    if fused_path(bundle).is_file():
-        return fused_path(bundle), []
+    if FUSED_DECODE in bundle.files:
+        return bundle.files.read(FUSED_DECODE, _AGAIN), []
     from deepseek_trt.plugins.cpu.fuse import fused_bytes  # needs onnx
 
-    return fused_bytes(bundle.traced_path("decode"))
-
-
-def fused_path(bundle: Bundle) -> Path:
-    """Where a bundle that is to be loaded without the onnx package keeps decode for the compiled operators."""
-    return bundle.path / "decode.cpu.onnx"
+    return fused_bytes(bundle.traced_bytes("decode"))

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.dtypes import computed_in
@@ -34,7 +35,10 @@ class Session(Protocol):
         return self.cache.dtype
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        """Cache the tokens input_ids [B, S], right-padded, after past_lengths [B]; float32 logits [B, vocab]."""
+        """Cache the tokens input_ids [B, S], right-padded, after past_lengths [B]; float32 logits [B, vocab].
+
+        RequestError for numbers that no graph may see: door.py says which. So does decode.
+        """
 
     def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
         """Cache one token a row, input_ids [B, 1], at position past_lengths [B]; float32 logits [B, vocab]."""
@@ -57,13 +61,17 @@ class Session(Protocol):
 
 
 class GraphPair(Session):
-    """A session whose graphs both run in one way, `compute`."""
+    """A session whose graphs both run in one way, `compute`, on what the door lets in."""
+
+    door: Door
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        self.door.check_prefill(input_ids, sequence_lengths, past_lengths, page_table)
         feeds: Arrays = {"input_ids": input_ids, "sequence_lengths": sequence_lengths}
         return self.compute("prefill", feeds | {"past_lengths": past_lengths, "page_table": page_table})
 
     def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        self.door.check_decode(input_ids, past_lengths, page_table)
         feeds: Arrays = {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table}
         return self.compute("decode", feeds)
 

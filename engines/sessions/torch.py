@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from deepseek_trt.engines.sessions.door import Door, check_cache_memory
 from deepseek_trt.engines.sessions.loading import check_memory
 from deepseek_trt.engines.sessions.session import GraphPair
 from deepseek_trt.export.arrays import Array, Arrays, Floats
@@ -31,7 +32,8 @@ class TorchSession(GraphPair):
         """`weights` gives a graph tensor by its name; None takes the bundle's own."""
         self.note = "" if dtype == bundle.manifest.dtype else f"{bundle.manifest.dtype} weights, computed in {dtype}"
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
-        self.pages = pages
+        self.pages, self.door = pages, Door.of(bundle, pages)
+        check_cache_memory(self.cache, pages)
         self.model = load_model(bundle, dtype, weights)
         shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self._pools = [torch.zeros(shape, dtype=getattr(torch, dtype)) for _ in range(self.cache.layers)]

@@ -38,6 +38,11 @@ _WEIGHED: tuple[str, ...] = (
 )
 _WEIGHED += ("replace", "safe", "slice", "string", "striptags", "sum", "title", "tojson", "trim", "truncate")
 _WEIGHED += ("upper", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr")
+# Filters that search texts with patterns; and those that go through a list, in Python, item by item.
+_SEARCHING: tuple[str, ...] = ("pprint", "striptags", "title", "truncate", "urlencode", "urlize", "wordcount")
+_SEARCHING += ("wordwrap", "xmlattr")
+_VISITING: tuple[str, ...] = ("dictsort", "groupby", "items", "join", "last", "list", "map", "max", "min", "random")
+_VISITING += ("reject", "rejectattr", "reverse", "select", "selectattr", "sort", "sum", "unique")
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         filters = {**self.filters, "tojson": _tojson}
         self.filters = {
-            name: _weighed(name, filter_) if name in _WEIGHED else filter_ for name, filter_ in filters.items()
+            name: _limited(name, filter_) if name in (*_WEIGHED, *_VISITING, "round") else filter_
+            for name, filter_ in filters.items()
         }
         del self.globals["lipsum"]
         self.globals |= {
@@ -135,14 +141,21 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
 
-def _weighed(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+def _limited(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     own = int(hasattr(filter_, "jinja_pass_arg"))  # jinja2 gives these its context first
 
     @functools.wraps(filter_)
     def counting(*args: Any, **kwargs: Any) -> Any:
         args = tuple(map(_at_hand, args))
         subject, given = args[own], (*args[own + 1 :], *kwargs.values())
-        limits.current().make(limits.weight_of_call(f"|{name}", subject, given))
+        if name in _SEARCHING:
+            limits.check_line(name, subject, given)
+        if name in _VISITING:
+            limits.current().visit(len(subject) if hasattr(subject, "__len__") else 1)
+        if name in (*_WEIGHED, "list"):
+            limits.current().make(limits.weight_of_call(f"|{name}", subject, given))
+        if name == "round":
+            limits.check_digits(given)
         return filter_(*args, **kwargs)
 
     return counting

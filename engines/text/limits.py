@@ -12,14 +12,19 @@ from typing import Any
 from jinja2 import TemplateRuntimeError
 
 STEPS = 1_000_000  # rounds of loops and calls of macros
-LONGEST = 2**24  # characters of one text; an item of a list counts as two
+LONGEST = 2**23  # characters of one text; an item of a list counts as two
 TOTAL = 2**27  # characters of all texts that are made on the way
+ITEMS = 2_000_000  # that filters of lists look at, one after the other
+LINE = 2**16  # characters for filters that search with patterns, which can take the square of that
 SECONDS = 10.0
+_DIGITS = 100  # after the point that a number is rounded to
 _BITS = 10_000  # of a product or a power of numbers
 # What makes a text longer by the numbers it is given, and by them times the text's length. "|x" is the filter x.
 _PADDING = ("ljust", "rjust", "center", "zfill", "to_bytes", "|center", "|batch", "|slice")
 _SPREADING = ("expandtabs", "|indent", "|tojson")
 _FORMATTING = ("format", "format_map", "|format", "translate")
+_SPLITTING = ("split", "rsplit", "splitlines", "partition", "rpartition", "|list")
+_PART = 8  # characters that a part of a split text takes at least, as memory goes
 _LOOKING = ("startswith", "endswith", "find", "rfind", "index", "rindex", "count")  # which make no text
 
 
@@ -31,7 +36,7 @@ class Budget:
     """What one rendering has used so far."""
 
     def __init__(self) -> None:
-        self._steps = self._made = 0
+        self._steps = self._made = self._items = 0
         self._end = time.monotonic() + SECONDS
 
     def step(self, literal: int) -> None:
@@ -49,6 +54,13 @@ class Budget:
             raise LimitError(f"it makes texts of more than {TOTAL:,} characters together")
         if time.monotonic() > self._end:
             raise LimitError(f"it takes more than {SECONDS:g} seconds")
+
+    def visit(self, items: int) -> None:
+        """One more list whose items are looked at one after the other."""
+        self._items += items
+        if self._items > ITEMS:
+            raise LimitError(f"its filters go through more than {ITEMS:,} items")
+        self.make(0)
 
     def hold(self, characters: int) -> None:
         """One more value that holds others, none of them new."""
@@ -117,10 +129,24 @@ def weight_of_call(name: str, subject: Any, given: Sequence[Any]) -> int:
         return weight(items) + (len(items) if _sized(items) else 0) * weight(between)
     if name in _FORMATTING:
         return _formatted(subject, given)
+    if name in _SPLITTING:
+        return weight(subject) * (_PART if isinstance(subject, (str, bytes)) else 1)
     width = sum(max(value, 0) if isinstance(value, int) else weight(value) for value in given)
     if name in _PADDING:
         return weight(subject) + width
     return weight(subject) * (width + 1) if name in _SPREADING else weight(subject)
+
+
+def check_line(name: str, subject: Any, given: Sequence[Any]) -> None:
+    """LimitError for a text that is too long for the filter `name`."""
+    if sum(map(weight, (subject, *given))) > LINE:
+        raise LimitError(f"its filter {name} takes a text of more than {LINE:,} characters")
+
+
+def check_digits(given: Sequence[Any]) -> None:
+    """LimitError for a power of ten that would never be computed."""
+    if any(isinstance(value, (int, float)) and abs(value) > _DIGITS for value in given):
+        raise LimitError(f"it rounds to more than {_DIGITS} digits")
 
 
 def _formatted(pattern: Any, values: Sequence[Any]) -> int:

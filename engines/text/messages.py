@@ -11,6 +11,7 @@ from deepseek_trt.export.errors import RequestError
 Message = dict[str, Any]  # role, content, and what else the template reads: name, tool_calls, tool_call_id, ...
 Messages = list[Message]
 # Names under which a message's reasoning is sent; templates read the first (transformers' rule).
+_DEEPEST = 64  # lists and objects in one another
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -105,10 +106,21 @@ def with_other_arguments(messages: Messages) -> Messages | None:
 
 def _plain(given: Any, name: str) -> Any:
     """A copy that holds nothing but what JSON has, so that a template gets no object with methods of its own."""
+    check_depth(given, name)
     try:
-        return json.loads(json.dumps(given))
+        return json.loads(json.dumps(given, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{name} cannot be written as JSON ({error}): use JSON's types") from None
+
+
+def check_depth(given: Any, name: str) -> None:
+    """RequestError for lists and objects that are nested deeper than anything that a template reads."""
+    level = [given] if isinstance(given, (dict, list, tuple)) else []
+    for _ in range(_DEEPEST + 1):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list, tuple))]
+    if level:
+        raise RequestError(f"{name}: nested more than {_DEEPEST} deep")
 
 
 def _check_message(place: str, message: Any) -> None:
@@ -118,7 +130,7 @@ def _check_message(place: str, message: Any) -> None:
     if content is None:
         others = [key for key, value in message.items() if value and key not in ("role", "content", "name")]
         if not others:
-            raise RequestError(f"{place} ({message['role']}) has no content: give text")
+            raise RequestError(f"{place} ({repr(message['role'][:80])[1:-1]}) has no content: give text")
     elif isinstance(content, list):
         message["content"] = [_part(f"{place} content[{i}]", part) for i, part in enumerate(content)] or ""
     elif not isinstance(content, str):
@@ -168,5 +180,7 @@ def _with_arguments(messages: Messages, change: Callable[[Any], Any]) -> Message
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, (str, list)):
+        value = value[:80]
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."

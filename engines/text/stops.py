@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import compress
 
 
@@ -14,7 +15,8 @@ class StopText:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._stops = {stop: _borders(stop) for stop in stops}
+        self._begun: list[_Match] = []  # stops that the end of _held begins
         self._held = ""
         self._shown: list[bool] = []  # of each character of _held
         self.found = False
@@ -28,21 +30,33 @@ class StopText:
             return ""
         if not self._stops:
             return "" if hidden else piece
+        before = len(self._held)
         self._held += piece
         self._shown += [not hidden] * len(piece)
         if not armed:
             return self.flush()
-        spans = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
-        if spans:
-            self.found = True
-            text = self._take(min(spans)[1])
-            self._held, self._shown = "", []
-            return text
-        kept = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        for end, letter in enumerate(piece, before + 1):
+            longest = self._read(letter)
+            if longest:
+                self.found = True
+                text = self._take(end - longest)
+                self._held, self._shown = "", []
+                return text
+        kept = max((match.length for match in self._begun), default=0)
         return self._take(len(self._held) - kept)
+
+    def _read(self, letter: str) -> int:
+        """Take one character; the length of the longest stop that is complete with it, or 0. It costs what stops have
+        begun, however many and long they are.
+        """
+        again = {match.stop for match in self._begun}
+        new = [_Match(stop, self._stops[stop]) for stop in self._stops if stop[0] == letter and stop not in again]
+        self._begun = [match for match in (*self._begun, *new) if match.read(letter)]
+        return max((match.length for match in self._begun if match.length == len(match.stop)), default=0)
 
     def flush(self) -> str:
         """What was held back, when no more text comes."""
+        self._begun = []
         return self._take(len(self._held))
 
     def _take(self, count: int) -> str:
@@ -52,7 +66,28 @@ class StopText:
         return text if all(shown) else "".join(compress(text, shown))
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that a stop string begins with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+@dataclass
+class _Match:
+    """How many of a stop's characters the text ends with (Knuth, Morris and Pratt)."""
+
+    stop: str
+    borders: list[int]
+    length: int = 0
+
+    def read(self, letter: str) -> bool:
+        """Take one character; whether anything is left of the match."""
+        while self.length and self.stop[self.length] != letter:
+            self.length = self.borders[self.length - 1]
+        self.length += self.stop[self.length] == letter
+        return self.length > 0
+
+
+def _borders(stop: str) -> list[int]:
+    """Of each beginning of `stop`, how long the longest shorter beginning is that it ends with."""
+    borders, length = [0], 0
+    for letter in stop[1:]:
+        while length and stop[length] != letter:
+            length = borders[length - 1]
+        length += stop[length] == letter
+        borders.append(length)
+    return borders

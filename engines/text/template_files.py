@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.files import read_file
 from deepseek_trt.export.text.files import read_object
 
 JINJA, FOLDER, LEGACY, CONFIG = (
@@ -17,6 +18,7 @@ JINJA, FOLDER, LEGACY, CONFIG = (
     "tokenizer_config.json",
 )
 TOKEN_MAP = "special_tokens_map.json"
+_LONGEST = 2**24  # bytes of a template in a file of its own
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def choose_template(named: Named, name: str | None = None, tools: bool = False) 
 
 
 def _apart(folder: Path) -> Iterator[tuple[str, ChatTemplate]]:
-    if (folder / JINJA).is_file():
+    if (folder / JINJA).exists():
         yield "default", ChatTemplate(JINJA, _text(folder / JINJA))
     for file in sorted((folder / FOLDER).glob("*.jinja")):
         yield file.name.removesuffix(".jinja"), ChatTemplate(f"{FOLDER}/{file.name}", _text(file))
@@ -112,7 +114,7 @@ def _from_file(name: str, named: Named) -> ChatTemplate:
 
 
 def _list(named: Named) -> str:
-    return ", ".join(sorted(named))
+    return ", ".join(repr(name)[1:-1] for name in sorted(named))
 
 
 def _token_text(token: Any) -> str | None:
@@ -123,7 +125,7 @@ def _token_text(token: Any) -> str | None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_file(file, _LONGEST).decode()
     except UnicodeDecodeError as error:
         raise BundleError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): mend the file") from None
     except OSError as error:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from deepseek_trt.engines.text.messages import Message
 from deepseek_trt.engines.text.stream import TextStream
 from deepseek_trt.engines.text.template import ChatTemplates
+from deepseek_trt.engines.text.template_files import Named, read_special_tokens, read_templates
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BundleError, RequestError
-from deepseek_trt.export.text.tokenizer import LoadedTokenizer
+from deepseek_trt.export.text.tokenizer import LoadedTokenizer, refusals
 from deepseek_trt.export.text.valid import check_text
 
 _LONG = 4096  # characters: encoding one text stops all other threads, encoding a batch lets them run
+
+
+class _BundleTemplates(ChatTemplates):
+    """Those of a bundle, out of the files that it lists."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle.path)
+        self._bundle = bundle
+
+    @cached_property
+    def named(self) -> Named:
+        with self._bundle.text_folder() as folder:
+            return read_templates(folder)
+
+    @cached_property
+    def tokens(self) -> Mapping[str, str]:
+        with self._bundle.text_folder() as folder:
+            return read_special_tokens(folder)
 
 
 class Text:
@@ -23,11 +43,13 @@ class Text:
         """BundleError when the checkpoint had no tokenizer, ConfigError or CheckpointError when its files are wrong."""
         if bundle.tokenizer_path is None:
             raise BundleError(f"{bundle.path} has no tokenizer.json: give token ids instead of text")
-        self._loaded = LoadedTokenizer.load(bundle.path, bundle.manifest.model)
+        with bundle.text_folder() as folder:
+            self._loaded = LoadedTokenizer.load(folder, bundle.manifest.model)
+        self.chat = _BundleTemplates(bundle)
         self._tokenizer = self._loaded.tokenizer
-        self.chat = ChatTemplates(bundle.path)
         longest = max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
-        self._most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings  # twice: normalizers may shorten
+        # Of a prompt. Twice: normalizers may shorten.
+        self.most_bytes = 2 * longest * bundle.manifest.model.max_position_embeddings
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token_id: token.content for token_id, token in added.items() if token.special}
 
@@ -63,16 +85,12 @@ class Text:
         return TextStream(self._tokenizer, self._special)
 
     def _encode(self, text: str, name: str) -> list[int]:
-        if len(text) > self._most_bytes:
+        if len(text) > self.most_bytes:
             raise RequestError(f"{name} has {len(text)} characters, more than the model has tokens for: shorten it")
         check_text(text, name)
-        try:
+        with refusals(RequestError, f"{name} cannot be encoded ({{}}): leave out what the tokenizer does not know"):
             if len(text) < _LONG:
                 ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             else:
                 ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
-        except Exception as error:  # the library raises bare ones, for what a vocabulary without <unk> does not hold
-            raise RequestError(
-                f"{name} cannot be encoded ({error}): leave out what the tokenizer does not know"
-            ) from None
         return ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import numpy.typing as npt
 from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
 from deepseek_trt.export.bundle.assemble import assemble, one_run
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
+from deepseek_trt.export.bundle.proof import Progress, no_progress, stored_weights
+from deepseek_trt.export.bundle.recipes import Piece
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.files import stream_sha256
 from deepseek_trt.export.reading.checkpoint import Checkpoint
-from deepseek_trt.export.reading.header import read_header
+from deepseek_trt.export.reading.tensors import StoredTensor
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -24,20 +28,20 @@ class WeightReader:
     """Reads headers when it is made, and a tensor's numbers when it is asked for them.
 
     Arrays have the dtype of the tensor's record (bfloat16 is ml_dtypes') unless told otherwise. Raises BundleError
-    where the weights file or the checkpoint is gone, or the checkpoint has changed.
+    where the weights file or the checkpoint is gone or has changed; `progress` is told where the file has to be hashed.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, progress: Progress = no_progress) -> None:
         self.records = {weight.recipe.name: weight for weight in bundle.manifest.weights}
         self._file = bundle.path / WEIGHTS_FILE
         self._maps: dict[Path, Bytes] = {}
         self._by_reference = bundle.manifest.by_reference
         if self._by_reference:
             self._stored = Checkpoint.open(unchanged_checkpoint(bundle)).tensors
-        elif self._file.is_file():
-            self._stored = {tensor.name: tensor for tensor in read_header(self._file)}
+            _check_recipes(bundle, self._stored)
         else:
-            raise BundleError(f"{self._file} is missing: export the checkpoint again")
+            bundle.prove_weights(progress)
+            self._stored = stored_weights(self._file, bundle.manifest)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor, as its record describes it."""
@@ -116,3 +120,25 @@ def unchanged_checkpoint(bundle: Bundle) -> Path:
         if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
             raise BundleError(f"{file} has changed since export: export the checkpoint again")
     return root
+
+
+def _check_recipes(bundle: Bundle, stored: Mapping[str, StoredTensor]) -> None:
+    """Every piece lies in the tensor that it names, and together they are as many numbers as the recipe says."""
+    for weight in bundle.manifest.weights:
+        numbers = [_numbers(piece, stored) for piece in weight.recipe.pieces]
+        if None in numbers or sum(filter(None, numbers)) != weight.recipe.size:
+            raise BundleError(
+                f"{bundle.path}: the checkpoint {bundle.manifest.checkpoint} does not hold what {weight.recipe.name} "
+                "is made of: export the checkpoint again"
+            )
+
+
+def _numbers(piece: Piece, stored: Mapping[str, StoredTensor]) -> int | None:
+    """How many numbers the piece is; None where it is no part of the checkpoint."""
+    source = stored.get(piece.source)
+    if source is None or not source.shape or (piece.scale is not None and piece.scale not in stored):
+        return None
+    shape = (*source.shape, 1) if piece.halves and len(source.shape) == 1 else source.shape
+    if piece.start + (piece.times - 1) * piece.step + piece.rows > math.prod(shape[:-1]):
+        return None
+    return piece.rows * piece.times * shape[-1]

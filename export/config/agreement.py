@@ -8,7 +8,8 @@ from typing import Any
 from deepseek_trt.export.config.family import family_of, is_v3_family
 from deepseek_trt.export.config.keys import ALIASES
 from deepseek_trt.export.config.shape import ModelShape
-from deepseek_trt.export.config.values import MAX_SIZE, shown
+from deepseek_trt.export.config.values import MAX_SIZE
+from deepseek_trt.export.text.wording import shown
 
 Raw = dict[str, Any]
 _SIZES = {"hidden_size", "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}

@@ -22,7 +22,8 @@ from deepseek_trt.export.config.quantization import quantization_notes, unsuppor
 from deepseek_trt.export.config.rope import rope_notes
 from deepseek_trt.export.config.rope_keys import rope_faults
 from deepseek_trt.export.config.shape import ModelShape
-from deepseek_trt.export.config.values import is_one_of, shown, wrong_value
+from deepseek_trt.export.config.values import is_one_of, nonfinite_in, wrong_value
+from deepseek_trt.export.text.wording import shown
 
 Raw = dict[str, Any]
 
@@ -32,7 +33,7 @@ def unsupported_features(raw: Raw) -> tuple[str, ...]:
 
     Formats and other models come first: where config.json is of another model, nothing else is said of it.
     """
-    wrong = _wrong_values(raw)
+    wrong = {**_no_numbers(raw), **_wrong_values(raw)}
     raw = {key: value for key, value in raw.items() if key not in wrong}
     foreign = [*unsupported_quantization(raw.get("quantization_config") or {}), *_foreign(raw)]
     if "model_type" in wrong or family_of(raw) not in MODEL_TYPES:
@@ -63,6 +64,15 @@ def _wrong_values(raw: Raw) -> dict[str, str]:
         if not key.kind.admits(value) and not (value is None and name in _LATENT_KEYS):
             found[name] = wrong_value(name, value, key.kind)
     return found
+
+
+def _no_numbers(raw: Raw) -> dict[str, str]:
+    """One sentence for each key whose value holds a NaN or an infinity, however deep, used or not: JSON has neither."""
+    return {
+        name: f"{shown(name)[1:-1]} holds {number}, which no number of JSON is: mend it in config.json"
+        for name, value in raw.items()
+        if (number := nonfinite_in(value)) is not None
+    }
 
 
 def _is_refused(key: Key | None, value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepseek_trt.export.config.values import shown
+from deepseek_trt.export.text.wording import shown
 
 FP8_BLOCK = 128  # rows and columns that share a scale in fp8 checkpoints
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from deepseek_trt.export.config.rope_keys import rope_faults, rope_key_notes, rope_kind, rope_settings
-from deepseek_trt.export.config.values import shown
 from deepseek_trt.export.errors import ConfigError
+from deepseek_trt.export.text.wording import shown
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn"]
 DEFAULT_MAX_POSITIONS = 2048  # where config.json lacks max_position_embeddings

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_trt.export.config.keys import UNCHANGED
-from deepseek_trt.export.config.values import Anything, Flag, Integer, Kind, Number, Text, is_one_of, shown, wrong_value
+from deepseek_trt.export.config.values import Anything, Flag, Integer, Kind, Number, Text, is_one_of, wrong_value
+from deepseek_trt.export.text.wording import shown
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn")
 _SCALED = ("linear", "dynamic", "yarn")

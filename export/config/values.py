@@ -5,15 +5,15 @@ As transformers' config classes: a number in quotes is no number, true is no 1, 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from deepseek_trt.export.text.wording import shown
+
 MAX_SIZE = 2**31 - 1  # TensorRT and the graphs' int32 inputs count in 31 bits
 _HUGE = 1e30  # no setting is as large
-_SHOWN = 60  # characters of a value in a message
 
 
 class Kind(Protocol):
@@ -134,10 +134,15 @@ def is_number(value: Any) -> bool:
     return not (isinstance(value, float) and math.isnan(value)) and abs(value) <= 1e300
 
 
-def shown(value: Any) -> str:
-    """The value for a message: as JSON spells it where it is no text, escaped, and cut where it is long."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def nonfinite_in(value: Any) -> float | None:
+    """A NaN or an infinity that the JSON value is, or holds."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            return one
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return None
 
 
 def wrong_value(name: str, value: Any, kind: Kind) -> str:

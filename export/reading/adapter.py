@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from deepseek_trt.export.reading.classifier import SCORE
 from deepseek_trt.export.reading.formats import ADAPTER_CONFIG
 from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.reading.tensors import Factor, LowRank, StoredTensor
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.wording import shown, some
+from deepseek_trt.export.trials.trial import PATTERNS, trial
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of every name that peft writes
@@ -33,6 +36,8 @@ _FACTORS = (
     (".lora_embedding_A", ".lora_embedding_B", True),
 )
 _TEXT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_SECONDS = 3  # of a processor, for all names and patterns
+_REPEATS = re.compile(r"[*+{].*[*+{]")  # two of them may look back for ever
 _STACKED = (".experts", ".experts.base_layer")  # modules whose parameters are all experts' weights
 
 
@@ -78,6 +83,7 @@ class Adapter:
             raise CheckpointError(f"--adapter {root} lacks {ADAPTER_WEIGHTS}: save it with peft, in safetensors")
         rest = {_in_model(t): t for t in read_header(file)}
         pairs = _take_pairs(rest)
+        _check_patterns(config, [name.rpartition(".")[0] for name in (*pairs, *rest)] + [*pairs])
         replaced = {_published(name): _replacement(name, tensor, config) for name, tensor in rest.items()}
         if not pairs and not replaced:
             raise CheckpointError(f"{file} holds no tensors; save the adapter again")
@@ -102,6 +108,19 @@ class Adapter:
                     _check_place(left.tensor, parts[0].shape, name, tensors)
                 tensors[name] = dataclasses.replace(tensors[name], updates=parts)
         return dataclasses.replace(checkpoint, tensors=tensors)
+
+
+def _check_patterns(config: LoraConfig, names: Sequence[str]) -> None:
+    """Try patterns that may look back for ever in a process with a limit of time; CheckpointError where one does."""
+    patterns = [pattern for pattern in config.patterns if _REPEATS.search(pattern.removeprefix(r"(.*\.)?"))]
+    if not patterns:
+        return
+    given = json.dumps({"patterns": patterns, "names": names}).encode()
+    reason = trial(PATTERNS, given, _SECONDS)
+    if reason:
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG}: patterns such as {shown(patterns[0])} cannot be used: {reason}; name modules instead"
+        )
 
 
 def _differs(file: Path, other: Path) -> bool:
@@ -137,7 +156,9 @@ def _take_pairs(rest: dict[str, StoredTensor]) -> dict[str, tuple[Factor, Factor
 def _update(module: str, left: Factor, right: Factor, config: LoraConfig) -> LowRank:
     name, parameter = shown(left.tensor.name), f"{module}.weight"
     if not config.has(module) and not config.has_parameter(parameter):
-        raise CheckpointError(f"adapter tensor {name}: {ADAPTER_CONFIG} does not target {module}; save both again")
+        raise CheckpointError(
+            f"adapter tensor {name}: {ADAPTER_CONFIG} does not target {some([module])}; save both again"
+        )
     key = module if config.has(module) else parameter
     rank = config.rank_of(key)
     if (left.shape[1], right.shape[0]) != (rank, rank):
@@ -169,11 +190,11 @@ def _check_place(tensor: StoredTensor, shape: tuple[int, ...], name: str, tensor
     weight = tensors.get(name)
     if weight is None:
         raise CheckpointError(
-            f"adapter tensor {shown(tensor.name)} is for {name}, which the checkpoint does not hold: "
+            f"adapter tensor {shown(tensor.name)} is for {some([name])}, which the checkpoint does not hold: "
             "give the checkpoint that the adapter was trained on"
         )
     if weight.shape != shape:
         raise CheckpointError(
-            f"adapter tensor {shown(tensor.name)} is for a weight of {list(shape)}, {name} is {list(weight.shape)}: "
-            "give the checkpoint that the adapter was trained on"
+            f"adapter tensor {shown(tensor.name)} is for a weight of {list(shape)}, {some([name])} is "
+            f"{list(weight.shape)}: give the checkpoint that the adapter was trained on"
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.json_file import read_object
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.wording import shown
 
 # Keys that say where an adapter is from, how it was trained or initialized, or how it is run unmerged.
 _HARMLESS = {
@@ -77,6 +77,10 @@ class LoraConfig:
         except FileNotFoundError:
             raise ConfigError(f"{file} is missing: --adapter takes the folder of a LoRA adapter of peft") from None
         _refuse_others(raw)
+        if raw.get("layers_pattern") and not raw.get("layers_to_transform"):
+            raise _wrong("layers_pattern", raw["layers_pattern"], "beside layers_to_transform, as peft wants it")
+        if not isinstance(raw.get("task_type"), (str, type(None))):
+            raise _wrong("task_type", raw["task_type"], "a name")
         layers = raw.get("layers_to_transform")
         return cls(
             r=_number(raw, "r", 8, int),
@@ -84,7 +88,7 @@ class LoraConfig:
             rank_stabilized=_flag(raw, "use_rslora"),
             targets=_names(raw, "target_modules"),
             excluded=_names(raw, "exclude_modules"),
-            layers=_layers([layers] if isinstance(layers, int) else layers or []),
+            layers=_layers([layers] if isinstance(layers, int) else [] if layers is None else layers),
             layers_pattern=_list(raw, "layers_pattern"),
             saved=_list(raw, "modules_to_save"),
             parameters=_list(raw, "target_parameters"),
@@ -116,10 +120,17 @@ class LoraConfig:
 
     def replaces(self, module: str) -> bool:
         """Whether the adapter holds the module whole, or one that it is part of."""
-        return any(re.match(rf"(.*\.)?{name}(\..*)?$", module) for name in self.saved)
+        return any(re.match(_whole(name), module) for name in self.saved)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All that the names of modules are matched with."""
+        names = (one for one in (self.targets, self.excluded) if isinstance(one, str) and one)
+        made = (*map(_whole, self.saved), *map(_in_layers, self.layers_pattern))
+        return (*names, *made, *map(_ending, (*self.ranks, *self.alphas)))
 
     def _layer(self, module: str) -> int | None:
-        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layers_pattern] or [_LAYER.pattern]
+        patterns = [*map(_in_layers, self.layers_pattern)] or [_LAYER.pattern]
         found = next((match for pattern in patterns if (match := re.match(pattern, module))), None)
         return int(found[1]) if found else None
 
@@ -141,8 +152,8 @@ def _refuse_others(raw: Mapping[str, Any]) -> None:
     other = next((key for key, value in raw.items() if key not in known and value), None)
     if other:
         raise ConfigError(
-            f"adapter_config.json: {other} {shown(raw[other])} is not supported; only plain LoRA can be merged: "
-            "merge the adapter with peft (merge_and_unload), and export what that gives"
+            f"adapter_config.json: {shown(other)[1:-1]} {shown(raw[other])} is not supported; only plain LoRA can be "
+            "merged: merge the adapter with peft (merge_and_unload), and export what that gives"
         )
 
 
@@ -159,14 +170,14 @@ def _number(raw: Mapping[str, Any], key: str, default: int, kind: type[int] | ty
 
 
 def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    value = raw.get(key) or False
+    value = False if raw.get(key) is None else raw[key]
     if not isinstance(value, bool):
         raise _wrong(key, value, "true or false")
     return value
 
 
 def _list(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = raw.get(key) or []
+    value = [] if raw.get(key) in (None, "") else raw[key]
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _wrong(key, value, "a list of names")
@@ -189,7 +200,7 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 
 def _pattern(raw: Mapping[str, Any], key: str, kind: type[int] | type[float]) -> dict[str, Any]:
-    value = raw.get(key) or {}
+    value = {} if raw.get(key) is None else raw[key]
     if not isinstance(value, dict):
         raise _wrong(key, value, "an object of numbers")
     return {_compiled(key, name): _number(value, name, 0, kind) for name in value}
@@ -197,10 +208,25 @@ def _pattern(raw: Mapping[str, Any], key: str, kind: type[int] | type[float]) ->
 
 def _compiled(key: str, pattern: str) -> str:
     try:
-        re.compile(pattern)
-    except re.error as error:
+        for form in (pattern, _whole(pattern), _ending(pattern), _in_layers(pattern)):
+            re.compile(form)
+    except (re.error, OverflowError, RecursionError) as error:
         raise _wrong(key, pattern, f"a pattern ({error})") from None
     return pattern
+
+
+def _whole(name: str) -> str:
+    """The pattern of a module that is called so, and of all in it (peft's, of modules_to_save)."""
+    return rf"(.*\.)?{name}(\..*)?$"
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _in_layers(name: str) -> str:
+    """The pattern of a module in a numbered layer of that list."""
+    return rf"(?:^|.*?\.){name}\.(\d+)\."
 
 
 def _named(names: tuple[str, ...] | str, module: str) -> bool:
@@ -211,4 +237,4 @@ def _named(names: tuple[str, ...] | str, module: str) -> bool:
 
 def _by_pattern(numbers: Mapping[str, Any], module: str, default: Any) -> Any:
     """The number of the first pattern that the module's name ends in (peft's get_pattern_key)."""
-    return next((n for pattern, n in numbers.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+    return next((n for pattern, n in numbers.items() if re.match(_ending(pattern), module)), default)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.reading.adapter_config import LoraConfig
 from deepseek_trt.export.reading.tensors import Factor, LowRank, StoredTensor
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.wording import shown
 
 Updates = dict[str, tuple[LowRank, ...]]
 

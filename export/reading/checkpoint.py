@@ -11,7 +11,7 @@ from deepseek_trt.export.reading.header import read_header
 from deepseek_trt.export.reading.names import published_names
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.weight_files import WeightFiles, find_weight_files
-from deepseek_trt.export.reading.wording import some
+from deepseek_trt.export.text.wording import shown, some
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Checkpoint:
         if not tensors:
             raise CheckpointError(f"{files.source} holds no tensors; download it again")
         unindexed = frozenset(name for name, t in tensors.items() if files.index and t.name not in files.index)
-        return cls(root, tensors, files.shards, unindexed, files.notes + _unindexed_note(unindexed) + notes)
+        said = (*files.notes, *_size_note(files, stored.values()), *_unindexed_note(unindexed), *notes)
+        return cls(root, tensors, tuple(dict.fromkeys(files.shards)), unindexed, said)
 
 
 def _stored(files: WeightFiles) -> dict[str, StoredTensor]:
@@ -59,17 +60,35 @@ def _stored(files: WeightFiles) -> dict[str, StoredTensor]:
 
 def _check_index(files: WeightFiles, index: dict[str, str], found: dict[Path, dict[str, StoredTensor]]) -> None:
     """An index must be true of its shards, and of two copies of a tensor name the last, which transformers loads."""
-    root, last = files.root, {name: file for file, tensors in found.items() for name in tensors}
+    root = files.root
+    last: dict[str, Path] = {}
+    for shard, tensors in found.items():
+        for name in tensors:
+            if name in last and name not in index:
+                raise CheckpointError(
+                    f"{some([last[name].name])} and {some([shard.name])} both hold {some([name])}, and "
+                    f"{files.source.name} names neither: download all of them again"
+                )
+            last[name] = shard
     for name, file in index.items():
         if name not in found[root / file]:
             raise CheckpointError(
-                f"{files.source.name} says that {file} holds {name}, but it does not; download both again"
+                f"{files.source.name} says that {some([file])} holds {some([name])}, but it does not; "
+                "download both again"
             )
         if last[name] != root / file:
             raise CheckpointError(
-                f"{file} and {last[name].name} both hold {name}, and {files.source.name} names the first of them, "
+                f"{some([file])} and {some([last[name].name])} both hold {some([name])}, and {files.source.name} "
+                "names the first of them, "
                 "where transformers takes the last: remove one"
             )
+
+
+def _size_note(files: WeightFiles, tensors: Iterable[StoredTensor]) -> tuple[str, ...]:
+    held = sum(tensor.nbytes for tensor in tensors)
+    if files.total_size is None or (files.total_size == held and not isinstance(files.total_size, bool)):
+        return ()
+    return (f"{files.source.name} says total_size {shown(files.total_size)}, its shards' tensors have {held} bytes",)
 
 
 def _unindexed_note(names: Iterable[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.text.valid import flaw_of
+from deepseek_trt.export.text.wording import shown
 
 SCORE = "score.weight"  # [num_labels, hidden], no bias
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -33,13 +34,20 @@ class Classifier:
                 f"tensor {SCORE} is missing: the checkpoint has no classification head; "
                 "export it with --task text-generation or feature-extraction"
             )
+        if len(score.shape) != 2:
+            raise CheckpointError(
+                f"tensor {SCORE} has shape {list(score.shape)}, a matrix is needed: download it again"
+            )
         count, named = score.shape[0], raw.get("id2label") or {}
-        written = len(named) or raw.get("num_labels") or count
-        if written != count:
-            raise ConfigError(f"config.json names {written} labels, {SCORE} has {count} rows: download both again")
+        for written in (len(named) or count, raw.get("num_labels") or count):
+            if written != count:
+                raise ConfigError(f"config.json names {written} labels, {SCORE} has {count} rows: download both again")
+        other = sorted(named.keys() - set(map(str, range(count))))
+        if other:
+            raise ConfigError(f"id2label names the class {shown(other[0])}, which is none of 0 to {count - 1}: mend it")
         problem = raw.get("problem_type")
         if problem is not None and problem not in PROBLEM_TYPES:
-            raise ConfigError(f"problem_type {problem!r} is not one of {', '.join(PROBLEM_TYPES)}")
+            raise ConfigError(f"problem_type {shown(problem)} is not one of {', '.join(PROBLEM_TYPES)}")
         labels = tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(count))
         for i, flaw in enumerate(map(flaw_of, labels)):
             if flaw:

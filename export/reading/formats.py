@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 from deepseek_trt.export.bundle.recipes import FP8, SCALE_SUFFIX
 from deepseek_trt.export.errors import CheckpointError
+from deepseek_trt.export.json_file import read_object
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.reading.weight_files import weights_in
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.wording import shown, some
 
 ADAPTER_CONFIG = "adapter_config.json"
 _MEND = f"use the bfloat16 checkpoint that it was made from, or one in fp8 with *{SCALE_SUFFIX}"
@@ -146,7 +146,7 @@ def _refuse_other_files(root: Path) -> None:
     names = sorted(path.name for path in root.iterdir())
     for name, kind in _other_files(names):
         raise CheckpointError(
-            f"{root} holds {kind}, which is not supported ({name}): use a checkpoint in safetensors, "
+            f"{root} holds {kind}, which is not supported ({shown(name)[1:-1]}): use a checkpoint in safetensors, "
             "as transformers' save_pretrained writes it"
         )
 
@@ -167,13 +167,12 @@ def _quantized_by(file: Path, kind: str) -> str | None:
     if "quant_algo" in settings and not settings["quant_algo"] and not settings.get("kv_cache_quant_algo"):
         return None
     named = settings.get("quant_algo") or settings.get("quant_method")
-    return f"{kind.split(' ')[0]} {named}" if named else kind
+    return f"{kind.split(' ')[0]} {some([str(named)])}" if named else kind
 
 
 def _object(file: Path) -> dict[str, Any]:
     """The JSON object that the file holds, empty where it holds none."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(file, CheckpointError, nan=True)
+    except (CheckpointError, FileNotFoundError):
         return {}
-    return raw if isinstance(raw, dict) else {}

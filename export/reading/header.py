@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import stat
+import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Any, BinaryIO
 
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError
+from deepseek_trt.export.files import regular_file
 from deepseek_trt.export.reading.tensors import StoredTensor
-from deepseek_trt.export.reading.wording import shown
+from deepseek_trt.export.text.valid import flaw_of
+from deepseek_trt.export.text.wording import shown
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # maybe; JSON has two for a whole one
+_ENTRY = {"dtype", "shape", "data_offsets"}
 _LFS_POINTER = b"version https://git-lfs"
 # Bits of one number, by the names of the safetensors format.
 _BITS = {
@@ -48,21 +53,21 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
 
 def _entries(file: Path) -> tuple[dict[str, Any], int, int]:
     """What the header says by tensor, where the tensors' bytes start, and the file's size."""
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise CheckpointError(f"{file} is not a regular file: put the safetensors file itself in its place")
-    with file.open("rb") as stream:
-        text = _header_text(file, stream, status.st_size)
+    with regular_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        text = _header_text(file, stream, size)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=_unique, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({_reason(error)}); download it again") from None
     if not isinstance(header, dict) or not text.startswith(b"{"):
         raise CheckpointError(f"{file} has a damaged header (not a JSON object); download it again")
+    if _ESCAPED_HALF.search(text) and flaw_of(json.dumps(header, ensure_ascii=False)):
+        raise CheckpointError(f"{file} has a damaged header (half a character in a name); download it again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{file} has a damaged header (__metadata__ holds more than texts); download it again")
-    return header, 8 + len(text), status.st_size
+    return header, 8 + len(text), size
 
 
 def _header_text(file: Path, stream: BinaryIO, size: int) -> bytes:
@@ -86,6 +91,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _whole(digits: str) -> int:
+    if digits == "-0":  # which others read as a float
+        raise ValueError("-0 is no whole number")
+    return int(digits)
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
@@ -98,8 +109,12 @@ def _place(file: Path, name: str, entry: Any) -> tuple[int, int]:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{file} has a damaged header: tensor {shown(name)} {what}; download it again")
 
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+    if not isinstance(entry, dict) or not entry.keys() >= _ENTRY:
         raise refuse("lacks dtype, shape or data_offsets")
+    if entry.keys() != _ENTRY:
+        raise refuse(
+            f"has {shown(next(key for key in entry if key not in _ENTRY))} beside dtype, shape and data_offsets"
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise refuse(f"is of the unknown dtype {shown(dtype)}")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.reading.tensors import StoredTensor
-from deepseek_trt.export.reading.wording import shown, some
+from deepseek_trt.export.text.wording import shown, some
 
 # Who puts what before the names: PEFT, DDP, torch.compile, FSDP, a vision model, other trainers.
 PREFIXES = (
@@ -52,7 +52,9 @@ def published_names(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, Stor
     by_name: dict[str, str] = {}
     for stored, name in names.items():
         if by_name.setdefault(name, stored) != stored:
-            raise CheckpointError(f"tensors {shown(by_name[name])} and {shown(stored)} are both {name}: remove one")
+            raise CheckpointError(
+                f"tensors {shown(by_name[name])} and {shown(stored)} are both {some([name])}: remove one"
+            )
     return {name: tensors[stored] for name, stored in by_name.items()}, tuple(notes)
 
 

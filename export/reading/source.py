@@ -19,6 +19,8 @@ from deepseek_trt.export.reading.formats import ADAPTER_CONFIG, check_folder, ch
 from deepseek_trt.export.reading.infer import config_of_tensors, task_of, written_keys
 from deepseek_trt.export.reading.weight_files import CONFIG_FILE
 from deepseek_trt.export.text.reading import read_text
+from deepseek_trt.export.text.wording import some
+from deepseek_trt.export.writing.carried_files import check_carried
 from deepseek_trt.export.writing.weight_plan import WeightPlan, main_dtype, plan_weights
 
 InterfaceOf = Callable[[str], Interface]  # by the task
@@ -56,6 +58,7 @@ def read_source(
     ConfigError or CheckpointError, naming key, file or tensor.
     """
     check_folder(folder)
+    check_carried(folder)
     raw = read_config(folder / CONFIG_FILE)
     written = ModelConfig.from_hf(raw)  # before anything else looks at raw
     base, merged = _open(folder, adapter)
@@ -133,7 +136,7 @@ def _check_lm_head(interface: Interface, raw: dict[str, Any], checkpoint: Checkp
         return
     name = next(iter(raw.get("architectures") or ()), "a classifier")
     raise CheckpointError(
-        f"tensor {LM_HEAD} is missing: this is {name}; export it with --task {task_of(raw, checkpoint)}"
+        f"tensor {LM_HEAD} is missing: this is {some([name])}; export it with --task {task_of(raw, checkpoint)}"
     )
 
 

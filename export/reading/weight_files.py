@@ -6,15 +6,15 @@ model.safetensors, else the shards of model.safetensors.index.json; variants (mo
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.json_file import read_object
-from deepseek_trt.export.reading.wording import shown, some
+from deepseek_trt.export.text.wording import shown, some
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -33,7 +33,8 @@ _SHARD = re.compile(r".*-of-0*(\d+)\.safetensors")
 class WeightFiles:
     """The shards to read; `index` says which of them holds a tensor, None where there is one file and no index.
 
-    `source` is the file that said so. `ignored` are the names of other weights that lie in the folder.
+    `source` is the file that said so, `total_size` what an index says of all tensors' bytes, if anything. `ignored`
+    are the names of other weights that lie in the folder.
     """
 
     root: Path
@@ -41,6 +42,7 @@ class WeightFiles:
     shards: tuple[Path, ...]
     index: dict[str, str] | None
     ignored: tuple[str, ...]
+    total_size: Any = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -58,10 +60,10 @@ def find_weight_files(root: Path) -> WeightFiles:
     Raises CheckpointError where nobody can say which files belong together, or where one that is named is missing.
     """
     source = _chosen(root) or _usual(root) or _only(root)
-    index = _read_index(root, source) if source.name.endswith(_INDEX_ENDING) else None
+    index, size = _read_index(root, source) if source.name.endswith(_INDEX_ENDING) else (None, None)
     shards = (source,) if index is None else tuple(root / name for name in sorted(set(index.values())))
     read = {source.name, *(shard.relative_to(root).as_posix() for shard in shards)}
-    return WeightFiles(root, source, shards, index, tuple(name for name in weights_in(root) if name not in read))
+    return WeightFiles(root, source, shards, index, tuple(name for name in weights_in(root) if name not in read), size)
 
 
 def weights_in(root: Path) -> Iterator[str]:
@@ -72,10 +74,9 @@ def weights_in(root: Path) -> Iterator[str]:
 def _chosen(root: Path) -> Path | None:
     """The file that config.json names."""
     try:
-        raw = json.loads((root / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        name = read_object(root / CONFIG_FILE, CheckpointError, nan=True).get(CHOICE_KEY)
+    except (CheckpointError, FileNotFoundError):
         return None  # what is wrong with config.json is said by who reads it
-    name = raw.get(CHOICE_KEY) if isinstance(raw, dict) else None
     if name is None:
         return None
     if not isinstance(name, str) or not name.endswith((".safetensors", _INDEX_ENDING)):
@@ -112,12 +113,13 @@ def _only(root: Path) -> Path:
     return root / found[0]
 
 
-def _read_index(root: Path, index: Path) -> dict[str, str]:
-    """The file of each tensor, by the tensor's name."""
+def _read_index(root: Path, index: Path) -> tuple[dict[str, str], Any]:
+    """The file of each tensor, by the tensor's name; and the total_size that is written beside them."""
     try:
-        weight_map = read_object(index, CheckpointError, _MAX_INDEX).get("weight_map")
+        raw = read_object(index, CheckpointError, _MAX_INDEX)
     except (CheckpointError, FileNotFoundError) as error:
         raise CheckpointError(f"{index} is not a safetensors index ({shown(str(error))}); download it again") from None
+    weight_map, metadata = raw.get("weight_map"), raw.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} is not a safetensors index (no weight_map); download it again")
     for name, file in weight_map.items():
@@ -125,7 +127,7 @@ def _read_index(root: Path, index: Path) -> dict[str, str]:
             raise CheckpointError(f"{index.name} says that {shown(name)} lies in {shown(file)}; download it again")
     for file in sorted(set(weight_map.values())):
         _inside(root, file, index.name)
-    return weight_map
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _inside(root: Path, name: str, said_by: str) -> Path:
@@ -133,5 +135,5 @@ def _inside(root: Path, name: str, said_by: str) -> Path:
     if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(f"{said_by} names {shown(name)}, which leaves {root}; download it again")
     if not (root / name).exists():
-        raise CheckpointError(f"{said_by} names {name}, which is missing in {root}; download it")
+        raise CheckpointError(f"{said_by} names {some([name])}, which is missing in {root}; download it")
     return root / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ TEMPLATES_FOLDER = "additional_chat_templates"  # one *.jinja a template
 
 
 def text_files(folder: Path) -> Iterator[Path]:
-    """Yield the text files that `folder` has."""
-    yield from (folder / name for name in CARRIED if (folder / name).is_file())
-    yield from sorted(file for file in (folder / TEMPLATES_FOLDER).glob("*.jinja") if file.is_file())
+    """Yield what `folder` has under the names of text files, whatever it is."""
+    yield from (folder / name for name in CARRIED if os.path.lexists(folder / name))
+    yield from sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
 
 
 def read_object(path: Path) -> dict[str, Any]:

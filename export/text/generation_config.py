@@ -64,7 +64,9 @@ class GenerationConfig:
             eos_token_ids=_token_ids(path, raw.get("eos_token_id")),
             do_sample=do_sample,
             sampling=tuple((name, _number(path, name, raw[name])) for name in names),
-            not_honoured=tuple(f"{key} {_short(value)}" for key, value in raw.items() if _changes(key, value)),
+            not_honoured=tuple(
+                f"{_short(key)[1:-1]} {_short(value)}" for key, value in raw.items() if _changes(key, value)
+            ),
         )
 
 

@@ -46,12 +46,14 @@ def read_text(folder: Path, raw: dict[str, Any], config: ModelConfig) -> tuple[M
     generation = GenerationConfig.read(folder)
     ends, notes = _ends(raw, config, generation)
     notes += tuple(f"{GENERATION_CONFIG}: {what} is not honoured" for what in generation.not_honoured)
-    if not (folder / TOKENIZER).is_file():
+    if not (folder / TOKENIZER).exists():
         ends = ends or _default_ends(raw, config)
         return dataclasses.replace(config, eos_token_ids=ends), (*notes, *_no_tokenizer(folder))
-    from deepseek_trt.export.text.tokenizer import LoadedTokenizer
+    from deepseek_trt.export.text.tokenizer import LoadedTokenizer, check_bounded
 
+    check_bounded(folder, tuple(_PROBES.values()))
     loaded = LoadedTokenizer.load(folder, dataclasses.replace(config, eos_token_ids=ends))
+    _check_around(folder, config, loaded)
     if not ends:
         ends, note = _ends_by_tokenizer(raw, config, loaded)
         notes = (*notes, note)
@@ -131,6 +133,15 @@ def _on_tokens(loaded: LoadedTokenizer, raw: dict[str, Any], config: ModelConfig
         yield (
             f"the tokenizer has ids up to {size - 1}, the model up to {config.vocab_size - 1}: a text that has one "
             "above is refused"
+        )
+
+
+def _check_around(folder: Path, config: ModelConfig, loaded: LoadedTokenizer) -> None:
+    outside = [token for token in (*loaded.front, *loaded.back) if token >= config.vocab_size]
+    if outside:
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: every text gets the token {_named(loaded, outside)}, and the model's ids end at "
+            f"{config.vocab_size - 1}: take all files from one checkpoint"
         )
 
 

@@ -42,7 +42,7 @@ class SpecialTokens:
     named: bos_token and the others that are given. Where both files name one, special_tokens_map.json counts if
     tokenizer_config.json lists no added_tokens_decoder (transformers' rule), else tokenizer_config.json. more: special
     ones without a name. added: by id. add_bos and add_eos are None where tokenizer_config.json does not say.
-    raw: tokenizer_config.json as it is.
+    added_tokens.json counts where it lists none. raw: tokenizer_config.json as it is.
     """
 
     raw: Mapping[str, Any]
@@ -60,16 +60,17 @@ class SpecialTokens:
         path, other = folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS_MAP
         raw, mapped = read_object(path), read_object(other)
         own, second = _named(path, raw), _named(other, mapped)
+        by_id, legacy = _by_id(path, raw), _by_content(folder / ADDED_TOKENS, {*own.values(), *second.values()})
         named = {**second, **own} if "added_tokens_decoder" in raw else {**own, **second}
         return cls(
             raw=raw,
             named=named,
             more=(*_listed(path, raw), *_listed(other, mapped)),
-            added={**_by_content(folder / ADDED_TOKENS, {*own.values(), *second.values()}), **_by_id(path, raw)},
+            added=by_id if "added_tokens_decoder" in raw else legacy,
             add_bos=_flag(path, raw, "add_bos_token"),
             add_eos=_flag(path, raw, "add_eos_token"),
             split_special=_flag(path, raw, "split_special_tokens") or False,
-            notes=(*_contradictions(own, second, named), *_ignored(path, raw)),
+            notes=(*_contradictions(own, second, named), *_legacy_note(raw, by_id, legacy), *_ignored(path, raw)),
         )
 
     def text(self, name: str) -> str:
@@ -85,7 +86,7 @@ def _named(path: Path, raw: Mapping[str, Any]) -> dict[str, Token]:
 def _listed(path: Path, raw: Mapping[str, Any]) -> tuple[Token, ...]:
     found: list[Token] = []
     for key in _LISTS:
-        given = raw.get(key) or []
+        given = [] if raw.get(key) is None else raw[key]
         given = list(given.values()) if isinstance(given, dict) else given
         if not isinstance(given, list):
             raise wrong_value(path, key, given, "must be a list of tokens")
@@ -94,7 +95,7 @@ def _listed(path: Path, raw: Mapping[str, Any]) -> tuple[Token, ...]:
 
 
 def _by_id(path: Path, raw: Mapping[str, Any]) -> dict[int, Token]:
-    given = raw.get("added_tokens_decoder") or {}
+    given = {} if raw.get("added_tokens_decoder") is None else raw["added_tokens_decoder"]
     if not isinstance(given, dict):
         raise wrong_value(path, "added_tokens_decoder", given, "must be an object of tokens by id")
     found: dict[int, Token] = {}
@@ -147,6 +148,16 @@ def _contradictions(
         f"{named[name].content!r} counts"
         for name in NAMES
         if name in own and name in second and own[name].content != second[name].content
+    )
+
+
+def _legacy_note(raw: Mapping[str, Any], by_id: Mapping[int, Token], legacy: Mapping[int, Token]) -> tuple[str, ...]:
+    """Where tokenizer_config.json lists added tokens, added_tokens.json is not read (transformers' rule)."""
+    more = [token.content for i, token in legacy.items() if i not in by_id or by_id[i].content != token.content]
+    if not more or "added_tokens_decoder" not in raw:
+        return ()
+    return (
+        f"{ADDED_TOKENS} is not read, as {TOKENIZER_CONFIG} lists added_tokens_decoder; the latter lacks {more[0]!r}",
     )
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.errors import CheckpointError, ConfigError, DeepseekTrtError
+from deepseek_trt.export.files import read_file
 from deepseek_trt.export.text.files import TOKENIZER, TOKENIZER_CONFIG
 from deepseek_trt.export.text.special_tokens import SpecialTokens, Token
+from deepseek_trt.export.trials.trial import TOKENIZER as TOKENIZER_SCRIPT
+from deepseek_trt.export.trials.trial import plain, trial
 
 PROBE = "hello world"
+_MOST_BYTES = 2**27  # of tokenizer.json; the largest known has 34 million
+# Long texts on which a pattern that looks back for ever, or a normalizer that multiplies, shows itself.
+_LONG = ("a" * 4096 + "!", " " * 4096 + "a", "1" * 4096 + "a", "ab1 " * 1024, "\u00e9\u6df1\n" * 1024)
 
 
 @dataclass(frozen=True)
@@ -62,11 +72,53 @@ class LoadedTokenizer:
         return _id_of(self.tokenizer, self.special, name, None)
 
 
-def _from_file(path: Path) -> Tokenizer:
+def check_bounded(folder: Path, texts: Sequence[str]) -> None:
+    """Try tokenizer.json in a process with limits of time and memory: CheckpointError where it exceeds them.
+
+    Also where the library panics on it, on long texts, or on `texts`. A bundle's own was tried when it was made.
+    """
+    special = SpecialTokens.read(folder)
+    tokens = [*special.added.values(), *special.named.values(), *special.more]
+    given = {
+        "tokens": [dataclasses.asdict(token) for token in tokens],
+        "split_special": special.split_special,
+        "texts": [PROBE, *texts, *_LONG],
+    }
+    path = folder / TOKENIZER
+    data = json.dumps(given).encode() + b"\n" + _bytes(path)
+    reason = trial(TOKENIZER_SCRIPT, data)
+    if reason:
+        raise CheckpointError(f"{path} cannot be used: {reason}; download it again")
+
+
+@contextmanager
+def refusals(error: type[DeepseekTrtError], sentence: str) -> Iterator[None]:
+    """What the tokenizers library raises as `error`, with {} in the sentence for its words: bare exceptions, and panics
+    of its Rust code, which are no Exception.
+    """
     try:
-        return Tokenizer.from_buffer(path.read_bytes())  # from_file wants a name that is UTF-8
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} cannot be loaded ({error}); download it again") from None
+        yield
+    except BaseException as raised:
+        if not isinstance(raised, Exception) and type(raised).__name__ != "PanicException":
+            raise
+        raise error(sentence.format(plain(str(raised)))) from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read_file(path, _MOST_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _from_file(path: Path) -> Tokenizer:
+    data = _bytes(path)
+    with refusals(CheckpointError, f"{_braced(path)} cannot be loaded ({{}}); download it again"):
+        return Tokenizer.from_buffer(data)  # from_file wants a name that is UTF-8
+
+
+def _braced(path: Path) -> str:
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _add_tokens(tokenizer: Tokenizer, special: SpecialTokens, folder: Path) -> None:
@@ -95,10 +147,8 @@ def _check_id(found: int | None, wanted: int, content: str, folder: Path) -> Non
 
 def _around(tokenizer: Tokenizer, folder: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What tokenizer.json's post-processor puts before and after a text."""
-    try:
+    with refusals(CheckpointError, f"{_braced(folder / TOKENIZER)} cannot encode {PROBE!r} ({{}}); download it again"):
         plain, whole = (tokenizer.encode(PROBE, add_special_tokens=special).ids for special in (False, True))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{folder / TOKENIZER} cannot encode {PROBE!r} ({error}); download it again") from None
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start]), tuple(whole[start + len(plain) :])

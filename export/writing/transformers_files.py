@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
 from deepseek_trt.export.bundle.graph import GraphSpec, TensorSpec
+from deepseek_trt.export.json_text import json_text
 
 EXPORT_FILE = "export.json"
 _SCHEMA_VERSION = 1
@@ -35,7 +35,7 @@ def write_export_json(folder: Path, graph: GraphSpec, dtype: str) -> None:
     }
     component = {"file": graph.file, "metadata": metadata}
     manifest = {"schema_version": _SCHEMA_VERSION, "export_format": "onnx", "components": {graph.name: component}}
-    (folder / EXPORT_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / EXPORT_FILE).write_text(json_text(manifest, indent=1) + "\n", encoding="utf-8")
     weights = folder / f"{graph.file}.data"
     weights.unlink(missing_ok=True)  # of a run that was killed
     weights.symlink_to(WEIGHTS_FILE)

@@ -25,6 +25,7 @@ from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import SCORE
 from deepseek_trt.export.reading.tensors import StoredTensor
+from deepseek_trt.export.text.wording import some
 
 _UNINDEXED = "the index does not name it, and the model does not need it"
 _SCALES = (*WEIGHT_DTYPES.values(), "F8_E8M0")  # what fp8 block scales may be
@@ -63,7 +64,8 @@ def plan_weights(
     unexplained = [name for name, reason in reasons.items() if reason is None]
     if unexplained:
         raise CheckpointError(
-            f"{len(unexplained)} tensors are left over, e.g. {unexplained[0]}: config.json does not describe this model"
+            f"{len(unexplained)} tensors are left over, e.g. {some(unexplained[:1])}: "
+            "config.json does not describe this model"
         )
     for piece in pieces:
         _check_dtype(checkpoint.tensors[piece.source], piece)
@@ -80,10 +82,10 @@ def main_dtype(checkpoint: Checkpoint) -> str:
 def _check_dtype(source: StoredTensor, piece: Piece) -> None:
     if source.dtype == FP8 and piece.scale is None:
         raise CheckpointError(
-            f"tensor {source.name} is fp8 without {source.name}{SCALE_SUFFIX}; only block-scaled fp8 is supported"
+            f"tensor {some([source.name])} is fp8 without its *{SCALE_SUFFIX}; only block-scaled fp8 is supported"
         )
     if source.dtype not in (*WEIGHT_DTYPES.values(), FP8):
-        raise CheckpointError(f"tensor {source.name} is {source.dtype}, which is not supported; use bfloat16")
+        raise CheckpointError(f"tensor {some([source.name])} is {source.dtype}, which is not supported; use bfloat16")
 
 
 def _why_dropped(name: str, config: ModelConfig, checkpoint_layers: int, interface: Interface) -> str | None:

@@ -13,8 +13,6 @@ import os
 import pickle
 import queue
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -22,9 +20,11 @@ from pathlib import Path
 
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
+from deepseek_trt.export.writing.working import scratch_folder
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.aot.variants import variants_for
 from deepseek_trt.plugins.aot.worker import Compiled, Request
+from deepseek_trt.plugins.isolated import plain_environment, start_python
 from deepseek_trt.plugins.kernels.chips import shared_limit
 
 PTXAS_WHEEL = "nvidia-cuda-nvcc"
@@ -82,7 +82,10 @@ def compile_requests(
 ) -> tuple[Compiled, ...]:
     """Compile each request, unchecked, in order of `requests`, on `jobs` processes."""
     count = min(jobs, len(requests))
-    with _compilers(count) as idle, ThreadPoolExecutor(max(1, count)) as pool:
+    with _compilers(count) as processes, ThreadPoolExecutor(max(1, count)) as pool:
+        idle: Idle = queue.SimpleQueue()
+        for process in processes:
+            idle.put(process)
         futures = [pool.submit(_compile_on, idle, request) for request in requests]
         try:
             for done, future in enumerate(as_completed(futures), start=1):
@@ -90,6 +93,8 @@ def compile_requests(
                 if on_progress:
                     on_progress(done, len(requests))
         except BaseException:
+            for process in processes:
+                process.kill()  # else its kernel is awaited
             pool.shutdown(cancel_futures=True)
             raise
     return tuple(future.result() for future in futures)
@@ -140,14 +145,13 @@ def find_ptxas() -> Path:
     return paths[0]
 
 
-def _environment(ptxas: Path, cache: str) -> dict[str, str]:
+def _environment(ptxas: Path, cache: Path) -> dict[str, str]:
     """A compiler process's environment: this one's without any of Triton's settings, then those we want."""
     settings = ("TRITON_", "PTXAS_", "DISABLE_PTXAS")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(settings)}
+    kept = {key: value for key, value in plain_environment().items() if not key.startswith(settings)}
     return {
         **kept,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "TRITON_CACHE_DIR": cache,
+        "TRITON_CACHE_DIR": str(cache),
         "TRITON_PTXAS_PATH": str(ptxas),
         "TRITON_PTXAS_BLACKWELL_PATH": str(ptxas),
         "TRITON_DISABLE_LINE_INFO": "1",
@@ -156,17 +160,17 @@ def _environment(ptxas: Path, cache: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _compilers(count: int) -> Iterator[Idle]:
+def _compilers(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """`count` compiler processes, ended and their caches removed afterwards."""
-    command = [sys.executable, "-c", "from deepseek_trt.plugins.aot.worker import main; main()"]
-    with tempfile.TemporaryDirectory(prefix="deepseek-trt-") as cache, contextlib.ExitStack() as stack:
-        idle: Idle = queue.SimpleQueue()
+    with scratch_folder() as folder, contextlib.ExitStack() as stack:
+        processes = []
         for index in range(count):
-            environment = _environment(find_ptxas(), os.path.join(cache, str(index)))
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            idle.put(stack.enter_context(process))  # whose end is awaited there
-            stack.callback(process.terminate)
-        yield idle
+            cache = folder / str(index)
+            cache.mkdir()
+            process = start_python("deepseek_trt.plugins.aot.worker", _environment(find_ptxas(), cache), cache)
+            processes.append(stack.enter_context(process))  # whose end is awaited there
+            stack.callback(process.kill)
+        yield processes
 
 
 def _ask(process: subprocess.Popen[bytes], request: Request) -> Compiled:

@@ -6,7 +6,6 @@ It works on the decode graph. What it does not recognise stays as it was exporte
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -79,9 +78,9 @@ _FEED_FORWARD = Op("Add", ("x", OneOf((Op("Add", (_MOE, _MLP)), _MOE, _MLP))))
 _HEAD = Op("Gemm", (_X, "head"), _GEMM)
 
 
-def fused_bytes(path: Path) -> tuple[bytes, list[str]]:
-    """The decode graph at `path` with fused operators, in float32 where it is bfloat16, and what stays as exported."""
-    model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
+def fused_bytes(decode: bytes) -> tuple[bytes, list[str]]:
+    """The decode graph with fused operators, in float32 where it is bfloat16, and what stays as exported."""
+    model = ir.serde.deserialize_model(onnx.load_model_from_string(decode))
     WidenBfloat16()(model)
     fuse = FuseForCpu()
     fuse(model)

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BackendError, BuildError
+from deepseek_trt.export.trust.cache import kept_file
+from deepseek_trt.export.trust.libraries import library_in_memory
 from deepseek_trt.plugins.cpu.operators import OPERATORS, Operator, generated_headers
-from deepseek_trt.plugins.cxx import Compiler, cache_folder, find_compiler, written_sources
+from deepseek_trt.plugins.cxx import Compiler, find_compiler, written_sources
 
 CPU_LIBRARY_FILE = "cpu_ops.so"  # its name where it lies in a bundle
+_AGAIN = "write the repository again with deepseek-trt model-repository"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-DNDEBUG", "-g0")
 # Object, source and what else its compilation needs. The baseline comes first: of inline functions of the C++ library
 # that several objects hold, the linker takes the first, which must run everywhere; and v3 comes before v4.
@@ -47,13 +51,13 @@ class CpuLibrary:
     reason: str = ""
 
 
-def cpu_library(bundle: Path | None = None) -> CpuLibrary:
-    """The library beside the bundle, in the user's cache, or built now (once, in a minute).
+def cpu_library(bundle: Bundle | None = None) -> CpuLibrary:
+    """The library that the bundle lists, or that of the user's cache, or one built now (once, in a minute).
 
-    Raises BackendError where it could be built but the compiler fails.
+    Raises BackendError where it could be built but the compiler fails, BundleError where the bundle's was changed.
     """
-    if bundle is not None and (bundle / CPU_LIBRARY_FILE).is_file():
-        return CpuLibrary(bundle / CPU_LIBRARY_FILE)
+    if bundle is not None and CPU_LIBRARY_FILE in bundle.files:
+        return CpuLibrary(library_in_memory(bundle.files.read(CPU_LIBRARY_FILE, _AGAIN), CPU_LIBRARY_FILE))
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return CpuLibrary(None, "the compiled CPU operators are for Linux on x86-64")
     sources = source_files()
@@ -63,15 +67,14 @@ def cpu_library(bundle: Path | None = None) -> CpuLibrary:
         compiler = find_compiler()
     except BuildError as error:
         return CpuLibrary(None, f"no compiled CPU operators ({error})")
-    path = cache_folder() / "cpu" / f"{_digest(sources, compiler)}.so"
-    if not path.is_file():
-        _build(sources, compiler, path)
-    return CpuLibrary(path)
+    name = f"{_digest(sources, compiler)}.so"
+    return CpuLibrary(kept_file("cpu", name, lambda path: _build(sources, compiler, path)))
 
 
-def cpu_library_path(bundle: Path | None = None) -> Path | None:
-    """The library's file, to be copied to where a bundle is served from; None where there can be none."""
-    return cpu_library(bundle).path
+def cpu_library_bytes(bundle: Bundle | None = None) -> bytes | None:
+    """The library, to be put where a bundle is served from; None where there can be none."""
+    path = cpu_library(bundle).path
+    return path.read_bytes() if path else None
 
 
 def experts_hit_counter(library: Path) -> Callable[[], ExpertsHit] | None:
@@ -102,8 +105,7 @@ def _digest(sources: dict[str, bytes], compiler: Compiler) -> str:
 
 
 def _build(sources: dict[str, bytes], compiler: Compiler, path: Path) -> None:
-    """Compile in a folder of its own and rename, so that processes may build at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Compile in a folder of its own, so that processes may build at the same time."""
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)
         for file, data in sources.items():
@@ -114,5 +116,6 @@ def _build(sources: dict[str, bytes], compiler: Compiler, path: Path) -> None:
             compiler.run(["-shared", "-s", *(o[0] for o in _OBJECTS), "-o", CPU_LIBRARY_FILE, "-lpthread"], folder)
         except BuildError as error:
             mend = "run `pip install --force-reinstall ziglang`, or pass library=None to use the exported bodies"
-            raise BackendError(f"the CPU operators do not compile ({error}): {mend}") from None
+            sentence = f"the CPU operators do not compile ({error.sentence}): {mend}"
+            raise BackendError(sentence, details=error.details) from None
         os.replace(folder / CPU_LIBRARY_FILE, path)

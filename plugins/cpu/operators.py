@@ -118,7 +118,8 @@ def generated_headers(operators: Sequence[Operator] = OPERATORS) -> dict[str, by
 
 def _activation_header() -> str:
     numbers = ", ".join(f"{name.upper()} = {number}" for number, name in enumerate(ACTIVATIONS))
-    return f"{_GENERATED}\nenum class Activation : int {{ {numbers} }};\n"
+    count = f"constexpr int ACTIVATIONS = {len(ACTIVATIONS)};"
+    return f"{_GENERATED}\nenum class Activation : int {{ {numbers} }};\n{count}\n"
 
 
 def _operators_header(operators: Sequence[Operator]) -> str:

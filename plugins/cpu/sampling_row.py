@@ -17,6 +17,7 @@ TopLogprobs = tuple[tuple[int, float], ...]  # (id, log-probability) of the like
 _MASK = 2**64 - 1
 _LOG2E = 1.4426950408889634
 _COLDEST = 1e-30  # lower temperatures are taken as this one, which float32 can divide by
+_FLATTEST = 2e-38  # higher temperatures give this: float32's zero would be greedy
 
 
 class SamplingRow(ctypes.Structure):
@@ -90,7 +91,7 @@ def unpack(packed: bytes) -> TopLogprobs:
 
 def steepness(temperature: float) -> float:
     """log2(e) / temperature, 0 for greedy."""
-    return _LOG2E / max(temperature, _COLDEST) if temperature else 0.0
+    return max(_LOG2E / max(temperature, _COLDEST), _FLATTEST) if temperature else 0.0
 
 
 def key_of(seed: int) -> int:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.bundle.manifest import list_added
+from deepseek_trt.export.errors import BundleError, RequestError
+from deepseek_trt.export.writing.working import locked
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
-from deepseek_trt.plugins.tensorrt.manifest import PLUGINS_FOLDER
+from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
 
+_FILES = tuple(f"{PLUGINS_FOLDER}/{name}" for name in (LIBRARY, MANIFEST))
 DEFAULT_SMS = (80, 86, 89, 90, 100, 120)
 
 
@@ -43,8 +46,18 @@ class PluginReporter:
 
 
 def build_plugins(request: PluginRequest, report: PluginReporter = PluginReporter()) -> PluginLibrary:
-    """Compile and link; nothing where the library is there, made of the same inputs. Raises BundleError, BuildError."""
-    manifest = Bundle.open(request.bundle).manifest
+    """Compile and link; nothing where the library is there, made of the same inputs.
+
+    Raises BundleError, BuildError, and OutputError where another process builds in the bundle.
+    """
+    with locked(Bundle.open(request.bundle).path):
+        return build_in_locked(request, report)
+
+
+def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLibrary:
+    """As `build_plugins`, for whoever has locked the bundle."""
+    bundle = Bundle.open(request.bundle)
+    manifest = bundle.manifest
     binaries = compile_all(
         manifest.model,
         manifest.dtype,
@@ -53,5 +66,22 @@ def build_plugins(request: PluginRequest, report: PluginReporter = PluginReporte
         on_progress=report.advance,
         fallback=request.fallback,
     )
-    folder = request.bundle / PLUGINS_FOLDER
-    return build_library(binaries, manifest.model, manifest.dtype, folder, cxx=request.cxx, say=report.say)
+    folder = bundle.path / PLUGINS_FOLDER
+    if not is_listed(bundle):
+        _clear(folder)
+    made = build_library(binaries, manifest.model, manifest.dtype, folder, cxx=request.cxx, say=report.say)
+    list_added(bundle.path, _FILES)
+    return made
+
+
+def is_listed(bundle: Bundle) -> bool:
+    """Whether the bundle lists a plugin library, and it is the one that is listed."""
+    return all(map(bundle.files.is_true, _FILES))
+
+
+def _clear(folder: Path) -> None:
+    """Remove a library that somebody else put there: it must not pass for one that is up to date."""
+    if folder.is_symlink():
+        raise BundleError(f"{folder} is a link: remove it, then run this again")
+    for name in (LIBRARY, MANIFEST):
+        (folder / name).unlink(missing_ok=True)

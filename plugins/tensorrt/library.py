@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.writing.working import remove_leftover, working_folder
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.cxx import Compiler, find_compiler
 from deepseek_trt.plugins.tensorrt import codegen
@@ -74,14 +74,14 @@ def build_library(
     path = out_dir / LIBRARY
     current = _current_sha256(path, inputs)
     if current is not None:
+        remove_leftover(path)
         say(f"{path} is up to date")
         return PluginLibrary(path, current, built=False)
 
     say(f"compiling {path} with {compiler.identity}{compiler.first_run_note}")
     files["library_id.cpp"] = codegen.library_id_source(inputs[:16]).encode()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".plugins-", dir=out_dir) as folder:
-        made = _compile(Path(folder), files, headers, compiler)
+    with working_folder(path, wait=True) as folder:
+        made = _compile(folder, files, headers, compiler)
         manifest = _manifest(tables, config, dtype, headers, compiler, inputs, made)
         _publish(made, manifest, path)
     return PluginLibrary(path, manifest.sha256, built=True)

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.errors import BuildError
-from deepseek_trt.export.files import file_sha256
+from deepseek_trt.export.files import stream_sha256
+from deepseek_trt.export.trust.own_json import own_record, read_own
+from deepseek_trt.export.trust.real_files import open_real
 from deepseek_trt.plugins.aot.records import Binary
 
 PLUGINS_FOLDER = "plugins"  # in the bundle
 LIBRARY = "libdeepseek_trt_plugins.so"
 MANIFEST = "libdeepseek_trt_plugins.json"
 SCHEMA = 2
+_MEND = "run `deepseek-trt plugins` again"
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,13 @@ class Manifest:
 def read_manifest(library: Path) -> Manifest:
     """The manifest of `library`. Raises BuildError where it is missing or does not describe this very file."""
     path = library.with_name(MANIFEST)
-    try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        found = file_sha256(library)
-    except FileNotFoundError as error:
-        raise BuildError(f"{error.filename} is missing: run `deepseek-trt plugins`") from None
-    except (ValueError, TypeError) as error:
-        raise BuildError(f"{path} is damaged ({error}): run `deepseek-trt plugins` again") from None
-    if manifest.schema != SCHEMA:
-        raise BuildError(f"{path} has schema {manifest.schema}, not {SCHEMA}: run `deepseek-trt plugins` again")
+    raw = read_own(library.parent, MANIFEST, BuildError, _MEND)
+    manifest = own_record(Manifest, raw, ("schema", SCHEMA), path, BuildError, _MEND)
+    with open_real(library.parent, library.name, BuildError, _MEND) as stream:
+        found = stream_sha256(stream)
     if found != manifest.sha256:
         raise BuildError(
-            f"{library} is not the file that {path.name} describes (sha256 {found}, not {manifest.sha256}): "
-            "run `deepseek-trt plugins` again"
+            f"{library} is not the file that {path.name} describes (sha256 {found}, not {manifest.sha256}): {_MEND}"
         )
     return manifest
 

@@ -13,22 +13,23 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-from deepseek_trt.plugins.cxx import Compiler, cache_folder, find_compiler
+from deepseek_trt.export.trust.cache import kept_file
+from deepseek_trt.plugins.cxx import Compiler, find_compiler
 
 _NAME = "libtensorrt_rtx.so"
 _REAL = "libtensorrt_rtx.so.1"
 _FLAGS = ("-shared", "-fPIC", "-Os", "-s", "-nostdlib", "-Wl,--build-id=none")
 
 
-def prepare(trt_module: ModuleType, cache: Path | None = None) -> None:
+def prepare(trt_module: ModuleType) -> None:
     """Make libtensorrt_rtx.so loadable by that name if `trt_module` is TensorRT-RTX; else, or done before, nothing.
 
-    `cache` is where the shim is kept. Raises BuildError where the compiler is missing or fails.
+    Raises BuildError where the compiler is missing or fails.
     """
     if not hasattr(trt_module, "ComputeCapability"):
         return
     if not _is_loadable():
-        ctypes.CDLL(str(_shim(cache or cache_folder(), find_compiler())), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(_shim(find_compiler())), mode=ctypes.RTLD_GLOBAL)
 
 
 def _is_loadable() -> bool:
@@ -40,15 +41,15 @@ def _is_loadable() -> bool:
     return True
 
 
-def _shim(cache: Path, compiler: Compiler) -> Path:
-    """The shim in the cache folder, made if need be."""
+def _shim(compiler: Compiler) -> Path:
+    """The shim in the cache, made if need be."""
     key = hashlib.sha256("\0".join((compiler.identity, *_FLAGS)).encode()).hexdigest()[:16]
-    path = cache / f"rtx-shim-{key}" / _NAME
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".shim-", dir=path.parent) as folder:
-            os.replace(_build(Path(folder), compiler), path)
-    return path
+
+    def make(target: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".shim-", dir=target.parent) as folder:
+            os.replace(_build(Path(folder), compiler), target)
+
+    return kept_file(f"rtx-shim-{key}", _NAME, make)
 
 
 def _build(folder: Path, compiler: Compiler) -> Path:

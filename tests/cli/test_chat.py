@@ -164,15 +164,16 @@ def test_a_conversation_that_is_too_long_goes_on_after_reset(terminal):
     assert shown.code() == 0
 
 
-def test_lines_are_continued_where_there_is_no_template(terminal, demo, tmp_path):
+def test_lines_are_continued_where_there_is_no_template(terminal, demo, relist, tmp_path):
     import json
     import shutil
 
-    plain = shutil.copytree(demo, tmp_path / "plain", copy_function=os.link)
+    plain = shutil.copytree(demo, tmp_path / "plain")
     config = json.loads((plain / "tokenizer_config.json").read_text(encoding="utf-8"))
     del config["chat_template"]
     (plain / "tokenizer_config.json").unlink()
     (plain / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    relist(plain)
     shown = terminal("--max-new-tokens", 4, bundle=plain)
     shown.read(b"no chat template: each line is continued")
     shown.ask(b"The number of")

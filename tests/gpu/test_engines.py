@@ -18,10 +18,12 @@ from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.engines.sessions.opening import choose_backend
 from deepseek_trt.engines.sessions.ort import OrtCudaSession, OrtSession
 from deepseek_trt.engines.sessions.session import row_latents
+from deepseek_trt.engines.sessions.tensorrt.engine import KEPT
 from deepseek_trt.engines.sessions.tensorrt.session import TrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import BackendError, RequestError
+from deepseek_trt.export.trust.cache import kept_bytes
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 from deepseek_trt.plugins.tensorrt.library import build_library
@@ -188,8 +190,9 @@ def test_a_second_session_starts_from_compiled_kernels(engines):
     batch = Batch([4])
     batch.prefill(session)
     first = decode_steps(session, batch, STEPS[:2, :1])
+    name = session._engines["decode"].cache_name
     session.close()
-    assert (engines.bundle.path / "decode.runtime-cache").stat().st_size > 0
+    assert kept_bytes(KEPT, name)
     again = engines.session()
     batch.prefill(again)
     for old, new in zip(first, decode_steps(again, batch, STEPS[:2, :1]), strict=True):

@@ -13,7 +13,7 @@ from deepseek_trt.export.config.keys import ALIASES, KEYS, SECTIONS
 from deepseek_trt.export.config.keys_page import keys_part, with_part
 from deepseek_trt.export.config.model_config import ModelConfig, config_notes, unsupported_features
 from deepseek_trt.export.config.quantization import FORMATS
-from deepseek_trt.export.config.values import shown
+from deepseek_trt.export.text.wording import shown
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 

@@ -13,8 +13,9 @@ import pytest
 
 from deepseek_trt.export.config.keys import KEYS
 from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
-from deepseek_trt.export.config.values import Anything, Flag, Integer, ListOf, Number, Object, Text, shown
+from deepseek_trt.export.config.values import Anything, Flag, Integer, ListOf, Number, Object, Text
 from deepseek_trt.export.errors import ConfigError
+from deepseek_trt.export.text.wording import shown
 
 NAN, INF = float("nan"), float("inf")
 TYPED = {
@@ -177,4 +178,4 @@ def test_numbers_that_json_lacks_are_named_with_their_key(tmp_path, bases):
     text = json.dumps({**bases["v2"], "rope_theta": NAN, "rms_norm_eps": INF, "router_z_loss_coef": NAN})
     (tmp_path / "config.json").write_text(text)
     found = unsupported_features(read_config(tmp_path / "config.json"))
-    assert [sentence.split(" ")[0] for sentence in found] == ["rms_norm_eps", "rope_theta"]
+    assert {sentence.split(" ")[0] for sentence in found} == {"rms_norm_eps", "rope_theta", "router_z_loss_coef"}

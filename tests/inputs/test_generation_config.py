@@ -187,10 +187,12 @@ def test_what_changes_nothing_is_not_named(tmp_path):
     assert SamplingDefaults.of(write(tmp_path, neutral)).lines == ()
 
 
-def test_options_are_the_files_unless_given(tmp_path):
-    write(tmp_path, V3)
+def test_options_are_the_files_unless_given(made, relist):
+    ours = made("v2")
+    write(ours.path, V3)
+    out = export_bundle(ExportRequest(ours.path, ours.path.parent / "bundle")).bundle.path
     seen = []
-    option = click.option("--bundle", type=click.Path(path_type=Path), default=tmp_path)
+    option = click.option("--bundle", type=click.Path(path_type=Path), default=out)
     command = click.command()(option(sampling_options(lambda params, bundle: seen.append(params))))
 
     def run(*arguments):
@@ -205,7 +207,8 @@ def test_options_are_the_files_unless_given(tmp_path):
     assert run("--no-generation-config") == (SamplingParams(), "")
     assert "either --greedy or --temperature" in run("--greedy", "--temperature", "0.5")[1]
     assert run("--greedy", "--temperature", "0")[0].temperature == 0
-    write(tmp_path, {"temperature": -1})
+    write(out, {"temperature": -1})
+    relist(out)
     assert run("--no-generation-config")[0] == SamplingParams()
 
 
@@ -216,17 +219,17 @@ def test_help_shows_the_defaults_there_are():
 
 
 @pytest.fixture
-def bundle(made, demo_checkpoint):
+def bundle(made, relist, demo_checkpoint):
     """A small model with the demo's tokenizer beside it, most of whose ids it does not have, and defaults."""
     ours = made("v2")
     write(ours.path, {**V3, "max_new_tokens": 5})
     found = export_bundle(ExportRequest(ours.path, ours.path.parent / "bundle")).bundle
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo_checkpoint / name, found.path / name)
-    return found
+    return relist(found.path)
 
 
-def test_python_takes_them_and_complete_params_do_not(bundle):
+def test_python_takes_them_and_complete_params_do_not(bundle, relist):
     with LLM.open(bundle.path, threads=1) as llm:
         assert llm.defaults.params() == SamplingParams(5, temperature=0.6, top_p=0.95)
         (sampled,) = llm.generate([PROMPT])
@@ -237,6 +240,9 @@ def test_python_takes_them_and_complete_params_do_not(bundle):
         assert llm.generate([PROMPT])[0].token_ids[:5] == greedy[0].token_ids
         assert llm.defaults == SamplingDefaults()
     write(bundle.path, {"temperature": -1})
+    with pytest.raises(BundleError, match=r"generation_config\.json is not the file that manifest\.json lists"):
+        LLM.open(bundle.path, threads=1)
+    relist(bundle.path)
     with pytest.raises(BundleError, match="temperature -1"):
         LLM.open(bundle.path, threads=1)
 
@@ -277,8 +283,9 @@ def test_the_server_takes_them_where_a_request_says_nothing(bundle):
         assert llm.defaults == SamplingDefaults()
 
 
-def test_a_repository_is_not_written_for_a_wrong_file(bundle, tmp_path):
+def test_a_repository_is_not_written_for_a_wrong_file(bundle, relist, tmp_path):
     write(bundle.path, {"top_p": 7})
+    relist(bundle.path)
     arguments = ["model-repository", str(bundle.path), str(tmp_path / "repository")]
     refused = CliRunner().invoke(main, arguments)
     assert (refused.exit_code, "generation_config.json: top_p 7.0" in refused.output) == (1, True)
@@ -288,8 +295,9 @@ def test_a_repository_is_not_written_for_a_wrong_file(bundle, tmp_path):
     assert 'key: "generation_config" value { string_value: "false" }' in config
 
 
-def test_bench_stays_greedy(bundle):
+def test_bench_stays_greedy(bundle, relist):
     """Its tokens are drawn and its speed is compared: it does not look at the file."""
     write(bundle.path, {"temperature": -1})
+    relist(bundle.path)
     arguments = ["bench", str(bundle.path), "--context", "8", "--new-tokens", "3", "--threads", "1", "--json"]
     assert CliRunner().invoke(main, arguments).exit_code == 0

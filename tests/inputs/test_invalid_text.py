@@ -24,13 +24,13 @@ INVALID = {HALF: r"lone surrogate U\+D83D at character \d", BYTE: r"not UTF-8 .b
 
 
 @pytest.fixture
-def bundle(made, demo_checkpoint):
+def bundle(made, relist, demo_checkpoint):
     """A small model with the demo's tokenizer beside it, most of whose ids it does not have."""
     ours = made("v2")
     found = export_bundle(ExportRequest(ours.path, ours.path.parent / "bundle")).bundle
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(demo_checkpoint / name, found.path / name)
-    return found
+    return relist(found.path)
 
 
 def run(*arguments):

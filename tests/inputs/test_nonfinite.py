@@ -177,7 +177,7 @@ class KilledError(Exception):
 
 def test_a_killed_run_that_is_continued_knows_what_it_saw(made, tmp_path, monkeypatch):
     checkpoint = made("v2", stored=put("model.embed_tokens.weight", float("nan"))).path
-    journal = tmp_path / ".out.partial" / JOURNAL_FILE
+    journal = tmp_path / ".out.partial" / "new" / JOURNAL_FILE
     seen = []
 
     def die(done):
@@ -186,7 +186,7 @@ def test_a_killed_run_that_is_continued_knows_what_it_saw(made, tmp_path, monkey
             raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr("deepseek_trt.export.writing.partial.shutil.rmtree", lambda *args, **kwargs: None)
+        patch.setattr("deepseek_trt.export.writing.working.shutil.rmtree", lambda *args, **kwargs: None)
         with pytest.raises(KilledError):
             export_bundle(ExportRequest(checkpoint, tmp_path / "out"), Reporter(advance=die))
     assert '"nonfinite": 1' in seen[0]

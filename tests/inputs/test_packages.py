@@ -186,7 +186,7 @@ def test_something_else_in_the_place_of_weights(made, verdict, kind):
     else:
         (one.path / ONE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     words = {"broken link": "is a link to a file that is not there", "git lfs": "git lfs pull"}
-    assert words.get(kind, "is not a regular file") in verdict(one.path).check
+    assert words.get(kind, "is no regular file") in verdict(one.path).check
 
 
 # Names

@@ -73,6 +73,7 @@ class Server:
         self.http, self.grpc, self.metrics_port = _free_ports(3)
         self.shared = f"t{os.getpid()}_{self.http}_"
         self.log_file = self.folder / f"server-{self.http}.log"
+        self.control_file = self.folder / f"control-{self.http}"
         names = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
         environment = {name: value for name, value in os.environ.items() if name not in names}
         environment |= {"PATH": f"{VENV / 'bin'}:{environment['PATH']}", **self.environment}
@@ -82,6 +83,7 @@ class Server:
             f"--http-port={self.http}",
             f"--grpc-port={self.grpc}",
             f"--metrics-port={self.metrics_port}",
+            f"--control-file={self.control_file}",
             f"--backend-config=python,shm-region-prefix-name={self.shared}",
             *self.flags,
         ]
@@ -145,8 +147,17 @@ class Server:
     def get(self, path: str) -> Reply:
         return self._call("GET", path, None)
 
-    def post(self, path: str, body: bytes | dict[str, Any]) -> Reply:
-        return self._call("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode())
+    def post(self, path: str, body: bytes | dict[str, Any], headers: dict[str, str] | None = None) -> Reply:
+        return self._call("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), headers)
+
+    def control(self) -> dict[str, str]:
+        """The header that control endpoints ask for."""
+        name, _, key = self.control_file.read_text().strip().partition(": ")
+        return {name: key}
+
+    def manage(self, verb: str, model: str = MODEL) -> Reply:
+        """Load or unload a model by the server's own API."""
+        return self.post(f"/v2/repository/models/{model}/{verb}", {}, self.control())
 
     def generate(self, model: str = MODEL, /, **inputs: Any) -> Reply:
         return self.post(f"/v2/models/{model}/generate", inputs)
@@ -185,9 +196,9 @@ class Server:
     def _connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.http, timeout=60)
 
-    def _call(self, method: str, path: str, body: bytes | None) -> Reply:
+    def _call(self, method: str, path: str, body: bytes | None, headers: dict[str, str] | None = None) -> Reply:
         with contextlib.closing(self._connection()) as connection:
-            connection.request(method, path, body)
+            connection.request(method, path, body, headers or {})
             response = connection.getresponse()
             text = response.read().decode(errors="replace")
         try:

@@ -113,7 +113,7 @@ def test_a_failing_engine_fails_its_streams_and_the_model_is_not_ready_until_loa
     events = list(server.stream(**ENDLESS))
     assert "the device is gone" in events[-1]["error"]
     assert server.wait_for(lambda: not server.ready())
-    assert server.post("/v2/repository/models/deepseek_v2/load", {}).status == 200
+    assert server.manage("load").status == 200
     assert server.generate(**SHORT).status == 200
 
 
@@ -168,9 +168,9 @@ def test_models_are_unloaded_and_loaded_by_the_servers_own_api(serve, demo_repos
     server = serve(demo_repository)
     right, pid, rounds = server.generate(**SHORT).json["text_output"], server.server_pid(), 5
     for _ in range(rounds):
-        assert server.post("/v2/repository/models/deepseek_v2/unload", {}).status == 200
+        assert server.manage("unload").status == 200
         assert server.wait_for(lambda: not server.ready())
-        assert server.post("/v2/repository/models/deepseek_v2/load", {}).status == 200
+        assert server.manage("load").status == 200
         assert server.generate(**SHORT).json["text_output"] == right
     assert server.wait_for(lambda: server.metric("deepseek_trt_requests_total", result="ok") == rounds + 1)
     assert server.server_pid() == pid
@@ -183,8 +183,8 @@ def test_a_model_that_is_loaded_while_its_last_answer_runs(serve, demo_repositor
     with ThreadPoolExecutor(1) as threads:
         call = threads.submit(grpc_call, [{**ENDLESS, "stream": True}], on=server)
         assert server.wait_for(lambda: server.metric("deepseek_trt_inflight_requests") == 1)
-        assert server.post("/v2/repository/models/deepseek_v2/unload", {}).status == 200
-        assert server.post("/v2/repository/models/deepseek_v2/load", {}).status == 200
+        assert server.manage("unload").status == 200
+        assert server.manage("load").status == 200
         assert server.generate(**SHORT).status == 200
         ((*_, end),) = call.result()
     assert end.get("finish_reason") == "length" or "unloaded" in end["error"]

@@ -74,7 +74,7 @@ def biased(biased_checkpoint, bundle_of) -> Callable[[str], Bundle]:
 
 
 @pytest.fixture
-def edited(good, tmp_path) -> Callable[..., Path]:
+def edited(good, relist, tmp_path) -> Callable[..., Path]:
     """A copy of the float32 bundle, or of another, with one graph, or both, changed."""
 
     def make(edit: Edit, *graphs: str, bundle: Bundle | None = None) -> Path:
@@ -84,7 +84,7 @@ def edited(good, tmp_path) -> Callable[..., Path]:
             model = onnx.load(copy / f"{name}.onnx", load_external_data=False)
             edit(model)
             onnx.save(model, copy / f"{name}.onnx")
-        return copy
+        return relist(copy).path
 
     return make
 

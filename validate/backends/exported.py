@@ -85,8 +85,7 @@ class _Graph:
     """One graph with the values at `places` as outputs beside its own."""
 
     def __init__(self, request: SessionRequest, name: str, places: tuple[str, ...], weights: OrtValues | None) -> None:
-        path = request.bundle.graph_path(name)
-        model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
+        model = ir.serde.deserialize_model(onnx.load_model_from_string(request.bundle.graph_bytes(name)))
         self._outputs = [value.name or "" for value in model.graph.outputs]  # logits, then a pool a layer
         found = {name: value for name, value in inner_values(model).items() if name.rpartition(".")[0] in places}
         model.graph.outputs.extend(v for v in dict.fromkeys(found.values()) if not v.is_graph_output())

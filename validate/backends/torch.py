@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.engines.sessions.torch import TorchSession, Weights, bundle_weights
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.dtypes import dtype_bytes
@@ -24,7 +25,7 @@ class StreamedTorchSession(TorchSession):
     def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32", weights: Weights | None = None) -> None:
         self.note = f"{bundle.manifest.dtype} weights, computed in {dtype}, one layer in memory at a time"
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
-        self.pages = pages
+        self.pages, self.door = pages, Door.of(bundle, pages)
         self._weights, self._dtype = weights or bundle_weights(bundle), getattr(torch, dtype)
         self._own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}
         with torch.device("meta"):

@@ -94,7 +94,7 @@ def _load(bundle: Bundle) -> Any:
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     found: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
     model, loaded = found
     missing = sorted(loaded["missing_keys"])
@@ -109,7 +109,7 @@ def _merged(model: Any, adapter: Path, folder: Path) -> Any:
 
     if adapter == folder.resolve():
         return model
-    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return peft.PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
 
 
 def _stored_dtype(folder: Path) -> str:

@@ -102,4 +102,5 @@ def _encode(bundle: Bundle, text: Path) -> tuple[int, ...]:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{text} cannot be read ({error}): give a text file in UTF-8") from None
-    return tuple(LoadedTokenizer.load(bundle.path, bundle.manifest.model).encode(content))
+    with bundle.text_folder() as folder:
+        return tuple(LoadedTokenizer.load(folder, bundle.manifest.model).encode(content))

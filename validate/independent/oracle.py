@@ -185,7 +185,7 @@ def _merged(model: Any, adapter: Path, folder: Path) -> Any:
 
     if adapter == folder.resolve():
         return model
-    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+    return peft.PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload().eval()
 
 
 def _read_config(folder: Path) -> Any:

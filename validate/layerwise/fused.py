@@ -42,10 +42,9 @@ class FusedDecode:
         if library.path is None:
             return cls(None, None, library.reason, {})
         ctypes.CDLL(str(library.path)).deepseek_trt_cpu_threads(threads or len(os.sched_getaffinity(0)))
-        found, left = fused_decode(bundle)
-        data = found if isinstance(found, bytes) else found.read_bytes()
+        data, left = fused_decode(bundle)
         note = f"as exported, not compiled: {', '.join(left)}" if left else ""
-        traced = ir.serde.deserialize_model(onnx.load(bundle.traced_path("decode"), load_external_data=False))
+        traced = ir.serde.deserialize_model(onnx.load_model_from_string(bundle.traced_bytes("decode")))
         states = {name: value for name, value in inner_values(traced).items() if name.startswith("hidden.")}
         return cls(data, library.path, note, {name: value.name or "" for name, value in states.items()})
 

@@ -25,7 +25,7 @@ from deepseek_trt.validate.layerwise.inputs import Stream
 from deepseek_trt.validate.layerwise.report import merge, merge_accuracy
 from deepseek_trt.validate.layerwise.weights import BundleWeights
 from deepseek_trt.validate.pair import rounding_floors
-from deepseek_trt.validate.report.integrity import Integrity, odd_weights
+from deepseek_trt.validate.report.integrity import Integrity, listed_files, odd_weights
 from deepseek_trt.validate.report.report import BackendReport, Compared, Comparison, PartReport, backend_report
 from deepseek_trt.validate.request import Progress, ValidateRequest, layers_of
 from deepseek_trt.validate.steps import Part, Script
@@ -40,7 +40,7 @@ def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progre
     """
     parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
     refusal = f"--layers compares {', '.join(BACKENDS)}: leave out --backend {{name}}"
-    library = cpu_library(bundle.path)
+    library = cpu_library(bundle)
     usual = BACKENDS if library.path else tuple(name for name in BACKENDS if name != "ort")
     names = request.chosen(BACKENDS, usual, refusal)
     check = Check.of(bundle, request)
@@ -118,7 +118,7 @@ def _weights(bundle: Bundle, request: ValidateRequest) -> PublishedWeights:
 def _integrity(bundle: Bundle, parts: Sequence[Part]) -> Integrity:
     """Hash the files but for the weights, and of these the tensors that were compared; their numbers are looked at."""
     found = [BundleWeights(bundle).changed(part) for part in parts]
-    files = {p.name: file_sha256(p) for p in sorted(bundle.path.iterdir()) if p.is_file() and p.name != WEIGHTS_FILE}
+    files = {n: file_sha256(p) for n, p in sorted(listed_files(bundle).items()) if n != WEIGHTS_FILE}
     changed = tuple(name for name, digest in bundle.manifest.files.items() if files.get(name) != digest)
     names = tuple(dict.fromkeys(name for names, _ in found for name in names))
     odd = odd_weights(bundle, lambda name: any(part.owns(name) for part in parts))

@@ -50,7 +50,7 @@ class OrtPart:
 
     def _load(self, graph: str) -> None:
         self._session: Any = None  # the other graph goes first
-        model = ir.serde.deserialize_model(onnx.load(self._bundle.traced_path(graph), load_external_data=False))
+        model = ir.serde.deserialize_model(onnx.load_model_from_string(self._bundle.traced_bytes(graph)))
         self._names = cut(model, self._part)
         weights = self._give_weights(model)
         self._experts = {name: weights.pop(name) for name in _feed_experts(model)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepseek_trt.export.errors import OutputError
-from deepseek_trt.export.files import write_text
+from deepseek_trt.export.writing.working import write_text
 from deepseek_trt.validate.report.html import HTML_FILE, render_html
 from deepseek_trt.validate.report.report import AccuracyReport, Comparison
 

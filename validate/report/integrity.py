@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.assemble import chunks
-from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
+from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle
 from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.bundle.weights import WeightReader, unchanged_checkpoint
 from deepseek_trt.export.files import CHUNK, file_sha256
@@ -42,7 +41,7 @@ class Integrity:
     """`changed_weights` are tensors whose sha256 is not the manifest's; `changed_files` are other files. `odd_weights`
     are no weights of a trained model.
 
-    `sha256` holds every file of the bundle by its path in it, plans among them, and the plugin library that plans name;
+    `sha256` holds every file that the bundle lists by its path in it, plans and their plugin library among them;
     `checkpoint_sha256` the checkpoint's parts that are still as export found them.
     """
 
@@ -63,8 +62,8 @@ class Integrity:
 
 def check_integrity(bundle: Bundle) -> Integrity:
     """Hash every file and, where the bundle holds them, every weight. A by-reference bundle checks its own sources."""
-    files = {name: file_sha256(path) for name, path in sorted(_files(bundle).items())}
-    recorded = bundle.manifest.files
+    files = {name: file_sha256(path) for name, path in sorted(listed_files(bundle).items())}
+    recorded = {**bundle.manifest.files, **bundle.manifest.added}
     changed_files = tuple(name for name, digest in recorded.items() if files.get(name) != digest)
     expected = {w.recipe.name: w.sha256 for w in bundle.manifest.weights if w.sha256 is not None}
     checkpoint = {path.name: file_sha256(path) for path in unchanged_parts(bundle)}
@@ -138,11 +137,7 @@ def unchanged_parts(bundle: Bundle) -> list[Path]:
     return found
 
 
-def _files(bundle: Bundle) -> dict[str, Path]:
-    """By their path in the bundle, or as a plan's record names them."""
-    found = {path.relative_to(bundle.path).as_posix(): path for path in bundle.path.rglob("*") if path.is_file()}
-    for record in sorted(bundle.path.glob("*.plan.json")):
-        name = json.loads(record.read_text(encoding="utf-8")).get("plugin_library")
-        if name and (bundle.path / name).is_file():
-            found.setdefault(name, bundle.path / name)
-    return found
+def listed_files(bundle: Bundle) -> dict[str, Path]:
+    """What the manifest lists, the weights and the manifest itself, by their path in the bundle."""
+    names = (MANIFEST_FILE, WEIGHTS_FILE, *bundle.manifest.files, *bundle.manifest.added)
+    return {name: bundle.path / name for name in names if (bundle.path / name).is_file()}

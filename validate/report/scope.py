@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from deepseek_trt.engines.environment import cpu_name
-from deepseek_trt.engines.plans.plan import plan_path
+from deepseek_trt.engines.plans.plan import has_plan
 from deepseek_trt.engines.sessions.opening import choose_backend
 from deepseek_trt.engines.sessions.tensorrt.cuda import visible_gpu
 from deepseek_trt.export.bundle.folder import Bundle
@@ -56,7 +56,7 @@ def _not_compared(bundle: Bundle, request: ValidateRequest, found: Compared) -> 
     if "ort" not in ran:
         what = "compiled CPU operators" if generates else "graphs in ONNX Runtime"
         yield f"{what} (backend ort): not compared, {found.no_ort or _UNASKED}"
-    if any(plan_path(bundle, graph.name).is_file() for graph in bundle.manifest.graphs) and "tensorrt" not in ran:
+    if any(has_plan(bundle, graph.name) for graph in bundle.manifest.graphs) and "tensorrt" not in ran:
         yield f"TensorRT plans: not compared, {_why_no_plans(bundle, request)}"
     if generates and choose_backend(bundle).backend == "ort-cuda":
         yield "ONNX Runtime's CUDA provider, which generate chooses here: not compared, validate runs it on the CPU"

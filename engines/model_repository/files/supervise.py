@@ -5,14 +5,20 @@ It does what tritonserver 2.51 does not by itself:
 - when a model's process was killed, the server is started again: it would say that the model is ready, answer nothing,
   and leave those who wait for an answer waiting for ever. Other models' streams may end first;
 - when the server itself has crashed, it is started again, unless it crashes over and over;
-- no process and no shared memory stays behind.
+- no process and no shared memory stays behind;
+- who reaches a port can infer and read what the models and metrics are, and no more: what loads models (which runs
+  code), maps shared memory or writes files asks for a header that is made anew at each start. `--control-file=FILE`
+  keeps it in FILE, or takes it from there. Given --http-restricted-api and --grpc-restricted-protocol stand before it.
 A model that unloaded itself, because its engine failed, stays unloaded: the server says that it is not ready.
 """
 
 import http.client
 import os
+import re
+import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -40,7 +46,15 @@ DEFAULTS = {
     "exit-timeout-secs": "30",
     "pinned-memory-pool-byte-size": "0",
     "allow-gpu-metrics": "false",
+    "allow-sagemaker": "false",  # these two load models by paths of their own
+    "allow-vertex-ai": "false",
 }
+# What runs code, maps memory or writes files, and the flags that keep it behind a header.
+CONTROL = ("model-repository", "shared-memory", "trace", "logging")
+HTTP_RESTRICTED, GRPC_RESTRICTED = "http-restricted-api", "grpc-restricted-protocol"
+HEADER = "deepseek-trt-control"  # over gRPC with "triton-grpc-protocol-" before it
+KEY = re.compile(r"[A-Za-z0-9_-]{32,256}")
+HIDE_SECONDS = 10.0  # how long a server may take from its start to its first thread
 
 
 def say(message: str) -> None:
@@ -89,6 +103,8 @@ class Supervisor:
     def __init__(self, server: str, flags: Flags, models: list[str]) -> None:
         self.models = models
         self.shared_memory = own_shared_memory(flags)
+        self.key = control_key((flags.pop("control-file", None) or [None])[-1])
+        self.headers = restrict(flags, self.key)
         self.command = command_of(server, flags, models)
         value = {name: (flags.get(name) or [default])[-1] or "" for name, default in DEFAULTS.items()}
         self.address = "127.0.0.1" if value["http-address"] == "0.0.0.0" else value["http-address"]
@@ -99,13 +115,13 @@ class Supervisor:
         self.crashes: list[float] = []  # when
         self.stubs: dict[str, int] = {}  # model: pid of the process that holds it
         self.looks: dict[str, int] = {}  # model: looks in a row that found no process
-        self.up = False  # since its last start
+        self.up = self.hidden = False  # since its last start
 
     def run(self) -> int:
         """The server's exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note_signal)
-        self.server = subprocess.Popen(self.command)
+        self.start()
         try:
             while not self.stopping and (self.server.poll() is None or self.recovers()):
                 for model in self.killed():
@@ -118,6 +134,10 @@ class Supervisor:
             return 128 - code if code < 0 else code
         finally:
             self.clear()
+
+    def start(self) -> None:
+        self.server = subprocess.Popen(self.command)
+        self.hidden, self.hide_until = False, time.monotonic() + HIDE_SECONDS
 
     def recovers(self) -> bool:
         """Whether the server, which has ended, was started again: only where a signal ended it."""
@@ -135,7 +155,16 @@ class Supervisor:
     def pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not self.stopping and self.server.poll() is None:
-            time.sleep(0.05)
+            self.hide()
+            time.sleep(0.05 if self.hidden else 0.002)
+
+    def hide(self) -> None:
+        """Take the key out of the server's command line, which any user of the machine can read, once it is read."""
+        if not self.hidden:
+            late = time.monotonic() > self.hide_until
+            self.hidden = hide_argument(self.server.pid, self.key) or late
+            if late:
+                say("the key of the control endpoints can be seen in the server's command line: keep others off /proc")
 
     def killed(self) -> list[str]:
         """At most one model that has had no process for some looks while the server did not deny that it is ready."""
@@ -159,7 +188,7 @@ class Supervisor:
         self.server.wait()
         self.clear()
         if not self.stopping:
-            self.server = subprocess.Popen(self.command)
+            self.start()
 
     def stop(self) -> None:
         self.unload()
@@ -201,10 +230,71 @@ class Supervisor:
         """The status, or None where the server does not answer."""
         try:
             connection = http.client.HTTPConnection(self.address, self.port, timeout=5)
-            connection.request(method, path, body=b"{}" if method == "POST" else None)
+            connection.request(method, path, b"{}" if method == "POST" else None, self.headers)
             return connection.getresponse().status
         except (OSError, http.client.HTTPException):
             return None
+
+
+def control_key(file: str | None) -> str:
+    """A new key, kept in `file` as a line `header: key` that only its owner can read; or that of the file there is."""
+    key = secrets.token_hex(32)
+    if not file:
+        return key
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
+            made.write(f"{HEADER}: {key}\n")
+        return key
+    except FileExistsError:
+        return known_key(file)
+    except OSError as error:
+        sys.exit(f"serve.sh: --control-file: {error}")
+
+
+def known_key(file: str) -> str:
+    """The key of a file that nobody but its owner can read or write."""
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as kept:
+            facts = os.fstat(kept.fileno())
+            if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+                sys.exit(f"serve.sh: --control-file {file!r}: must be a file that you own and nobody else can read")
+            name, _, key = kept.read(1024).strip().partition(": ")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"serve.sh: --control-file {file!r}: {error}")
+    if name != HEADER or not KEY.fullmatch(key):
+        sys.exit(f"serve.sh: --control-file {file!r}: must hold one line, {HEADER}: and 32 letters or digits, or more")
+    return key
+
+
+def restrict(flags: Flags, key: str) -> dict[str, str]:
+    """Keep control endpoints behind the key, but those that given flags restrict; the headers that HTTP asks for."""
+    for flag in (HTTP_RESTRICTED, GRPC_RESTRICTED):
+        given = flags.setdefault(flag, [])
+        known = {api for each in given for api in (each or "").partition(":")[0].split(",")}
+        ours = [api for api in CONTROL if api not in known]
+        if ours:
+            given.append(f"{','.join(ours)}:{HEADER}={key}")
+    headers = ((each or "").partition(":")[2].partition("=") for each in flags[HTTP_RESTRICTED])
+    return {name: value for name, _, value in headers}
+
+
+def hide_argument(pid: int, key: str) -> bool:
+    """Overwrite the key in the arguments of a process that has read them, as one with several threads has; whether it
+    is gone.
+    """
+    try:
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        threads, first, last = int(facts[17]), int(facts[45]), int(facts[46])
+        if threads < 2:
+            return False
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+            memory.seek(first)
+            words = memory.read(last - first)
+            memory.seek(first)
+            memory.write(words.replace(key.encode(), b"-" * len(key)))
+        return key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def is_stub(pid: int, models: list[str], parent: int | None = None) -> str | None:

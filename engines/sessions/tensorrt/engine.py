@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import mmap
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from deepseek_trt.engines.plans.check import AGAIN, is_for_chip, wrong_chip
 from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.plan import Plan
 from deepseek_trt.export.errors import BackendError
-from deepseek_trt.export.files import aside
+from deepseek_trt.export.trust.cache import keep_bytes, kept_bytes
+
+KEPT = "tensorrt"  # the part of the user's cache
 
 
 class Engine:
     """A deserialised plan. Bind and shape everything, then enqueue; activation memory first."""
 
-    def __init__(self, plan: Plan, flavour: Flavour, sm: int, gpu: str, specialise: bool) -> None:
-        """`specialise`: compile for each new shape before it first runs, where the flavour compiles at run time.
+    def __init__(self, plan: Plan, stream: BinaryIO, flavour: Flavour, sm: int, gpu: str, specialise: bool) -> None:
+        """`stream` is the open plan. `specialise`: compile for each new shape before it first runs, where the flavour
+        compiles at run time.
 
         Raises BackendError with TensorRT's own words where it does not take the plan.
         """
@@ -30,7 +31,7 @@ class Engine:
         runtime = flavour.trt.Runtime(flavour.logger)
         if plan.record.spec.embed_plugins:
             runtime.engine_host_code_allowed = True
-        with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self._check_valid(runtime, data, sm, gpu)
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
@@ -66,9 +67,9 @@ class Engine:
         return int(self._engine.device_memory_size_v2)
 
     @property
-    def cache_path(self) -> Path:
-        """Where kernels compiled at run time are kept, where the flavour does that."""
-        return self._plan.path.with_suffix(".runtime-cache")
+    def cache_name(self) -> str:
+        """Under which kernels compiled at run time are kept in the user's cache, where the flavour does that."""
+        return f"{self._plan.record.plan_sha256[:32]}.runtime-cache"
 
     def use_memory(self, address: int, nbytes: int) -> None:
         """Activation memory; runs of other engines may use it in between."""
@@ -100,14 +101,10 @@ class Engine:
         self._cache = self._config = self._context = self._engine = self._runtime = None
 
     def save_cache(self) -> None:
-        """Write the runtime cache beside the plan, where there is one and the folder can be written."""
+        """Keep the runtime cache, where there is one and the user's cache can be written."""
         blob = bytes(self._cache.serialize()) if self._cache is not None else b""
-        if not blob:
-            return
-        with contextlib.suppress(OSError):  # a read-only bundle compiles again next time
-            if not self.cache_path.is_file() or self.cache_path.read_bytes() != blob:
-                with aside(self.cache_path) as draft:
-                    draft.write_bytes(blob)
+        if blob and kept_bytes(KEPT, self.cache_name) != blob:
+            keep_bytes(KEPT, self.cache_name, blob)
 
     def _check_valid(self, runtime: Any, data: mmap.mmap, sm: int, gpu: str) -> None:
         """Ask the runtime, where it can tell, whether it takes the plan on this GPU; else go by the record."""
@@ -158,8 +155,9 @@ class Engine:
         if not hasattr(config, "create_runtime_cache"):
             return
         self._cache = config.create_runtime_cache()
-        if self.cache_path.is_file():
-            self._cache.deserialize(self.cache_path.read_bytes())
+        kept = kept_bytes(KEPT, self.cache_name)
+        if kept is not None:
+            self._cache.deserialize(kept)
         config.set_runtime_cache(self._cache)
 
     def _refusal(self, what: str) -> BackendError:

@@ -10,16 +10,17 @@ from collections.abc import Callable
 import numpy as np
 
 from deepseek_trt.engines.plans.check import (
-    check_file,
     check_library,
     check_pages,
     check_version,
     kernels_note,
     limits_of,
+    open_plan,
     read_plans,
 )
 from deepseek_trt.engines.plans.flavour import open_flavour
 from deepseek_trt.engines.plans.plan import Plan
+from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import Device, aligned
@@ -64,9 +65,10 @@ class TrtSession(Session):
         """
         plans = read_plans(bundle)
         self.limits = limits_of(plans)
+        self.door = Door.of(bundle, pages)
         check_pages(self.limits, bundle.manifest.cache, pages)
         self.cache, self.pages = bundle.manifest.cache, pages
-        self.library = cpu_library(bundle.path).path  # samples on the CPU
+        self.library = cpu_library(bundle).path  # samples on the CPU
         self._pool_shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self.vocab_size = bundle.manifest.model.vocab_size
         self._all_logits = bundle.manifest.all_logits
@@ -90,20 +92,21 @@ class TrtSession(Session):
         stack.callback(device.close)
         device.activate()
         libraries = {check_library(bundle, plan, device.sm) for plan in plans} - {None}
-        for plan in plans:
-            check_file(plan)
-        for library in libraries:
-            load_library(library, flavour.trt)  # type: ignore[arg-type]
-        self._engines: dict[str, Engine] = {}
-        for name, plan in self._plans.items():
-            engine = Engine(plan, flavour, device.sm, device.name, self._cuda_graphs and name == "decode")
-            stack.callback(engine.close)
-            self._engines[name] = engine
+        with contextlib.ExitStack() as streams:
+            opened = {name: streams.enter_context(open_plan(bundle, plan)) for name, plan in self._plans.items()}
+            for library in libraries:
+                load_library(library, flavour.trt, plans[0].record.plugin_library_sha256)  # type: ignore[arg-type]
+            self._engines: dict[str, Engine] = {}
+            for name, plan in self._plans.items():
+                captured = self._cuda_graphs and name == "decode"
+                engine = Engine(plan, opened[name], flavour, device.sm, device.name, captured)
+                stack.callback(engine.close)
+                self._engines[name] = engine
         kernels = (kernels_note(bundle, plan, device.sm) for plan in plans)
         engines = (engine.note for engine in self._engines.values())
         uncaptured = "" if self._cuda_graphs else "CUDA graphs are off: every step costs its launches"
-        name = f"{flavour.name} {flavour.version} on {device.name}"
-        notes = [name, *engines, *kernels, *flavour.log.notes, uncaptured]
+        where = f"{flavour.name} {flavour.version} on {device.name}"
+        notes = [where, *engines, *kernels, *flavour.log.notes, uncaptured]
         self.note = "; ".join(dict.fromkeys(filter(None, notes)))
         self._allocate(bundle, progress)
         self._graphs = self._make_graphs(stack)
@@ -160,6 +163,7 @@ class TrtSession(Session):
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
         """As Session's; more tokens than the engine takes at once are cached piece by piece."""
+        self.door.check_prefill(input_ids, sequence_lengths, past_lengths, page_table)
         self._check_sizes(input_ids, page_table)
         batch, steps = input_ids.shape
         logits = np.zeros((*self._logits_rows(batch, steps), self.vocab_size), dtype=np.float32)
@@ -185,6 +189,7 @@ class TrtSession(Session):
         return (batch, steps) if self._all_logits else (batch,)
 
     def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        self.door.check_decode(input_ids, past_lengths, page_table)
         self._check_sizes(input_ids, page_table)
         rows, width = page_table.shape
         more = (0, bucket(rows, self.limits.batch) - rows)

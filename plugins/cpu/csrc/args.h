@@ -29,6 +29,7 @@ struct AttentionArgs {
     const int32_t *page_table, *past_lengths;  // [B, M], [B]
     float* y;                                  // [B, hidden]
     int64_t batch, hidden, pages, page, table_width, heads, nope, value, rank;
+    int64_t latent, rope_rows, rope, table_rows, lengths;  // D, B, R/2, B, B as the inputs have them
     float eps, latent_eps, scale;
     Matrix norm, q_a, q_norm, q, kv_a, kv_norm, w_uk, w_uv, o;  // q_a and q_norm only with query compression
     Matrix q_a_bias, kv_a_bias, o_bias;
@@ -50,6 +51,7 @@ struct FeedForwardArgs {
     // gate, up: [experts * expert_width, hidden]; down: [experts * hidden, expert_width]
     Matrix router, gate, up, down;
     const float* bias;  // of biased routing, else null
+    int64_t biases;     // how many there are
     int64_t top_k, groups, top_groups;
     bool normalised;
     float factor;

@@ -1,5 +1,6 @@
 // The kernels of one instruction set: compiled once with -DISA=v3 and once with -DISA=v4.
 #include "attention.h"
+#include "check.h"
 #include "feed_forward.h"
 
 #define NAME_OF(isa) kernels_##isa
@@ -10,11 +11,13 @@ namespace {
 
 template <class Half, class Args>
 void run(const Args& args, Pool& pool) {
+    check::args(args);
     const Half half(args, shared_scratch());
     pool.run([&](Team& team) { half.run(team); });
 }
 
 void head(const HeadArgs& a, Pool& pool) {
+    check::args(a);
     constexpr int64_t block = 64;
     pool.run([&](Team& team) {
         Scratch& own = own_scratch();

@@ -58,7 +58,9 @@ void attention(const Call<Op>& call) {
     a.batch = in.x.dims[0], a.hidden = in.x.dims[1];
     a.pool_type = in.past.type, a.pages = in.past.dims[0], a.page = in.past.dims[1];
     a.page_table = in.page_table.template as<int32_t>();
-    a.table_width = in.page_table.dims[1];
+    a.table_rows = in.page_table.dims[0], a.table_width = in.page_table.dims[1];
+    a.latent = in.past.dims[2], a.rope_rows = in.cos.rows, a.rope = in.cos.columns, a.lengths = in.past_lengths.dims[0];
+    if (in.sin.rows != a.rope_rows || in.sin.columns != a.rope) a.rope_rows = -1;
     a.past_lengths = in.past_lengths.template as<int32_t>();
     a.heads = in.w_uk.dims[0], a.nope = in.w_uk.dims[1], a.rank = in.w_uk.dims[2], a.value = in.w_uv.dims[1];
     a.norm = in.norm_weight, a.q_a = in.q_a, a.q_norm = in.q_norm_weight, a.q = in.q;
@@ -81,7 +83,7 @@ void feed_forward(const Call<operators::FeedForward>& call) {
     a.norm = in.norm_weight;
     a.experts = in.router.dims[0], a.expert_width = in.gate.dims[1];
     a.router = in.router, a.gate = in.gate, a.up = in.up, a.down = in.down;
-    a.bias = in.correction.as<float>();
+    a.bias = in.correction.as<float>(), a.biases = in.correction.columns;
     a.shared = {
         in.shared_gate, in.shared_up, in.shared_down, in.shared_gate_bias, in.shared_up_bias, in.shared_down_bias};
     a.activation = static_cast<Activation>(node.activation);

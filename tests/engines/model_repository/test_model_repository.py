@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,8 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.engines.model_repository import copying
-from deepseek_trt.engines.model_repository.copying import copy_file
-from deepseek_trt.engines.model_repository.placing import carried_files
+from deepseek_trt.engines.model_repository.copying import copy_file, real_file
 from deepseek_trt.engines.model_repository.runtime import runtime_files
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
@@ -28,9 +28,10 @@ from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.engines.serving.tensors import INPUTS, OUTPUTS
 from deepseek_trt.engines.sessions import opening
 from deepseek_trt.engines.sessions.opening import Surroundings
-from deepseek_trt.engines.sessions.prepared import fused_path
+from deepseek_trt.engines.sessions.prepared import FUSED_DECODE
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec
+from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.errors import BundleError, OutputError, RequestError
 from deepseek_trt.plugins.cpu.library import CPU_LIBRARY_FILE
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST
@@ -40,35 +41,38 @@ SPEC = BuildSpec(max_batch_size=4, max_input_len=16, max_seq_len=64)
 
 
 @pytest.fixture(scope="module")
-def bundle(small_v2, bundle_of, demo_checkpoint, tmp_path_factory):
+def bundle(relist, small_v2, bundle_of, demo_checkpoint, tmp_path_factory):
     """The small model with the demo's tokenizer beside it, whose ids it does not have: nothing is generated here."""
     folder = tmp_path_factory.mktemp("with_tokenizer") / "bundle"
     shutil.copytree(bundle_of(small_v2.checkpoint, page_size=PAGE).path, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo_checkpoint / name, folder)
-    return Bundle.open(folder)
+    return relist(folder)
 
 
 @pytest.fixture(scope="module")
 def planned(bundle, tmp_path_factory):
-    """The bundle with plans that nobody built, their library elsewhere."""
+    """The bundle with plans that nobody built."""
     folder = tmp_path_factory.mktemp("planned")
     own = Bundle.open(Path(shutil.copytree(bundle.path, folder / "bundle")))
-    (folder / "library").mkdir()
-    (folder / "library" / LIBRARY).write_bytes(b"library")
-    (folder / "library" / MANIFEST).write_text("{}")
+    (own.path / "plugins").mkdir()
+    (own.path / "plugins" / LIBRARY).write_bytes(b"library")
+    (own.path / "plugins" / MANIFEST).write_text("{}")
     for graph in own.manifest.graphs:
         dims = [
             TensorSpec(t.name, t.dtype, tuple(-1 if isinstance(d, str) else d for d in t.dims)) for t in graph.inputs
         ]
         profile = profile_of(graph, own.manifest.cache, SPEC)
-        library = (f"../library/{LIBRARY}", hashlib.sha256(b"library").hexdigest())
+        library = (f"plugins/{LIBRARY}", hashlib.sha256(b"library").hexdigest())
+        plan = hashlib.sha256(b"plan").hexdigest()
         record = PlanRecord(
-            graph.name, SPEC, "1.0", tuple(dims), (), graph.outputs, profile, {}, {}, *library, "", "", 4
+            graph.name, SPEC, "1.0", tuple(dims), (), graph.outputs, profile, {}, {}, *library, "", plan, 4
         )
         (own.path / f"{graph.name}.plan").write_bytes(b"plan")
         record.write(own.path / f"{graph.name}.plan.json")
-    return own
+        list_added(own.path, [f"{graph.name}.plan", f"{graph.name}.plan.json"])
+    list_added(own.path, [f"plugins/{LIBRARY}", f"plugins/{MANIFEST}"])
+    return own.listed_anew()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def test_everything_is_described_and_real(repository, bundle):
     weights = version / "bundle" / "weights.safetensors"
     assert weights.stat().st_nlink == 1  # onnx reads no other
     listed = {"manifest.json", "weights.safetensors", "tokenizer.json", "tokenizer_config.json", *bundle.manifest.files}
-    made = {CPU_LIBRARY_FILE, fused_path(bundle).name}
+    made = {CPU_LIBRARY_FILE, FUSED_DECODE}
     assert {p.relative_to(version / "bundle").as_posix() for p in (version / "bundle").rglob("*")} - made == listed
     assert (repository / "serve.sh").stat().st_mode & 0o111
     assert all(name in manifest["requirements"][0] for name in ("numpy", "<2"))
@@ -162,7 +166,7 @@ def test_a_copy_is_a_reflink_where_the_file_system_can(tmp_path, monkeypatch, cl
     monkeypatch.setattr(copying.fcntl, "ioctl", ioctl)
     (tmp_path / "a").write_bytes(b"copied")
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    copy_file(tmp_path / "link", tmp_path / "b")
+    copy_file(real_file(tmp_path / "link", tmp_path), tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == (b"cloned" if cloned else b"copied")
     assert not (tmp_path / "b").is_symlink()
 
@@ -171,8 +175,8 @@ def test_a_copy_is_a_reflink_where_the_file_system_can(tmp_path, monkeypatch, cl
 def test_a_listed_file_that_is_not_there_is_named(bundle, name):
     (bundle.path.parent / "stray").write_text("")
     manifest = dataclasses.replace(bundle.manifest, files={**bundle.manifest.files, name: ""})
-    with pytest.raises(BundleError, match=f"no file '{name}'"):
-        carried_files(dataclasses.replace(bundle, manifest=manifest), "ort")
+    with pytest.raises(BundleError, match=f"{name} is missing|'{name}' leads out"):
+        dataclasses.replace(bundle, manifest=manifest).files.check([name])
 
 
 def test_config_says_everything(repository):
@@ -211,7 +215,7 @@ def test_models_side_by_side(bundle, tmp_path):
     assert (tmp_path / "deepseek_v2" / "config.pbtxt").stat().st_mtime_ns == before
     assert 'name: "other"' in (tmp_path / "other" / "config.pbtxt").read_text()
     assert "`deepseek_v2`, `other`" in (tmp_path / "README.md").read_text()
-    assert "@" not in (tmp_path / "README.md").read_text()
+    assert not re.search(r"@\w+@", (tmp_path / "README.md").read_text())
 
 
 def test_a_by_reference_bundle_is_refused(small_v2, bundle_of, tmp_path):
@@ -307,7 +311,7 @@ def test_plans_come_with_their_library_and_limits(planned, tmp_path):
     placed = tmp_path / "deepseek_v2" / "1" / "bundle"
     assert (placed / "plugins" / LIBRARY).read_bytes() == b"library"
     assert (placed / "plugins" / MANIFEST).is_file()
-    assert PlanRecord.read(placed / "decode.plan.json").plugin_library == f"plugins/{LIBRARY}"
+    assert PlanRecord.of(Bundle.open(placed), "decode").plugin_library == f"plugins/{LIBRARY}"
     assert "KIND_GPU" in (tmp_path / "deepseek_v2" / "config.pbtxt").read_text()
     assert written(planned.path, tmp_path, "--backend", "ort", "--name", "cpu")["backend"] == "ort"
     assert not list((tmp_path / "cpu").rglob("*.plan"))
@@ -405,9 +409,62 @@ def test_flags_of_serve_sh():
         supervise.split_flags(["8000"])
 
 
+def test_control_endpoints_ask_for_a_key_unless_given_flags_say_otherwise():
+    supervise = script("supervise.py")
+    key, flags = supervise.control_key(None), {}
+    assert key != supervise.control_key(None)
+    assert supervise.restrict(flags, key) == {"deepseek-trt-control": key}
+    both = f"model-repository,shared-memory,trace,logging:deepseek-trt-control={key}"
+    assert flags == {"http-restricted-api": [both], "grpc-restricted-protocol": [both]}
+    own = {"http-restricted-api": ["model-repository,health:a=b", "trace:c=d"], "grpc-restricted-protocol": []}
+    assert supervise.restrict(own, key) == {"a": "b", "c": "d", "deepseek-trt-control": key}
+    assert own["http-restricted-api"][2] == f"shared-memory,logging:deepseek-trt-control={key}"
+    assert own["grpc-restricted-protocol"] == [both]
+
+
+def test_a_control_file_keeps_the_key(tmp_path):
+    supervise, file = script("supervise.py"), tmp_path / "control"
+    key = supervise.control_key(str(file))
+    assert file.read_text() == f"deepseek-trt-control: {key}\n"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert supervise.control_key(str(file)) == key
+
+
+def _linked(file):
+    (file.parent / "other").touch(0o600)
+    file.symlink_to("other")
+
+
+def _written(data, mode=0o600):
+    def write(file):
+        file.write_bytes(data)
+        file.chmod(mode)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_written(b"deepseek-trt-control: " + b"a" * 64, 0o644), "nobody else can read"),
+        (_written(b"deepseek-trt-control: short"), "one line"),
+        (_written(b"deepseek-trt-control: " + b"a" * 40 + b"\nx: y"), "one line"),
+        (_written(b"other: " + b"a" * 64), "one line"),
+        (_written(b"\xff" * 64), "utf-8"),
+        (_linked, "control"),
+        (lambda file: file.mkdir(), "control"),
+        (lambda file: os.mkfifo(file, 0o600), "must be a file"),
+    ],
+)
+def test_a_control_file_of_others_is_refused(tmp_path, spoil, words):
+    spoil(tmp_path / "control")
+    with pytest.raises(SystemExit, match=words):
+        script("supervise.py").control_key(str(tmp_path / "control"))
+
+
 def test_a_spoiled_file_is_named(repository, tmp_path):
     version = Path(shutil.copytree(repository / "deepseek_v2" / "1", tmp_path / "1"))
-    code = (version / "model.py").read_text().split("check_all()\nsys.path")[0] + "check_all()\n"
+    code = (version / "model.py").read_text().split("check_all()\nsys.")[0] + "check_all()\n"
     (version / "check.py").write_text(code)
 
     def check():
@@ -418,3 +475,10 @@ def test_a_spoiled_file_is_named(repository, tmp_path):
     assert "config.json is not the file that was written" in check().stderr
     (version / "bundle" / "config.json").unlink()
     assert "config.json is missing" in check().stderr
+    shutil.copy(repository / "deepseek_v2" / "1" / "bundle" / "config.json", version / "bundle")
+    (version / "notes.txt").write_text("mine")
+    (version / "runtime" / "__pycache__").mkdir()
+    (version / "runtime" / "__pycache__" / "numpy.pyc").write_text("")
+    assert check().returncode == 0
+    (version / "runtime" / "numpy.py").write_text("raise SystemExit('planted')")
+    assert "numpy.py is none of the runtime's files" in check().stderr

@@ -22,6 +22,7 @@ from deepseek_trt.engines.plans.request import BuildRequest, build_plans
 from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import graphs_of
+from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
@@ -56,7 +57,7 @@ def test_plans_build_and_a_rerun_does_nothing(bundle, library, weights):
         assert plan.record.plugins == {attention: layers, "MoeRouter": layers - 1, "MoeExperts": layers - 1}
         assert plan.record.layers["PLUGIN_V3"] == 3 * layers - 2
         assert plan.path.stat().st_size == plan.record.plan_bytes
-        assert PlanRecord.read(plan.path.with_suffix(".plan.json")) == plan.record
+        assert PlanRecord.of(bundle.listed_anew(), plan.record.graph) == plan.record
         names = [t.name for t in plan.record.inputs]
         assert set(plan.record.weights) <= set(names)
         assert [n for n in names if n not in plan.record.weights] == [
@@ -247,17 +248,21 @@ def test_profiles_come_from_the_three_sizes(bundle):
     assert profile_of(decode, cache, SPEC).shapes["input_ids"] == ((1, 1), (4, 1), (4, 1))
 
 
-def test_a_missing_or_damaged_record_is_named(tmp_path):
+def test_a_missing_or_damaged_record_is_named(bundle_of, demo_checkpoint, tmp_path):
+    own = Bundle.open(Path(shutil.copytree(bundle_of(demo_checkpoint).path, tmp_path / "bundle")))
     with pytest.raises(BundleError, match="deepseek-trt build"):
-        PlanRecord.read(tmp_path / "prefill.plan.json")
-    (tmp_path / "prefill.plan.json").write_text('{"schema_version": 1}')
-    with pytest.raises(BundleError, match="is damaged"):
-        PlanRecord.read(tmp_path / "prefill.plan.json")
+        PlanRecord.of(own, "prefill")
+    (own.path / "prefill.plan.json").write_text('{"schema_version": 1}')
+    with pytest.raises(BundleError, match="does not list it: make it with deepseek-trt build"):
+        PlanRecord.of(own, "prefill")
+    list_added(own.path, ["prefill.plan.json"])
+    with pytest.raises(BundleError, match=r"prefill.plan.json: \w+ is missing: make it"):
+        PlanRecord.of(own.listed_anew(), "prefill")
 
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize(("sm", "words"), [(90, "does not build for SM 90; it builds for 80, 86"), (75, "SM 75")])
 def test_a_chip_is_refused_before_kernels_are_compiled(bundle, monkeypatch, sm, words):
-    monkeypatch.setattr(request, "build_plugins", lambda *_: pytest.fail("kernels were compiled"))
+    monkeypatch.setattr(request, "build_in_locked", lambda *_: pytest.fail("kernels were compiled"))
     with pytest.raises(BuildError, match=words):
         build_plans(BuildRequest(bundle.path, BuildSpec(sms=(sm,))))

@@ -16,6 +16,7 @@ from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.engines.plans.request import BuildRequest, build_plans
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.errors import BackendError, BuildError
 from deepseek_trt.plugins.kernels.chips import compiled_for
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, SCHEMA, Manifest
@@ -99,7 +100,7 @@ def asked(monkeypatch):
         seen.append(wanted.sms)
         return types.SimpleNamespace(path=wanted.bundle / "plugins" / LIBRARY)
 
-    monkeypatch.setattr(request, "build_plugins", build_plugins)
+    monkeypatch.setattr(request, "build_in_locked", build_plugins)
     monkeypatch.setattr(request, "check_build", lambda bundle, spec: RTX if spec.sms else FULL)
     monkeypatch.setattr(request, "build_with_library", lambda *_: ())
     return seen
@@ -114,6 +115,7 @@ def leave_library(bundle, **changes):
     sizes = fixed_sizes(bundle.manifest.model)
     whole = dataclasses.replace(MADE, sha256=digest, dtype=bundle.manifest.dtype, sizes=sizes)
     dataclasses.replace(whole, **changes).write(library.with_name(MANIFEST))
+    list_added(bundle.path, [f"plugins/{LIBRARY}", f"plugins/{MANIFEST}"])
 
 
 LEFT = {  # what lies there, the GPU, the chips named (none: the full TensorRT), what must be compiled

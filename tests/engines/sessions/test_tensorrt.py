@@ -25,6 +25,7 @@ from deepseek_trt.engines.plans.flavour import ErrorLog, Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.engines.sessions.session import row_latents
+from deepseek_trt.engines.sessions.tensorrt import engine as engine_module
 from deepseek_trt.engines.sessions.tensorrt import session as trt_module
 from deepseek_trt.engines.sessions.tensorrt import weight_upload
 from deepseek_trt.engines.sessions.tensorrt.session import TrtSession, bucket
@@ -32,9 +33,10 @@ from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec, past_name
+from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.bundle.weights import WeightReader
-from deepseek_trt.export.errors import BackendError, BuildError, BundleError, RequestError
+from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, SCHEMA, Manifest
 
 _SPEC = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).parents[1] / "fake_gpu.py")
@@ -61,6 +63,7 @@ class World:
         for name, record in self.records.items():
             self.plan(name).write_bytes(name.encode())
             self.write(record)
+        self.list_all()
         weights = {name: torch.from_numpy(array.copy()) for name, array in WeightReader(self.bundle).views().items()}
         name = {"rtx": "fake_rtx", "tensorrt": "fake"}[spec.flavour]
         self.trt = fake_gpu.fake_trt(name, self.bundle, self.records, self.device, weights)
@@ -68,7 +71,17 @@ class World:
         self.loaded = []
         log = ErrorLog()
         monkeypatch.setattr(trt_module, "open_flavour", lambda flavour: Flavour(flavour, self.trt, log, log))
-        monkeypatch.setattr(trt_module, "load_library", lambda path, trt: self.loaded.append(path))
+        monkeypatch.setattr(trt_module, "load_library", lambda path, trt, sha256: self.loaded.append(path))
+        self.kept = {}
+        monkeypatch.setattr(engine_module, "kept_bytes", lambda part, name: self.kept.get(name))
+        monkeypatch.setattr(engine_module, "keep_bytes", lambda part, name, data: self.kept.update({name: data}))
+
+    def list_all(self):
+        """List what lies in the bundle now."""
+        found = [f"{g.name}{end}" for g in self.bundle.manifest.graphs for end in (".plan", ".plan.json")]
+        found += [f"plugins/{name}" for name in (LIBRARY, MANIFEST)]
+        list_added(self.bundle.path, [name for name in found if (self.bundle.path / name).is_file()])
+        self.bundle = self.bundle.listed_anew()
 
     def plan(self, graph):
         return self.bundle.path / f"{graph}.plan"
@@ -78,6 +91,7 @@ class World:
 
     def change(self, graph="prefill", **changes):
         self.write(dataclasses.replace(self.records[graph], **changes))
+        self.list_all()
 
     def record(self, graph):
         given = [
@@ -341,7 +355,7 @@ def test_more_pages_than_any_engine_takes(world):
     with pytest.raises(
         BackendError, match=r"needed, 2\^31 numbers a layer or more; TensorRT takes \d+, \d+ tokens of all"
     ):
-        world.session(pages=2**31)
+        world.session(pages=2**31 - 1)
 
 
 def remove(path):
@@ -351,8 +365,17 @@ def remove(path):
 REFUSED = {
     "no record": (remove("decode.plan.json"), BundleError, "deepseek-trt build"),
     "no plan": (remove("decode.plan"), BundleError, r"decode\.plan is missing: .*deepseek-trt build"),
-    "another length": (lambda w: w.plan("prefill").write_bytes(b"prefill+"), BackendError, "has 8 bytes, .* says 7"),
-    "other bytes": (lambda w: w.plan("prefill").write_bytes(b"PREFILL"), BackendError, "sha256 differs.*build again"),
+    "other bytes": (lambda w: w.plan("prefill").write_bytes(b"PREFILL"), BundleError, "sha256 differs.*build again"),
+    "another plan": (
+        lambda w: w.change(plan_sha256="0" * 64),
+        BundleError,
+        "prefill.plan is not the plan that its record describes",
+    ),
+    "a library elsewhere": (
+        lambda w: w.change(plugin_library=f"../plugins/{LIBRARY}"),
+        BundleError,
+        "plugin_library .* leads out of the folder",
+    ),
     "other options": (
         lambda w: w.change(spec=dataclasses.replace(SPEC, max_batch_size=3)),
         BackendError,
@@ -363,12 +386,17 @@ REFUSED = {
         BackendError,
         "built by tensorrt_rtx 1.0, this is 2.0: .* or install 1.0",
     ),
-    "no library": (remove(f"plugins/{LIBRARY}"), BuildError, "is missing: run `deepseek-trt plugins`"),
-    "no manifest": (remove(f"plugins/{MANIFEST}"), BuildError, "is missing: run `deepseek-trt plugins`"),
-    "another library": (lambda w: w.write_library(b"another"), BackendError, "not the library that prefill.plan was"),
-    "damaged library": (lambda w: w.library.write_bytes(b"x"), BuildError, "is not the file that"),
+    "no library": (remove(f"plugins/{LIBRARY}"), BundleError, "is missing: run deepseek-trt plugins"),
+    "no manifest": (remove(f"plugins/{MANIFEST}"), BundleError, "is missing: run deepseek-trt plugins"),
+    "another library": (
+        lambda w: (w.write_library(b"another"), w.list_all()),
+        BackendError,
+        "not the library that prefill.plan was",
+    ),
+    "a planted library": (lambda w: w.write_library(b"another"), BundleError, "is not the file that manifest.json"),
+    "damaged library": (lambda w: w.library.write_bytes(b"x"), BundleError, "is not the file that"),
     "no kernels": (
-        lambda w: w.write_library(sms=(90,)),
+        lambda w: (w.write_library(sms=(90,)), w.list_all()),
         BackendError,
         "no kernels for SM 86; it has SM 90: run deepseek-trt plugins --sm 86",
     ),
@@ -414,6 +442,7 @@ def test_which_kernels_run_on_which_chip(world, sm, sms, ptx, runs):
     world.change("prefill", spec=dataclasses.replace(SPEC, sms=(sm,)))
     world.change("decode", spec=dataclasses.replace(SPEC, sms=(sm,)))
     world.write_library(sms=sms, ptx_sms=ptx)
+    world.list_all()
     if runs:
         compiled = any(own // 10 == sm // 10 for own in sms)
         stands_in = f"no kernels compiled for SM {sm}: PTX made for SM 80 stands in"
@@ -430,6 +459,7 @@ def test_a_chip_that_was_not_named(make_world, bundle):
     """TensorRT-RTX says itself whether a plan runs; the full TensorRT does not, so the record decides."""
     world = make_world(bundle)
     world.write_library(ptx_sms=(80,))
+    world.list_all()
     world.device.sm = 90
     assert "built for SM 86, 120, runs on SM 90, maybe slower" in world.session().note
     world.trt.validity = (VALIDITY.INVALID, 2)
@@ -448,6 +478,7 @@ def test_what_tensorrt_says_of_a_plan(world):
 def test_an_embedded_librarys_ptx_is_said_where_it_lies_beside(make_world, bundle):
     world = make_world(bundle, embed_plugins=True)
     world.write_library(sms=(120,), ptx_sms=(80,))
+    world.list_all()
     first = world.session()
     assert "PTX made for SM 80 stands in" in first.note
     world.library.unlink()
@@ -468,6 +499,7 @@ def test_what_the_plugin_library_says_while_it_loads_is_in_the_note(world):
 def test_the_full_tensorrt_needs_the_named_chip(make_world, bundle):
     world = make_world(bundle, flavour="tensorrt", sms=(86,))
     world.write_library(ptx_sms=(80,))
+    world.list_all()
     world.device.sm = 90
     with pytest.raises(BackendError, match="build with --sm 90"):
         world.session()
@@ -497,14 +529,13 @@ def test_a_gpu_that_is_too_small_is_given_back(world):
     assert world.device.closed
 
 
-def test_compiled_kernels_are_kept_beside_the_plans(world):
-    caches = [world.bundle.path / f"{name}.runtime-cache" for name in ("prefill", "decode")]
+def test_compiled_kernels_are_kept_in_the_cache(world):
     world.session().close()
-    assert [cache.read_bytes() for cache in caches] == [b"compiled"] * 2
+    assert world.kept.keys() == {f"{r.plan_sha256[:32]}.runtime-cache" for r in world.records.values()}
+    assert [*world.kept.values()] == [b"compiled"] * 2
     world.device.closed = False
     world.session().close()
-    assert [cache.read_bytes() for cache in caches] == [b"compiled+"] * 2, "the second session started from it"
-    assert not list(world.bundle.path.glob("*.tmp*"))
+    assert [*world.kept.values()] == [b"compiled+"] * 2, "the second session started from it"
 
 
 def test_only_what_is_captured_is_compiled_before_it_runs(world):

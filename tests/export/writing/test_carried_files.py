@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deepseek_trt.engines.text.text import Text
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.text.files import CARRIED
@@ -19,7 +21,7 @@ from deepseek_trt.export.writing.carried_files import carried_digests, carry_fil
 def test_files_arrive_as_they_are(demo_checkpoint, tmp_path):
     carry_files(demo_checkpoint, tmp_path)
     carried = {path.name for path in tmp_path.iterdir()}
-    assert carried == {name for name in CARRIED if (demo_checkpoint / name).is_file()}
+    assert carried == {"config.json", *(name for name in CARRIED if (demo_checkpoint / name).is_file())}
     for name in carried:
         assert filecmp.cmp(demo_checkpoint / name, tmp_path / name, shallow=False)
 
@@ -65,7 +67,8 @@ def test_templates_in_a_folder_are_carried(tmp_path):
     (source / "additional_chat_templates").mkdir(parents=True)
     target.mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
-    (source / "chat_template.json").write_text("{}")
+    for name in ("chat_template.json", "config.json"):
+        (source / name).write_text("{}")
     carry_files(source, target)
     assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
     names = ["chat_template.json", "additional_chat_templates/rag.jinja"]
@@ -80,10 +83,10 @@ def test_licences_are_carried(tmp_path):
     source.mkdir()
     target.mkdir()
     (source / "LICENSES").mkdir()
-    for name in (*LICENCES, "README.md", "licensed.bin", "noticeable.txt", "model.safetensors"):
+    for name in (*LICENCES, "README.md", "licensed.bin", "noticeable.txt", "config.json", "model.safetensors"):
         (source / name).write_text(name)
     carry_files(source, target)
-    assert {p.name for p in target.iterdir()} == set(LICENCES)
+    assert {p.name for p in target.iterdir()} == {"config.json", *LICENCES}
     before = carried_digests(source)
     (source / "LICENSE").write_text("another")
     assert carried_digests(source) != before
@@ -95,8 +98,9 @@ def test_template_in_a_file_of_its_own(tmp_path, demo_checkpoint):
 
     carry_files(demo_checkpoint, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
-    manifest = SimpleNamespace(model=ModelConfig(max_position_embeddings=64))
-    bundle = SimpleNamespace(path=tmp_path, tokenizer_path=tmp_path / "tokenizer.json", manifest=manifest)
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()}
+    manifest = SimpleNamespace(model=ModelConfig(max_position_embeddings=64), files=files, added={})
+    bundle = Bundle(tmp_path, manifest)
     ids = Text(bundle).encode_chat([{"role": "user", "content": "hello"}])
     bos = json.loads((demo_checkpoint / "config.json").read_text())["bos_token_id"]
     assert ids[0] == bos

@@ -18,7 +18,7 @@ from deepseek_trt.export.errors import OutputError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.header import read_header
-from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
+from deepseek_trt.export.writing.partial import finish, partial_folder
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, write_weights
 from deepseek_trt.export.writing.weight_plan import plan_weights
 
@@ -142,7 +142,6 @@ def test_partial_folder_becomes_the_target(tmp_path):
     out = tmp_path / "out"
     with partial_folder(out, "inputs", 0) as folder:
         (folder / "file").write_text("x")
-        (folder / INPUTS_FILE).unlink()
         finish(folder, out)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert [p.name for p in out.iterdir()] == ["file"]
@@ -164,7 +163,7 @@ def test_disk_that_is_too_small(tmp_path):
 def test_two_runs_with_one_target(tmp_path):
     with partial_folder(tmp_path / "out", "a", 0) as folder:
         (folder / "file").write_text("x")
-        with pytest.raises(OutputError, match="another export"), partial_folder(tmp_path / "out", "a", 0):
+        with pytest.raises(OutputError, match="another deepseek-trt"), partial_folder(tmp_path / "out", "a", 0):
             pass
         assert (folder / "file").exists()
 
@@ -188,12 +187,13 @@ def test_a_kill_leaves_the_folder_for_the_same_inputs_only(tmp_path, kill):
         assert process.stdout.readline() == "ready\n"
         os.kill(process.pid, kill)
     partial = tmp_path / ".out.partial"
-    assert (partial / "file").read_text() == "kept"
+    assert (partial / "new" / "file").read_text() == "kept"
     with partial_folder(out, "inputs", 0) as folder:
         assert (folder / "file").read_text() == "kept"
     assert not partial.exists()
-    partial.mkdir()
-    (partial / "file").write_text("of other inputs")
+    with subprocess.Popen([sys.executable, "-c", _HANG, str(out)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.kill(process.pid, kill)
     with partial_folder(out, "others", 0) as folder:
         assert not (folder / "file").exists()
 
@@ -230,7 +230,7 @@ def test_export_after_a_kill(tmp_path, weights_of, save):
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     done = subprocess.run([sys.executable, "-c", _KILLED_EXPORT, str(checkpoint), str(out)], check=False)
     assert done.returncode == -signal.SIGKILL
-    weights = (partial / WEIGHTS_FILE).read_bytes()
+    weights = (partial / "new" / WEIGHTS_FILE).read_bytes()
     bundle = export_bundle(ExportRequest(checkpoint, out)).bundle
     assert (out / WEIGHTS_FILE).read_bytes() == weights
     assert not partial.exists()

@@ -132,7 +132,7 @@ def test_the_nodes_follow_the_tables(variant: Callable[[str], Bundle], monkeypat
     path = variant("sigmoid routing").traced_path("decode")
 
     def inputs_of(operator: Operator) -> list[list[str | None]]:
-        model = ir.serde.deserialize_model(onnx.load_from_string(fused_bytes(path)[0]))
+        model = ir.serde.deserialize_model(onnx.load_from_string(fused_bytes(path.read_bytes())[0]))
         return [[i.name for i in node.inputs if i] for node in model.graph if node.op_type == operator.name]
 
     forwards = inputs_of(FEED_FORWARD)
@@ -142,7 +142,7 @@ def test_the_nodes_follow_the_tables(variant: Callable[[str], Bundle], monkeypat
 
 
 def test_no_weight_is_in_the_fused_graph(variant: Callable[[str], Bundle]) -> None:
-    data, left = fused_bytes(variant("plain").traced_path("decode"))
+    data, left = fused_bytes(variant("plain").traced_bytes("decode"))
     assert left == []
     initializers = onnx.load_from_string(data).graph.initializer
     assert all(t.data_location == onnx.TensorProto.EXTERNAL for t in initializers if t.name != "model.rope.inv_freq")

@@ -12,6 +12,8 @@ import pytest
 
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.manifest import list_added
+from deepseek_trt.export.errors import BundleError
 from deepseek_trt.plugins.cpu.library import CPU_LIBRARY_FILE, cpu_library
 
 Decoded = list[np.ndarray[Any, Any]]
@@ -62,5 +64,14 @@ def test_a_row_does_not_depend_on_the_batch_or_the_threads(bundle: Bundle) -> No
 def test_the_library_beside_the_bundle_is_taken(bundle: Bundle, tmp_path: Path) -> None:
     built = cpu_library()
     assert built.path is not None
-    shutil.copy(built.path, tmp_path / CPU_LIBRARY_FILE)
-    assert cpu_library(tmp_path).path == tmp_path / CPU_LIBRARY_FILE
+    own = Bundle.open(Path(shutil.copytree(bundle.path, tmp_path / "bundle")))
+    shutil.copy(built.path, own.path / CPU_LIBRARY_FILE)
+    assert cpu_library(own).path == built.path, "nobody lists it"
+    list_added(own.path, [CPU_LIBRARY_FILE])
+    own = own.listed_anew()
+    taken = cpu_library(own).path
+    assert taken != built.path
+    assert taken.read_bytes() == built.path.read_bytes()
+    (own.path / CPU_LIBRARY_FILE).write_bytes(built.path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"is not the file that manifest\.json lists"):
+        cpu_library(own)

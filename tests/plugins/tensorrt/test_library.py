@@ -16,6 +16,7 @@ import pytest
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.ops import OPS
+from deepseek_trt.export.trust.cache import cache_folder
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.cxx import Compiler, find_compiler
@@ -175,21 +176,25 @@ def test_compiler_that_fails_is_said(
     assert not out.exists() or not list(out.iterdir())
 
 
-def test_cold_compiler_is_announced(tmp_path: Path) -> None:
-    assert "a minute or two" in find_compiler(cache=tmp_path / "new").first_run_note
-    assert find_compiler(cache=tmp_path).first_run_note == ""
+def test_cold_compiler_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "a minute or two" in find_compiler().first_run_note
+    (cache_folder() / find_compiler().cache).mkdir(parents=True)
+    assert find_compiler().first_run_note == ""
     assert Compiler(("c++",), "c++ 1.0").first_run_note == ""
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.unlink(), "is missing: run `deepseek-trt plugins`"),
+        (lambda p: p.unlink(), "is missing: run `deepseek-trt plugins` again"),
         (lambda p: p.write_bytes(b"x"), "is not the file that libdeepseek_trt_plugins.json describes"),
         (lambda p: p.with_name(MANIFEST).unlink(), "libdeepseek_trt_plugins.json is missing"),
-        (lambda p: p.with_name(MANIFEST).write_text("{"), "is damaged"),
-        (lambda p: p.with_name(MANIFEST).write_text("{}"), "is damaged"),
-        (lambda p: _edit(p.with_name(MANIFEST), schema=0), "has schema 0, not 1"),
+        (lambda p: p.with_name(MANIFEST).write_text("{"), "is not JSON"),
+        (lambda p: p.with_name(MANIFEST).write_text("{}"), "schema None is not 1"),
+        (lambda p: _edit(p.with_name(MANIFEST), sms="86"), "sms is '86', where a list is needed"),
+        (lambda p: _edit(p.with_name(MANIFEST), more=1), "more is a key that nothing here knows"),
+        (lambda p: _edit(p.with_name(MANIFEST), schema=0), "schema 0 is not 1"),
     ],
 )
 def test_damage_is_said(
@@ -203,5 +208,5 @@ def test_damage_is_said(
         read_manifest(path)
 
 
-def _edit(manifest: Path, **changes: int) -> None:
+def _edit(manifest: Path, **changes: object) -> None:
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))

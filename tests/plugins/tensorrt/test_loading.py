@@ -130,7 +130,6 @@ class Registry:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setattr(loading, "_held", {})
-    monkeypatch.setattr(loading, "_opened", {})
     monkeypatch.setattr(ctypes, "CDLL", lambda path: path)
     return Registry()
 
@@ -159,20 +158,23 @@ def test_library_is_loaded_once(registry: Registry, plugin_library: PluginLibrar
     paths = [copy_to(tmp_path / name, plugin_library) for name in ("one", "two", "three")]
     module = module_of(registry)
     assert load_library(paths[0], module) == load_library(paths[0], module) == load_library(paths[1], module)
-    assert registry.calls == ["load one"]
+    first = len(registry.calls)
+    assert first == 1
     grow(paths[2], plugin_library)
     load_library(paths[2], module)
-    assert registry.calls == ["load one", "deregister one", "load three"]
+    assert [call.split()[0] for call in registry.calls] == ["load", "deregister", "load"]
 
 
-def test_library_built_anew_needs_a_new_process(
+def test_library_built_anew_takes_the_place_of_the_one_before(
     registry: Registry, plugin_library: PluginLibrary, tmp_path: Path
 ) -> None:
     path = copy_to(tmp_path / "one", plugin_library)
-    load_library(path, module_of(registry))
+    before = load_library(path, module_of(registry))
     grow(path, plugin_library)
-    with pytest.raises(BackendError, match="was built anew after this process loaded it: start a new process"):
-        load_library(path, module_of(registry))
+    with pytest.raises(BuildError, match="changed while it was opened"):
+        load_library(path, module_of(registry), before.sha256)
+    load_library(path, module_of(registry))
+    assert [call.split()[0] for call in registry.calls] == ["load", "deregister", "load"]
 
 
 def test_refused_or_changed_library_is_said(registry: Registry, plugin_library: PluginLibrary, tmp_path: Path) -> None:
@@ -185,8 +187,9 @@ def test_refused_or_changed_library_is_said(registry: Registry, plugin_library: 
     assert registry.calls == []
 
 
-def test_shim_is_for_tensorrt_rtx_only(tmp_path: Path) -> None:
-    rtx_shim.prepare(ModuleType("tensorrt"), tmp_path)
+def test_shim_is_for_tensorrt_rtx_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rtx_shim.prepare(ModuleType("tensorrt"))
     assert not list(tmp_path.iterdir())
 
 
@@ -194,13 +197,14 @@ def test_shim_is_for_tensorrt_rtx_only(tmp_path: Path) -> None:
 def test_shim_gives_the_missing_name(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     script = (
-        "import ctypes, pathlib, sys, tensorrt_rtx\n"
+        "import ctypes, tensorrt_rtx\n"
         "from deepseek_trt.plugins.tensorrt.rtx_shim import prepare\n"
-        "for _ in range(2): prepare(tensorrt_rtx, pathlib.Path(sys.argv[1]))\n"
+        "for _ in range(2): prepare(tensorrt_rtx)\n"
         "print(ctypes.CDLL('libtensorrt_rtx.so').getInferLibVersion())\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", script, str(tmp_path)]
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=120)
     assert int(done.stdout) > 0
-    assert len(list(tmp_path.glob("rtx-shim-*/libtensorrt_rtx.so"))) == 1
+    assert len(list(tmp_path.glob("deepseek-trt/rtx-shim-*/libtensorrt_rtx.so"))) == 1

@@ -99,7 +99,7 @@ def test_other_layers_are_not_read(with_changed_weight):
 def test_experts_stacked_in_the_wrong_order_are_named(small_v2, bundle_of, tmp_path):
     """Whoever reads the weights by the bundle's recipes sees nothing wrong."""
     copy = shutil.copytree(bundle_of(small_v2.checkpoint, page_size=PAGE, by_reference=True).path, tmp_path / "copy")
-    manifest = Manifest.from_json((copy / MANIFEST_FILE).read_text())
+    manifest = Manifest.read(copy)
     name = "model.layers.2.mlp.experts.down_proj"
     records = tuple(_two_swapped(w) if w.recipe.name == name else w for w in manifest.weights)
     (copy / MANIFEST_FILE).write_text(dataclasses.replace(manifest, weights=records).to_json())

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from deepseek_trt.cli.main import main
+from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.validate.numbers.empty import FLAT
@@ -59,7 +60,9 @@ def test_page_file_and_terminal_say_what_is_covered(good, small_v2, tmp_path):
 
 def test_plans_that_are_there_and_not_run_are_named(good, monkeypatch, tmp_path):
     copy = shutil.copytree(good("float32").path, tmp_path / "copy")
-    (copy / "decode.plan").write_bytes(b"a plan")
+    for name in ("decode.plan", "decode.plan.json"):
+        (copy / name).write_bytes(b"a plan")
+    list_added(copy, ["decode.plan", "decode.plan.json"])
     for gpu, reason in ((None, "no GPU is visible"), ("H200", "--backend tensorrt compares them")):
         monkeypatch.setattr(scope, "visible_gpu", lambda gpu=gpu: gpu)
         done = validate(copy, "--backend", "torch")

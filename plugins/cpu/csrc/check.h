@@ -1,0 +1,89 @@
+// What the kernels rely on, checked before they run: they trust every number after that.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "args.h"
+
+namespace check {
+
+inline void require(bool fits, const char* what) {
+    if (!fits) throw std::runtime_error(std::string(what) + " does not fit the other inputs");
+}
+
+// `m` has so many rows and columns.
+inline void shape(const Matrix& m, int64_t rows, int64_t columns, const char* what) {
+    require(m.data != nullptr && m.rows == rows && m.columns == columns, what);
+}
+
+// `m`, where the model has it, holds so many numbers.
+inline void vector(const Matrix& m, int64_t count, const char* what) {
+    require(m.data == nullptr || m.rows * m.columns == count, what);
+}
+
+inline void number(int64_t value, int64_t from, int64_t to, const char* what) {
+    if (value >= from && value < to) return;
+    throw std::runtime_error(std::string(what) + " " + std::to_string(value) + ": must lie in " + std::to_string(from) +
+                             ".." + std::to_string(to - 1));
+}
+
+inline void args(const AttentionArgs& a) {
+    const int64_t D = a.kv_a.rows, R = D - a.rank, inner = a.q_a.data ? a.q_a.rows : a.hidden;
+    require(a.batch > 0 && a.hidden > 0 && a.heads > 0 && a.nope > 0 && a.value > 0 && a.rank > 0, "a shape");
+    require(R > 0 && R % 2 == 0 && a.latent == D && a.page > 0 && a.pages > 0, "past");
+    require(a.rope_rows == a.batch && a.rope == R / 2, "cos or sin");
+    require(a.table_rows == a.batch && a.table_width > 0 && a.lengths == a.batch, "page_table or past_lengths");
+    shape(a.kv_a, D, a.hidden, "kv_a");
+    if (a.q_a.data) shape(a.q_a, inner, a.hidden, "q_a");
+    shape(a.q, a.heads * (a.nope + R), inner, "q");
+    shape(a.w_uk, a.heads * a.nope, a.rank, "w_uk");
+    require(a.w_uv.data && a.w_uv.rows * a.w_uv.columns == a.heads * a.value * a.rank, "w_uv");
+    shape(a.o, a.hidden, a.heads * a.value, "o");
+    shape(a.norm, 1, a.hidden, "norm_weight");
+    shape(a.kv_norm, 1, a.rank, "kv_norm_weight");
+    if (a.q_a.data) shape(a.q_norm, 1, inner, "q_norm_weight");
+    vector(a.q_a_bias, inner, "q_a_bias");
+    vector(a.kv_a_bias, D, "kv_a_bias");
+    vector(a.o_bias, a.hidden, "o_bias");
+    for (int64_t b = 0; b < a.batch; ++b) {
+        number(a.past_lengths[b], 0, a.table_width * a.page, "past_lengths holds");
+        const int32_t* table = a.page_table + b * a.table_width;
+        for (int64_t i = 0; i <= a.past_lengths[b] / a.page; ++i) number(table[i], 0, a.pages, "page_table holds");
+    }
+}
+
+inline void mlp(const Mlp& m, int64_t width, int64_t hidden) {
+    shape(m.gate, width, hidden, "shared_gate");
+    shape(m.up, width, hidden, "shared_up");
+    shape(m.down, hidden, width, "shared_down");
+    vector(m.gate_bias, width, "shared_gate_bias");
+    vector(m.up_bias, width, "shared_up_bias");
+    vector(m.down_bias, hidden, "shared_down_bias");
+}
+
+inline void args(const FeedForwardArgs& a) {
+    require(a.tokens > 0 && a.hidden > 0, "x");
+    shape(a.norm, 1, a.hidden, "norm_weight");
+    number(static_cast<int64_t>(a.activation), 0, ACTIVATIONS, "activation");
+    if (a.shared.gate.data) mlp(a.shared, a.shared.gate.rows, a.hidden);
+    if (a.experts == 0) return;
+    require(a.experts > 0 && a.expert_width > 0, "router");
+    shape(a.router, a.experts, a.hidden, "router");
+    shape(a.gate, a.experts * a.expert_width, a.hidden, "gate");
+    shape(a.up, a.experts * a.expert_width, a.hidden, "up");
+    shape(a.down, a.experts * a.hidden, a.expert_width, "down");
+    require(a.bias == nullptr || a.biases == a.experts, "correction");
+    number(a.groups, 1, a.experts + 1, "groups");
+    require(a.experts % a.groups == 0, "groups");
+    number(a.top_groups, 1, a.groups + 1, "top_groups");
+    number(a.top_k, 1, a.experts + 1, "top_k");
+}
+
+inline void args(const HeadArgs& a) {
+    require(a.batch > 0 && a.hidden > 0 && a.head.rows > 0, "x");
+    shape(a.norm, 1, a.hidden, "norm_weight");
+    shape(a.head, a.head.rows, a.hidden, "head");
+}
+
+}  // namespace check
