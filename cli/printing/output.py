@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import logging
@@ -35,9 +34,6 @@ def _hush(ctx: click.Context, _: click.Parameter, given: bool) -> None:
     if given:
         ctx.meta[_QUIET] = True
         _check_loudness(ctx)
-        log = logging.getLogger("deepseek_trt")  # where sessions warn while they run
-        ctx.call_on_close(functools.partial(log.setLevel, log.level))
-        log.setLevel(logging.ERROR)
 
 
 def _time(ctx: click.Context, _: click.Parameter, given: bool) -> None:
