@@ -147,7 +147,7 @@ def test_a_model_of_v3s_kind_builds_with_its_experts_in_parts(tmp_path, bundle_o
         assert plan.record.plugins == {attention: 2, "MoeBiasedRouter": 1, "MoeExperts": 1}
         parts = {t.name.split("experts.")[1]: t.dims for t in plan.record.inputs if ".part" in t.name}
         assert parts == {f"{name}_proj.part{i}": dims for name, dims in EXPECTED_PARTS.items() for i in (0, 1)}
-    assert read_plans(exported)["decode"].record == decode.record
+    assert read_plans(Bundle.open(exported.path))["decode"].record == decode.record
     embedded = build_plans(BuildRequest(exported.path, dataclasses.replace(spec, weights="embedded")))[1].record
     assert [name.split("experts.")[1] for name in embedded.weights] == list(parts), "they are never embedded"
 
