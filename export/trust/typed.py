@@ -57,17 +57,14 @@ def _reader(hint: Any) -> _Read:
 
 def _object_of(cls: Any) -> _Read:
     hints = get_type_hints(cls)
-    fields = dataclasses.fields(cls)
-    readers = {field.name: _reader(hints[field.name]) for field in fields}
-    missing = (dataclasses.MISSING, dataclasses.MISSING)
-    needed = {field.name for field in fields if (field.default, field.default_factory) == missing}
+    readers = {field.name: _reader(hints[field.name]) for field in dataclasses.fields(cls)}
 
     def read(value: Any) -> Any:
         if type(value) is not dict:
             raise _wrong(value, "an object")
         for name in value.keys() - readers.keys():
             raise _at(_WrongError("is a key that nothing here knows"), name)
-        for name in needed - value.keys():
+        for name in readers.keys() - value.keys():  # what has a default, too: this package writes every field
             raise _at(_WrongError("is missing"), name)
         made = {}
         for name, inner in value.items():
