@@ -194,7 +194,7 @@ def test_cold_compiler_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (lambda p: p.with_name(MANIFEST).write_text("{}"), "schema None is not 2"),
         (lambda p: _edit(p.with_name(MANIFEST), sms="86"), "sms is '86', where a list is needed"),
         (lambda p: _edit(p.with_name(MANIFEST), more=1), "more is a key that nothing here knows"),
-        (lambda p: _edit(p.with_name(MANIFEST), schema=0), "schema 0 is not 1"),
+        (lambda p: _edit(p.with_name(MANIFEST), schema=0), "schema 0 is not 2"),
     ],
 )
 def test_damage_is_said(
