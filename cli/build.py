@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from deepseek_trt.cli.options import COUNT, verify_option
-from deepseek_trt.cli.printing.output import output_options, print_result, wrote
+from deepseek_trt.cli.printing.output import output_options, print_result, say, wrote
 from deepseek_trt.engines.plans.plan import BuildSpec
 
 _DEFAULTS = BuildSpec()
@@ -66,8 +66,16 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
 
     with plugin_reporter() as plugins, build_progress() as progress:
         plans = build_plans(BuildRequest(bundle, BuildSpec(**options)), progress, plugins)
+    for note in filter(None, dict.fromkeys(plan.note for plan in plans)):
+        say(f"note: {note}")
     for plan in plans:
         r = plan.record
         counts = ", ".join(f"{count} {op}" for op, count in r.plugins.items())
-        facts = {"plan": str(plan.path), "bytes": r.plan_bytes, "plugins": r.plugins, "fresh": plan.fresh}
+        facts = {
+            "plan": str(plan.path),
+            "bytes": r.plan_bytes,
+            "plugins": r.plugins,
+            "fresh": plan.fresh,
+            "note": plan.note,
+        }
         print_result(as_json, facts, f"{wrote(plan.fresh, plan.path)} ({r.plan_bytes:,} bytes; {counts})")

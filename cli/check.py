@@ -70,7 +70,8 @@ def _print_tables(facts: Facts, gpu_memory: float) -> None:
     refused = [f"refused: {need.step}: {need.refused}" for need in facts.needs if need.refused]
     capacity = Table("context", f"sequences at once on {gpu_memory:g} GiB", box=None)
     for row in facts.capacities:
-        capacity.add_row(f"{row.context:,}", str(row.batch) if row.batch else "does not fit")
+        why = " (TensorRT's page pools hold fewer than 2^31 numbers)" if row.limited else ""
+        capacity.add_row(f"{row.context:,}", f"{row.batch}{why}" if row.batch else "does not fit")
     notes = [*dropped_lines(facts.dropped), *(f"note: {note}" for note in facts.notes)]
     print_rich(model, needs, *refused, _MEANING, *([capacity] if facts.capacities else []), *notes)
 

@@ -54,10 +54,14 @@ class Need:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many sequences of `context` tokens fit on the GPU at once; none are given where engines are refused."""
+    """How many sequences of `context` tokens fit on the GPU at once; none are given where engines are refused.
+
+    `limited`: more would fit into its memory, but not into a page pool that TensorRT takes.
+    """
 
     context: int
     batch: int
+    limited: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,4 +216,6 @@ def _capacities(cache: CacheSpec, config: ModelConfig, weights: int, gpu_bytes: 
     left = max(int(gpu_bytes * _GPU_SHARE) - weights, 0)
     pages = left // (cache.page_size * cache.bytes_per_token)
     contexts = [c for c in CONTEXTS if c <= config.max_position_embeddings] or [config.max_position_embeddings]
-    return tuple(Capacity(context, pages // cache.pages_for(context)) for context in contexts)
+    counts = ((context, cache.pages_for(context)) for context in contexts)
+    most = cache.most_pages - 1
+    return tuple(Capacity(c, min(pages, most) // n, pages // n > most // n) for c, n in counts)

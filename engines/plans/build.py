@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepseek_trt.engines.plans.check import has_kernels
+from deepseek_trt.engines.plans.chips import chips_of, stand_in_note
 from deepseek_trt.engines.plans.deferred import deferred
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
 from deepseek_trt.engines.plans.parse import Parsed, layers_by_kind, network_tensors, parse_graph
@@ -30,9 +32,12 @@ BuildProgress = Callable[[str, int, int], None]  # phase, steps done, steps
 
 @dataclass(frozen=True)
 class BuiltPlan(Plan):
-    """`fresh`: whether it was built now or had been built of the same inputs before."""
+    """`fresh`: whether it was built now or had been built of the same inputs before. `note`: what of the kernels is
+    slower than it could be, or empty.
+    """
 
     fresh: bool
+    note: str = ""
 
 
 def build_with_library(
@@ -48,12 +53,13 @@ def build_with_library(
     manifest = load_library(library, flavour.trt)
     if manifest.dtype != bundle.manifest.dtype:
         raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
-    missing = [sm for sm in spec.sms if sm not in manifest.sms and not manifest.ptx_sms]
-    if missing:
-        raise BuildError(f"{library} has no kernels for SM {missing[0]}: run deepseek-trt plugins --sm {missing[0]}")
+    chips = chips_of(spec, flavour)
+    for sm in chips:
+        if not has_kernels(manifest, sm):
+            raise BuildError(f"{library} has no kernels for SM {sm}: run deepseek-trt plugins --sm {sm}")
     list_added(bundle.path, [f"{PLUGINS_FOLDER}/{name}" for name in (LIBRARY, MANIFEST)])
-    memory = loaded_from(library, manifest)
-    build = _Build(bundle.listed_anew(), spec, flavour, memory, manifest.sha256, progress or (lambda *_: None))
+    memory, note = loaded_from(library, manifest), stand_in_note(manifest, chips)
+    build = _Build(bundle.listed_anew(), spec, flavour, memory, manifest.sha256, note, progress or (lambda *_: None))
     return tuple(map(build.plan, bundle.manifest.graphs))
 
 
@@ -64,8 +70,8 @@ def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
     large = too_large_for_tensorrt(record.recipe for record in bundle.manifest.weights)
     if large:
         raise BuildError(
-            f"{large[0].name} {list(large[0].shape)} holds 2^31 numbers or more, which TensorRT cannot take: "
-            "run this bundle with ONNX Runtime, deepseek-trt generate --backend ort"
+            f"{large[0].name} {list(large[0].shape)} holds 2^31 numbers or more, which TensorRT cannot take, and is no "
+            "stack of experts, which could be split: run this bundle with ort"
         )
     flavour = open_flavour(spec.flavour)
     flavour.check_chips(spec.sms)
@@ -83,6 +89,7 @@ class _Build:
     flavour: Flavour
     in_memory: Path
     library_sha256: str
+    note: str
     progress: BuildProgress
 
     def plan(self, graph: GraphSpec) -> BuiltPlan:
@@ -90,7 +97,7 @@ class _Build:
         done = _up_to_date(self.bundle, graph.name, source)
         if done is not None:
             remove_leftover(path)
-            return BuiltPlan(path, done, fresh=False)
+            return BuiltPlan(path, done, fresh=False, note=self.note)
         with working_folder(path) as folder, deferred() as stopped:
             record = self._make(graph, source, folder / path.name, stopped)
             record.write(folder / _record_path(path).name)
@@ -98,7 +105,7 @@ class _Build:
             (folder / path.name).rename(path)
             (folder / _record_path(path).name).rename(_record_path(path))
             list_added(self.bundle.path, plan_files(graph.name))
-        return BuiltPlan(path, record, fresh=True)
+        return BuiltPlan(path, record, fresh=True, note=self.note)
 
     def _make(self, graph: GraphSpec, source: str, made: Path, stopped: Callable[[], bool]) -> PlanRecord:
         """Write the plan to `made`."""
@@ -141,6 +148,7 @@ class _Build:
             raise BuildError(f"{self.flavour.name} refuses the profile {profile.shapes}")
         self.flavour.set_chips(config, self.spec.sms)
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        self.flavour.keep_capturable(config)
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is float32: TF32 keeps 10 bits of mantissa
         if self.spec.embed_plugins:
             config.plugins_to_serialize = [str(self.in_memory)]

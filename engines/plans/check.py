@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from deepseek_trt.engines.plans.chips import stand_in_note
 from deepseek_trt.engines.plans.flavour import MODULES, Flavour
 from deepseek_trt.engines.plans.plan import Plan, PlanRecord, plan_files
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.graph import GraphSpec, TensorSpec, past_name
-from deepseek_trt.export.errors import BackendError, BundleError
+from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, TensorSpec, past_name
+from deepseek_trt.export.bundle.recipes import tensorrt_parts
+from deepseek_trt.export.errors import BackendError, BuildError, BundleError
+from deepseek_trt.plugins.kernels.chips import runs_on
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, Manifest, read_manifest
 
 AGAIN = "run deepseek-trt build again"
@@ -62,7 +65,7 @@ def _alike(built: TensorSpec, exported: TensorSpec) -> bool:
 
 def _check_weights(plan: Plan, bundle: Bundle) -> None:
     """The bundle's weights are those that the plan wants to be given, by name, shape and dtype."""
-    stored = {w.recipe.name: (w.recipe.shape, w.dtype) for w in bundle.manifest.weights}
+    stored = {p.name: (p.shape, w.dtype) for w in bundle.manifest.weights for p in tensorrt_parts(w.recipe)}
     for tensor in plan.record.inputs:
         if tensor.name in plan.record.weights and stored.get(tensor.name) != (tensor.dims, tensor.dtype):
             raise BackendError(
@@ -116,10 +119,18 @@ def check_library(bundle: Bundle, plan: Plan, sm: int) -> Path | None:
     return path
 
 
+def kernels_note(bundle: Bundle, plan: Plan, sm: int) -> str:
+    """What to say where PTX stands in on this GPU for the plan's kernels; empty also where their library is gone."""
+    try:
+        manifest = read_manifest(bundle.path / plan.record.plugin_library)
+    except (BuildError, BundleError):  # the plan carries it
+        return ""
+    return stand_in_note(manifest, [sm]) if manifest.sha256 == plan.record.plugin_library_sha256 else ""
+
+
 def has_kernels(manifest: Manifest, sm: int) -> bool:
     """The library's own rule: compiled code for this chip, or an earlier 8.x for a later one; else PTX."""
-    compiled = any(own == sm or (own // 10 == sm // 10 == 8 and own <= sm) for own in manifest.sms)
-    return compiled or any(ptx <= sm for ptx in manifest.ptx_sms)
+    return any(runs_on(own, sm) for own in manifest.sms) or any(ptx <= sm for ptx in manifest.ptx_sms)
 
 
 def open_plan(bundle: Bundle, plan: Plan) -> BinaryIO:
@@ -134,8 +145,13 @@ def limits_of(plans: dict[str, Plan]) -> Limits:
     return Limits(batch, input_len, shapes["page_table"][2][1], shapes[past_name(0)][2][0])
 
 
-def check_pages(limits: Limits, pages: int) -> None:
-    """BackendError where the pool would be larger than the engines take."""
+def check_pages(limits: Limits, cache: CacheSpec, pages: int) -> None:
+    """BackendError where the pool would be larger than the engines, or any engine of TensorRT, take."""
+    if pages > cache.most_pages:
+        raise BackendError(
+            f"{pages} cache pages are needed, 2^31 numbers a layer or more; TensorRT takes {cache.most_pages}, "
+            f"{cache.longest(1)} tokens of all sequences together: use fewer or shorter prompts, or --backend ort"
+        )
     if pages > limits.pages:
         raise BackendError(
             f"{pages} cache pages are needed, the engines take at most {limits.pages}: use fewer or shorter prompts, "

@@ -21,15 +21,24 @@ MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _NEEDED = (("OnnxParserFlag", "ENABLE_PLUGIN_OVERRIDE"), ("PreviewFeature", "ALIASED_PLUGIN_IO_10_03"))
 
 
+_OURS = "deepseek-trt: "  # how a message of the plugin library begins that is for the user
+
+
 class ErrorLog:
-    """TensorRT's last errors, each a severity and a message: it explains itself nowhere else."""
+    """TensorRT's last errors, each a severity and a message: it explains itself nowhere else.
+
+    `notes` are what the plugin library says of how it computes, once each.
+    """
 
     def __init__(self) -> None:
         self.errors: collections.deque[tuple[str, str]] = collections.deque(maxlen=100)
+        self.notes: dict[str, None] = {}
 
     def __call__(self, severity: str, message: str) -> None:
         """Keep errors; TensorRT logs every verbose line, too, and those would pile up with the layers."""
-        if severity in ("INTERNAL_ERROR", "ERROR"):
+        if message.startswith(_OURS):
+            self.notes[message.removeprefix(_OURS)] = None
+        elif severity in ("INTERNAL_ERROR", "ERROR"):
             self.errors.append((severity, message))
 
     def first(self) -> str:
@@ -80,6 +89,12 @@ class Flavour:
         config.num_compute_capabilities = len(sms)
         for index, sm in enumerate(sms):
             config.set_compute_capability(self.trt.ComputeCapability.__members__[f"SM{sm}"], index)
+
+    def keep_capturable(self, config: Any) -> None:
+        """Build plans whose runs allocate nothing, which RTX asks for where runs are captured into CUDA graphs."""
+        flag = getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+        if flag is not None:
+            config.set_flag(flag)
 
     def network_flags(self) -> int:
         """Strongly typed, where that is not the only kind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import DOMAIN, GraphSpec, TensorSpec
+from deepseek_trt.export.bundle.recipes import Part, tensorrt_parts
 from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.passes.share_weights import ShareWeights
+from deepseek_trt.export.passes.split_weights import SplitWeights
 
 # Ours by the names of trt.DataType.
 DTYPES = {
@@ -51,8 +54,10 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     model = onnx.load_model_from_string(data)
     wanted = collections.Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
     weights: tuple[str, ...] = ()
-    if spec.weights == "shared":
-        weights, data = _with_shared_weights(bundle, model)
+    parts = {w.recipe.name: tensorrt_parts(w.recipe) for w in bundle.manifest.weights}
+    split = {name for name, of in parts.items() if len(of) > 1}
+    if spec.weights == "shared" or split:
+        weights, data = _with_shared_weights(bundle, model, parts, None if spec.weights == "shared" else split)
     if not parser.parse(data, place):
         reason = flavour.log.last()
         if parser.num_errors:
@@ -65,17 +70,24 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     return Parsed(builder, parser, network, data, weights, found)
 
 
-def _with_shared_weights(bundle: Bundle, model: onnx.ModelProto) -> tuple[tuple[str, ...], bytes]:
-    """The names of the weights that are inputs now, and the graph, small enough to travel as bytes."""
+def _with_shared_weights(
+    bundle: Bundle, model: onnx.ModelProto, parts: Mapping[str, Sequence[Part]], only: Collection[str] | None
+) -> tuple[tuple[str, ...], bytes]:
+    """The names of the weights that are inputs now (of `only` these), and the graph, small enough to travel as bytes.
+
+    What TensorRT cannot take whole is in parts, and is never embedded.
+    """
     graph = ir.serde.deserialize_model(model)
     for value in graph.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.base_dir = str(bundle.path)
-    share = ShareWeights()
+    share = ShareWeights(only)
     share(graph)
+    split = SplitWeights(share.names, parts)
+    split(graph)
     if bundle.manifest.by_reference:
         _embed_small(bundle, graph)
-    return tuple(share.names), ir.to_proto(graph).SerializeToString()
+    return tuple(split.names), ir.to_proto(graph).SerializeToString()
 
 
 def _embed_small(bundle: Bundle, model: ir.Model) -> None:

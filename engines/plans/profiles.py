@@ -16,8 +16,6 @@ from deepseek_trt.export.bundle.graph import (
 )
 from deepseek_trt.export.errors import BuildError
 
-_TENSOR_LIMIT = 2**31 - 1  # elements of one tensor in TensorRT
-
 
 def profile_of(graph: GraphSpec, cache: CacheSpec, spec: BuildSpec) -> Profile:
     """Every dynamic input's smallest, likeliest and largest shape.
@@ -30,11 +28,8 @@ def profile_of(graph: GraphSpec, cache: CacheSpec, spec: BuildSpec) -> Profile:
         raise BuildError(f"--max-input-len {spec.max_input_len} is above --max-seq-len {spec.max_seq_len}")
     table = cache.pages_for(spec.max_seq_len)
     pages = 1 + spec.max_batch_size * table
-    if pages * cache.page_size * cache.latent_dim > _TENSOR_LIMIT:
-        raise BuildError(
-            f"{spec.max_batch_size} sequences of {spec.max_seq_len} tokens make a page pool of 2^31 numbers or more; "
-            "TensorRT takes fewer: lower --max-batch-size or --max-seq-len"
-        )
+    if pages > cache.most_pages:
+        raise BuildError(f"{_too_large(cache, spec)}: lower --max-seq-len or --max-batch-size to that")
     likely_batch = 1 if graph.name == "prefill" else spec.max_batch_size
     sizes = {
         BATCH: (1, likely_batch, spec.max_batch_size),
@@ -46,6 +41,18 @@ def profile_of(graph: GraphSpec, cache: CacheSpec, spec: BuildSpec) -> Profile:
     }
     dynamic = [tensor for tensor in graph.inputs if any(isinstance(d, str) for d in tensor.dims)]
     return Profile({t.name: (_shape(t, sizes, 0), _shape(t, sizes, 1), _shape(t, sizes, 2)) for t in dynamic})
+
+
+def _too_large(cache: CacheSpec, spec: BuildSpec) -> str:
+    """What of the spec does not go into one page pool, and the largest that does."""
+    rows, tokens = spec.max_batch_size, spec.max_seq_len
+    longest, most = cache.longest(rows), (cache.most_pages - 1) // cache.pages_for(tokens)
+    fits = [f"{rows} sequences of {longest} tokens"] if longest else []
+    fits += [f"{most} sequences of {tokens} tokens"] if most else []
+    return (
+        f"{rows} sequences of {tokens} tokens make a page pool of 2^31 numbers or more, which TensorRT does not take; "
+        f"the largest that fit are {' or '.join(fits) or f'1 sequence of {cache.longest(1)} tokens'}"
+    )
 
 
 def _shape(tensor: TensorSpec, sizes: dict[str, tuple[int, int, int]], which: int) -> tuple[int, ...]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek_trt.engines.plans.build import BuildProgress, BuiltPlan, build_with_library, check_build
+from deepseek_trt.engines.plans.chips import chips_of
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.writing.working import locked
+from deepseek_trt.plugins.kernels.chips import compiled_for
 from deepseek_trt.plugins.tensorrt.for_bundle import PluginReporter, PluginRequest, build_in_locked, is_listed
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, PLUGINS_FOLDER, read_manifest
+from deepseek_trt.plugins.tensorrt.op_tables import fixed_sizes
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -35,18 +40,33 @@ def build_plans(
     """
     _return_freed_memory()
     bundle = Bundle.open(request.bundle)
-    check_build(bundle, request.spec)  # before minutes go into kernels
+    chips = chips_of(request.spec, check_build(bundle, request.spec))  # before minutes go into kernels
     with locked(bundle.path):  # nobody replaces the library, or copies half of the plans
         bundle = bundle.listed_anew()
-        library = _library(bundle, request, plugins or PluginReporter())
+        library = _library(bundle, chips, plugins or PluginReporter())
         return build_with_library(bundle, request.spec, library, progress)
 
 
-def _library(bundle: Bundle, request: BuildRequest, plugins: PluginReporter) -> Path:
-    library = request.bundle / PLUGINS_FOLDER / LIBRARY
-    if is_listed(bundle) and set(request.spec.sms) <= set(read_manifest(library).sms):
+def _library(bundle: Bundle, sms: Sequence[int], plugins: PluginReporter) -> Path:
+    """The bundle's library where it is of this model and has kernels compiled for the chips; else one made anew."""
+    library = bundle.path / PLUGINS_FOLDER / LIBRARY
+    wanted = tuple(dict.fromkeys(own for sm in sms for own in compiled_for(sm)))
+    if is_listed(bundle) and _suits(library, bundle, wanted):
         return library
-    return build_in_locked(PluginRequest(request.bundle, request.spec.sms), plugins).path
+    return build_in_locked(PluginRequest(bundle.path, wanted), plugins).path
+
+
+def _suits(library: Path, bundle: Bundle, sms: Sequence[int]) -> bool:
+    """Whether the library is whole, of the bundle's sizes and dtype, and has kernels compiled for these very chips.
+
+    One left by a build for other chips would run, too: as PTX, or with tiles of a smaller chip.
+    """
+    try:
+        manifest = read_manifest(library)
+    except BuildError:
+        return False
+    same_model = (manifest.dtype, dict(manifest.sizes)) == (bundle.manifest.dtype, fixed_sizes(bundle.manifest.model))
+    return same_model and set(sms) <= set(manifest.sms) and bool(sms or manifest.ptx_sms)
 
 
 def _return_freed_memory() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, DEFAULT, FEATURES, TRANSFORMERS, Interface
+from deepseek_trt.export.config.limits import TENSORRT_MOST_NUMBERS
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import computed_in, dtype_bytes
 
@@ -45,6 +46,15 @@ class CacheSpec:
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens of one sequence."""
         return -(-tokens // self.page_size)
+
+    @property
+    def most_pages(self) -> int:
+        """Pages of the largest pool that TensorRT takes as one tensor, page 0 included."""
+        return TENSORRT_MOST_NUMBERS // (self.page_size * self.latent_dim)
+
+    def longest(self, rows: int) -> int:
+        """The most tokens that each of `rows` sequences may have in the largest pool that TensorRT takes; maybe 0."""
+        return (self.most_pages - 1) // rows * self.page_size
 
     @property
     def bytes_per_token(self) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from deepseek_trt.export.config.limits import TENSORRT_MOST_NUMBERS
 from deepseek_trt.export.dtypes import dtype_bytes
 
 EMBEDDINGS, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 CORRECTION_BIAS = "e_score_correction_bias"
 SCALE_SUFFIX = "_scale_inv"  # weight_scale_inv [ceil(rows/128), ceil(columns/128)] beside an fp8 weight
 FP8 = "F8_E4M3"
-_TENSORRT_MAX_ELEMENTS = 2**31 - 1  # TensorRT counts a tensor's elements in 31 bits
+EXPERTS = ".mlp.experts."  # in the names of stacked experts
+_PART_NUMBERS = 128
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,48 @@ class Dropped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Part:
+    """What TensorRT is given of a graph tensor: some of its rows, from row `start` of the first dim on."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int = 0
+
+
+def split_rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows of the first dim in each part that TensorRT takes, as few and as alike as can be; none where a row is too
+    large. V2's stacked experts are one part, V3's [256, 2048, 7168] two, Kimi-K2's [384, 2048, 7168] three.
+
+    Parts begin at multiples of 128 numbers: TensorRT binds addresses that are multiples of 256 bytes.
+    """
+    rows, row = shape[0], math.prod(shape[1:])
+    if rows * row <= TENSORRT_MOST_NUMBERS:
+        return (rows,)
+    step = _PART_NUMBERS // math.gcd(row, _PART_NUMBERS)
+    most = TENSORRT_MOST_NUMBERS // row // step * step
+    if not most:
+        return ()
+    parts = -(-rows // most)
+    each = -(-rows // (parts * step)) * step
+    return tuple(min(each, rows - start) for start in range(0, rows, each))
+
+
+def tensorrt_parts(recipe: Recipe) -> tuple[Part, ...]:
+    """The graph inputs that TensorRT takes the tensor as: itself, or parts of a stack of experts; none where it cannot.
+
+    Parts lie one after the other in memory, as the tensor does: the plugin checks that, and takes them for one.
+    """
+    if recipe.size <= TENSORRT_MOST_NUMBERS:
+        return (Part(recipe.name, recipe.shape),)
+    counts = split_rows(recipe.shape) if EXPERTS in recipe.name else ()
+    starts = itertools.accumulate(counts, initial=0)
+    return tuple(
+        Part(f"{recipe.name}.part{i}", (count, *recipe.shape[1:]), start)
+        for i, (count, start) in enumerate(zip(counts, starts, strict=False))
+    )
+
+
 def too_large_for_tensorrt(recipes: Iterable[Recipe]) -> tuple[Recipe, ...]:
-    """The graph tensors that TensorRT cannot hold; V2 has none, V3's stacked experts are."""
-    return tuple(recipe for recipe in recipes if recipe.size > _TENSORRT_MAX_ELEMENTS)
+    """The graph tensors that TensorRT cannot hold, not even in parts; the published models have none."""
+    return tuple(recipe for recipe in recipes if not tensorrt_parts(recipe))

@@ -95,5 +95,4 @@ MOE_BIASED_ROUTER = OpSpec(
     reference=moe_biased_router,
     fake=_fake,
     body=_body,
-    limits="no plugin yet: ONNX Runtime only",
 )

@@ -98,5 +98,5 @@ MOE_EXPERTS = OpSpec(
     reference=moe_experts,
     fake=_fake,
     body=_body,
-    limits="a plugin exists for silu only",
+    limits="a plugin exists for silu only; for TensorRT, stacks of 2^31 numbers or more are inputs in parts",
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+POINTER_ALIGNMENT = 16  # bytes: kernels are compiled to load that much at a time from wherever a pointer leads
+
 
 @dataclass(frozen=True)
 class KernelArg:

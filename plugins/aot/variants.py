@@ -1,6 +1,6 @@
 """The table of what gets compiled: for one model, dtype and chip, each kernel with its constants and tiles.
 
-Row dtype is that of the op's T (float32 for MoeRouter, whose logits are float32 in every model). max_tokens is 0, any
+Row dtype is that of the op's T (float32 for routers, whose logits are float32 in every model). max_tokens is 0, any
 count, everywhere but for moe_gate_up and moe_down, where it counts T, the tokens of one call.
 """
 
@@ -20,19 +20,19 @@ TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Each kernel's module (in plugins/kernels) and the arguments it takes at launch, in order; T is the op's dtype.
 _WRITE = (
     "pool *T, latent *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, steps i32, table_width i32, "
-    "page_size i32"
+    "page_size i32, pages i32"
 )
 _SPLIT = (
     "query *T, pool *T, page_table *i32, past_lengths *i32, partial *fp32, partial_lse *fp32, scale_log2 fp32, "
-    "num_splits i32, table_width i32, page_size i32"
+    "num_splits i32, table_width i32, page_size i32, pages i32"
 )
 _EXPAND = (
     "pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T, w_uv *T, k_nope *T, value *T, "
-    "first_head i32, capacity i32, table_width i32, page_size i32"
+    "first_head i32, capacity i32, table_width i32, page_size i32, pages i32, steps i32"
 )
 _ATTEND = (
     "query *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, k_nope *T, value *T, attended *T, "
-    "scale_log2 fp32, first_head i32, steps i32, capacity i32, table_width i32, page_size i32"
+    "scale_log2 fp32, first_head i32, steps i32, capacity i32, table_width i32, page_size i32, pages i32"
 )
 
 
@@ -48,11 +48,15 @@ KERNELS = {
     "latent_write": KernelSource("latent_write", _WRITE),
     "mla_decode_split": KernelSource("mla_decode", _SPLIT),
     "mla_decode_combine": KernelSource(
-        "mla_decode", "partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T, num_splits i32"
+        "mla_decode", "partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T, num_splits i32, capacity i32"
     ),
     "mla_prefill_expand": KernelSource("mla_prefill", _EXPAND),
     "mla_prefill_attend": KernelSource("mla_prefill", _ATTEND),
     "moe_router": KernelSource("moe_router", "logits *fp32, weights *fp32, ids *i32, tokens i32, scale fp32"),
+    "moe_biased_router": KernelSource(
+        "moe_biased_router",
+        "logits *fp32, correction_bias *fp32, weights *fp32, ids *i32, tokens i32, scale fp32",
+    ),
     "moe_dispatch_count": KernelSource(
         "moe_dispatch", "ids *i32, counts *i32, sorted_slots *i32, slots i32, sorted_size i32"
     ),
@@ -74,7 +78,7 @@ KERNELS = {
 def variants_for(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
     """All variants that `config` needs in `dtype` on the chip `sm`, in a fixed order.
 
-    Raises BuildError where a dtype, chip, activation or topk_method has no kernels.
+    Raises BuildError where a dtype, chip or activation has no kernels.
     """
     shared_limit(sm)
     if dtype not in TRITON_TYPES:
@@ -112,7 +116,8 @@ def _router_rows(config: ModelConfig, sm: int) -> tuple[Variant, ...]:
         config.num_experts_per_tok,
         int(config.norm_topk_prob),
     )
-    return (_row("MoeRouter", "moe_router", "float32", router, tiles.router_tile(1, sm)),)
+    op, kernel = ("MoeBiasedRouter", "moe_biased_router") if config.biased_routing else ("MoeRouter", "moe_router")
+    return (_row(op, kernel, "float32", router, tiles.router_tile(1, sm)),)
 
 
 def _experts_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:

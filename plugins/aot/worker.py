@@ -17,11 +17,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from deepseek_trt.plugins.aot.records import Binary, Variant
+from deepseek_trt.plugins.aot.records import POINTER_ALIGNMENT, Binary, Variant
 from deepseek_trt.plugins.aot.variants import KERNELS
 
 PTX_VERSION = 80  # of the fallback: drivers from CUDA 12.0 on can compile it
-ALIGNMENT = 16  # bytes: of every pointer a kernel is given
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,9 @@ def _source(variant: Variant) -> Any:
         fn=function,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={name: constants[name] for name in names if name in constants},
-        attrs={(names.index(n),): [["tt.divisibility", ALIGNMENT]] for n, kind in types.items() if kind[0] == "*"},
+        attrs={
+            (names.index(n),): [["tt.divisibility", POINTER_ALIGNMENT]] for n, kind in types.items() if kind[0] == "*"
+        },
     )
 
 

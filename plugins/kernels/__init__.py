@@ -23,5 +23,6 @@ KERNEL_OPS: dict[str, Callable[..., Any]] = {
     "MlaPrefill": _first_call_imports("mla_prefill"),
     "MlaDecode": _first_call_imports("mla_decode"),
     "MoeRouter": _first_call_imports("moe_router"),
+    "MoeBiasedRouter": _first_call_imports("moe_biased_router"),
     "MoeExperts": _first_call_imports("moe_experts"),
 }

@@ -22,6 +22,7 @@ SHARED_LIMITS = {
     120: 101376,
     121: 101376,
 }
+OLDEST = min(SHARED_LIMITS)
 INTERPRETER = 0  # stands for an SM version where kernels are interpreted on the CPU
 
 
@@ -41,6 +42,16 @@ def chip_class(sm: int) -> ChipClass:
     return "ampere" if sm < 90 else "hopper" if sm < 100 else "blackwell"
 
 
+def runs_on(own: int, sm: int) -> bool:
+    """Whether code compiled for `own` runs on `sm`: the rule of csrc/driver/binary.h."""
+    return own == sm or (own // 10 == sm // 10 == 8 and own <= sm)
+
+
+def compiled_for(sm: int) -> tuple[int, ...]:
+    """The chip to compile for so that `sm` runs compiled code: itself or an earlier 8.x; none where only PTX runs."""
+    return tuple(sorted(own for own in SHARED_LIMITS if runs_on(own, sm))[-1:])
+
+
 def chip_of(tensor: Tensor) -> int:
     """The SM version of a tensor's device; INTERPRETER on the CPU."""
     if tensor.device.type == "cpu":
@@ -54,8 +65,8 @@ def chip_of(tensor: Tensor) -> int:
 
     major, minor = torch.cuda.get_device_capability(tensor.device)
     sm = 10 * major + minor
-    if sm < 80:
-        raise BackendError(f"the kernels need SM 80 or newer; this GPU is SM {sm}: use another backend")
+    if sm < OLDEST:
+        raise BackendError(f"the kernels need SM {OLDEST} or newer; this GPU is SM {sm}: use another backend")
     return sm if sm in SHARED_LIMITS else 86  # the smallest tiles run everywhere
 
 

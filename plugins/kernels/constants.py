@@ -59,7 +59,7 @@ def prefill_constants(heads: int, rank: int, rope: int, nope: int, value: int) -
 
 
 def router_constants(experts: int, groups: int, topk_groups: int, top_k: int, normalise: int) -> Constants:
-    """Constants of moe_router; without group limits all experts are one group."""
+    """Constants of moe_router and moe_biased_router; without group limits all experts are one group."""
     limited = topk_groups < groups
     used = groups if limited else 1
     return {

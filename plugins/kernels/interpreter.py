@@ -16,7 +16,16 @@ import numpy as np
 
 from deepseek_trt.export.errors import BackendError
 
-KERNEL_MODULES = ("latent_write", "mla_decode", "mla_prefill", "moe_router", "moe_dispatch", "moe_experts")
+KERNEL_MODULES = (
+    "bounds",
+    "latent_write",
+    "mla_decode",
+    "mla_prefill",
+    "moe_router",
+    "moe_biased_router",
+    "moe_dispatch",
+    "moe_experts",
+)
 
 _enabled = False
 

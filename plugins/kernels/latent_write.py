@@ -5,7 +5,7 @@ Launch, on memory that already holds past_latent (where the output is not past_l
     latent_write   grid (cdiv(S, BLOCK_S), B, 1)
         pool *T [P, page, D], latent *T [B, S, D], page_table *i32 [B, M], past_lengths *i32 [B],
         sequence_lengths *i32 [B] (not read when PADDED is 0: pass null), steps i32 = S, table_width i32 = M,
-        page_size i32 = page
+        page_size i32 = page, pages i32 = P
     MlaPrefill takes the variant with PADDED = 1, MlaDecode (S = 1, every row real) the one with PADDED = 0.
     No workspace.
 """
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from deepseek_trt.plugins.kernels.bounds import clamp_int, page_of
 from deepseek_trt.plugins.kernels.chips import chip_of
 from deepseek_trt.plugins.kernels.constants import write_constants
 from deepseek_trt.plugins.kernels.launches import cdiv
@@ -39,6 +40,7 @@ def latent_write(
     steps,
     table_width,
     page_size,
+    pages,
     D: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -49,13 +51,17 @@ def latent_write(
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
     mask_s = offs_s < steps
-    real_s = mask_s
+    capacity = table_width * page_size
+    past = tl.load(past_lengths + row)
     if PADDED:
-        real_s = mask_s & (offs_s < tl.load(sequence_lengths + row))
+        past = clamp_int(past, capacity)
+        real_s = offs_s < clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
+    else:
+        past = clamp_int(past, capacity - 1)
+        real_s = mask_s
 
-    position = tl.load(past_lengths + row) + offs_s
-    entry = tl.minimum(position // page_size, table_width - 1)
-    page = tl.load(page_table + row * table_width + entry, mask=real_s, other=0).to(tl.int64)
+    position = past + offs_s
+    page = page_of(page_table, row, position // page_size, table_width, pages, real_s)
     target = page * page_size + position % page_size
     source = row.to(tl.int64) * steps + offs_s
 
@@ -80,6 +86,7 @@ def write(
         steps,
         page_table.shape[1],
         pool.shape[1],
+        pool.shape[0],
         **write_constants(width, sequence_lengths is not None),
         **tile.launch_options(),
     )

@@ -12,9 +12,10 @@ head_tiles = cdiv(H, BLOCK_H); splits = launches.decode_splits(B, head_tiles, M 
         query *T [B, H, D], pool *T (present), page_table *i32, past_lengths *i32,
         partial *fp32 (workspace 1), partial_lse *fp32 (workspace 2),
         scale_log2 fp32 = scale * log2(e) (product in double, then rounded), num_splits i32 = splits,
-        table_width i32 = M, page_size i32 = page
+        table_width i32 = M, page_size i32 = page, pages i32 = P
     mla_decode_combine  grid (B * H, cdiv(L, BLOCK_D), 1)
-        partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T [B, H, L], num_splits i32 = splits
+        partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T [B, H, L], num_splits i32 = splits,
+        capacity i32 = M * page
 
     workspace 1: B * H * splits * L * 4 bytes; workspace 2: B * H * splits * 4 bytes, each rounded up to 256.
     At build time, B * splits is at most 256 / head_tiles rounded up, plus B, and at most 128 * B.
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from deepseek_trt.plugins.kernels.bounds import clamp_int, page_of
 from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
 from deepseek_trt.plugins.kernels.constants import decode_constants
 from deepseek_trt.plugins.kernels.latent_write import write
@@ -60,6 +62,7 @@ def mla_decode_split(
     num_splits,
     table_width,
     page_size,
+    pages,
     H: tl.constexpr,
     LAT: tl.constexpr,
     ROPE: tl.constexpr,
@@ -73,7 +76,7 @@ def mla_decode_split(
     D: tl.constexpr = LAT + ROPE
     split = tl.program_id(1)
     row = tl.program_id(2)
-    length = tl.load(past_lengths + row) + 1
+    length = clamp_int(tl.load(past_lengths + row), table_width * page_size - 1) + 1
     tiles = tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES)
     start = split * tiles * BLOCK_N
     end = tl.minimum(start + tiles * BLOCK_N, length)
@@ -96,7 +99,7 @@ def mla_decode_split(
     for first in range(start, end, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
-        page = tl.load(page_table + row * table_width + offs_n // page_size, mask=mask_n, other=0).to(tl.int64)
+        page = page_of(page_table, row, offs_n // page_size, table_width, pages, mask_n)
         k_ptrs = pool + (page * page_size + offs_n % page_size)[:, None] * D
         latent = tl.load(k_ptrs + offs_l[None, :], mask=mask_n[:, None] & mask_l[None, :], other=0.0)
         k_rope = tl.load(k_ptrs + LAT + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
@@ -123,6 +126,7 @@ def mla_decode_combine(
     past_lengths,
     attended,
     num_splits,
+    capacity,
     H: tl.constexpr,
     LAT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -135,7 +139,7 @@ def mla_decode_combine(
     head = tl.program_id(0).to(tl.int64)  # of all B * H
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < LAT
-    length = tl.load(past_lengths + head // H) + 1
+    length = clamp_int(tl.load(past_lengths + head // H), capacity - 1) + 1
     used = tl.cdiv(tl.cdiv(length, BLOCK_N), tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES))
     offs_all = tl.arange(0, MAX_SPLITS)
     lse = tl.load(partial_lse + head * num_splits + offs_all, mask=offs_all < used, other=-float("inf"))
@@ -188,6 +192,7 @@ def run(
         splits,
         page_table.shape[1],
         past_latent.shape[1],
+        past_latent.shape[0],
         **constants.split,
         **tile.launch_options(),
     )
@@ -199,6 +204,7 @@ def run(
         past_lengths,
         attended,
         splits,
+        capacity,
         **constants.combine,
         BLOCK_N=tile["BLOCK_N"],
         **combine.launch_options(),

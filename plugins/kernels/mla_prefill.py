@@ -11,11 +11,12 @@ chunk = launches.prefill_chunk_heads = max(1, min(H, 2**30 / (B * T * (N + V) * 
     mla_prefill_expand  grid (cdiv(T, BLOCK_T), heads, B)
         pool *T (present), page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T [H, N, L],
         w_uv *T [H, V, L], k_nope *T (workspace 1), value *T (workspace 2), first_head i32 = first,
-        capacity i32 = T, table_width i32 = M, page_size i32 = page
+        capacity i32 = T, table_width i32 = M, page_size i32 = page, pages i32 = P, steps i32 = S
     mla_prefill_attend  grid (cdiv(S, BLOCK_M), heads, B)
         query *T [B, S, H, N + R], pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32,
         k_nope *T, value *T, attended *T [B, S, H * V], scale_log2 fp32 = scale * log2(e),
-        first_head i32 = first, steps i32 = S, capacity i32 = T, table_width i32 = M, page_size i32 = page
+        first_head i32 = first, steps i32 = S, capacity i32 = T, table_width i32 = M, page_size i32 = page,
+        pages i32 = P
 
     workspace 1: B * chunk * T * N * sizeof(T) bytes, [B, heads, T, N]; workspace 2: the same with V for N.
     Both together are at most max(2**30, B * T * (N + V) * sizeof(T)) bytes.
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from deepseek_trt.plugins.kernels.bounds import clamp_int, page_of
 from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
 from deepseek_trt.plugins.kernels.constants import prefill_constants
 from deepseek_trt.plugins.kernels.latent_write import write
@@ -57,6 +59,8 @@ def mla_prefill_expand(
     capacity,
     table_width,
     page_size,
+    pages,
+    steps,
     LAT: tl.constexpr,
     ROPE: tl.constexpr,
     NOPE: tl.constexpr,
@@ -69,7 +73,8 @@ def mla_prefill_expand(
     """Keys and values of BLOCK_T cached tokens for one head: c W_UK^T and c W_UV^T."""
     D: tl.constexpr = LAT + ROPE
     row = tl.program_id(2)
-    length = tl.load(past_lengths + row) + tl.load(sequence_lengths + row)
+    past = clamp_int(tl.load(past_lengths + row), capacity)
+    length = past + clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
     first = tl.program_id(0) * BLOCK_T
     if first >= length:
         return
@@ -80,7 +85,7 @@ def mla_prefill_expand(
     mask_t = offs_t < length
     mask_n = offs_n < NOPE
     mask_v = offs_v < VALUE
-    page = tl.load(page_table + row * table_width + offs_t // page_size, mask=mask_t, other=0).to(tl.int64)
+    page = page_of(page_table, row, offs_t // page_size, table_width, pages, mask_t)
     c_ptrs = pool + (page * page_size + offs_t % page_size)[:, None] * D
     k_ptrs = w_uk + (head * NOPE + offs_n)[:, None] * LAT
     v_ptrs = w_uv + (head * VALUE + offs_v)[:, None] * LAT
@@ -119,6 +124,7 @@ def mla_prefill_attend(
     capacity,
     table_width,
     page_size,
+    pages,
     H: tl.constexpr,
     LAT: tl.constexpr,
     ROPE: tl.constexpr,
@@ -134,8 +140,8 @@ def mla_prefill_attend(
     D: tl.constexpr = LAT + ROPE
     Q: tl.constexpr = NOPE + ROPE
     row = tl.program_id(2)
-    past = tl.load(past_lengths + row)
-    new = tl.load(sequence_lengths + row)
+    past = clamp_int(tl.load(past_lengths + row), capacity)
+    new = clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
     head = first_head + tl.program_id(1)
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the longest rows start first
     offs_m = first_query + tl.arange(0, BLOCK_M)
@@ -161,7 +167,7 @@ def mla_prefill_attend(
     for first in range(0, end, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
-        page = tl.load(page_table + row * table_width + offs_n // page_size, mask=mask_n, other=0).to(tl.int64)
+        page = page_of(page_table, row, offs_n // page_size, table_width, pages, mask_n)
         r_ptrs = pool + (page * page_size + offs_n % page_size)[:, None] * D + LAT
         token = expanded + offs_n
         k_ptrs = k_nope + token[:, None] * NOPE
@@ -202,7 +208,7 @@ def run(
     batch, steps, heads, width = query.shape
     nope, rank, value_dim = w_uk.shape[1], w_uk.shape[2], w_uv.shape[1]
     constants = prefill_constants(heads, rank, width - nope, nope, value_dim)
-    table_width, page_size = page_table.shape[1], past_latent.shape[1]
+    table_width, (pages, page_size, _) = page_table.shape[1], past_latent.shape
     capacity = table_width * page_size
     sm, dtype = chip_of(query), dtype_name(query)
     expand = prefill_expand_tile(dtype, rank, capacity, sm)
@@ -225,6 +231,8 @@ def run(
             capacity,
             table_width,
             page_size,
+            pages,
+            steps,
             **constants.expand,
             **expand.launch_options(),
         )
@@ -243,6 +251,7 @@ def run(
             capacity,
             table_width,
             page_size,
+            pages,
             **constants.attend,
             **attend.launch_options(),
         )

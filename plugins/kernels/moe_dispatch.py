@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from deepseek_trt.plugins.kernels.bounds import clamp_int
 from deepseek_trt.plugins.kernels.chips import chip_of
 from deepseek_trt.plugins.kernels.constants import dispatch_constants
 from deepseek_trt.plugins.kernels.launches import DISPATCH_CHUNK, cdiv, dispatch_blocks
@@ -53,7 +54,7 @@ def moe_dispatch_count(
     tl.store(sorted_slots + offs, tl.zeros((CHUNK,), tl.int32) + slots, mask=offs < sorted_size)
 
     if chunk * CHUNK < slots:
-        expert = tl.load(ids + offs, mask=mask, other=0)
+        expert = clamp_int(tl.load(ids + offs, mask=mask, other=0), E - 1)
         count = tl.histogram(expert, BLOCK_E, mask=mask)
         tl.store(counts + chunk * E + offs_e, count, mask=offs_e < E)
 
@@ -105,8 +106,8 @@ def moe_dispatch_scatter(ids, offsets, sorted_slots, slots, E: tl.constexpr, CHU
     offs = tl.arange(0, CHUNK)
     slot = chunk * CHUNK + offs
     mask = slot < slots
-    expert = tl.load(ids + slot, mask=mask, other=-1)
-    other = tl.load(ids + slot, mask=mask, other=-2)
+    expert = clamp_int(tl.load(ids + slot, mask=mask, other=0), E - 1)
+    other = clamp_int(tl.load(ids + slot, mask=mask, other=0), E - 1)
 
     earlier = (expert[:, None] == other[None, :]) & (offs[None, :] < offs[:, None])
     rank = tl.sum(earlier.to(tl.int32), 1)

@@ -166,7 +166,7 @@ def prefill_attend_tile(dtype: str, steps: int, capacity: int, sm: int) -> Tile:
 
 
 def router_tile(tokens: int, sm: int) -> Tile:
-    """The tile of moe_router."""
+    """The tile of moe_router and moe_biased_router."""
     return tile(BLOCK_T=min(next_power_of_2(tokens), 256)) if sm == INTERPRETER else ROUTER
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deepseek_trt.plugins.aot.records import Binary, KernelArg, Variant
+from deepseek_trt.plugins.aot.records import POINTER_ALIGNMENT, Binary, KernelArg, Variant
 from deepseek_trt.plugins.kernels import launches
 from deepseek_trt.plugins.tensorrt.op_tables import ELEMENTS, GENERATED
 
@@ -22,6 +22,7 @@ _LAUNCH_CONSTANTS = {
     "kDecodeMaxSplits": launches.DECODE_MAX_SPLITS,
     "kPrefillWorkspace": launches.PREFILL_WORKSPACE,
     "kDispatchChunk": launches.DISPATCH_CHUNK,
+    "kPointerAlignment": POINTER_ALIGNMENT,
 }
 
 
@@ -101,6 +102,11 @@ def _struct(table: KernelTable) -> str:
     args = table.variant.args
     parameters = ", ".join(f"Exact<{cpp_type(a)}> {a.name}" for a in args)
     addresses = ", ".join(f"&{a.name}.value" for a in args)
+    checks = "".join(
+        f'    check_aligned({table.struct}::kName, "{a.name}", {a.name}.value.address, kPointerAlignment);\n'
+        for a in args
+        if a.type.startswith("*")
+    )
     return f"""namespace {table.namespace} {{
 struct {table.struct} {{
     static constexpr char const* kName = "{table.kernel}";
@@ -114,7 +120,7 @@ struct {table.struct} {{
     static Rows<Row> rows();
 }};
 inline void launch(Loaded<{table.struct}> const& kernel, Grid grid, cudaStream_t stream, {parameters}) {{
-    uint64_t global_scratch = 0, profile_scratch = 0;
+{checks}    uint64_t global_scratch = 0, profile_scratch = 0;
     void* params[] = {{{addresses}, &global_scratch, &profile_scratch}};
     launch_params(kernel.binary(), kernel.kernel, grid, stream, params);
 }}

@@ -19,7 +19,7 @@ from deepseek_trt.plugins.aot.records import Binary
 PLUGINS_FOLDER = "plugins"  # in the bundle
 LIBRARY = "libdeepseek_trt_plugins.so"
 MANIFEST = "libdeepseek_trt_plugins.json"
-SCHEMA = 1
+SCHEMA = 2
 _MEND = "run `deepseek-trt plugins` again"
 
 

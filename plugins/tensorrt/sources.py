@@ -9,7 +9,7 @@ from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.cxx import written_sources
 from deepseek_trt.plugins.tensorrt import codegen
-from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes, ops_header
+from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes, in_parts, ops_header
 
 UNITS = ("all.cpp", "images.S")  # what the compiler is given; all.cpp takes in every other .cpp
 
@@ -26,8 +26,9 @@ def source_files(tables: Sequence[codegen.KernelTable], config: ModelConfig, dty
     absent = {f"{codegen.snake_case(op.name)}.cpp" for op in OPS if op.name not in ops}
     written = written_sources(Path(__file__).parent / "csrc")
     files = {name: content for name, content in written.items() if name not in absent}
+    sizes = fixed_sizes(config)
     texts = {
-        "op_tables.h": ops_header([OpTable(op, dtype, fixed_sizes(config)) for op in OPS if op.name in ops]),
+        "op_tables.h": ops_header([OpTable(in_parts(op, sizes), dtype, sizes) for op in OPS if op.name in ops]),
         "kernel_tables.h": codegen.kernels_header(tables, dtype),
         "tables.cpp": codegen.tables_source(tables, ops),
         "images.S": codegen.images_assembly(tables),

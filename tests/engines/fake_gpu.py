@@ -32,6 +32,7 @@ class FakeDevice:
         self.queue, self.capturing = [], None
         self.calls: list[str] = []
         self.active = self.closed = False
+        self.refuse_capture = ""
         self._next = 1 << 20
 
     def _place(self, nbytes, shelf):
@@ -110,6 +111,8 @@ class FakeDevice:
 
     def capture(self, work):
         self.calls.append("capture")
+        if self.refuse_capture:
+            raise BackendError(self.refuse_capture)
         self.capturing = []
         try:
             work()
@@ -172,13 +175,20 @@ class RtxRuntimeConfig(RuntimeConfig):
 
 
 class Context:
-    """Reads and writes device memory through what was bound; runs the torch model."""
+    """Reads and writes device memory through what was bound; runs the torch model.
+
+    As with TensorRT, a capture must follow a run of the same shapes, and spoils what touches the context afterwards.
+    """
 
     def __init__(self, trt, record, config):
         self.trt, self.record, self.config = trt, record, config
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        self.memory = self.model = None
+        self.memory = self.model = self.ran = None
+        self.captured = False
+
+    def is_stream_capturable(self, stream):
+        return self.trt.capturable
 
     def set_device_memory(self, address, nbytes):
         assert address % 256 == 0
@@ -186,24 +196,46 @@ class Context:
 
     def set_tensor_address(self, name, address):
         assert address % 256 == 0
+        assert not self.captured or self.addresses[name] == address, "the context of a captured graph was changed"
         self.addresses[name] = address
         return name in {t.name for t in (*self.record.inputs, *self.record.outputs)}
 
     def set_input_shape(self, name, shape):
         smallest, _, largest = self.record.profile.shapes[name]
+        assert not self.captured or self.shapes[name] == shape, "the context of a captured graph was changed"
         self.shapes[name] = shape
         return all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
 
     def execute_async_v3(self, stream):
-        if self.trt.refuse_runs:
+        if self.trt.refuse_runs or (self.trt.refuse_captured_runs and self.trt.device.capturing is not None):
             self.trt.say("ERROR", "the first cause")
             self.trt.say("ERROR", "a consequence")
             return False
         assert stream == FakeDevice.stream
         assert self.memory is not None
         shapes, addresses = dict(self.shapes), dict(self.addresses)
+        if self.trt.device.capturing is None:
+            assert not self.captured, "the context of a captured graph ran"
+            self.ran = shapes, addresses
+        else:
+            assert self.ran == (shapes, addresses), "captured without a run of the same shapes before"
+            self.captured = True
         self.trt.device.run(lambda: self.compute(shapes, addresses))
         return True
+
+    def in_one_piece(self, given, addresses):
+        """The weights by name, parts of a stack of experts as the stack that they are in memory."""
+        whole = {name: tensor for name, tensor in given.items() if ".part" not in name}
+        for name in dict.fromkeys(name.partition(".part")[0] for name in given.keys() - whole.keys()):
+            parts = [given[f"{name}.part{i}"] for i in range(sum(other.startswith(f"{name}.part") for other in given))]
+            at = addresses[f"{name}.part0"]
+            for i, part in enumerate(parts):
+                assert addresses[f"{name}.part{i}"] == at, "parts must lie one after the other"
+                at += part.numel() * part.element_size()
+            shape = (sum(map(len, parts)), *parts[0].shape[1:])
+            raw = self.trt.device.bytes_at(addresses[f"{name}.part0"], at - addresses[f"{name}.part0"])
+            whole[name] = torch.from_numpy(raw.view(np.float32).reshape(shape))
+        return whole
 
     def compute(self, shapes, addresses):
         given = {}
@@ -212,12 +244,13 @@ class Context:
             dtype = np.dtype(DTYPES[tensor.dtype])
             raw = self.trt.device.bytes_at(addresses[tensor.name], int(np.prod(shape)) * dtype.itemsize)
             given[tensor.name] = torch.from_numpy(raw.view(dtype).reshape(shape))
+        shared = self.in_one_piece({name: given[name] for name in self.record.weights}, addresses)
         layers = range(self.trt.config.num_hidden_layers)
         for layer in layers:
             assert addresses[past_name(layer)] == addresses[present_name(layer)], "the cache must be aliased"
         where = tuple(addresses[name] for name in self.record.weights)
         if self.model is None or self.model[0] != where:  # its parameters are the device's memory itself
-            state = {**self.trt.constants, **{name: given[name] for name in self.record.weights}}
+            state = {**self.trt.constants, **shared}
             self.model = (where, self.trt.model_of(state))
         model = self.model[1]
         pools = [given[past_name(layer)] for layer in layers]
@@ -236,14 +269,19 @@ class Engine:
 
     def __init__(self, trt, record):
         self.trt, self.record = trt, record
+        self.contexts = []
 
     def create_runtime_config(self):
         return (RtxRuntimeConfig if self.trt.rtx else RuntimeConfig)()
 
     def create_execution_context(self, config):
-        context = Context(self.trt, self.record, config)
-        self.trt.contexts[self.record.graph] = context
-        return context
+        self.trt.on_context()
+        if self.contexts and self.trt.refuse_more_contexts:
+            return None
+        self.contexts.append(Context(self.trt, self.record, config))
+        self.contexts[-1].engine = self
+        self.trt.contexts[self.record.graph] = self.contexts[0]
+        return self.contexts[-1]
 
 
 def fake_trt(name, bundle, records, device, weights):
@@ -255,6 +293,8 @@ def fake_trt(name, bundle, records, device, weights):
     trt.rtx, trt.device, trt.config = "rtx" in name, device, bundle.manifest.model
     trt.contexts, trt.refuse_runs, trt.validity = {}, False, (EngineValidity.VALID, 0)
     trt.deserialised = []
+    trt.on_context = lambda: None
+    trt.capturable, trt.refuse_captured_runs, trt.refuse_more_contexts = True, False, False
     trt.constants = weights
     trt.ExecutionContextAllocationStrategy = Strategy
     trt.DynamicShapesKernelSpecializationStrategy = Specialisation

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from deepseek_trt.export.bundle.assemble import assemble
-from deepseek_trt.export.bundle.recipes import Piece, Recipe, too_large_for_tensorrt
+from deepseek_trt.export.bundle.recipes import (
+    Piece,
+    Recipe,
+    split_rows,
+    tensorrt_parts,
+    too_large_for_tensorrt,
+)
 from deepseek_trt.export.config.model_config import ModelConfig, unsupported_features
 from deepseek_trt.export.config.rope import RopeConfig
 from deepseek_trt.export.errors import CheckpointError, ConfigError
@@ -317,9 +323,45 @@ def test_fp8_scales_of_another_shape(tmp_path, weights, save):
 # Sizes
 
 
-@pytest.mark.parametrize(("model", "large"), [("v2-lite", 0), ("v2", 0), ("v3", 3)])
-def test_tensors_that_tensorrt_cannot_take(tmp_path, make_checkpoint, model, large):
+@pytest.mark.parametrize(
+    ("model", "stack"),
+    [("v2-lite", [64]), ("v2", [160]), ("v3", [128, 128]), ("moonlight", [64]), ("kimi-k2", [128, 128, 128])],
+)
+def test_stacks_of_experts_that_tensorrt_takes_in_parts(tmp_path, make_checkpoint, model, stack):
     """Four layers of each: of V3's the last one is MoE."""
     make_checkpoint.write_sparse(make_checkpoint.reduced(make_checkpoint.PUBLISHED[model], layers=4), tmp_path)
     _, weights, _ = plan(tmp_path)
-    assert len(too_large_for_tensorrt(weights.recipes)) == large
+    assert not too_large_for_tensorrt(weights.recipes)
+    parts = {recipe.name: tensorrt_parts(recipe) for recipe in weights.recipes}
+    for name, of in parts.items():
+        rows = [part.shape[0] for part in of]
+        assert rows == stack if ".mlp.experts." in name else len(rows) == 1, name
+        assert [part.start for part in of] == [sum(rows[:i]) for i in range(len(rows))]
+        assert len(of) == 1 or [part.name for part in of] == [f"{name}.part{i}" for i in range(len(of))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((256, 2048, 7168), (128, 128)),
+        ((384, 2048, 7168), (128, 128, 128)),
+        ((2, 2**30 - 64, 1), (2,)),
+        ((2, 2**30, 1), (1, 1)),
+        ((3, 2**30, 1), (1, 1, 1)),
+        ((5, 2**29, 1), (3, 2)),
+        ((2**16 + 1, 32771, 1), (32896, 32641)),  # of odd rows 128 go together
+        ((4, 2**31, 1), ()),
+        ((257, 2**25 + 1, 1), ()),  # 128 of these odd rows are too many
+    ],
+)
+def test_parts_are_few_alike_and_aligned(shape, rows):
+    assert split_rows(shape) == rows
+    assert sum(rows) in (shape[0], 0)
+    row = shape[1] * shape[2]
+    assert all(count * row < 2**31 for count in rows)
+    assert all(count * row % 128 == 0 for count in rows[:-1])
+
+
+def test_what_is_no_stack_of_experts_is_not_split():
+    embeddings = Recipe("model.embed_tokens.weight", (2**20, 4096), ())
+    assert too_large_for_tensorrt([embeddings]) == (embeddings,)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,10 @@ from deepseek_trt.export.errors import BackendError, BuildError
 from deepseek_trt.plugins.aot.compile import FALLBACK_TILES_SM, compile_all
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
+
+from compiled_kernels import CompiledKernel  # noqa: E402  benchmarks are scripts, not a package
+
 MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 V2_LITE = {
     **MLA,
@@ -39,7 +43,21 @@ V2 = {
     "topk_group": 3,
     "routed_scaling_factor": 16.0,
 }
-MODELS = {"v2-lite": V2_LITE, "v2": V2}
+V3 = {
+    **MLA,
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "moe_intermediate_size": 2048,
+    "num_attention_heads": 128,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "topk_method": "noaux_tc",
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+MODELS = {"v2-lite": V2_LITE, "v2": V2, "v3": V3}
 
 
 def pytest_collection_modifyitems(items):
@@ -66,66 +84,6 @@ def gpu():
 def config_of(gpu):
     """The named model's config, its layers apart: their number changes no kernel."""
     return lambda model: ModelConfig.from_hf({"model_type": "deepseek_v2", "num_hidden_layers": 2, **MODELS[model]})
-
-
-class CompiledKernel:
-    """Ahead-of-time binaries in place of a Triton kernel: called as that is, launched as the plugins do."""
-
-    def __init__(self, driver, binaries, device):
-        self.driver, self.binaries, self.device = driver, binaries, device
-        self.launches = 0
-        self._functions = {}
-
-    def __getitem__(self, grid):
-        return functools.partial(self._launch, (*grid, 1, 1)[:3])
-
-    def _launch(self, grid, *args, num_warps=4, num_stages=2, **constants):
-        binary = next((b for b in self.binaries if dict(b.variant.constexprs) == constants), None)
-        assert binary is not None, f"no binary has {constants}"
-        kinds = [arg.type for arg in binary.variant.args]
-        values = [value_of(kind, arg) for kind, arg in zip(kinds, args, strict=True)]
-        values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]  # Triton's scratch pointers
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        stream = torch.cuda.current_stream().cuda_stream
-        block, shared = (binary.threads, 1, 1), binary.shared_bytes
-        call(
-            self.driver,
-            "cuLaunchKernel",
-            self._load(binary),
-            *grid,
-            *block,
-            shared,
-            stream,
-            ctypes.addressof(pointers),
-            0,
-        )
-        self.launches += 1
-
-    def _load(self, binary):
-        """The function, its module loaded once and never unloaded."""
-        if binary.sha256 not in self._functions:
-            module = call(self.driver, "cuModuleLoadData", binary.image + b"\0")
-            function = call(self.driver, "cuModuleGetFunction", module, binary.entry.encode())
-            limit = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            if binary.shared_bytes > 48 * 1024:
-                call(self.driver, "cuFuncSetAttribute", function, limit, binary.shared_bytes)
-            self._functions[binary.sha256] = function
-        return self._functions[binary.sha256]
-
-
-def value_of(kind, argument):
-    if kind.startswith("*"):
-        assert argument.is_cuda
-        assert argument.is_contiguous()
-        assert argument.data_ptr() % 16 == 0
-        return ctypes.c_uint64(argument.data_ptr())
-    return {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}[kind](argument)
-
-
-def call(driver, name, *arguments):
-    error, *found = getattr(driver, name)(*arguments)
-    assert error == driver.CUresult.CUDA_SUCCESS, f"{name}: {error}"
-    return found[0] if found else None
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +118,9 @@ def use_kernels(request, gpu, compiled, monkeypatch):
         for kernel in {b.variant.kernel for b in binaries}:
             rows = [b for b in binaries if b.variant.kernel == kernel]
             home = next(m for m in modules if hasattr(m, kernel))
-            monkeypatch.setattr(home, kernel, CompiledKernel(driver, rows, gpu))
+            monkeypatch.setattr(
+                home, kernel, CompiledKernel(driver, rows, lambda: torch.cuda.current_stream().cuda_stream)
+            )
         if as_ptx:
             for module in modules:
                 monkeypatch.setattr(module, "chip_of", lambda tensor: FALLBACK_TILES_SM)

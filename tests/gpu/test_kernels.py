@@ -7,6 +7,7 @@ import torch
 
 from deepseek_trt.export.ops.mla_decode import mla_decode as decode_reference
 from deepseek_trt.export.ops.mla_prefill import mla_prefill as prefill_reference
+from deepseek_trt.export.ops.moe_biased_router import moe_biased_router as biased_reference
 from deepseek_trt.export.ops.moe_experts import moe_experts as experts_reference
 from deepseek_trt.export.ops.moe_router import moe_router as router_reference
 from deepseek_trt.plugins.kernels import KERNEL_OPS
@@ -110,6 +111,19 @@ def test_moe_router(model, tokens, config_of, use_kernels):
     expected, expected_ids = router_reference(*given, int(config.norm_topk_prob), config.routed_scaling_factor)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected, rtol=2e-6, atol=0)  # exp, a sum, a division: a few roundings each
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64, 1000])
+def test_moe_biased_router(tokens, config_of, use_kernels):
+    config = config_of("v3")
+    use_kernels(config, "bfloat16", "MoeBiasedRouter")
+    bias = random(config.n_routed_experts, dtype=F32, scale=0.1)
+    given = (random(tokens, config.n_routed_experts, dtype=F32), bias, config.num_experts_per_tok)
+    rest = (*config.routing_groups, int(config.norm_topk_prob), config.routed_scaling_factor)
+    weights, ids = KERNEL_OPS["MoeBiasedRouter"](*given, *rest)
+    expected, expected_ids = biased_reference(*given, *rest)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=NAMES.get)

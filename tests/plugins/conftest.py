@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.plugins.aot.records import Binary, Variant
 from deepseek_trt.plugins.aot.variants import variants_for
@@ -57,6 +59,30 @@ def plugin_config() -> ModelConfig:
     )
 
 
+def v3_like(config: ModelConfig) -> ModelConfig:
+    """The same sizes with V3's router."""
+    return dataclasses.replace(config, topk_method="noaux_tc", norm_topk_prob=True, routed_scaling_factor=2.5)
+
+
+@pytest.fixture(scope="session")
+def v3_config(plugin_config: ModelConfig) -> ModelConfig:
+    return v3_like(plugin_config)
+
+
+@pytest.fixture
+def small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TensorRT that takes fewer numbers a tensor than plugin_config's stacks of 16 experts hold."""
+    monkeypatch.setattr(recipes, "TENSORRT_MOST_NUMBERS", 20_000)
+
+
+@pytest.fixture(scope="session")
+def v3_library(v3_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> PluginLibrary:
+    """A library of a model of V3's kind, whose experts TensorRT takes in parts of 6, 6 and 4."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "TENSORRT_MOST_NUMBERS", 20_000)
+        return build_library(binaries_of(v3_config), v3_config, DTYPE, tmp_path_factory.mktemp("v3"))
+
+
 @pytest.fixture(scope="session")
 def uncompiled() -> Callable[..., list[Binary]]:
     return binaries_of
@@ -94,8 +120,9 @@ def drive(played: Path, plugin_library: PluginLibrary, plugin_config: ModelConfi
     """drive(commands, sm=86, driver=True, library=..., FAKE_...=...): what the program prints."""
     params = played / "params.txt"
     variants = variants_for(plugin_config, DTYPE, 86)
+    variants += variants_for(v3_like(plugin_config), DTYPE, 86)
     lines = [" ".join([v.kernel, *("8" if a.type[0] == "*" else "4" for a in v.args), "8", "8"]) for v in variants]
-    params.write_text("\n".join(lines))
+    params.write_text("\n".join(dict.fromkeys(lines)))
 
     def run(
         commands: Sequence[str],

@@ -20,6 +20,10 @@ NO_GPU = "use --backend ort, or a machine with an NVIDIA GPU and its driver"
 
 def open_device(ordinal: int = 0) -> CudaDevice:
     """GPU number `ordinal`; BackendError saying what to do where there is none, or no cuda-python."""
+    return CudaDevice(_started_driver(), ordinal)
+
+
+def _started_driver() -> Any:
     try:
         driver = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
@@ -30,7 +34,7 @@ def open_device(ordinal: int = 0) -> CudaDevice:
         raise BackendError(f"there is no NVIDIA driver on this machine ({missing}): {NO_GPU}") from None
     if status != driver.CUresult.CUDA_SUCCESS:
         raise BackendError(f"the NVIDIA driver finds no GPU ({_words(driver, status)}): {NO_GPU}")
-    return CudaDevice(driver, ordinal)
+    return driver
 
 
 def visible_gpu() -> str | None:
@@ -42,6 +46,22 @@ def visible_gpu() -> str | None:
         return _text(driver.cuDeviceGetName(256, driver.cuDeviceGet(0)[1])[1])
     except (ImportError, RuntimeError):  # the bindings look for libcuda at the first call
         return None
+
+
+def visible_sm() -> int:
+    """The first GPU's SM version, e.g. 90; takes no memory on it. BackendError where `open_device` raises it."""
+    driver = _started_driver()
+    device = _first(driver, driver.cuDeviceGet(0))
+    kind = driver.CUdevice_attribute
+    wanted = (kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+    major, minor = (int(_first(driver, driver.cuDeviceGetAttribute(name, device))) for name in wanted)
+    return 10 * major + minor
+
+
+def _first(driver: Any, answer: tuple[Any, ...]) -> Any:
+    if answer[0] != driver.CUresult.CUDA_SUCCESS:
+        raise BackendError(f"the NVIDIA driver finds no GPU ({_words(driver, answer[0])}): {NO_GPU}")
+    return answer[1]
 
 
 class CudaDevice:

@@ -1,7 +1,8 @@
-"""Engine: one plan in TensorRT's hands, with one execution context. All memory that it works on is the caller's."""
+"""Engine: one plan in TensorRT's hands, with an execution context. All memory that it works on is the caller's."""
 
 from __future__ import annotations
 
+import copy
 import mmap
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -38,7 +39,27 @@ class Engine:
         self._runtime: Any = runtime
         self._engine: Any = engine
         self._cache: Any = None
-        self._context: Any = self._make_context(specialise)
+        self._config = self._make_config(specialise)
+        self._context: Any = self._new_context()
+        self._memory: tuple[int, int] | None = None
+        self._addresses: dict[str, int] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def twin(self) -> Engine:
+        """The same plan with a context of its own, which has all that was bound and shaped so far, and this memory.
+
+        Raises BackendError where TensorRT gives no other context.
+        """
+        other = copy.copy(self)
+        other._context = self._new_context()
+        other._addresses, other._shapes = {}, {}
+        if self._memory is not None:
+            other.use_memory(*self._memory)
+        for name, address in self._addresses.items():
+            other.bind(name, address)
+        for name, shape in self._shapes.items():
+            other.shape(name, shape)
+        return other
 
     @property
     def activation_bytes(self) -> int:
@@ -52,15 +73,18 @@ class Engine:
 
     def use_memory(self, address: int, nbytes: int) -> None:
         """Activation memory; runs of other engines may use it in between."""
+        self._memory = address, nbytes
         self._context.set_device_memory(address, nbytes)
 
     def bind(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):
             raise self._refusal(f"binding {name}")
+        self._addresses[name] = address
 
     def shape(self, name: str, shape: tuple[int, ...]) -> None:
         if not self._context.set_input_shape(name, shape):
             raise self._refusal(f"{name} of shape {list(shape)}")
+        self._shapes[name] = shape
 
     def enqueue(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
@@ -74,7 +98,7 @@ class Engine:
     def close(self) -> None:
         """Save what was compiled, and let go of the engine while its GPU is still there."""
         self.save_cache()
-        self._cache = self._context = self._engine = self._runtime = None
+        self._cache = self._config = self._context = self._engine = self._runtime = None
 
     def save_cache(self) -> None:
         """Keep the runtime cache, where there is one and the user's cache can be written."""
@@ -106,19 +130,22 @@ class Engine:
         known = self._flavour.trt.EngineInvalidityDiagnostics.__members__
         return [name for name, value in known.items() if int(value) & int(bits)]
 
-    def _make_context(self, specialise: bool) -> Any:
-        trt, engine = self._flavour.trt, self._engine
+    def _make_config(self, specialise: bool) -> Any:
+        """What contexts are made from: a runtime config, or where there is none the strategy of allocation."""
+        trt = self._flavour.trt
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if hasattr(engine, "create_runtime_config"):
-            config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            self._use_cache(config)
-            if specialise and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
-                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-                config.dynamic_shapes_kernel_specialization_strategy = eager
-            context = engine.create_execution_context(config)
-        else:
-            context = engine.create_execution_context(strategy)
+        if not hasattr(self._engine, "create_runtime_config"):
+            return strategy
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        self._use_cache(config)
+        if specialise and hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
+        return config
+
+    def _new_context(self) -> Any:
+        context = self._engine.create_execution_context(self._config)
         if context is None:
             raise self._refusal("an execution context")
         return context

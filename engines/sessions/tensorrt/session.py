@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from deepseek_trt.engines.plans.check import (
     check_library,
     check_pages,
     check_version,
+    kernels_note,
     limits_of,
     open_plan,
     read_plans,
@@ -24,6 +25,7 @@ from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import Device, aligned
 from deepseek_trt.engines.sessions.tensorrt.engine import Engine
+from deepseek_trt.engines.sessions.tensorrt.graphs import Graphs
 from deepseek_trt.engines.sessions.tensorrt.staging import Staging, given_inputs
 from deepseek_trt.engines.sessions.tensorrt.weight_upload import UploadProgress, upload_weights
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
@@ -34,14 +36,15 @@ from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.library import cpu_library
 from deepseek_trt.plugins.tensorrt.loading import load_library
 
-_Key = tuple[str, tuple[tuple[int, ...], ...]]  # graph, and the shapes of its inputs
+_log = logging.getLogger(__name__)
 
 
 class TrtSession(Session):
     """Both engines over one set of page pools and one copy of the weights, on one stream.
 
-    Decode is padded to powers of two of rows and of table width, so that a few CUDA graphs serve all: a bucket runs
-    once as it is and is captured the second time. Padding rows write to the scratch page. One thread at a time.
+    Decode is padded to powers of two of rows and of table width, so that a few CUDA graphs serve all: a bucket that
+    comes back is captured after its run, and replayed from the third time on. Padding rows write to the scratch page.
+    One thread at a time.
 
     `limits` says what the engines were built for: more rows at once, or longer ones, are refused by name.
     """
@@ -63,7 +66,7 @@ class TrtSession(Session):
         plans = read_plans(bundle)
         self.limits = limits_of(plans)
         self.door = Door.of(bundle, pages)
-        check_pages(self.limits, pages)
+        check_pages(self.limits, bundle.manifest.cache, pages)
         self.cache, self.pages = bundle.manifest.cache, pages
         self.library = cpu_library(bundle).path  # samples on the CPU
         self._pool_shape = (pages, self.cache.page_size, self.cache.latent_dim)
@@ -99,9 +102,14 @@ class TrtSession(Session):
                 engine = Engine(plan, opened[name], flavour, device.sm, device.name, captured)
                 stack.callback(engine.close)
                 self._engines[name] = engine
-        notes = [f"{flavour.name} {flavour.version} on {device.name}", *(e.note for e in self._engines.values())]
+        kernels = (kernels_note(bundle, plan, device.sm) for plan in plans)
+        engines = (engine.note for engine in self._engines.values())
+        uncaptured = "" if self._cuda_graphs else "CUDA graphs are off: every step costs its launches"
+        where = f"{flavour.name} {flavour.version} on {device.name}"
+        notes = [where, *engines, *kernels, *flavour.log.notes, uncaptured]
         self.note = "; ".join(dict.fromkeys(filter(None, notes)))
         self._allocate(bundle, progress)
+        self._graphs = self._make_graphs(stack)
 
     def _allocate(self, bundle: Bundle, progress: UploadProgress | None) -> None:
         """All memory there will be: nothing is allocated while tokens are made."""
@@ -122,8 +130,26 @@ class TrtSession(Session):
         for name, engine in self._engines.items():
             engine.use_memory(activations, working)
             self._bind(engine, self._plans[name], weights)
-        self._seen: set[_Key] = set()
-        self._graphs: dict[_Key, Any] = {}
+
+    def _make_graphs(self, stack: contextlib.ExitStack) -> Graphs | None:
+        """The CUDA graphs of decode, whose contexts go before the engine; they must not keep the session alive."""
+        if not self._cuda_graphs:
+            return None
+        say = weakref.WeakMethod(self._say)
+
+        def say_while_alive(note: str) -> None:
+            method = say()
+            if method is not None:
+                method(note)
+
+        graphs = Graphs(self._device, self._engines["decode"], say_while_alive)
+        stack.callback(graphs.close)
+        return graphs
+
+    def _say(self, note: str) -> None:
+        """What turns out while it runs: a warning now, and part of the note from now on."""
+        self.note = f"{self.note}; {note}"
+        _log.warning("%s", note)
 
     def _bind(self, engine: Engine, plan: Plan, weights: dict[str, int]) -> None:
         """What stays where it is: weights, pools (as past and present at once) and logits."""
@@ -209,37 +235,27 @@ class TrtSession(Session):
 
     def _run(self, graph: str, feeds: Arrays, rows: tuple[int, ...]) -> Floats:
         """Stage the inputs, run, and give logits [*rows, vocab]."""
-        engine, device = self._engines[graph], self._device
+        device = self._device
         device.activate()
         inputs = given_inputs(self._plans[graph].record)
         addresses = self._staging.put(inputs, feeds)
         nbytes = int(np.prod(rows)) * self.vocab_size * 4
 
-        def enqueue() -> None:
+        def enqueue(engine: Engine) -> None:
+            for name, address in addresses.items():
+                engine.shape(name, feeds[name].shape)
+                engine.bind(name, address)
             self._staging.upload()
             engine.enqueue(device.stream)
             device.download(self._pinned_logits.address, self._logits, nbytes)
 
-        key = (graph, tuple(feeds[tensor.name].shape for tensor in inputs))
-        if key not in self._graphs:
-            for name, address in addresses.items():
-                engine.shape(name, feeds[name].shape)
-                engine.bind(name, address)
-            if self._is_to_capture(key):
-                self._graphs[key] = device.capture(enqueue)
-        if key in self._graphs:
-            device.launch(self._graphs[key])
+        if graph == "decode" and self._graphs is not None:
+            self._graphs.run(tuple(feeds[tensor.name].shape for tensor in inputs), enqueue)
         else:
-            enqueue()
-        self._seen.add(key)
+            enqueue(self._engines[graph])
         device.synchronize()
         logits: Floats = self._pinned_logits.array[:nbytes].view(np.float32).copy()
         return logits.reshape(*rows, self.vocab_size)
-
-    def _is_to_capture(self, key: _Key) -> bool:
-        """Decode only, and only what has run before: the first run of a shape may allocate or compile."""
-        repeated = self._cuda_graphs and key[0] == "decode" and key in self._seen
-        return repeated and self._engines["decode"].can_be_captured(self._device.stream)
 
 
 def bucket(size: int, most: int) -> int:

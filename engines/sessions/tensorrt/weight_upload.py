@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from deepseek_trt.engines.sessions.tensorrt.device import Device, Pinned, aligned
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.bundle.weights import WeightReader
 
 STAGING_BYTES = 32 * 2**20  # of each of two pinned buffers
@@ -21,12 +22,14 @@ UploadProgress = Callable[[int, int], None]  # bytes done, bytes in all
 def upload_weights(
     device: Device, bundle: Bundle, names: Collection[str], progress: UploadProgress | None = None
 ) -> dict[str, int]:
-    """The weights' addresses by name, in one block of memory; they are complete when this returns.
+    """The addresses of the weights, or of the parts that TensorRT takes them in, by name, in one block of memory; they
+    are complete when this returns.
 
     Raises BackendError where the GPU is too small, before a weight is read, and BundleError where a by-reference
     bundle's checkpoint has changed.
     """
-    wanted = [weight.recipe.name for weight in bundle.manifest.weights if weight.recipe.name in names]
+    parts = {w.recipe.name: tensorrt_parts(w.recipe) for w in bundle.manifest.weights}
+    wanted = [name for name, of in parts.items() if any(part.name in names for part in of)]
     if not wanted:
         return {}
     reader = WeightReader(bundle)
@@ -43,7 +46,8 @@ def upload_weights(
                     progress(done, payload)
     finally:
         stager.close()
-    return addresses
+    row_bytes = {name: sizes[name] // reader.records[name].recipe.shape[0] for name in wanted}
+    return {part.name: addresses[name] + part.start * row_bytes[name] for name in wanted for part in parts[name]}
 
 
 class _Stager:

@@ -1,23 +1,20 @@
 // Messages to TensorRT's logger, and the guard that keeps exceptions inside this library.
 #pragma once
 
+#include "error.h"
+
 #include <NvInferRuntime.h>
 
 #include <exception>
-#include <stdexcept>
 #include <string>
 
 namespace deepseek_trt {
-
-// What a user can mend: the message says what happened, the offending value and the mend.
-struct Error : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept;
 
 // To the process's TensorRT logger, or to stderr where there is none yet.
 void log_error(std::string const& message) noexcept;
+void log_warning(std::string const& message) noexcept;
 
 // The value of `body`, or `failure` after logging what it threw: TensorRT's interfaces are noexcept.
 template <class Result, class Body>

@@ -88,15 +88,15 @@ void* find_logger(void* finder) {
 
 }  // namespace
 
-bool log_through(void* finder, char const* message) noexcept {
+bool log_through(void* finder, Severity severity, char const* message) noexcept {
     try {
         void* logger = finder ? find_logger(finder) : nullptr;
         if (logger && object_is_a(logger, "N8nvinfer15v_1_07ILoggerE")) {
-            static_cast<NewLogger*>(logger)->log(Severity::kERROR, message);
+            static_cast<NewLogger*>(logger)->log(severity, message);
             return true;
         }
         if (logger && object_is_a(logger, "N8nvinfer17ILoggerE")) {
-            static_cast<OldLogger*>(logger)->log(Severity::kERROR, message);
+            static_cast<OldLogger*>(logger)->log(severity, message);
             return true;
         }
     } catch (...) {  // findLogger is not noexcept

@@ -8,7 +8,7 @@
 
 namespace deepseek_trt {
 
-// Logs an error; false where there is no finder, no logger, or one of unknown layout.
-bool log_through(void* finder, char const* message) noexcept;
+// False where there is no finder, no logger, or one of unknown layout.
+bool log_through(void* finder, nvinfer1::ILogger::Severity severity, char const* message) noexcept;
 
 }  // namespace deepseek_trt

@@ -36,8 +36,8 @@ class Plugin final : public nvinfer1::IPluginV3,
     using DynamicDesc = nvinfer1::DynamicPluginTensorDesc;
 
 public:
-    explicit Plugin(Attributes attributes, typename Op::Kernels const* kernels = nullptr)
-        : attributes_(std::move(attributes)), kernels_(kernels) {}
+    Plugin(Attributes attributes, nvinfer1::TensorRTPhase phase, typename Op::Kernels const* kernels = nullptr)
+        : attributes_(std::move(attributes)), phase_(phase), kernels_(kernels) {}
 
     // IPluginV3
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
@@ -50,7 +50,7 @@ public:
     }
 
     nvinfer1::IPluginV3* clone() noexcept override {
-        return guarded<IPluginV3*>(Spec::kName, nullptr, [&] { return new Plugin(attributes_, kernels_); });
+        return guarded<IPluginV3*>(Spec::kName, nullptr, [&] { return new Plugin(attributes_, phase_, kernels_); });
     }
 
     // IPluginV3OneCore
@@ -111,7 +111,7 @@ public:
     // IPluginV3OneRuntime
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
         auto* attached = static_cast<Plugin*>(clone());
-        if (attached) {
+        if (attached && !is_building()) {
             attached->try_load();
         }
         return attached;
@@ -122,19 +122,23 @@ public:
         return succeeds([&] {
             check_counts(Spec::kTensors, input_count, output_count);
             read_sizes(inputs);
-            if (!kernels_) {
-                kernels_ = &Op::Kernels::on_current_device();
+            if (!kernels_ && !is_building()) {
+                kernels_ = &Op::Kernels::on_current_device(Spec::kName);
             }
         });
     }
 
     int32_t enqueue(TensorDesc const* input_descs, TensorDesc const*, void const* const* inputs, void* const* outputs,
         void* workspace, cudaStream_t stream) noexcept override {
+        if (is_building()) {
+            return 0;
+        }
         return succeeds([&] {
             if (!kernels_) {
                 throw Error("enqueue without onShapeChange");
             }
             check_aliases(Spec::kTensors, inputs, outputs);
+            check_parts(Spec::kTensors, inputs);
             Op::enqueue(Call<Op>{attributes_, read_sizes(input_descs), Spec::inputs(inputs), Spec::outputs(outputs),
                 *kernels_, workspace, stream});
         });
@@ -156,11 +160,15 @@ private:
         return guarded<int32_t>(Spec::kName, 1, [&] { return body(), 0; });
     }
 
+    // A builder times plugins on made-up inputs (NVIDIA/TensorRT issue 2552): lengths, pages and ids among them would
+    // index memory. So nothing is launched then; an engine's plugins are made anew from the plan.
+    bool is_building() const noexcept { return phase_ == nvinfer1::TensorRTPhase::kBUILD; }
+
     // TensorRT attaches plugins while it builds on machines without a GPU, too, and does not survive a refusal. So what
     // goes wrong here is left to onShapeChange, which tries again and says it.
     void try_load() noexcept {
         try {
-            kernels_ = &Op::Kernels::on_current_device();
+            kernels_ = &Op::Kernels::on_current_device(Spec::kName);
         } catch (...) {
         }
     }
@@ -181,6 +189,7 @@ private:
     }
 
     Attributes attributes_;
+    nvinfer1::TensorRTPhase phase_;
     typename Op::Kernels const* kernels_;
     std::string const library_ = kLibraryId;
     std::string description_;
@@ -214,7 +223,7 @@ public:
             reader.library(kLibraryId, phase);
             reader.finish();
             Op::check(attributes);
-            return new Plugin<Op>(std::move(attributes));
+            return new Plugin<Op>(std::move(attributes), phase);
         });
     }
 

@@ -146,6 +146,23 @@ void write_output_shapes(TensorTable const& table, nvinfer1::DimsExprs const* in
     }
 }
 
+void check_parts(TensorTable const& table, void const* const* inputs) {
+    for (int32_t i = 0; i < table.inputs; ++i) {
+        if (table.tensors[i].before < 0) {
+            continue;
+        }
+        Tensor const& before = table.tensors[table.tensors[i].before];
+        int64_t bytes = before.type == DataType::kFLOAT ? 4 : 2;
+        for (int32_t axis = 0; axis < before.rank; ++axis) {
+            bytes *= before.axes[axis].fixed;
+        }
+        if (inputs[i] != static_cast<char const*>(inputs[table.tensors[i].before]) + bytes) {
+            throw Error(std::string("input ") + table.tensors[i].name + " must lie right after input " + before.name
+                + ", " + std::to_string(bytes) + " bytes on: bind the parts of one tensor in one piece of memory");
+        }
+    }
+}
+
 void check_aliases(TensorTable const& table, void const* const* inputs, void* const* outputs) {
     for (int32_t o = 0; o < table.outputs; ++o) {
         Tensor const& output = table.tensors[table.inputs + o];

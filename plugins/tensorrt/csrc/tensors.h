@@ -19,7 +19,8 @@ struct Axis {
 struct Tensor {
     char const* name;
     nvinfer1::DataType type;
-    int32_t alias;  // of an output: the input whose memory it is, or -1
+    int32_t alias;   // of an output: the input whose memory it is, or -1
+    int32_t before;  // of an input: the one that it continues, right after it in memory, or -1
     int32_t rank;
     Axis axes[kMaxRank];
 };
@@ -44,6 +45,9 @@ void read_largest_free_sizes(
 
 void write_output_shapes(TensorTable const& table, nvinfer1::DimsExprs const* inputs, nvinfer1::DimsExprs* outputs,
     nvinfer1::IExprBuilder& builder);
+
+// Throws where a part of a tensor does not lie right after the part before it.
+void check_parts(TensorTable const& table, void const* const* inputs);
 
 // Throws where an output is not in the memory of the input that it must share.
 void check_aliases(TensorTable const& table, void const* const* inputs, void* const* outputs);

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import math
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from deepseek_trt.engines.plans import request
 from deepseek_trt.engines.plans.build import build_with_library
+from deepseek_trt.engines.plans.check import read_plans
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.engines.plans.request import BuildRequest, build_plans
+from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import graphs_of
 from deepseek_trt.export.bundle.manifest import list_added
@@ -21,6 +27,7 @@ from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 
+ROOT = Path(__file__).parents[3]
 SPEC = BuildSpec(sms=(86, 89, 120), max_batch_size=4, max_input_len=128, max_seq_len=512)
 
 
@@ -102,6 +109,52 @@ def test_a_tensor_of_2_to_the_31_numbers_never_reaches_tensorrt(bundle, library)
         build_with_library(dataclasses.replace(bundle, manifest=manifest), SPEC, library.path)
 
 
+SMALL_V3 = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "n_routed_experts": 16,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+
+
+@pytest.mark.tensorrt
+def test_a_model_of_v3s_kind_builds_with_its_experts_in_parts(tmp_path, bundle_of, monkeypatch):
+    """Its router is a plugin, and each stack of experts two inputs, as if TensorRT took 300,000 numbers a tensor."""
+    spec = importlib.util.spec_from_file_location("make_checkpoint", ROOT / "benchmarks" / "make_checkpoint.py")
+    make_checkpoint = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "make_checkpoint", make_checkpoint)
+    spec.loader.exec_module(make_checkpoint)
+    published = make_checkpoint.Published({**make_checkpoint.V3, **SMALL_V3}, 1)
+    make_checkpoint.write_sparse(published, tmp_path / "checkpoint")
+    exported = Bundle.open(
+        Path(shutil.copytree(bundle_of(tmp_path / "checkpoint", allow_zeros=True).path, tmp_path / "bundle"))
+    )
+    monkeypatch.setattr(recipes, "TENSORRT_MOST_NUMBERS", 300_000)
+    spec = dataclasses.replace(SPEC, sms=(86,))
+    prefill, decode = build_plans(BuildRequest(exported.path, spec))
+    for plan, attention in ((prefill, "MlaPrefill"), (decode, "MlaDecode")):
+        assert plan.record.plugins == {attention: 2, "MoeBiasedRouter": 1, "MoeExperts": 1}
+        parts = {t.name.split("experts.")[1]: t.dims for t in plan.record.inputs if ".part" in t.name}
+        assert parts == {f"{name}_proj.part{i}": dims for name, dims in EXPECTED_PARTS.items() for i in (0, 1)}
+    assert read_plans(Bundle.open(exported.path))["decode"].record == decode.record
+    embedded = build_plans(BuildRequest(exported.path, dataclasses.replace(spec, weights="embedded")))[1].record
+    assert [name.split("experts.")[1] for name in embedded.weights] == list(parts), "they are never embedded"
+
+
+EXPECTED_PARTS = {"gate": (8, 128, 256), "up": (8, 128, 256), "down": (8, 256, 128)}
+
+
 def test_damaged_library_is_refused(bundle, library, tmp_path):
     copy = Path(shutil.copytree(library.path.parent, tmp_path / "plugins")) / library.path.name
     copy.write_bytes(copy.read_bytes()[:-1] + b"x")
@@ -119,6 +172,18 @@ def test_chips_must_be_named_and_known():
         flavour.set_chips(config, ())
     with pytest.raises(BuildError, match="does not build for SM 90; it builds for"):
         flavour.set_chips(config, (90,))
+
+
+@pytest.mark.tensorrt
+def test_plans_can_be_captured():
+    """TensorRT-RTX's notes ask for this flag where runs are captured into CUDA graphs; TensorRT has no such flag."""
+    import tensorrt_rtx as trt
+
+    flavour = open_flavour("rtx")
+    config = trt.Builder(flavour.logger).create_builder_config()
+    assert not config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    flavour.keep_capturable(config)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def test_a_flavour_without_chips_takes_the_gpu_of_the_machine():
@@ -142,12 +207,35 @@ def test_absent_tensorrt_says_how_to_install_it(monkeypatch):
     [
         ({"max_input_len": 600}, "--max-input-len 600 is above --max-seq-len 512"),
         ({"max_batch_size": 0}, "at least 1"),
-        ({"max_batch_size": 4096, "max_seq_len": 163840}, "2\\^31"),
+        ({"max_batch_size": 4096, "max_seq_len": 163840}, "2\\^31 numbers or more, which TensorRT does not take"),
     ],
 )
 def test_profiles_that_cannot_be(bundle, changes, words):
     with pytest.raises(BuildError, match=words):
         profile_of(bundle.graph("prefill"), bundle.manifest.cache, dataclasses.replace(SPEC, **changes))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "fits"),
+    [
+        (128, 32768, "128 sequences of 29120 tokens or 113 sequences of 32768 tokens"),
+        (1, 4_000_000, "1 sequences of 3728192 tokens"),
+        (100_000, 128, "29126 sequences of 128 tokens"),
+        (100_000, 5_000_000, "1 sequence of 3728192 tokens"),
+    ],
+)
+def test_the_largest_pool_that_fits_is_named_and_fits(bundle, rows, tokens, fits):
+    """Of V2's latents, 576 numbers a token."""
+    cache = dataclasses.replace(bundle.manifest.cache, latent_dim=576, page_size=64)
+    spec = dataclasses.replace(SPEC, max_batch_size=rows, max_seq_len=tokens)
+    with pytest.raises(BuildError, match=f"the largest that fit are {fits}: lower"):
+        profile_of(bundle.graph("prefill"), cache, spec)
+    sequences, of = (int(word) for word in re.findall(r"\d+", fits)[:2])
+    largest = dataclasses.replace(SPEC, max_batch_size=sequences, max_seq_len=of)
+    pool = profile_of(bundle.graph("prefill"), cache, largest).shapes["past_key_values.0.latent"][2]
+    assert math.prod(pool) < 2**31
+    with pytest.raises(BuildError, match=r"2\^31"):
+        profile_of(bundle.graph("prefill"), cache, dataclasses.replace(largest, max_seq_len=of + cache.page_size * 2))
 
 
 def test_profiles_come_from_the_three_sizes(bundle):

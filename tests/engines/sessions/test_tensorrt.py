@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,11 @@ from deepseek_trt.engines.sessions.tensorrt import session as trt_module
 from deepseek_trt.engines.sessions.tensorrt import weight_upload
 from deepseek_trt.engines.sessions.tensorrt.session import TrtSession, bucket
 from deepseek_trt.engines.sessions.torch import TorchSession
+from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec, past_name
 from deepseek_trt.export.bundle.manifest import list_added
+from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, SCHEMA, Manifest
@@ -95,7 +98,7 @@ class World:
             TensorSpec(t.name, t.dtype, tuple(-1 if isinstance(d, str) else d for d in t.dims)) for t in graph.inputs
         ]
         large = [w for w in self.bundle.manifest.weights if self.spec.weights == "shared" and len(w.recipe.shape) > 1]
-        shared = [TensorSpec(w.recipe.name, w.dtype, w.recipe.shape) for w in large]
+        shared = [TensorSpec(p.name, w.dtype, p.shape) for w in large for p in tensorrt_parts(w.recipe)]
         return PlanRecord(
             graph=graph.name,
             spec=self.spec,
@@ -160,9 +163,21 @@ def test_gives_the_tokens_of_torch(make_world, bundle, expected, flavour, weight
     session = world.session(cuda_graphs=cuda_graphs)
     assert tokens_of(session, bundle.manifest.model) == expected
     assert world.loaded == [world.library]
-    assert session.note == f"{flavour} 1.0 on a stand-in"
+    off = "" if cuda_graphs else "; CUDA graphs are off: every step costs its launches"
+    assert session.note == f"{flavour} 1.0 on a stand-in{off}"
     assert ("launch" in world.device.calls) == cuda_graphs
     assert not world.device.queue, "a step must be over when its logits are given"
+
+
+def test_experts_in_parts_give_the_same_tokens(make_world, bundle, expected, monkeypatch):
+    """As if TensorRT took fewer numbers a tensor than a stack of experts holds: the parts are places in one copy."""
+    stacks = [w.recipe for w in bundle.manifest.weights if ".mlp.experts." in w.recipe.name]
+    monkeypatch.setattr(recipes, "TENSORRT_MOST_NUMBERS", max(stack.size for stack in stacks) // 2)
+    assert all(len(tensorrt_parts(stack)) > 1 for stack in stacks)
+    monkeypatch.setattr(recipes, "EXPERTS", "")  # other weights are as large in a model this small
+    world = make_world(bundle)
+    assert any(name.endswith(".part1") for name in world.records["decode"].weights)
+    assert tokens_of(world.session(), bundle.manifest.model) == expected
 
 
 def test_by_reference_gives_the_same_tokens(make_world, small_v2, bundle_of, expected, tmp_path):
@@ -224,12 +239,12 @@ def test_a_bucket_is_captured_once_and_used_again(world):
 
     run = ["upload", "run", "download"]
     assert calls(3) == run, "the first time a shape runs it may compile: not captured"
-    assert calls(4) == ["capture", *run, "launch"], "3 and 4 rows share a bucket"
+    assert calls(4) == [*run, "capture", *run], "3 and 4 rows share a bucket; a capture follows a run, and runs nothing"
     assert calls(3) == ["launch"]
     assert calls(4) == ["launch"]
     assert calls(2) == run
     assert calls(4, pages_a_row=3) == run, "another table width"
-    assert calls(4, pages_a_row=4) == ["capture", *run, "launch"]
+    assert calls(4, pages_a_row=4) == [*run, "capture", *run]
     assert calls(3) == ["launch"], "graphs of other buckets stay"
 
 
@@ -239,13 +254,49 @@ def test_graphs_give_the_same_bits(world, make_world):
         np.testing.assert_array_equal(decode_once(graphs, rows), decode_once(plain, rows))
 
 
-def test_a_context_that_cannot_be_captured_runs_plain(world):
-    session = world.session()
-    world.trt.contexts["decode"].is_stream_capturable = lambda stream: False
-    for _ in range(3):
+@pytest.mark.parametrize("flavour", ["rtx", "tensorrt"])
+def test_shapes_that_take_turns(make_world, bundle, flavour):
+    """A, B, A, B, A: each is captured after a run of its own shapes, on a context that the other does not touch."""
+    world = make_world(bundle, flavour=flavour, sms=SPEC.sms if flavour == "rtx" else ())
+    graphs, plain = world.session(), world.session(cuda_graphs=False)
+    for rows in (1, 2, 1, 2, 1, 2, 4, 1, 4, 2, 4):
+        np.testing.assert_array_equal(decode_once(graphs, rows), decode_once(plain, rows))
+    assert world.device.calls.count("capture") == 3
+    assert graphs.note == f"{flavour} 1.0 on a stand-in"
+
+
+UNCAPTURED = {  # what goes wrong with a capture, and what is said of it
+    "TensorRT says that it cannot": (lambda w: setattr(w.trt, "capturable", False), "cannot be captured; build the"),
+    "TensorRT refuses the run": (lambda w: setattr(w.trt, "refuse_captured_runs", True), "the first cause"),
+    "there is no other context": (lambda w: setattr(w.trt, "refuse_more_contexts", True), "refuses an execution cont"),
+    "the driver refuses": (lambda w: setattr(w.device, "refuse_capture", "out of memory"), "out of memory"),
+}
+
+
+@pytest.mark.parametrize(("break_it", "words"), UNCAPTURED.values(), ids=UNCAPTURED.keys())
+def test_what_cannot_be_captured_runs_plain_and_says_so_once(world, caplog, break_it, words):
+    session, plain = world.session(), world.session(cuda_graphs=False)
+    break_it(world)
+    for rows in (2, 2, 2, 2, 1, 1, 1):
         world.device.calls.clear()
-        decode_once(session, 2)
-        assert world.device.calls == ["upload", "run", "download"]
+        expected = decode_once(plain, rows)
+        np.testing.assert_array_equal(decode_once(session, rows), expected)
+        assert "launch" not in world.device.calls
+    assert session.note.count("decode runs without a CUDA graph, and so slower: ") == 1
+    assert words in session.note
+    assert [record.message for record in caplog.records] == [session.note.partition("; ")[2]]
+
+
+def test_a_bucket_whose_capture_failed_leaves_the_others_theirs(world, caplog):
+    session = world.session()
+    world.device.refuse_capture = "once"
+    decode_once(session, 2), decode_once(session, 2)
+    world.device.refuse_capture = ""
+    world.device.calls.clear()
+    for rows in (1, 1, 2, 1, 2):
+        decode_once(session, rows)
+    assert world.device.calls.count("capture") == 1
+    assert world.device.calls.count("launch") == 1
 
 
 @pytest.mark.parametrize(
@@ -298,6 +349,13 @@ def test_longer_than_the_engines_take(world):
 def test_more_pages_than_the_engines_take(world):
     with pytest.raises(BackendError, match=r"34 cache pages are needed, the engines take at most 33: .*--max-seq-len"):
         world.session(pages=34)
+
+
+def test_more_pages_than_any_engine_takes(world):
+    with pytest.raises(
+        BackendError, match=r"needed, 2\^31 numbers a layer or more; TensorRT takes \d+, \d+ tokens of all"
+    ):
+        world.session(pages=2**31 - 1)
 
 
 def remove(path):
@@ -386,7 +444,9 @@ def test_which_kernels_run_on_which_chip(world, sm, sms, ptx, runs):
     world.write_library(sms=sms, ptx_sms=ptx)
     world.list_all()
     if runs:
-        world.session()
+        compiled = any(own // 10 == sm // 10 for own in sms)
+        stands_in = f"no kernels compiled for SM {sm}: PTX made for SM 80 stands in"
+        assert (stands_in in world.session().note) != compiled
     else:
         with pytest.raises(BackendError, match=f"no kernels for SM {sm}"):
             world.session()
@@ -413,6 +473,27 @@ def test_what_tensorrt_says_of_a_plan(world):
     world.trt.validity = (VALIDITY.INVALID, 4)
     with pytest.raises(BackendError, match=r"does not take .*prefill.plan on a stand-in \(OLD_CUDA_DRIVER\)"):
         world.session()
+
+
+def test_an_embedded_librarys_ptx_is_said_where_it_lies_beside(make_world, bundle):
+    world = make_world(bundle, embed_plugins=True)
+    world.write_library(sms=(120,), ptx_sms=(80,))
+    world.list_all()
+    first = world.session()
+    assert "PTX made for SM 80 stands in" in first.note
+    world.library.unlink()
+    second = world.session()
+    assert "PTX" not in second.note
+
+
+def test_what_the_plugin_library_says_while_it_loads_is_in_the_note(world):
+    """Its binaries may not load where its manifest cannot tell: on an older driver."""
+    world.trt.on_context = lambda: [
+        world.trt.say("WARNING", "deepseek-trt: MlaDecode runs PTX for SM 80"),
+        world.trt.say("WARNING", "deepseek-trt: MlaDecode runs PTX for SM 80"),
+        world.trt.say("WARNING", "something of TensorRT's own"),
+    ]
+    assert world.session().note == "rtx 1.0 on a stand-in; MlaDecode runs PTX for SM 80"
 
 
 def test_the_full_tensorrt_needs_the_named_chip(make_world, bundle):
@@ -464,10 +545,19 @@ def test_only_what_is_captured_is_compiled_before_it_runs(world):
 
 
 def test_a_session_that_goes_gives_the_gpu_back(world):
+    """And the contexts of its graphs first."""
+    stock, held, left = world.device.close, [], []
+    world.monkeypatch.setattr(world.device, "close", lambda: (left.extend(c() for c in held), stock()))
     session = world.session()
+    for _ in range(3):
+        decode_once(session, 2)
+    contexts = world.trt.contexts["decode"].engine.contexts
+    held += [weakref.ref(context) for context in contexts[1:]]
+    contexts.clear()
     del session
     gc.collect()
     assert world.device.closed
+    assert left == [None]
 
 
 def test_imports_no_torch():

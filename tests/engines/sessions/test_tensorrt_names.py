@@ -51,6 +51,7 @@ MEMBERS = {
     "IBuilderConfig": (
         "add_optimization_profile",
         "set_preview_feature",
+        "set_flag",
         "clear_flag",
         "plugins_to_serialize",
         "progress_monitor",

@@ -1,6 +1,7 @@
 """The table of variants: complete, unambiguous, and in step with the kernels' modules."""
 
 import ast
+import dataclasses
 import re
 from collections import Counter
 from pathlib import Path
@@ -38,7 +39,22 @@ V2 = ModelConfig(
     n_group=8,
     topk_group=3,
 )
-MODELS = pytest.mark.parametrize("config", [SMALL, V2_LITE, V2], ids=["small", "V2-Lite", "V2"])
+V3 = ModelConfig(
+    hidden_size=7168,
+    num_attention_heads=128,
+    n_routed_experts=256,
+    num_experts_per_tok=8,
+    moe_intermediate_size=2048,
+    topk_method="noaux_tc",
+    n_group=8,
+    topk_group=4,
+    norm_topk_prob=True,
+)
+KIMI_K2 = dataclasses.replace(V3, num_attention_heads=64, n_routed_experts=384, n_group=1, topk_group=1)
+MODELS = pytest.mark.parametrize(
+    "config", [SMALL, V2_LITE, V2, V3, KIMI_K2], ids=["small", "V2-Lite", "V2", "V3", "Kimi-K2"]
+)
+ROUTERS = {"MoeRouter": "moe_router", "MoeBiasedRouter": "moe_biased_router"}
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 CHIPS = pytest.mark.parametrize("sm", SHARED_LIMITS)
 
@@ -50,8 +66,9 @@ SOURCES = Path(variants.__file__).parents[1] / "kernels"
 @CHIPS
 def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
     rows = variants_for(config, dtype, sm)
-    assert {row.op for row in rows} == set(KERNEL_OPS)
-    assert {row.kernel for row in rows} == set(KERNELS)
+    other = "MoeRouter" if config.biased_routing else "MoeBiasedRouter"
+    assert {row.op for row in rows} == set(KERNEL_OPS) - {other}
+    assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]}
     assert set(Counter((row.op, row.kernel, row.max_tokens) for row in rows).values()) == {1}
     for op, kernel in {(row.op, row.kernel) for row in rows}:
         buckets = [row.max_tokens for row in rows if (row.op, row.kernel) == (op, kernel)]
@@ -91,7 +108,7 @@ def parameters(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_give_what_the_kernel_takes(kernel):
     arguments, constants = parameters(kernel)
-    for row in variants_for(V2, "bfloat16", 90):
+    for row in (*variants_for(V2, "bfloat16", 90), *variants_for(V3, "bfloat16", 90)):
         if row.kernel == kernel:
             assert [arg.name for arg in row.args] == arguments
             assert sorted(name for name, _ in row.constexprs) == sorted(constants)
@@ -116,7 +133,7 @@ def test_types_follow_the_dtype(dtype, kind):
         assert types.get("pool", kind) == kind
         assert types.get("weights", "*fp32") == "*fp32"
         assert "T" not in "".join(types.values())
-        assert row.dtype == ("float32" if row.op == "MoeRouter" else dtype)
+        assert row.dtype == ("float32" if row.op in ROUTERS else dtype)
 
 
 def test_a_dense_model_has_no_expert_kernels():
@@ -130,7 +147,6 @@ def test_a_dense_model_has_no_expert_kernels():
         (SMALL, "float64", 86, "float64"),
         (SMALL, "float32", 75, "SM 75 .*80"),
         (ModelConfig(num_experts_per_tok=2, hidden_act="gelu"), "float32", 86, "gelu.*silu"),
-        (ModelConfig(num_experts_per_tok=2, topk_method="noaux_tc"), "float32", 86, "noaux_tc.*ort"),
     ],
 )
 def test_refuses_by_name(config, dtype, sm, words):

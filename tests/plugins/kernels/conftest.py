@@ -110,3 +110,39 @@ def poison_new_memory(monkeypatch):
         return out.fill_(torch.nan if out.is_floating_point() else -77)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def memory_watch(monkeypatch):
+    """Have the interpreter refuse every load and store outside the tensors that the kernel was given."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    blocks = []
+    stock_args, stock_load, stock_store = (
+        GridExecutor._init_args_hst,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+
+    def note_args(self, args, kwargs):
+        host = stock_args(self, args, kwargs)
+        tensors = [arg for arg in host[0] if isinstance(arg, torch.Tensor)]
+        blocks[:] = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        return host
+
+    def check(pointers, mask):
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        for address in pointers.data[mask.data.astype(bool)].reshape(-1).astype("uint64").tolist():
+            assert any(first <= address and address + size <= last for first, last in blocks), "out of bounds"
+
+    def load(self, pointers, mask, *rest):
+        check(pointers, mask)
+        return stock_load(self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        check(pointers, mask)
+        return stock_store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", note_args)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)

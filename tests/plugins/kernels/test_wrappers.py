@@ -14,6 +14,7 @@ MODULES = {
     "MlaPrefill": "mla_prefill",
     "MlaDecode": "mla_decode",
     "MoeRouter": "moe_router",
+    "MoeBiasedRouter": "moe_biased_router",
     "MoeExperts": "moe_experts",
 }
 
@@ -47,6 +48,7 @@ def operands(name):
             0.4,
         ),
         "MoeRouter": (torch.randn(4, 6), 2, 3, 2, 0, 1.5),
+        "MoeBiasedRouter": (torch.randn(4, 6), torch.randn(6), 2, 3, 2, 1, 1.5),
         "MoeExperts": (
             torch.randn(4, 12),
             torch.rand(4, 2),

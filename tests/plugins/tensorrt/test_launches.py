@@ -34,9 +34,17 @@ FIELDS = {
         "norm_topk_prob:i:1:0",
         "routed_scaling_factor:f:1:16.0",
     ],
+    "MoeBiasedRouter": [
+        "top_k:i:1:3",
+        "n_group:i:1:4",
+        "topk_group:i:1:2",
+        "norm_topk_prob:i:1:1",
+        "routed_scaling_factor:f:1:2.5",
+    ],
     "MoeExperts": ["activation:s:4:silu"],
 }
 SPECS = {op.name: op for op in OPS if op.name in FIELDS}
+OF_V2 = [name for name in SPECS if name != "MoeBiasedRouter"]  # those in plugin_library
 TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "i32"}
 
 Drive = Callable[..., list[str]]
@@ -128,18 +136,20 @@ def decode(e: Expected, n: Sizes) -> None:
     splits = launches.decode_splits(n["B"], tiles, capacity, e.tile("mla_decode_split", "BLOCK_N"))
     partial = e.take(n["B"] * heads * splits * rank * 4)
     lse = e.take(n["B"] * heads * splits * 4)
-    paging = [n["M"], n["page"]]
+    paging = [n["M"], n["page"], n["P"]]
     written: list[int | str] = ["present_latent", "latent", "page_table", "past_lengths", 0, 1, *paging]
     e.launch("latent_write", [cdiv(1, e.tile("latent_write", "BLOCK_S")), n["B"]], written)
     cached: list[int | str] = ["query", "present_latent", "page_table", "past_lengths"]
     scale = SCALE * math.log2(math.e)
     e.launch("mla_decode_split", [tiles, splits, n["B"]], [*cached, partial, lse, scale, splits, *paging])
     columns = cdiv(rank, e.tile("mla_decode_combine", "BLOCK_D"))
-    e.launch("mla_decode_combine", [n["B"] * heads, columns], [partial, lse, "past_lengths", "attended", splits])
+    e.launch(
+        "mla_decode_combine", [n["B"] * heads, columns], [partial, lse, "past_lengths", "attended", splits, capacity]
+    )
 
 
 def prefill(e: Expected, n: Sizes) -> None:
-    capacity, paging = n["M"] * n["page"], [n["M"], n["page"]]
+    capacity, paging = n["M"] * n["page"], [n["M"], n["page"], n["P"]]
     chunk = launches.prefill_chunk_heads(n["B"], capacity, n["H"], (n["N"] + n["V"]) * ELEMENT)
     k_nope = e.take(n["B"] * chunk * capacity * n["N"] * ELEMENT)
     value = e.take(n["B"] * chunk * capacity * n["V"] * ELEMENT)
@@ -147,7 +157,7 @@ def prefill(e: Expected, n: Sizes) -> None:
     rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
     e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", *lengths, n["S"], *paging])
     for part in launches.head_chunks(n["H"], chunk):
-        expand = ["present_latent", *lengths, "w_uk", "w_uv", k_nope, value, part.first, capacity, *paging]
+        expand = ["present_latent", *lengths, "w_uk", "w_uv", k_nope, value, part.first, capacity, *paging, n["S"]]
         tokens = cdiv(capacity, e.tile("mla_prefill_expand", "BLOCK_T"))
         e.launch("mla_prefill_expand", [tokens, part.count, n["B"]], expand)
         attend = ["query", "present_latent", *lengths, k_nope, value, "attended", SCALE * math.log2(math.e)]
@@ -159,6 +169,11 @@ def prefill(e: Expected, n: Sizes) -> None:
 def router(e: Expected, n: Sizes) -> None:
     grid = [cdiv(n["T"], e.tile("moe_router", "BLOCK_T"))]
     e.launch("moe_router", grid, ["logits", "weights", "ids", n["T"], 16.0])
+
+
+def biased_router(e: Expected, n: Sizes) -> None:
+    grid = [cdiv(n["T"], e.tile("moe_biased_router", "BLOCK_T"))]
+    e.launch("moe_biased_router", grid, ["logits", "correction_bias", "weights", "ids", n["T"], 2.5])
 
 
 def experts(e: Expected, n: Sizes) -> None:
@@ -181,7 +196,13 @@ def experts(e: Expected, n: Sizes) -> None:
     e.launch("moe_combine", grid, [outer, "weights", "output", T])
 
 
-WRITERS = {"MlaDecode": decode, "MlaPrefill": prefill, "MoeRouter": router, "MoeExperts": experts}
+WRITERS = {
+    "MlaDecode": decode,
+    "MlaPrefill": prefill,
+    "MoeRouter": router,
+    "MoeBiasedRouter": biased_router,
+    "MoeExperts": experts,
+}
 CASES: list[tuple[str, Sizes]] = [
     ("MlaDecode", {"B": 1, "P": 40, "page": 64, "M": 4}),
     ("MlaDecode", {"B": 1, "P": 5000, "page": 64, "M": 2000}),
@@ -207,7 +228,8 @@ def expected(op: OpSpec, config: ModelConfig, chip: Chip, sizes: Sizes) -> Expec
 
 
 def create(op: str) -> str:
-    return " ".join(["create", op, "build", *FIELDS[op]])
+    """As an engine's plugin: one of the builder's launches nothing."""
+    return " ".join(["create", op, "engine", *FIELDS[op]])
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
@@ -229,6 +251,53 @@ def test_launches(drive: Drive, plugin_config: ModelConfig, chip: Chip) -> None:
     assert len(loads) == len(set(loads)) == len(variants_for(plugin_config, DTYPE, chip.tiles))
 
 
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
+def test_launches_of_v3(drive: Drive, v3_config: ModelConfig, v3_library: PluginLibrary, chip: Chip) -> None:
+    """Its router; and its experts in parts, which lie as one stack and are taken for one."""
+    cases: list[tuple[str, Sizes]] = [("MoeBiasedRouter", {"T": 1}), ("MoeBiasedRouter", {"T": 257})]
+    cases += [("MoeExperts", {"T": 8}), ("MoeExperts", {"T": 86})]
+    commands: list[str] = []
+    for name, sizes in cases:
+        commands += ["clear", create(name), *in_three_parts(name, tensors(SPECS[name], v3_config, sizes))]
+        commands += ["types", "configure", "attach", "reshape", "enqueue"]
+    output = drive(commands, sm=chip.sm, library=v3_library.path)
+    lines = [line for name, sizes in cases for line in expected(SPECS[name], v3_config, chip, sizes).lines]
+    assert [line for line in output if line.startswith("launch ")] == lines
+    assert not [line for line in output if line.startswith("log ")]
+
+
+def in_three_parts(name: str, shapes: list[str]) -> list[str]:
+    """The three stacks of 16 experts in parts of 6, 6 and 4, one after the other in memory."""
+    if name != "MoeExperts":
+        return shapes
+    lines = shapes[:3]
+    for shape in shapes[3:6]:
+        tensor, side, kind, address, _, *rows = shape.split()
+        part = 6 * math.prod(map(int, rows)) * ELEMENT
+        for i, count in enumerate((6, 6, 4)):
+            lines.append(" ".join([tensor, side, kind, f"{int(address, 16) + i * part:x}", str(count), *rows]))
+    return lines + shapes[6:]
+
+
+def test_parts_must_lie_one_after_the_other(drive: Drive, v3_config: ModelConfig, v3_library: PluginLibrary) -> None:
+    shapes = in_three_parts("MoeExperts", tensors(SPECS["MoeExperts"], v3_config, {"T": 8}))
+    commands = [create("MoeExperts"), *shapes, "attach", "reshape", "enqueue"]
+    shapes[5] = shapes[5].replace(shapes[5].split()[3], "abc000")
+    moved = [create("MoeExperts"), *shapes, "attach", "reshape", "enqueue"]
+    assert drive(commands, library=v3_library.path)[-1] == "enqueue 0"
+    output = drive(moved, library=v3_library.path)
+    assert "input gate_proj_part2 must lie right after input gate_proj_part1, 30720 bytes on" in output[-2]
+    assert output[-1] == "enqueue 1"
+
+
+def test_whole_stacks_do_not_fit_a_library_for_parts(
+    drive: Drive, v3_config: ModelConfig, v3_library: PluginLibrary
+) -> None:
+    shapes = tensors(SPECS["MoeExperts"], v3_config, {"T": 8})
+    output = drive([create("MoeExperts"), *shapes, "types"], library=v3_library.path)
+    assert "takes 12 inputs and gives 1 outputs" in output[-2]
+
+
 def test_large_shared_memory_is_asked_for(drive: Drive, plugin_config: ModelConfig) -> None:
     output = drive([create("MlaDecode"), "attach"])
     assert [line for line in output if line.startswith("attribute ")] == [
@@ -247,7 +316,7 @@ def test_all_loading_is_over_before_enqueue(drive: Drive, plugin_config: ModelCo
     assert runs[:6] == runs[6:]
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", OF_V2)
 def test_workspace_covers_all_smaller_sizes(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
     """The plan's workspace is sized once, for the largest shapes; no smaller shape may need more."""
     op, largest = SPECS[name], {"B": 9, "S": 70, "P": 99, "page": 64, "M": 7000, "T": 700}
@@ -291,7 +360,12 @@ def test_missing_driver_is_said(drive: Drive, plugin_config: ModelConfig) -> Non
             "has no moe_router for this GPU (sm_75, 232448 bytes of shared memory a block); run `deepseek-trt plugins",
         ),
         ({"FAKE_SHARED": "900"}, 86, "has no moe_router for this GPU (sm_86, 900 bytes"),
-        ({"FAKE_BAD_IMAGE": "moe_router"}, 86, "CUDA driver: cuLibraryLoadData failed: as the test asked (209)"),
+        (
+            {"FAKE_BAD_IMAGE": "moe_router", "FAKE_CUDA": "12040"},
+            86,
+            "CUDA driver: cuLibraryLoadData failed: as the test asked (209); no code for moe_router loads on this GPU "
+            "(sm_86): the driver knows CUDA 12.4, the binaries need driver 580 (CUDA 13) or newer",
+        ),
         ({"FAKE_NO_CONTEXT": "1"}, 86, "CUDA driver: cuCtxGetDevice failed: as the test asked (201)"),
     ],
 )
@@ -310,6 +384,44 @@ def test_ptx_steps_in_where_compiled_code_needs_too_much_shared_memory(
     output = drive([create("MoeExperts"), "attach"], sm=90, FAKE_SHARED="1085")
     loads = {line.split("/")[2] for line in output if line.startswith("load ")}
     assert loads == {"ptx80"}
+
+
+def test_ptx_steps_in_where_binaries_do_not_load(drive: Drive, plugin_config: ModelConfig) -> None:
+    """An older driver refuses binaries of a newer CUDA, but compiles the PTX; it is said once an op."""
+    shapes = tensors(SPECS["MoeExperts"], plugin_config, {"T": 8})
+    commands = [create("MoeExperts"), *shapes, "attach", "reshape", "enqueue", "attach", "reshape", "enqueue"]
+    output = drive(commands, sm=86, FAKE_BAD_IMAGE="sm86", FAKE_CUDA="12040")
+    launched = {line.split(" | ")[1].split("/")[2] for line in output if line.startswith("launch ")}
+    assert launched == {"ptx80"}
+    (said,) = [line for line in output if line.startswith("log ")]
+    assert said == (
+        "log 2 deepseek-trt: MoeExperts runs PTX for SM 80 on this GPU (sm_86), slower than it could: the better code "
+        "does not load (CUDA driver: cuLibraryLoadData failed: as the test asked (209)); the driver knows CUDA 12.4, "
+        "the binaries need driver 580 (CUDA 13) or newer"
+    )
+
+
+@pytest.mark.parametrize("name", OF_V2)
+def test_builders_plugins_launch_nothing(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
+    """A builder times plugins on made-up inputs, which would index memory."""
+    sizes = {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
+    built = create(name).replace(" engine ", " build ")
+    output = drive([built, *tensors(SPECS[name], plugin_config, sizes), "attach", "reshape", "enqueue"])
+    assert output == ["create ok", "attach 0", "reshape 0", "enqueue 0"]
+
+
+@pytest.mark.parametrize("name", OF_V2)
+def test_misaligned_tensors_are_said(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
+    """Kernels load 16 bytes at a time; memory that is not aligned so would be a fault far from its cause."""
+    op, sizes = SPECS[name], {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
+    shapes = tensors(op, plugin_config, sizes)
+    for tensor in op.inputs + op.outputs:
+        address = address_of(op, tensor.name)
+        moved = [line.replace(f" {address:x} ", f" {address + 2:x} ") for line in shapes]
+        output = drive([create(name), *moved, "attach", "reshape", "enqueue"])
+        assert output[-1] == "enqueue 1", tensor.name
+        assert f"{tensor.name.replace('past_latent', 'pool').replace('present_latent', 'pool')} lies at" in output[-2]
+        assert f"{address + 2:#x}, which is no multiple of 16 bytes" in output[-2]
 
 
 def test_failed_load_leaves_nothing_behind(drive: Drive) -> None:

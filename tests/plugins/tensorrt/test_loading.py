@@ -32,6 +32,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "MlaPrefill": {"scale": 0.125},
     "MlaDecode": {"scale": 0.125, "kv_lora_rank": 32},
     "MoeRouter": {"top_k": 3, "n_group": 4, "topk_group": 2, "norm_topk_prob": 0, "routed_scaling_factor": 16.0},
+    "MoeBiasedRouter": {"top_k": 3, "n_group": 4, "topk_group": 2, "norm_topk_prob": 1, "routed_scaling_factor": 2.5},
     "MoeExperts": {"activation": "silu"},
 }
 
@@ -65,13 +66,23 @@ def case(
 
 
 @pytest.mark.tensorrt
-def test_every_op_builds(play: Play, plugin_library: PluginLibrary, plugin_config: ModelConfig) -> None:
-    results = play([case(op.name, plugin_library, plugin_config) for op in OPS if op.name in KERNEL_OPS])
-    for result in results:
+def test_every_op_builds(
+    play: Play,
+    plugin_library: PluginLibrary,
+    plugin_config: ModelConfig,
+    v3_library: PluginLibrary,
+    v3_config: ModelConfig,
+) -> None:
+    """Each model's router is in its own library."""
+    of_v2 = [op.name for op in OPS if op.name in KERNEL_OPS and op.name != "MoeBiasedRouter"]
+    libraries = [plugin_library] * len(of_v2) + [v3_library]
+    cases = [case(name, plugin_library, plugin_config) for name in of_v2]
+    results = play([*cases, case("MoeBiasedRouter", v3_library, v3_config)])
+    for result, library in zip(results, libraries, strict=True):
         assert result["layers"] == ["PLUGIN_V3"]
         assert result["plan"], result["errors"]
         assert result["errors"] == []
-        assert result["library"] == plugin_library.sha256
+        assert result["library"] == library.sha256
 
 
 @pytest.mark.tensorrt

@@ -21,6 +21,7 @@ constexpr int CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;
 constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 
 CUresult cuInit(unsigned flags);
+CUresult cuDriverGetVersion(int* version);
 CUresult cuGetErrorString(CUresult error, char const** text);
 CUresult cuCtxGetDevice(CUdevice* device);
 CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device);

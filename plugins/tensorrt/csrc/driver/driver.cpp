@@ -14,7 +14,7 @@ void resolve(void* libcuda, char const* name, Function& function) {
     function = reinterpret_cast<Function>(dlsym(libcuda, name));
     if (!function) {
         throw Error(std::string("the NVIDIA driver is too old: libcuda.so.1 has no ") + name
-            + "; install driver 550 (CUDA 12.4) or newer");
+            + "; install driver " + kNeededDriver + " or newer");
     }
 }
 
@@ -34,6 +34,7 @@ Driver::Driver() {
             + "); run on a machine with an NVIDIA GPU, and in a container with the GPU passed through");
     }
     resolve(libcuda, "cuInit", cuInit);
+    resolve(libcuda, "cuDriverGetVersion", cuDriverGetVersion);
     resolve(libcuda, "cuGetErrorString", cuGetErrorString);
     resolve(libcuda, "cuCtxGetDevice", cuCtxGetDevice);
     resolve(libcuda, "cuDeviceGetAttribute", cuDeviceGetAttribute);
@@ -60,6 +61,12 @@ void Driver::check(CUresult result, char const* call) const {
     cuGetErrorString(result, &text);
     throw Error(std::string("CUDA driver: ") + call + " failed: " + (text ? text : "unknown error") + " ("
         + std::to_string(result) + ")");
+}
+
+std::string Driver::cuda_version() const {
+    int version = 0;
+    check(cuDriverGetVersion(&version), "cuDriverGetVersion");
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
 Device Device::current() {

@@ -4,16 +4,23 @@
 #include "cuda_driver.h"
 
 #include <cstdint>
+#include <string>
 
 namespace deepseek_trt {
+
+// What binaries made by the pinned ptxas (13.0) need; PTX of the library runs on older ones, too.
+constexpr char const* kNeededDriver = "580 (CUDA 13)";
 
 // Every entry point that is used, from libcuda.so.1. A call that fails throws Error.
 struct Driver {
     static Driver const& get();
 
     void check(CUresult result, char const* call) const;
+    // The newest CUDA that it knows, e.g. "12.4".
+    std::string cuda_version() const;
 
     decltype(&::cuInit) cuInit;
+    decltype(&::cuDriverGetVersion) cuDriverGetVersion;
     decltype(&::cuGetErrorString) cuGetErrorString;
     decltype(&::cuCtxGetDevice) cuCtxGetDevice;
     decltype(&::cuDeviceGetAttribute) cuDeviceGetAttribute;

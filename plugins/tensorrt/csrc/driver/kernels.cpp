@@ -2,6 +2,8 @@
 
 #include "log.h"
 
+#include <cstdio>
+
 namespace deepseek_trt {
 namespace {
 constexpr int32_t kSharedWithoutAsking = 48 * 1024;
@@ -33,8 +35,29 @@ CUkernel load_kernel(Library const& library, Binary const& binary, Device const&
     return kernel;
 }
 
-void throw_no_target(char const* kernel, Device const& device) {
+void check_aligned(char const* kernel, char const* argument, uint64_t address, int64_t alignment) {
+    if (address % static_cast<uint64_t>(alignment)) {
+        char text[32];
+        std::snprintf(text, sizeof(text), "%#llx", static_cast<unsigned long long>(address));
+        throw Error(std::string(kernel) + ": " + argument + " lies at " + text + ", which is no multiple of "
+            + std::to_string(alignment) + " bytes, as its compiled code takes it to be; bind memory that is aligned");
+    }
+}
+
+void warn_of_fallback(char const* op, Target target, Device const& device, std::string const& failure) {
+    std::string const kind = target.is_ptx ? "PTX for SM " : "binaries for SM ";
+    log_warning("deepseek-trt: " + std::string(op) + " runs " + kind + std::to_string(target.sm) + " on this GPU (sm_"
+        + std::to_string(device.sm) + "), slower than it could: the better code does not load (" + failure
+        + "); the driver knows CUDA " + Driver::get().cuda_version() + ", the binaries need driver " + kNeededDriver
+        + " or newer");
+}
+
+void throw_no_target(char const* kernel, Device const& device, std::string const& failure) {
     std::string const sm = std::to_string(device.sm);
+    if (!failure.empty()) {
+        throw Error(failure + "; no code for " + kernel + " loads on this GPU (sm_" + sm + "): the driver knows CUDA "
+            + Driver::get().cuda_version() + ", the binaries need driver " + kNeededDriver + " or newer");
+    }
     throw Error("this plugin library has no " + std::string(kernel) + " for this GPU (sm_" + sm + ", "
         + std::to_string(device.max_shared_bytes) + " bytes of shared memory a block); run `deepseek-trt plugins --sm "
         + sm + "` and build the plans again");

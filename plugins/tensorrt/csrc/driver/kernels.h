@@ -3,6 +3,7 @@
 
 #include "binary.h"
 #include "driver.h"
+#include "error.h"
 
 #include <algorithm>
 #include <map>
@@ -56,7 +57,14 @@ void launch_params(Binary const& binary, CUkernel kernel, Grid grid, cudaStream_
 // Loads the binary for `device` in full, so that launching it never loads anything.
 CUkernel load_kernel(Library const& library, Binary const& binary, Device const& device);
 
-[[noreturn]] void throw_no_target(char const* kernel, Device const& device);
+// Throws where a pointer that a kernel was compiled to load from in 16 bytes at a time is not a multiple of them.
+void check_aligned(char const* kernel, char const* argument, uint64_t address, int64_t alignment);
+
+// Says that `target` runs instead of code that suits the device better but did not load, and why that did not.
+void warn_of_fallback(char const* op, Target target, Device const& device, std::string const& failure);
+
+// `failure` is what the first code that was tried met; empty where there is none for the device.
+[[noreturn]] void throw_no_target(char const* kernel, Device const& device, std::string const& failure);
 [[noreturn]] void throw_too_many_tokens(char const* kernel, int64_t tokens, int64_t largest);
 
 // Ceiling division of sizes.
@@ -115,24 +123,39 @@ template <class First, class... Others>
 struct KernelSet {
     std::tuple<Buckets<First>, Buckets<Others>...> buckets;
 
-    explicit KernelSet(Device const& device) : KernelSet(closest(device), device) {}
     KernelSet(Target target, Device const& device)
         : buckets(Buckets<First>(target, device), Buckets<Others>(target, device)...) {}
 
-    static Target closest(Device const& device) {
-        Target best;
+    // What all the kernels were compiled for and the device runs, the most suitable first.
+    static std::vector<Target> targets(Device const& device) {
+        std::vector<Target> found;
         for (auto const& row : First::rows()) {
             Target const target = target_of(row.binary);
             bool const usable =
                 runs_on(target, device.sm) && fits<First>(target, device) && (fits<Others>(target, device) && ...);
-            if (usable && (best == Target{} || is_closer(target, best))) {
-                best = target;
+            if (usable && std::find(found.begin(), found.end(), target) == found.end()) {
+                found.push_back(target);
             }
         }
-        if (best == Target{}) {
-            throw_no_target(First::kName, device);
+        std::sort(found.begin(), found.end(), is_closer);
+        return found;
+    }
+
+    // The first target that loads: an older driver refuses newer binaries, but compiles PTX.
+    static KernelSet load(char const* op, Device const& device) {
+        std::string failure;
+        for (Target const target : targets(device)) {
+            try {
+                KernelSet loaded(target, device);
+                if (!failure.empty()) {
+                    warn_of_fallback(op, target, device, failure);
+                }
+                return loaded;
+            } catch (Error const& error) {
+                failure = failure.empty() ? error.what() : failure;
+            }
         }
-        return best;
+        throw_no_target(First::kName, device, failure);
     }
 
     template <class Kernel>
@@ -141,13 +164,13 @@ struct KernelSet {
     }
 
     // Loads on the first call for a device. Never freed: the driver may be gone before this library is.
-    static KernelSet const& on_current_device() {
+    static KernelSet const& on_current_device(char const* op) {
         static std::mutex mutex;
         static auto& sets = *new std::map<CUdevice, KernelSet>;
         Device const device = Device::current();
         std::lock_guard<std::mutex> lock(mutex);
         auto found = sets.find(device.ordinal);
-        return found != sets.end() ? found->second : sets.try_emplace(device.ordinal, device).first->second;
+        return found != sets.end() ? found->second : sets.try_emplace(device.ordinal, load(op, device)).first->second;
     }
 };
 

@@ -51,7 +51,8 @@ struct Op {
 
         auto const& write = call.kernels.get<LatentWrite>(S);
         launch(write, {ceil_div(S, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
-            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(page));
+            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(page),
+            as_i32(call.sizes.P));
         for (int64_t first = 0; first < Sizes::H; first += chunk) {
             launch_heads(call, w, first, std::min(chunk, Sizes::H - first));
         }
@@ -65,11 +66,11 @@ struct Op {
         auto const& attend = call.kernels.get<MlaPrefillAttend>(S);
         launch(expand, {ceil_div(capacity, expand.constants().BLOCK_T), heads, B}, call.stream, call.out.present_latent,
             call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, call.in.w_uk, call.in.w_uv, w.k_nope,
-            w.value, as_i32(first), as_i32(capacity), as_i32(M), as_i32(page));
+            w.value, as_i32(first), as_i32(capacity), as_i32(M), as_i32(page), as_i32(call.sizes.P), as_i32(S));
         launch(attend, {ceil_div(S, attend.constants().BLOCK_M), heads, B}, call.stream, call.in.query,
             call.out.present_latent, call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, w.k_nope,
             w.value, call.out.attended, base_2_scale(call.attributes.scale), as_i32(first), as_i32(S), as_i32(capacity),
-            as_i32(M), as_i32(page));
+            as_i32(M), as_i32(page), as_i32(call.sizes.P));
     }
 };
 

@@ -1,8 +1,8 @@
 // MoeRouter: see plugins/kernels/moe_router.py for the launch.
-#include "checks.h"
 #include "kernel_tables.h"
 #include "op_tables.h"
 #include "plugin.h"
+#include "router.h"
 
 namespace deepseek_trt::moe_router {
 namespace {
@@ -12,16 +12,7 @@ struct Op {
     using Sizes = Spec::Sizes;
     using Kernels = KernelSet<MoeRouter>;
 
-    static void check(Spec::Attributes const& attributes) {
-        bool const limited = attributes.topk_group < attributes.n_group;
-        bool const normalised = attributes.norm_topk_prob && attributes.top_k > 1;
-        for (auto const& row : MoeRouter::rows()) {
-            check_attribute("top_k", attributes.top_k, row.constants.TOPK);
-            check_attribute("n_group", limited ? attributes.n_group : 1, row.constants.GROUPS);
-            check_attribute("topk_group", limited ? attributes.topk_group : 1, row.constants.TOPK_GROUPS);
-            check_attribute("norm_topk_prob", normalised, row.constants.NORMALISE);
-        }
-    }
+    static void check(Spec::Attributes const& attributes) { check_routing<MoeRouter>(attributes); }
 
     static size_t workspace(Sizes const&) { return 0; }
 

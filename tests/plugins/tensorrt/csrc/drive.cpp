@@ -3,6 +3,7 @@
 //   set NAME VALUE                    an environment variable that the recording driver reads
 //   finder old|new                    hand over a logger finder, in the layout of TensorRT 10 or of 11
 //   create OP build|runtime FIELD...  FIELD is name:i|f|s|d:length:value (d: a double)
+//   create OP engine FIELD...         as TensorRT does: built from FIELDs, then made from its own serialised fields
 //   roundtrip                         make the plugin anew from its own serialised fields
 //   tensor in|out TYPE ADDRESS DIM... TYPE is f32, f16, bf16, i32 or i64; the next command reads DIMs as both ends
 //   clear | types | formats | configure | workspace | aliases | names | attach | reshape | enqueue
@@ -163,7 +164,12 @@ private:
             fields.add(field);
         }
         PluginFieldCollection const collection = fields.collection();
-        make(collection, phase == "build" ? TensorRTPhase::kBUILD : TensorRTPhase::kRUNTIME);
+        if (phase == "engine") {
+            use(creator(op_)->createPlugin("layer", &collection, TensorRTPhase::kBUILD));
+            make(*runtime_->getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
+        } else {
+            make(collection, phase == "build" ? TensorRTPhase::kBUILD : TensorRTPhase::kRUNTIME);
+        }
     }
 
     void make(PluginFieldCollection const& collection, TensorRTPhase phase) {

@@ -1,6 +1,7 @@
 // A libcuda.so.1 that runs nothing and prints one line a call: what would be loaded and launched, with every argument.
 //
-// FAKE_DEVICE, FAKE_SM and FAKE_SHARED say what chip it plays; FAKE_PARAMS names a file with one line a kernel: its
+// FAKE_DEVICE, FAKE_SM and FAKE_SHARED say what chip it plays, FAKE_CUDA the newest CUDA it knows (12040 is 12.4);
+// FAKE_PARAMS names a file with one line a kernel: its
 // name, then its parameters' sizes in bytes. Images are taken for text, and are named by it.
 #include "cuda_driver.h"
 
@@ -51,6 +52,11 @@ std::string describe_params(std::string const& kernel, void** params) {
 extern "C" {
 
 EXPORT CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+
+EXPORT CUresult cuDriverGetVersion(int* version) {
+    *version = from_environment("FAKE_CUDA", 13000);
+    return CUDA_SUCCESS;
+}
 
 EXPORT CUresult cuGetErrorString(CUresult, char const** text) {
     *text = "as the test asked";
