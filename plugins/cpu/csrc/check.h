@@ -24,8 +24,8 @@ inline void vector(const Matrix& m, int64_t count, const char* what) {
 
 inline void number(int64_t value, int64_t from, int64_t to, const char* what) {
     if (value >= from && value < to) return;
-    throw std::runtime_error(std::string(what) + " " + std::to_string(value) + ": must lie in " + std::to_string(from) +
-                             ".." + std::to_string(to - 1));
+    throw std::runtime_error(std::string(what) + " " + std::to_string(value) + ": must lie in " + std::to_string(from)
+        + ".." + std::to_string(to - 1));
 }
 
 inline void args(const AttentionArgs& a) {

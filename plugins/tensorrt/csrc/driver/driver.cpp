@@ -13,8 +13,8 @@ template <class Function>
 void resolve(void* libcuda, char const* name, Function& function) {
     function = reinterpret_cast<Function>(dlsym(libcuda, name));
     if (!function) {
-        throw Error(std::string("the NVIDIA driver is too old: libcuda.so.1 has no ") + name
-            + "; install driver " + kNeededDriver + " or newer");
+        throw Error(std::string("the NVIDIA driver is too old: libcuda.so.1 has no ") + name + "; install driver "
+            + kNeededDriver + " or newer");
     }
 }
 

@@ -65,7 +65,8 @@ struct Op {
         Workspace const w = lay_out(arena, B * pieces);
 
         launch(write, {ceil_div(1, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
-            call.in.page_table, call.in.past_lengths, Ptr<int32_t>{}, as_i32(1), as_i32(M), as_i32(page), as_i32(call.sizes.P));
+            call.in.page_table, call.in.past_lengths, Ptr<int32_t>{}, as_i32(1), as_i32(M), as_i32(page),
+            as_i32(call.sizes.P));
         launch(split, {head_tiles(split.constants()), pieces, B}, call.stream, call.in.query, call.out.present_latent,
             call.in.page_table, call.in.past_lengths, w.partial, w.partial_lse, base_2_scale(call.attributes.scale),
             as_i32(pieces), as_i32(M), as_i32(page), as_i32(call.sizes.P));

@@ -20,7 +20,8 @@ struct Op {
         int64_t const tokens = call.sizes.T;
         auto const& router = call.kernels.get<MoeBiasedRouter>(tokens);
         launch(router, {ceil_div(tokens, router.constants().BLOCK_T)}, call.stream, call.in.logits,
-            call.in.correction_bias, call.out.weights, call.out.ids, as_i32(tokens), call.attributes.routed_scaling_factor);
+            call.in.correction_bias, call.out.weights, call.out.ids, as_i32(tokens),
+            call.attributes.routed_scaling_factor);
     }
 };
 
