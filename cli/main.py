@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.ending import is_stopping, leave_broken_pipe, run_program
+from deepseek_trt.cli.printing.ending import is_stopping, leave_broken_pipe, run_program
 from deepseek_trt.cli.printing.output import (
     JSON_FLAG,
     loudness_options,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepseek_trt.cli.ending import run_program
+from deepseek_trt.cli.printing.ending import run_program
 
 
 def main() -> None:

@@ -49,14 +49,18 @@ def carried_digests(source: Path) -> tuple[tuple[str, str], ...]:
 
 
 def followed(file: Path, source: Path) -> Path:
-    """The regular file that `file` is, or is a link to: in the checkpoint, or in the hub's cache that it is part of.
+    """The regular file that `file` is, or is a link to: in the checkpoint, in the hub's cache that it is part of, or
+    elsewhere under the same name.
 
-    Whoever packs a checkpoint writes its links, and whoever gets the bundle would read what they lead to.
+    Whoever packs a checkpoint writes its links, and whoever gets the bundle would read what they lead to: LICENSE may be
+    another folder's LICENSE, as people share files, and never /etc/shadow. CheckpointError where it is.
     """
     real, root = file.resolve(), source.resolve()
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root  # as Hugging Face's hub keeps them
-    if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
-        raise CheckpointError(f"{file} is a link to {real}, outside of {source}: put a copy of the file there instead")
+    if not (real.is_relative_to(root) or real.is_relative_to(blobs) or real.name == file.name):
+        raise CheckpointError(
+            f"{file} is a link to {real}, outside of {source} and of another name: put a copy of the file there instead"
+        )
     if not real.is_file():
         raise CheckpointError(f"{file} is no regular file: download it again")
     return real
