@@ -60,15 +60,17 @@ def place_bundle(bundle: Bundle, backend: str, target: Path, link: bool = False)
 
 
 def _place_prepared(bundle: Bundle, target: Path) -> None:
-    """Place decode for the compiled operators, where they take over all of it: the server's Python has no onnx."""
+    """Place prefill and decode for the compiled operators, where they take over all: the server's Python has no onnx."""
     from deepseek_trt.engines.sessions.prepared import fused_path
     from deepseek_trt.plugins.cpu.fuse import fused_bytes
 
-    placed = dataclasses.replace(bundle, path=target)
-    if any(graph.name == "decode" for graph in bundle.manifest.graphs):
-        fused, left = fused_bytes(bundle.traced_path("decode"))
-        if not left and _place_compiled(bundle, target):
-            fused_path(placed).write_bytes(fused)
+    placed, names = dataclasses.replace(bundle, path=target), {graph.name for graph in bundle.manifest.graphs}
+    if not {"prefill", "decode"} <= names:
+        return
+    fused = {name: fused_bytes(bundle.traced_path(name)) for name in ("prefill", "decode")}
+    if not any(left for _, left in fused.values()) and _place_compiled(bundle, target):
+        for name, (data, _) in fused.items():
+            fused_path(placed, name).write_bytes(data)
 
 
 def _place_compiled(bundle: Bundle, target: Path) -> bool:

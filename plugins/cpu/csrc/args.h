@@ -53,7 +53,18 @@ struct FeedForwardArgs {
     int64_t top_k, groups, top_groups;
     bool normalised;
     float factor;
-    ExpertsHit* hit;  // counts this call, too
+    ExpertsHit* hit;  // counts this call, too; null where it is not to be counted
+};
+
+// Many new tokens a sequence, right-padded: x and y are [B * S, hidden], cos and sin [B, S, R/2].
+struct PrefillAttentionArgs : AttentionArgs {
+    const int32_t* sequence_lengths;  // [B]: real tokens among the S of each sequence
+    int64_t sequence;
+};
+
+struct PrefillFeedForwardArgs : FeedForwardArgs {
+    const int32_t* sequence_lengths;
+    int64_t batch;
 };
 
 struct HeadArgs {
@@ -68,6 +79,8 @@ struct Kernels {
     void (*attention)(const AttentionArgs&, Pool&);
     void (*feed_forward)(const FeedForwardArgs&, Pool&);
     void (*head)(const HeadArgs&, Pool&);
+    void (*prefill_attention)(const PrefillAttentionArgs&, Pool&);
+    void (*prefill_feed_forward)(const PrefillFeedForwardArgs&, Pool&);
 };
 
 extern const Kernels kernels_v3;  // AVX2 and FMA

@@ -1,6 +1,8 @@
 // The kernels of one instruction set: compiled once with -DISA=v3 and once with -DISA=v4.
 #include "attention.h"
 #include "feed_forward.h"
+#include "prefill_attention.h"
+#include "prefill_feed_forward.h"
 
 #define NAME_OF(isa) kernels_##isa
 #define NAME(isa) NAME_OF(isa)
@@ -10,7 +12,7 @@ namespace {
 
 template <class Half, class Args>
 void run(const Args& args, Pool& pool) {
-    const Half half(args, shared_scratch());
+    Half half(args, shared_scratch());
     pool.run([&](Team& team) { half.run(team); });
 }
 
@@ -33,4 +35,5 @@ void head(const HeadArgs& a, Pool& pool) {
 }  // namespace ISA
 
 extern const Kernels NAME(ISA);
-const Kernels NAME(ISA) = {ISA::run<ISA::Attention>, ISA::run<ISA::FeedForward>, ISA::head};
+const Kernels NAME(ISA) = {ISA::run<ISA::Attention>, ISA::run<ISA::FeedForward>, ISA::head,
+    ISA::run<ISA::PrefillAttention>, ISA::run<ISA::PrefillFeedForward>};

@@ -116,7 +116,7 @@ def test_everything_is_described_and_real(repository, bundle):
     weights = version / "bundle" / "weights.safetensors"
     assert weights.stat().st_nlink == 1  # onnx reads no other
     listed = {"manifest.json", "weights.safetensors", "tokenizer.json", "tokenizer_config.json", *bundle.manifest.files}
-    made = {CPU_LIBRARY_FILE, fused_path(bundle).name}
+    made = {CPU_LIBRARY_FILE, *(fused_path(bundle, graph).name for graph in ("prefill", "decode"))}
     assert {p.relative_to(version / "bundle").as_posix() for p in (version / "bundle").rglob("*")} - made == listed
     assert (repository / "serve.sh").stat().st_mode & 0o111
     assert all(name in manifest["requirements"][0] for name in ("numpy", "<2"))
