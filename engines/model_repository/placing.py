@@ -60,7 +60,7 @@ def place_bundle(bundle: Bundle, backend: str, target: Path, link: bool = False)
 
 
 def _place_prepared(bundle: Bundle, target: Path) -> None:
-    """Place prefill and decode for the compiled operators, where they take over all: the server's Python has no onnx."""
+    """Place the graphs for the compiled operators, where those take over all: the server's Python has no onnx."""
     from deepseek_trt.engines.sessions.prepared import fused_path
     from deepseek_trt.plugins.cpu.fuse import fused_bytes
 

@@ -151,7 +151,7 @@ class FuseForCpu(ir.passes.InPlacePass):
             attributes |= _routing(_producer(f["routed"]))
         if len(activations) == 1:
             attributes["activation"] = ACTIVATIONS.index(activations.pop())
-            lengths = {_LENGTHS: value for value in graph.inputs if value.name == _LENGTHS}
+            lengths = {value.name: value for value in graph.inputs if value.name == _LENGTHS}
             self._insert(graph, at, PREFILL_FEED_FORWARD if lengths else FEED_FORWARD, {**f, **lengths}, attributes)
 
     def _fuse_head(self, graph: ir.Graph) -> None:
