@@ -62,36 +62,42 @@ __attribute__((noinline)) void tile(const float* const* x, int64_t from, Panels 
         }
 }
 
-// All rows, M at a time and then the rest together.
+// All panels, P at a time and then the rest together; rows M at a time, of which there are a multiple.
 template <int M, int P>
-inline void tiles_of(const float* const* x, int64_t from, int64_t rows, Panels w, int64_t depth, bool first,
+inline void tiles(const float* const* x, int64_t from, int64_t rows, Panels w, int64_t panels, int64_t depth, bool first,
     float* const* y, int64_t at) {
-    int64_t i = 0;
-    for (; i + M <= rows; i += M) tile<M, P>(x + i, from, w, depth, first, y + i, at);
-    if constexpr (M > 1)
-        if (i < rows) tiles_of<M - 1, P>(x + i, from, rows - i, w, depth, first, y + i, at);
-}
-
-template <int P>
-inline void panels_of(const float* const* x, int64_t from, int64_t rows, Panels w, int64_t panels, int64_t depth,
-    bool first, float* const* y, int64_t at) {
     int64_t p = 0;
     for (; p + P <= panels; p += P)
-        tiles_of<TILE_ROWS, P>(
-            x, from, rows, {w.data + p * w.panel, w.panel, w.step}, depth, first, y, at + p * LANES);
+        for (int64_t i = 0; i < rows; i += M)
+            tile<M, P>(x + i, from, {w.data + p * w.panel, w.panel, w.step}, depth, first, y + i, at + p * LANES);
     if constexpr (P > 1)
         if (p < panels)
-            panels_of<P - 1>(x, from, rows, {w.data + p * w.panel, w.panel, w.step}, panels - p, depth, first, y,
+            tiles<M, P - 1>(x, from, rows, {w.data + p * w.panel, w.panel, w.step}, panels - p, depth, first, y,
                 at + p * LANES);
 }
 
-// y[i][lane] (+)= sum over k < depth of x[i][k] w(k, lane), for all rows and panels.
+// At most M rows, together. Few of them take more panels, so that there are sums enough to hide what an addition takes.
+template <int M>
+inline void few_rows(const float* const* x, int64_t from, int64_t rows, Panels w, int64_t panels, int64_t depth,
+    bool first, float* const* y) {
+    constexpr int P = M == 1 ? TILE_PANELS + 3 : M == 2 ? TILE_PANELS + 1 : TILE_PANELS;
+    if (rows == M) return tiles<M, P>(x, from, rows, w, panels, depth, first, y, 0);
+    if constexpr (M > 1) few_rows<M - 1>(x, from, rows, w, panels, depth, first, y);
+}
+
+// y[i][lane] (+)= sum over k < depth of x[i][from + k] w(k, lane), for all rows and panels.
 inline void times_panels(const float* const* x, int64_t from, int64_t rows, Panels w, int64_t panels, int64_t depth,
     bool first, float* const* y) {
     for (int64_t k = 0; k < depth; k += K_BLOCK)
-        for (int64_t i = 0; i < rows; i += TOKEN_BLOCK)
-            panels_of<TILE_PANELS>(x + i, from + k, std::min(TOKEN_BLOCK, rows - i),
-                {w.data + k * w.step, w.panel, w.step}, panels, std::min(K_BLOCK, depth - k), first && k == 0, y + i, 0);
+        for (int64_t i = 0; i < rows; i += TOKEN_BLOCK) {
+            const Panels block{w.data + k * w.step, w.panel, w.step};
+            const int64_t some = std::min(TOKEN_BLOCK, rows - i), full = some / TILE_ROWS * TILE_ROWS;
+            const int64_t columns = std::min(K_BLOCK, depth - k);
+            const bool is_first = first && k == 0;
+            tiles<TILE_ROWS, TILE_PANELS>(x + i, from + k, full, block, panels, columns, is_first, y + i, 0);
+            few_rows<TILE_ROWS - 1>(
+                x + i + full, from + k, some - full, block, panels, columns, is_first, y + i + full);
+        }
 }
 
 INLINE v4 load4(const float* p) {
@@ -131,13 +137,15 @@ INLINE void turn(const W* const* rows, int64_t k, float* to) {
 }
 
 // Sixteen rows of `depth` numbers as one panel. A cache line of a row is used up at once: at many widths, equal columns
-// of all rows lie in one place of the cache.
+// of all rows lie in one place of the cache. Meanwhile what lies `ahead` numbers further is fetched.
 template <class W>
-inline void pack_panel(const W* const* rows, int64_t depth, float* to) {
+inline void pack_panel(const W* const* rows, int64_t depth, float* to, int64_t ahead = 0) {
     int64_t k = 0;
     for (; k + LANES <= depth; k += LANES)
-        for (int half = 0; half < LANES; half += 8)
+        for (int half = 0; half < LANES; half += 8) {
+            for (int i = half; i < half + 8; ++i) __builtin_prefetch(rows[i] + k + ahead, 0, 2);
             for (int64_t i = k; i < k + LANES; i += 4) turn(rows + half, i, to + i * LANES + half);
+        }
     for (; k < depth; ++k)
         for (int i = 0; i < LANES; ++i) to[k * LANES + i] = one(rows[i] + k);
 }
@@ -151,7 +159,7 @@ inline void pack(const Matrix& m, int64_t first, int64_t last, int64_t from, int
             for (int64_t i = 0; i < LANES; ++i)
                 rows[i] = r + i < last ? data + (r + i) * m.columns + from
                                        : reinterpret_cast<decltype(data)>(zeros);
-            pack_panel(rows, depth, to);
+            pack_panel(rows, depth, to, LANES * m.columns);
         }
     });
 }
