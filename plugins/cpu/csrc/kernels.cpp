@@ -12,7 +12,7 @@ namespace {
 
 template <class Half, class Args>
 void run(const Args& args, Pool& pool) {
-    Half half(args, shared_scratch());
+    const Half half(args, shared_scratch());
     pool.run([&](Team& team) { half.run(team); });
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,26 @@ def test_a_prefilled_row_does_not_depend_on_the_batch_or_the_threads(bundle: Bun
             np.testing.assert_array_equal(logits[row], alone[0])
         elif row == 2:
             np.testing.assert_array_equal(logits[0], alone[0])
+
+
+def test_sessions_that_share_the_threads_do_not_disturb_each_other(bundle: Bundle) -> None:
+    """One of two calls at a time has the pool of threads; the other goes on alone."""
+    pages = 1 + len(LENGTHS) * -(-max(LENGTHS) // 8)
+    sessions = [OrtSession(bundle, pages, 2) for _ in range(2)]
+    wanted, _ = prefilled(sessions[0], [2, 0], [0, 256])
+    made: list[Decoded] = []
+
+    def run(session: OrtSession) -> None:
+        made.extend(prefilled(session, [2, 0], [0, 256])[0] for _ in range(8))
+
+    threads = [threading.Thread(target=run, args=(session,)) for session in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 16
+    for logits in made:
+        np.testing.assert_array_equal(logits, wanted)
 
 
 def test_the_library_beside_the_bundle_is_taken(bundle: Bundle, tmp_path: Path) -> None:

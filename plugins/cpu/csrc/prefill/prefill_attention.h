@@ -75,7 +75,7 @@ public:
         }
     }
 
-    void run(Team& team) {
+    void run(Team& team) const {
         Scratch& own = own_scratch();
         copy_padding(tokens_, team, a.batch * a.sequence, a.hidden, a.x, a.y);
         share_blocks(team, NORM, tokens_.count, TOGETHER, [&](int64_t from, int64_t last) {
@@ -194,7 +194,7 @@ private:
     }
 
     // One sequence: block after block, of which the next is gathered meanwhile.
-    void attend(Team& team, int64_t b, Work& work) {
+    void attend(Team& team, int64_t b, Work& work) const {
         const bool absorbed = is_absorbed(b);
         const int64_t panels = (std::min(KEYS, length(b)) + LANES - 1) / LANES;
         team.share(GATHER, panels + (absorbed ? H : 0), [&](int64_t item) {
