@@ -59,7 +59,7 @@ class Memory:
 
 CPU, CUDA = Place(), Place("CUDAExecutionProvider", "cuda")
 USUAL, UNFOLDED = Memory(packed=False), Memory(packed=False, folded=False)
-LEAN = Memory(packed=False, folded=False, arena=False)  # where memory is short: a prefill takes about a sixth longer
+LEAN = Memory(packed=False, folded=False, arena=False)  # where memory is short
 
 
 def open_graph(
