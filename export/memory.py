@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepseek_trt.export.bundle.graph import CacheSpec
-from deepseek_trt.export.bundle.recipes import EMBEDDINGS, Recipe
+from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.dtypes import computed_in, dtype_bytes
+from deepseek_trt.export.dtypes import computed_in
 
 CONTEXT, CHUNK = 4096, 512
 _MIB = 2**20
 # Measured: what a process holds before it has weights, and the files (libraries) that it maps.
 _ORT, _ORT_FILES = 76 * _MIB, 45 * _MIB
 _TORCH, _TORCH_FILES = 250 * _MIB, 170 * _MIB
-# Measured: how many arrays of that size ONNX Runtime holds at once in the attention of a prefill.
+# Measured: how many arrays of that size torch holds at once in the attention of a prefill.
 _SCORES, _EXPANDED = 4.5, 3.0
-_ARENA = 1.35  # an arena takes more than is asked for, in powers of two: measured from 1.0 to 1.65
+# Of the compiled operators: latents that are expanded at a time, and what a thread holds beside its share of weights.
+_BLOCK, _THREAD, _THREADS = 256, 2**20, 2
+_STREAMS = 4  # residual streams of a chunk that ONNX Runtime holds at once
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Footprint:
 def generate_mapped(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
     """ONNX Runtime, weights mapped from the bundle's file."""
     weights = sum(recipe.nbytes(dtype) for recipe in recipes)
-    return Footprint(_ORT + _working(config, dtype, recipes), _ORT_FILES + weights)
+    return Footprint(_ORT + _working(config, dtype), _ORT_FILES + weights)
 
 
 def generate_copied(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
     """ONNX Runtime, weights copied to huge pages."""
     weights = sum(recipe.nbytes(dtype) for recipe in recipes)
-    return Footprint(_ORT + weights + _working(config, dtype, recipes, _ARENA), _ORT_FILES)
+    return Footprint(_ORT + weights + _working(config, dtype), _ORT_FILES)
 
 
 def generate_by_reference(
@@ -48,7 +50,7 @@ def generate_by_reference(
 ) -> Footprint:
     """ONNX Runtime, the `assembled` weights in memory and the others mapped from the checkpoint."""
     made, every = (sum(recipe.nbytes(dtype) for recipe in some) for some in (assembled, recipes))
-    return Footprint(_ORT + made + _working(config, dtype, recipes), _ORT_FILES + every - made)
+    return Footprint(_ORT + made + _working(config, dtype), _ORT_FILES + every - made)
 
 
 def generate_torch(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
@@ -59,11 +61,22 @@ def generate_torch(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -
     return Footprint(_TORCH + weights + working, _TORCH_FILES)
 
 
-def _working(config: ModelConfig, dtype: str, recipes: Sequence[Recipe], kept: float = 1.0) -> int:
-    """What a step takes beside the weights as they are stored: the cache, activations, and weights that are cast."""
-    step = _activations(config) + (0 if dtype == "float16" else _cast(dtype, recipes))
-    once = _cast(dtype, recipes) if dtype == "float16" else 0
-    return _cache(config, computed_in(dtype)) + once + int(kept * step)
+def _working(config: ModelConfig, dtype: str) -> int:
+    """What steps take beside the weights as they are stored: the cache, and what the compiled operators hand on."""
+    return _cache(config, computed_in(dtype)) + _scratch(config)
+
+
+def _scratch(config: ModelConfig) -> int:
+    """Of a chunk in the larger half of a layer: numbers of each token, and a block of expanded latents.
+
+    It grows with the tokens of a chunk and not with those that are cached.
+    """
+    c, heads = config, config.num_attention_heads
+    latent, head = c.kv_lora_rank + c.qk_rope_head_dim, c.qk_nope_head_dim + c.v_head_dim
+    attention = heads * (head + c.qk_rope_head_dim + c.v_head_dim) + latent + (c.q_lora_rank or 0)
+    experts = (c.num_experts_per_tok + c.n_shared_experts) * c.moe_intermediate_size if c.n_routed_experts else 0
+    tokens = _STREAMS * c.hidden_size + max(attention, experts, c.intermediate_size)
+    return 4 * (CHUNK * tokens + _BLOCK * (heads * head + 4 * latent)) + _THREADS * _THREAD
 
 
 def _cache(config: ModelConfig, dtype: str) -> int:
@@ -76,13 +89,3 @@ def _activations(config: ModelConfig) -> int:
     scores = CHUNK * CONTEXT * config.num_attention_heads
     expanded = CONTEXT * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
     return int(4 * (_SCORES * scores + _EXPANDED * expanded))
-
-
-def _cast(dtype: str, recipes: Sequence[Recipe]) -> int:
-    """Weights in float32 beside those that are stored: of bfloat16 the largest at a time, of float16 all but experts,
-    which ONNX Runtime casts once.
-    """
-    sizes = [4 * recipe.size for recipe in recipes if ".experts." not in recipe.name and recipe.name != EMBEDDINGS]
-    if dtype == "float16":
-        return sum(sizes)
-    return max(sizes) if dtype_bytes(dtype) < 4 else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deepseek_trt.engines.model_repository.copying import copy_file, real_file
 from deepseek_trt.engines.plans.plan import PlanRecord, plan_files
-from deepseek_trt.engines.sessions.prepared import FUSED_DECODE
+from deepseek_trt.engines.sessions.prepared import fused_name
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.bundle.manifest import list_added, write_manifest
 from deepseek_trt.export.errors import BundleError
@@ -54,19 +54,21 @@ def place_bundle(bundle: Bundle, backend: str, target: Path, link: bool = False)
 
 
 def _place_prepared(bundle: Bundle, target: Path) -> tuple[str, ...]:
-    """Place decode for the compiled operators, where they take over all of it: the server's Python has no onnx.
+    """Place the graphs for the compiled operators, where those take over all: the server's Python has no onnx.
 
     Gives the names of what was placed.
     """
     from deepseek_trt.plugins.cpu.fuse import fused_bytes
 
-    if not any(graph.name == "decode" for graph in bundle.manifest.graphs):
+    if not {"prefill", "decode"} <= {graph.name for graph in bundle.manifest.graphs}:
         return ()
-    fused, left = fused_bytes(bundle.traced_bytes("decode"))
-    made = () if left else _place_compiled(bundle, target)
-    if made:
-        (target / FUSED_DECODE).write_bytes(fused)
-    return (*made, FUSED_DECODE) if made else ()
+    fused = {fused_name(name): fused_bytes(bundle.traced_bytes(name)) for name in ("prefill", "decode")}
+    made = () if any(left for _, left in fused.values()) else _place_compiled(bundle, target)
+    if not made:
+        return ()
+    for name, (data, _) in fused.items():
+        (target / name).write_bytes(data)
+    return (*made, *fused)
 
 
 def _place_compiled(bundle: Bundle, target: Path) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from deepseek_trt.engines.sessions.door import Door, check_cache_memory
 from deepseek_trt.engines.sessions.huge_pages import Progress, zeros
 from deepseek_trt.engines.sessions.loading import load_weights, weights_fit
-from deepseek_trt.engines.sessions.prepared import fused_decode
+from deepseek_trt.engines.sessions.prepared import fused_graph
 from deepseek_trt.engines.sessions.session import GraphPair, widening_note
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
@@ -68,7 +68,7 @@ class Memory:
 
 CPU, CUDA = Place(), Place("CUDAExecutionProvider", "cuda")
 USUAL, UNFOLDED = Memory(packed=False), Memory(packed=False, folded=False)
-LEAN = Memory(packed=False, folded=False, arena=False)  # where memory is short: a prefill takes about a sixth longer
+LEAN = Memory(packed=False, folded=False, arena=False)  # where memory is short
 
 
 def open_graph(
@@ -167,7 +167,7 @@ class _BoundSession(GraphPair):
 
 
 class OrtSession(_BoundSession):
-    """On the CPU; decode through the compiled operators where there are any."""
+    """On the CPU, through the compiled operators where there are any."""
 
     def __init__(
         self,
@@ -191,11 +191,14 @@ class OrtSession(_BoundSession):
         mapped = not weights_fit(bundle) if mapped is None else mapped
         self._weights = ort_values(load_weights(bundle, mapped, progress))
         short = mapped or bundle.manifest.by_reference
-        memory = LEAN if short else UNFOLDED
-        graphs = {"prefill": open_graph(bundle, "prefill", threads, shared=self._weights, memory=memory)}
-        graphs["decode"], left = self._open_decode(bundle, threads, LEAN if short else USUAL)
-        narrow = library.path is not None and not left  # compiled operators widen numbers as they go
+        opened = {
+            "prefill": self._open(bundle, "prefill", threads, LEAN if short else UNFOLDED),
+            "decode": self._open(bundle, "decode", threads, LEAN if short else USUAL),
+        }
+        graphs = {name: graph for name, (graph, _) in opened.items()}
+        narrow = library.path is not None and not opened["decode"][1]  # compiled operators widen numbers as they go
         self._weights_dtype = bundle.manifest.dtype if narrow else self.cache.dtype
+        left = [name for _, names in opened.values() for name in names]
         as_exported = f"as exported, not compiled: {', '.join(left)}" if left else ""
         self.note = "; ".join(filter(None, (widening_note(bundle.manifest.dtype), as_exported, library.reason)))
         self._arrays = [zeros(self._shape, self._dtype) for _ in range(self.cache.layers)]
@@ -211,15 +214,15 @@ class OrtSession(_BoundSession):
     def pool(self, layer: int) -> Array:
         return self._arrays[layer]
 
-    def _open_decode(self, bundle: Bundle, threads: int, memory: Memory) -> tuple[ort.InferenceSession, list[str]]:
+    def _open(self, bundle: Bundle, name: str, threads: int, memory: Memory) -> tuple[ort.InferenceSession, list[str]]:
         """The graph, and the names of the custom operators that are run as exported though others are compiled."""
         if self.library is None:
-            return open_graph(bundle, "decode", threads, shared=self._weights, memory=memory), []
+            return open_graph(bundle, name, threads, shared=self._weights, memory=memory), []
         ctypes.CDLL(str(self.library)).deepseek_trt_cpu_threads(self.threads)
-        model, left = fused_decode(bundle)
+        model, left = fused_graph(bundle, name)
         graph = open_graph(
             bundle,
-            "decode",
+            name,
             threads if left else 1,  # of ONNX Runtime: the compiled operators bring their own
             model=model,
             shared=self._weights,

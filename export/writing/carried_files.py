@@ -52,8 +52,8 @@ def followed(file: Path, source: Path) -> Path:
     """The regular file that `file` is, or is a link to: in the checkpoint, in the hub's cache that it is part of, or
     elsewhere under the same name.
 
-    Whoever packs a checkpoint writes its links, and whoever gets the bundle would read what they lead to: LICENSE may be
-    another folder's LICENSE, as people share files, and never /etc/shadow. CheckpointError where it is.
+    Whoever packs a checkpoint writes its links, and whoever gets the bundle would read what they lead to: LICENSE may
+    be another folder's LICENSE, as people share files, and never /etc/shadow. CheckpointError where it is.
     """
     real, root = file.resolve(), source.resolve()
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root  # as Hugging Face's hub keeps them

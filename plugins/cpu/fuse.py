@@ -1,6 +1,6 @@
 """A graph pass: halves of decoder layers become single operators of the compiled CPU library (plugins/cpu/csrc).
 
-It works on the decode graph. What it does not recognise stays as it was exported; `left` says what that is.
+It works on prefill and decode. What it does not recognise stays as it was exported; `left` says what that is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from deepseek_trt.plugins.cpu.operators import (
     CPU_DOMAIN,
     FEED_FORWARD,
     HEAD,
+    PREFILL_ATTENTION,
+    PREFILL_ATTENTION_FLOAT16,
+    PREFILL_FEED_FORWARD,
     Attributes,
     Operator,
 )
@@ -27,6 +30,11 @@ from deepseek_trt.plugins.cpu.patterns import Found, OneOf, Op, match, uncast
 
 # By the cache's type.
 _ATTENTIONS: dict[ir.DataType | None, Operator] = {ir.DataType.FLOAT: ATTENTION, ir.DataType.FLOAT16: ATTENTION_FLOAT16}
+_PREFILL_ATTENTIONS: dict[ir.DataType | None, Operator] = {
+    ir.DataType.FLOAT: PREFILL_ATTENTION,
+    ir.DataType.FLOAT16: PREFILL_ATTENTION_FLOAT16,
+}
+_LENGTHS = "sequence_lengths"  # an input of prefill, not of decode
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 _ADJACENT = {"interleaved": 1}
 
@@ -59,6 +67,13 @@ _LATENT = Op(
 _MLA = Op("MlaDecode", (_ABSORBED_QUERY, _LATENT, "past", "page_table", "past_lengths"), name="attended")
 _VALUE = Op("MatMul", (Op("Transpose", (_MLA,), {"perm": (1, 0, 2)}), Op("Transpose", ("w_uv",), {"perm": (0, 2, 1)})))
 _ATTENTION = Op("Add", ("x", _linear(Op("Reshape", (Op("Transpose", (_VALUE,), {"perm": (1, 0, 2)}), None)), "o")))
+_EXPANDED_QUERY = Op("Concat", (_Q_NOPE, Op("Reshape", (_ROTATED, None))), {"axis": -1})
+_MLA_PREFILL = Op(
+    "MlaPrefill",
+    (_EXPANDED_QUERY, _LATENT, "past", "page_table", "past_lengths", _LENGTHS, "w_uk", "w_uv"),
+    name="attended",
+)
+_PREFILL_ATTENTION = Op("Add", ("x", _linear(Op("Reshape", (_MLA_PREFILL, None)), "o")))
 
 _GATE, _UP = _linear(_X, "shared_gate"), _linear(_X, "shared_up")
 _ACTIVATED = OneOf(
@@ -78,9 +93,9 @@ _FEED_FORWARD = Op("Add", ("x", OneOf((Op("Add", (_MOE, _MLP)), _MOE, _MLP))))
 _HEAD = Op("Gemm", (_X, "head"), _GEMM)
 
 
-def fused_bytes(decode: bytes) -> tuple[bytes, list[str]]:
-    """The decode graph with fused operators, in float32 where it is bfloat16, and what stays as exported."""
-    model = ir.serde.deserialize_model(onnx.load_model_from_string(decode))
+def fused_bytes(traced: bytes) -> tuple[bytes, list[str]]:
+    """The graph with fused operators, in float32 where it is bfloat16, and what stays as exported."""
+    model = ir.serde.deserialize_model(onnx.load_model_from_string(traced))
     WidenBfloat16()(model)
     fuse = FuseForCpu()
     fuse(model)
@@ -109,12 +124,13 @@ class FuseForCpu(ir.passes.InPlacePass):
 
     def _fuse_half(self, graph: ir.Graph, node: ir.Node) -> None:
         out = node.outputs[0]
-        if (found := match(_ATTENTION, out)) and found["past"].dtype in _ATTENTIONS and _same_dims(found):
-            self._attention(graph, node, found)
-        elif (found := match(_FEED_FORWARD, out)) and _routed_together(found):
+        for pattern, operators in ((_ATTENTION, _ATTENTIONS), (_PREFILL_ATTENTION, _PREFILL_ATTENTIONS)):
+            if (found := match(pattern, out)) and found["past"].dtype in operators and _same_dims(found):
+                return self._attention(graph, node, operators[found["past"].dtype], found)
+        if (found := match(_FEED_FORWARD, out)) and _routed_together(found):
             self._feed_forward(graph, node, found)
 
-    def _attention(self, graph: ir.Graph, at: ir.Node, f: Found) -> None:
+    def _attention(self, graph: ir.Graph, at: ir.Node, operator: Operator, f: Found) -> None:
         mla = _producer(f["attended"])
         attributes: dict[str, float | int] = {
             "query_compression": int("q_a" in f),
@@ -122,7 +138,7 @@ class FuseForCpu(ir.passes.InPlacePass):
             "eps": _epsilon(f["norm"]),
             "latent_eps": _epsilon(f["kv_norm"]),
         }
-        node = self._insert(graph, at, _ATTENTIONS[f["past"].dtype], f, attributes)
+        node = self._insert(graph, at, operator, f, attributes)
         if node is not None:
             _move(mla.outputs[1], node.outputs[1])
 
@@ -134,7 +150,8 @@ class FuseForCpu(ir.passes.InPlacePass):
             attributes |= _routing(_producer(f["routed"]))
         if len(activations) == 1:
             attributes["activation"] = ACTIVATIONS.index(activations.pop())
-            self._insert(graph, at, FEED_FORWARD, f, attributes)
+            lengths = {value.name: value for value in graph.inputs if value.name == _LENGTHS}
+            self._insert(graph, at, PREFILL_FEED_FORWARD if lengths else FEED_FORWARD, {**f, **lengths}, attributes)
 
     def _fuse_head(self, graph: ir.Graph) -> None:
         if (found := match(_HEAD, graph.outputs[0])) is None:

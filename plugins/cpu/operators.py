@@ -71,11 +71,11 @@ def _attributes(names: str, type: Literal["int", "float"] = "int", *only_with: s
     return tuple(Attribute(name, type, only_with) for name in names.split(", "))
 
 
-def _attention(name: str, cache: DType) -> Operator:
+def _attention(name: str, cache: DType, lengths: str = "past_lengths") -> Operator:
     inputs = (
         *_inputs("x, cos, sin", "float32"),
         Input("past", cache),
-        *_inputs("page_table, past_lengths", "int32"),
+        *_inputs(f"page_table, {lengths}", "int32"),
         *_inputs("norm_weight, kv_a, kv_norm_weight, w_uk, w_uv, o, q"),
         *_inputs("q_a, q_norm_weight", only_with=("query_compression",)),
         *_inputs("kv_a_bias, o_bias", only_with=("bias",)),
@@ -87,27 +87,37 @@ def _attention(name: str, cache: DType) -> Operator:
 
 ATTENTION = _attention("Attention", "float32")
 ATTENTION_FLOAT16 = _attention("AttentionFloat16", "float16")
-FEED_FORWARD = Operator(
-    "FeedForward",
-    (
+# The same for many new tokens a sequence, of which each has its own number.
+PREFILL_ATTENTION = _attention("PrefillAttention", "float32", "past_lengths, sequence_lengths")
+PREFILL_ATTENTION_FLOAT16 = _attention("PrefillAttentionFloat16", "float16", "past_lengths, sequence_lengths")
+
+
+def _feed_forward(name: str, *more: Input) -> Operator:
+    inputs = (
         Input("x", "float32"),
+        *more,
         Input("norm_weight"),
         *_inputs("router, gate, up, down", only_with=("experts",)),
         Input("correction", "float32", ("experts", "biased")),
         *_inputs("shared_gate, shared_up, shared_down", only_with=("shared",)),
         *_inputs("shared_gate_bias, shared_up_bias, shared_down_bias", only_with=("shared", "bias")),
-    ),
-    (
+    )
+    attributes = (
         Attribute("eps", "float"),
         *_attributes("shared, bias"),
         *_attributes("experts, biased, top_k, groups, top_groups, normalised", "int", "experts"),
         Attribute("factor", "float", ("experts",)),
         Attribute("activation"),
-    ),
-)
+    )
+    return Operator(name, inputs, attributes)
+
+
+FEED_FORWARD = _feed_forward("FeedForward")
+PREFILL_FEED_FORWARD = _feed_forward("PrefillFeedForward", Input("sequence_lengths", "int32"))
 HEAD = Operator("Head", (Input("x", "float32"), *_inputs("norm_weight, head")), (Attribute("eps", "float"),))
 
-OPERATORS = (ATTENTION, ATTENTION_FLOAT16, FEED_FORWARD, HEAD)
+PREFILL_OPERATORS = (PREFILL_ATTENTION, PREFILL_ATTENTION_FLOAT16, PREFILL_FEED_FORWARD)
+OPERATORS = (ATTENTION, ATTENTION_FLOAT16, FEED_FORWARD, HEAD, *PREFILL_OPERATORS)
 
 
 def generated_headers(operators: Sequence[Operator] = OPERATORS) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import deepseek_trt  # noqa: F401
 from deepseek_trt.engines.sessions.loading import load_weights
 from deepseek_trt.engines.sessions.ort import LEAN, open_graph, ort_values
-from deepseek_trt.engines.sessions.prepared import fused_decode
+from deepseek_trt.engines.sessions.prepared import fused_graph
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.plugins.cpu.library import cpu_library
 
@@ -30,7 +30,7 @@ INPUTS = {
 
 def main(path: str, what: str) -> None:
     bundle = Bundle.open(Path(path))
-    made, _ = fused_decode(bundle)
+    made, _ = fused_graph(bundle, "decode")
     data = made if isinstance(made, bytes) else made.read_bytes()
     if what.startswith("attribute "):
         data = with_attribute(data, what.removeprefix("attribute "))

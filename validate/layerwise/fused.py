@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from deepseek_trt.engines.sessions.ort import Memory, open_graph, ort_values
-from deepseek_trt.engines.sessions.prepared import fused_decode
+from deepseek_trt.engines.sessions.prepared import fused_graph
 from deepseek_trt.export.arrays import Arrays
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import present_name
@@ -42,7 +42,7 @@ class FusedDecode:
         if library.path is None:
             return cls(None, None, library.reason, {})
         ctypes.CDLL(str(library.path)).deepseek_trt_cpu_threads(threads or len(os.sched_getaffinity(0)))
-        data, left = fused_decode(bundle)
+        data, left = fused_graph(bundle, "decode")
         note = f"as exported, not compiled: {', '.join(left)}" if left else ""
         traced = ir.serde.deserialize_model(onnx.load_model_from_string(bundle.traced_bytes("decode")))
         states = {name: value for name, value in inner_values(traced).items() if name.startswith("hidden.")}

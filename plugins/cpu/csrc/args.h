@@ -29,7 +29,7 @@ struct AttentionArgs {
     const int32_t *page_table, *past_lengths;  // [B, M], [B]
     float* y;                                  // [B, hidden]
     int64_t batch, hidden, pages, page, table_width, heads, nope, value, rank;
-    int64_t latent, rope_rows, rope, table_rows, lengths;  // D, B, R/2, B, B as the inputs have them
+    int64_t latent, rope_rows, rope, table_rows, lengths;  // D, B (prefill: B * S), R/2, B, B as the inputs have them
     float eps, latent_eps, scale;
     Matrix norm, q_a, q_norm, q, kv_a, kv_norm, w_uk, w_uv, o;  // q_a and q_norm only with query compression
     Matrix q_a_bias, kv_a_bias, o_bias;
@@ -55,7 +55,18 @@ struct FeedForwardArgs {
     int64_t top_k, groups, top_groups;
     bool normalised;
     float factor;
-    ExpertsHit* hit;  // counts this call, too
+    ExpertsHit* hit;  // counts this call, too; null where it is not to be counted
+};
+
+// Many new tokens a sequence, right-padded: x and y are [B * S, hidden], cos and sin [B, S, R/2].
+struct PrefillAttentionArgs : AttentionArgs {
+    const int32_t* sequence_lengths;      // [B]: real tokens among the S of each sequence
+    int64_t sequence, tokens, sequences;  // S, B * S, B as the inputs have them
+};
+
+struct PrefillFeedForwardArgs : FeedForwardArgs {
+    const int32_t* sequence_lengths;
+    int64_t batch;
 };
 
 struct HeadArgs {
@@ -70,6 +81,8 @@ struct Kernels {
     void (*attention)(const AttentionArgs&, Pool&);
     void (*feed_forward)(const FeedForwardArgs&, Pool&);
     void (*head)(const HeadArgs&, Pool&);
+    void (*prefill_attention)(const PrefillAttentionArgs&, Pool&);
+    void (*prefill_feed_forward)(const PrefillFeedForwardArgs&, Pool&);
 };
 
 extern const Kernels kernels_v3;  // AVX2 and FMA

@@ -2,6 +2,8 @@
 #include "attention.h"
 #include "check.h"
 #include "feed_forward.h"
+#include "prefill_attention.h"
+#include "prefill_feed_forward.h"
 
 #define NAME_OF(isa) kernels_##isa
 #define NAME(isa) NAME_OF(isa)
@@ -36,4 +38,5 @@ void head(const HeadArgs& a, Pool& pool) {
 }  // namespace ISA
 
 extern const Kernels NAME(ISA);
-const Kernels NAME(ISA) = {ISA::run<ISA::Attention>, ISA::run<ISA::FeedForward>, ISA::head};
+const Kernels NAME(ISA) = {ISA::run<ISA::Attention>, ISA::run<ISA::FeedForward>, ISA::head,
+    ISA::run<ISA::PrefillAttention>, ISA::run<ISA::PrefillFeedForward>};

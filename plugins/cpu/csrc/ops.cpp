@@ -1,4 +1,4 @@
-// ONNX Runtime's view of the kernels: four operators, each with one list of inputs.
+// ONNX Runtime's view of the kernels: operators, each with one list of inputs.
 #include <cstring>
 #include <exception>
 #include <iterator>
@@ -48,14 +48,14 @@ struct Call {
     Pool& pool() const { return Pool::of(node.threads); }
 };
 
-template <class Op>
-void attention(const Call<Op>& call) {
+template <class Args, class Op>
+Args attention_args(const Call<Op>& call) {
     const auto& node = call.attributes;
     const auto& in = call.in;
-    AttentionArgs a{};
+    Args a{};
     a.x = in.x.template as<float>();
     a.cos = in.cos.template as<float>(), a.sin = in.sin.template as<float>();
-    a.batch = in.x.dims[0], a.hidden = in.x.dims[1];
+    a.batch = in.past_lengths.dims[0], a.hidden = in.x.columns;
     a.pool_type = in.past.type, a.pages = in.past.dims[0], a.page = in.past.dims[1];
     a.page_table = in.page_table.template as<int32_t>();
     a.table_rows = in.page_table.dims[0], a.table_width = in.page_table.dims[1];
@@ -67,31 +67,57 @@ void attention(const Call<Op>& call) {
     a.kv_a = in.kv_a, a.kv_norm = in.kv_norm_weight, a.w_uk = in.w_uk, a.w_uv = in.w_uv, a.o = in.o;
     a.q_a_bias = in.q_a_bias, a.kv_a_bias = in.kv_a_bias, a.o_bias = in.o_bias;
     a.eps = node.eps, a.latent_eps = node.latent_eps, a.scale = node.scale;
-    a.y = reinterpret_cast<float*>(call.output(0, {a.batch, a.hidden}));
+    a.y = reinterpret_cast<float*>(call.output(0, {in.x.rows, a.hidden}));
     a.pool = call.output(1, {a.pages, a.page, in.past.columns});
     if (a.pool != in.past.data)  // else the cache is written where it lies
         std::memcpy(a.pool, in.past.data, in.past.rows * in.past.columns * (a.pool_type == Type::FLOAT32 ? 4 : 2));
-    kernels().attention(a, call.pool());
+    return a;
 }
 
-void feed_forward(const Call<operators::FeedForward>& call) {
+template <class Op>
+void attention(const Call<Op>& call) {
+    kernels().attention(attention_args<AttentionArgs>(call), call.pool());
+}
+
+template <class Op>
+void prefill_attention(const Call<Op>& call) {
+    auto a = attention_args<PrefillAttentionArgs>(call);
+    a.sequence_lengths = call.in.sequence_lengths.template as<int32_t>();
+    a.sequence = call.in.cos.dims[1], a.tokens = call.in.x.rows, a.sequences = call.in.sequence_lengths.dims[0];
+    kernels().prefill_attention(a, call.pool());
+}
+
+template <class Args, class Op>
+Args feed_forward_args(const Call<Op>& call) {
     const auto& node = call.attributes;
     const auto& in = call.in;
-    FeedForwardArgs a{};
-    a.x = in.x.as<float>();
+    Args a{};
+    a.x = in.x.template as<float>();
     a.tokens = in.x.dims[0], a.hidden = in.x.dims[1];
     a.norm = in.norm_weight;
     a.experts = in.router.dims[0], a.expert_width = in.gate.dims[1];
     a.router = in.router, a.gate = in.gate, a.up = in.up, a.down = in.down;
-    a.bias = in.correction.as<float>(), a.biases = in.correction.columns;
+    a.bias = in.correction.template as<float>(), a.biases = in.correction.columns;
     a.shared = {
         in.shared_gate, in.shared_up, in.shared_down, in.shared_gate_bias, in.shared_up_bias, in.shared_down_bias};
     a.activation = static_cast<Activation>(node.activation);
     a.top_k = node.top_k, a.groups = node.groups, a.top_groups = node.top_groups;
     a.normalised = node.normalised != 0, a.factor = node.factor, a.eps = node.eps;
-    a.hit = &experts_hit;
     a.y = reinterpret_cast<float*>(call.output(0, {a.tokens, a.hidden}));
+    return a;
+}
+
+void feed_forward(const Call<operators::FeedForward>& call) {
+    auto a = feed_forward_args<FeedForwardArgs>(call);
+    a.hit = &experts_hit;
     kernels().feed_forward(a, call.pool());
+}
+
+void prefill_feed_forward(const Call<operators::PrefillFeedForward>& call) {
+    auto a = feed_forward_args<PrefillFeedForwardArgs>(call);
+    a.sequence_lengths = call.in.sequence_lengths.as<int32_t>();
+    a.batch = call.in.sequence_lengths.dims[0];
+    kernels().prefill_feed_forward(a, call.pool());
 }
 
 void head(const Call<operators::Head>& call) {
@@ -167,7 +193,10 @@ EXPORTED void deepseek_trt_cpu_experts_hit(int64_t* layers, int64_t* experts) {
 EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
     using namespace operators;
     static const ort::CustomOp all[] = {make<Attention, attention<Attention>>(),
-        make<AttentionFloat16, attention<AttentionFloat16>>(), make<FeedForward, feed_forward>(), make<Head, head>()};
+        make<AttentionFloat16, attention<AttentionFloat16>>(), make<FeedForward, feed_forward>(), make<Head, head>(),
+        make<PrefillAttention, prefill_attention<PrefillAttention>>(),
+        make<PrefillAttentionFloat16, prefill_attention<PrefillAttentionFloat16>>(),
+        make<PrefillFeedForward, prefill_feed_forward>()};
     const ort::Api api(base->get_api(ort::API_VERSION));
     if (!processor::supports_v3()) return api.error("deepseek_trt.cpu: this processor has no AVX2");
     ort::Domain* domain = nullptr;

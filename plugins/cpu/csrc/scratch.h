@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 #include <vector>
 
 namespace ISA {
@@ -15,10 +16,14 @@ public:
         for (Block& block : blocks_) std::free(block.data);
     }
 
-    // Start over; what was taken before is no longer valid.
+    // Start over; what was taken before is no longer valid. Several blocks become one that holds what was taken.
     void reset() {
-        current_ = 0;
-        used_ = 0;
+        if (blocks_.size() > 1) {
+            for (Block& block : blocks_) std::free(block.data);
+            blocks_.clear();
+            add(most_);
+        }
+        most_ = current_ = used_ = 0;
     }
 
     // n numbers, aligned to 64 bytes.
@@ -29,13 +34,10 @@ public:
             ++current_;
             used_ = 0;
         }
-        if (current_ == blocks_.size()) {
-            const size_t size = bytes > SMALLEST ? bytes : SMALLEST;
-            blocks_.push_back({static_cast<char*>(std::aligned_alloc(64, size)), size});
-            used_ = 0;
-        }
+        if (current_ == blocks_.size()) add(bytes);
         char* at = blocks_[current_].data + used_;
         used_ += bytes;
+        most_ += bytes;
         return reinterpret_cast<T*>(at);
     }
 
@@ -53,8 +55,16 @@ private:
         char* data;
         size_t bytes;
     };
+
+    void add(size_t bytes) {
+        const size_t size = bytes > SMALLEST ? bytes : SMALLEST;
+        void* data = std::aligned_alloc(64, size);
+        if (data == nullptr) throw std::bad_alloc();
+        blocks_.push_back({static_cast<char*>(data), size});
+    }
+
     std::vector<Block> blocks_;
-    size_t current_ = 0, used_ = 0;
+    size_t current_ = 0, used_ = 0, most_ = 0;  // the block in use, its bytes in use, and those in use of all
 };
 
 // The calling thread's memory: one for what a whole team shares, made by its first thread, one for its own.

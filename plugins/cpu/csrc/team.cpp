@@ -36,6 +36,10 @@ void Team::barrier() {
 
 int64_t Team::next(int phase) { return pool_->next_[phase].value.fetch_add(1, std::memory_order_relaxed); }
 
+void Team::restart(int phase) {
+    if (count > 1 && thread == 0) pool_->next_[phase].value.store(count, std::memory_order_relaxed);
+}
+
 Pool::Pool(int threads) : threads_(threads), workers_(threads - 1) {
     for (auto& worker : workers_) std::thread(&Pool::work, this, std::ref(worker)).detach();
 }

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-constexpr int MAX_PHASES = 8;
+constexpr int MAX_PHASES = 10;
 
 class Pool;
 
@@ -24,6 +24,9 @@ public:
     void share(int phase, int64_t items, Body body) {
         for (int64_t item = thread; item < items; item = count == 1 ? item + 1 : next(phase)) body(item);
     }
+
+    // Lets a phase be shared out again. Between two barriers, in which no thread shares it out.
+    void restart(int phase);
 
     const int thread, count;
 

@@ -33,7 +33,7 @@ struct Bfloat16 {
 };
 
 INLINE v16 fma(v16 a, v16 b, v16 c) { return __builtin_elementwise_fma(a, b, c); }
-INLINE v16 all(float x) { return v16{} + x; }
+INLINE v16 all(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE v16 load(const float* p) { return *reinterpret_cast<const v16_unaligned*>(p); }
 INLINE v16 load(const _Float16* p) { return __builtin_convertvector(*reinterpret_cast<const f16x16*>(p), v16); }
 INLINE v16 load(const Bfloat16* p) {

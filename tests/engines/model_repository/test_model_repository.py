@@ -28,7 +28,7 @@ from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.engines.serving.tensors import INPUTS, OUTPUTS
 from deepseek_trt.engines.sessions import opening
 from deepseek_trt.engines.sessions.opening import Surroundings
-from deepseek_trt.engines.sessions.prepared import FUSED_DECODE
+from deepseek_trt.engines.sessions.prepared import fused_name
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec
 from deepseek_trt.export.bundle.manifest import list_added
@@ -120,7 +120,7 @@ def test_everything_is_described_and_real(repository, bundle):
     weights = version / "bundle" / "weights.safetensors"
     assert weights.stat().st_nlink == 1  # onnx reads no other
     listed = {"manifest.json", "weights.safetensors", "tokenizer.json", "tokenizer_config.json", *bundle.manifest.files}
-    made = {CPU_LIBRARY_FILE, FUSED_DECODE}
+    made = {CPU_LIBRARY_FILE, *map(fused_name, ("prefill", "decode"))}
     assert {p.relative_to(version / "bundle").as_posix() for p in (version / "bundle").rglob("*")} - made == listed
     assert (repository / "serve.sh").stat().st_mode & 0o111
     assert all(name in manifest["requirements"][0] for name in ("numpy", "<2"))

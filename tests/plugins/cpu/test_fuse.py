@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from deepseek_trt.engines.sessions.ort import OrtSession
+from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.plugins.cpu.fuse import FuseForCpu, fused_bytes
@@ -80,8 +83,8 @@ def weights() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def variant(weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    @functools.cache
     def make(name: str) -> Bundle:
-
         raw = {**BASE, **VARIANTS[name]}
         folder = tmp_path_factory.mktemp("variant")
         tensors = weights.random_weights(dict(weights.shapes_of(raw)))
@@ -116,6 +119,46 @@ def test_every_variant_is_fused_and_right(variant: Callable[[str], Bundle], name
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(a).max())
 
 
+def prefill_all(session: Session) -> list[np.ndarray[Any, Any]]:
+    """Ragged rows: new ones, and ones after latents that fill several blocks, whose few or many new tokens are computed
+    absorbed or expanded. What no row holds is NaN.
+    """
+    rng = np.random.default_rng(0)
+    table = rng.permutation(np.arange(1, 450, dtype=np.int32))[: 5 * 80].reshape(5, 80)
+    past, new = np.array([0, 9, 277, 230, 0], dtype=np.int32), np.array([40, 13, 3, 38, 1], dtype=np.int32)
+    ids = rng.integers(0, 60, (5, 40))
+    for layer in range(session.cache.layers):
+        latents = rng.standard_normal((5, 320, session.cache.latent_dim)) * 0.5
+        latents[np.arange(320) >= past[:, None]] = np.nan
+        session.pool(layer)[:] = np.nan
+        session.pool(layer)[table] = latents.reshape(5, 80, 4, -1)
+    # The last page of a row is full of NaN and may be named beyond its end.
+    wide = np.concatenate([table, np.full((5, 3), 451, np.int32)], axis=1)
+    out = [session.prefill(ids, new, past, wide), session.decode(ids[:, :1], past + new, wide)]
+    return [*out, session.prefill(ids[2:4], new[2:4], past[2:4] + new[2:4] + 1, wide[2:4, :80])]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_prefill_of_every_variant_is_right(variant: Callable[[str], Bundle], name: str) -> None:
+    bundle = variant(name)
+    exported, compiled = OrtSession(bundle, 460, 1, compiled=False), OrtSession(bundle, 460, 2)
+    tolerance = TOLERANCE.get(bundle.manifest.dtype, 1e-5)
+    for wanted, got in zip(prefill_all(exported), prefill_all(compiled), strict=True):
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+    for layer in range(exported.cache.layers):  # page 0 is scratch
+        a, b = (s.pool(layer)[1:].astype(np.float32) for s in (exported, compiled))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.nanmax(np.abs(a)))
+
+
+def test_prefill_equals_torch(variant: Callable[[str], Bundle]) -> None:
+    bundle = variant("biases, query compression")
+    for wanted, got in zip(
+        prefill_all(TorchSession(bundle, 460)), prefill_all(OrtSession(bundle, 460, 2)), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_what_is_not_recognised_stays_and_is_named(variant: Callable[[str], Bundle]) -> None:
     path = variant("plain").traced_path("decode")
     model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
@@ -125,6 +168,17 @@ def test_what_is_not_recognised_stays_and_is_named(variant: Callable[[str], Bund
     fuse = FuseForCpu()
     fuse(model)
     assert fuse.left == ["MlaDecode_0"]
+    assert sum(n.domain == CPU_DOMAIN for n in model.graph) == fuse.fused == 4
+
+
+def test_of_a_prefill_too_what_is_not_recognised_stays(variant: Callable[[str], Bundle]) -> None:
+    path = variant("plain").traced_path("prefill")
+    model = ir.serde.deserialize_model(onnx.load(path, load_external_data=False))
+    node = next(node for node in model.graph if node.op_type == "RotaryEmbedding")
+    node.attributes["interleaved"] = ir.AttrInt64("interleaved", 0)
+    fuse = FuseForCpu()
+    fuse(model)
+    assert fuse.left == ["MlaPrefill_0"]
     assert sum(n.domain == CPU_DOMAIN for n in model.graph) == fuse.fused == 4
 
 

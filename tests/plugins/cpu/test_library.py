@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from deepseek_trt.engines.sessions.ort import OrtSession
+from deepseek_trt.engines.sessions.session import row_latents
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.errors import BundleError
@@ -59,6 +61,61 @@ def test_a_row_does_not_depend_on_the_batch_or_the_threads(bundle: Bundle) -> No
     alone = decode_after_prefill(OrtSession(bundle, 64, 2), 1, first=3)
     for several, one in zip(together, alone, strict=True):
         np.testing.assert_array_equal(several[3], one[0])
+
+
+LENGTHS = (37, 3, 300, 1, 64)
+
+
+def prefilled(session: OrtSession, rows: list[int], chunks: list[int]) -> tuple[Decoded, Decoded]:
+    """Logits of prompts in chunks that begin at `chunks`, row by row of the last chunk, and what of them is cached."""
+    page, vocab = session.cache.page_size, session.vocab_size
+    width = -(-max(LENGTHS) // page)
+    table = 1 + np.arange(len(LENGTHS) * width, dtype=np.int32).reshape(-1, width)[rows]
+    lengths = np.array(LENGTHS, dtype=np.int32)[rows]
+    session.fill(np.nan)
+    ids = np.random.default_rng(3).integers(0, vocab, (len(LENGTHS), max(LENGTHS)))[rows]
+    for first, last in zip(chunks, [*chunks[1:], max(LENGTHS)], strict=True):
+        past, new = np.minimum(lengths, first), np.minimum(lengths, last) - np.minimum(lengths, first)
+        some = np.flatnonzero(new)
+        logits = session.prefill(ids[some, first : first + new.max()], new[some], past[some], table[some])
+    layers = range(session.cache.layers)
+    cached = [row_latents(session, layer, table[i], lengths[i]) for layer in layers for i in range(len(rows))]
+    return list(logits), cached
+
+
+@pytest.mark.parametrize("chunks", [[0], [0, 20, 290]])
+def test_a_prefilled_row_does_not_depend_on_the_batch_or_the_threads(bundle: Bundle, chunks: list[int]) -> None:
+    pages = 1 + len(LENGTHS) * -(-max(LENGTHS) // 8)
+    several, one = OrtSession(bundle, pages, 2), OrtSession(bundle, pages, 1)
+    logits, cached = prefilled(several, [0, 1, 2, 3, 4], chunks)
+    for row in (2, 4, 1):
+        alone, latents = prefilled(one, [row], [c for c in chunks if c < LENGTHS[row]])
+        for layer, latent in enumerate(latents):
+            np.testing.assert_array_equal(cached[layer * len(LENGTHS) + row], latent)
+        if len(logits) == len(LENGTHS):
+            np.testing.assert_array_equal(logits[row], alone[0])
+        elif row == 2:
+            np.testing.assert_array_equal(logits[0], alone[0])
+
+
+def test_sessions_that_share_the_threads_do_not_disturb_each_other(bundle: Bundle) -> None:
+    """One of two calls at a time has the pool of threads; the other goes on alone."""
+    pages = 1 + len(LENGTHS) * -(-max(LENGTHS) // 8)
+    sessions = [OrtSession(bundle, pages, 2) for _ in range(2)]
+    wanted, _ = prefilled(sessions[0], [2, 0], [0, 256])
+    made: list[Decoded] = []
+
+    def run(session: OrtSession) -> None:
+        made.extend(prefilled(session, [2, 0], [0, 256])[0] for _ in range(8))
+
+    threads = [threading.Thread(target=run, args=(session,)) for session in sessions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 16
+    for logits in made:
+        np.testing.assert_array_equal(logits, wanted)
 
 
 def test_the_library_beside_the_bundle_is_taken(bundle: Bundle, tmp_path: Path) -> None:

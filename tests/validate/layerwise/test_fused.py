@@ -60,16 +60,16 @@ def test_each_part_is_the_operators(good):
 
 @compiled
 def test_a_fault_in_one_operator_is_named_and_the_exported_graphs_pass(good, monkeypatch, tmp_path):
-    real = fused.fused_decode
+    real = fused.fused_graph
 
-    def faulty(bundle):
-        data, left = real(bundle)
+    def faulty(bundle, graph):
+        data, left = real(bundle, graph)
         model = onnx.load_model_from_string(data)
         nodes = [n for n in model.graph.node if n.domain == CPU_DOMAIN and any(a.name == "scale" for a in n.attribute)]
         next(a for a in nodes[1].attribute if a.name == "scale").f *= 1.001
         return model.SerializeToString(), left
 
-    monkeypatch.setattr(fused, "fused_decode", faulty)
+    monkeypatch.setattr(fused, "fused_graph", faulty)
     done = validate(good("float32").path, "--layers", "0-2", "--report", tmp_path)
     assert done.exit_code == EXIT_ACCURACY
     assert verdicts(tmp_path) == {"exported": [], "ort": ["layer 1"], "torch": []}

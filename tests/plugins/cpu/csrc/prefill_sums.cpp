@@ -1,0 +1,97 @@
+// Prints checksums of both halves of a layer in a prefill, for sizes that are no multiples of any tile.
+#include <cstdio>
+#include <vector>
+
+#include "args.h"
+
+namespace {
+
+uint32_t state = 1;
+
+float drawn() {
+    state = state * 1664525u + 1013904223u;
+    return (state >> 9) / 8388608.0f - 0.5f;
+}
+
+// Numbers that live as long as the process.
+float* numbers(int64_t n, float size) {
+    float* data = (new std::vector<float>(n))->data();
+    for (int64_t i = 0; i < n; ++i) data[i] = size * drawn();
+    return data;
+}
+
+Matrix matrix(int64_t rows, int64_t columns, Type type) {
+    Matrix m;
+    m.rows = rows, m.columns = columns, m.type = type;
+    float* data = numbers(rows * columns, 2.0f / __builtin_sqrtf(static_cast<float>(columns)));
+    m.data = reinterpret_cast<char*>(data);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        const float x = data[i];
+        uint32_t bits;
+        __builtin_memcpy(&bits, &x, 4);
+        if (type == Type::FLOAT16) reinterpret_cast<_Float16*>(data)[i] = static_cast<_Float16>(x);
+        if (type == Type::BFLOAT16) reinterpret_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    return m;
+}
+
+void print(const float* data, int64_t n) {
+    uint64_t sum = 14695981039346656037u;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, data + i, 4);
+        sum = (sum ^ bits) * 1099511628211u;
+    }
+    std::printf(" %016lx", static_cast<unsigned long>(sum));
+}
+
+struct Sizes {
+    int64_t hidden, heads, experts, inner, nope, rope, value, rank;
+};
+
+void run(const Sizes& z, Type type, Pool& pool) {
+    constexpr int64_t B = 4, S = 50, page = 4, M = 200;
+    constexpr int32_t past[B] = {0, 300, 520, 7}, lengths[B] = {50, 2, 33, 1};
+    std::vector<int32_t> table(B * M);
+    for (int64_t i = 0; i < B * M; ++i) table[i] = static_cast<int32_t>(1 + i * 7 % (B * M));
+    const int64_t latent = z.rank + z.rope, pages = B * M + 1, compressed = 21;
+    PrefillAttentionArgs a{};
+    a.x = numbers(B * S * z.hidden, 2), a.y = numbers(B * S * z.hidden, 1);
+    a.cos = numbers(B * S * z.rope / 2, 1), a.sin = numbers(B * S * z.rope / 2, 1);
+    float* cached = numbers(pages * page * latent, 2);
+    a.pool = reinterpret_cast<char*>(cached), a.pool_type = Type::FLOAT32;
+    a.page_table = table.data(), a.past_lengths = past, a.sequence_lengths = lengths;
+    a.batch = B, a.sequence = S, a.hidden = z.hidden, a.pages = pages, a.page = page, a.table_width = M;
+    a.heads = z.heads, a.nope = z.nope, a.value = z.value, a.rank = z.rank;
+    a.eps = a.latent_eps = 1e-6f, a.scale = 0.3f;
+    a.norm = matrix(1, z.hidden, type), a.q_a = matrix(compressed, z.hidden, type);
+    a.q_norm = matrix(1, compressed, type), a.q = matrix(z.heads * (z.nope + z.rope), compressed, type);
+    a.kv_a = matrix(latent, z.hidden, type), a.kv_norm = matrix(1, z.rank, type);
+    a.w_uk = matrix(z.heads * z.nope, z.rank, type), a.w_uv = matrix(z.heads * z.value, z.rank, type);
+    a.o = matrix(z.hidden, z.heads * z.value, type), a.o_bias = matrix(1, z.hidden, type);
+    PrefillFeedForwardArgs f{};
+    f.x = a.x, f.y = numbers(B * S * z.hidden, 1), f.tokens = B * S, f.batch = B, f.sequence_lengths = lengths;
+    f.hidden = z.hidden, f.experts = z.experts, f.expert_width = z.inner, f.eps = 1e-6f, f.norm = a.norm;
+    f.shared = {matrix(2 * z.inner, z.hidden, type), matrix(2 * z.inner, z.hidden, type),
+        matrix(z.hidden, 2 * z.inner, type), {}, {}, {}};
+    f.router = matrix(z.experts, z.hidden, type), f.gate = matrix(z.experts * z.inner, z.hidden, type);
+    f.up = matrix(z.experts * z.inner, z.hidden, type), f.down = matrix(z.experts * z.hidden, z.inner, type);
+    f.top_k = 3, f.groups = f.top_groups = 1, f.factor = 1.0f;
+    kernels_v3.prefill_attention(a, pool);
+    kernels_v3.prefill_feed_forward(f, pool);
+    print(a.y, B * S * z.hidden), print(cached, pages * page * latent), print(f.y, B * S * z.hidden);
+    std::printf("\n");
+}
+
+}  // namespace
+
+int main(int count, char**) {
+    Pool& pool = Pool::of(count);  // as many threads as words on the command line
+    const Sizes sizes[] = {{40, 3, 8, 20, 10, 6, 14, 24}, {33, 1, 4, 17, 3, 2, 5, 9}, {100, 10, 9, 36, 24, 8, 20, 36},
+        {256, 5, 7, 64, 48, 32, 40, 300}, {512, 8, 32, 130, 128, 64, 128, 512}};
+    for (const Type type : {Type::FLOAT32, Type::FLOAT16, Type::BFLOAT16})
+        for (const Sizes& z : sizes) {
+            state = 1;
+            run(z, type, pool);
+        }
+}
