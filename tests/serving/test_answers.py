@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -171,10 +172,11 @@ def test_temperature_is_openais_one_where_nobody_says(llm, client):
     assert client.completions.create(model="demo", prompt=PROMPTS[0], seed=11).choices[0].text == want.text
 
 
-def test_a_generation_config_decides(demo, start, tmp_path, llm):
+def test_a_generation_config_decides(demo, start, tmp_path, llm, relist):
     (greedy,) = llm.generate([PROMPTS[0]], SamplingParams(4))
     shutil.copytree(demo, tmp_path / "bundle")
     (tmp_path / "bundle" / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 4}')
+    relist(tmp_path / "bundle")
     with start(tmp_path / "bundle") as server:
         answer = httpx.post(f"{server.url}/completions", json={"prompt": PROMPTS[0]}).json()["choices"][0]
         assert answer["text"] == greedy.text
@@ -222,6 +224,10 @@ def test_metrics_count_what_was_answered(server, client, until):
         values = server.metrics()
         return [values[name] for name in ("requests_total{ok}", "input_tokens_total", "output_tokens_total")]
 
+    def all_counted():  # metrics come a moment after the answers that they count
+        return server.metrics()["inflight_requests"] == 0 and counts() == (time.sleep(0.5) or counts())
+
+    until(all_counted)
     before = counts()
     used = client.completions.create(model="demo", prompt=PROMPTS[0], max_tokens=9, temperature=0).usage
     want = [before[0] + 1, before[1] + used.prompt_tokens, before[2] + used.completion_tokens]

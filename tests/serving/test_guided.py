@@ -169,7 +169,7 @@ THINKING = (
 
 
 @pytest.fixture(scope="module")
-def thinker(demo, tmp_path_factory):
+def thinker(demo, tmp_path_factory, relist):
     """The demo's bundle with V3.1's ways in its template, and its last token as </think>, which it never learned."""
     path = tmp_path_factory.mktemp("thinker") / "bundle"
     shutil.copytree(demo, path)
@@ -184,6 +184,7 @@ def thinker(demo, tmp_path_factory):
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     tokenizer["added_tokens"].append({"id": END, "content": "</think>", **flags})
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    relist(path)
     return path
 
 
