@@ -15,7 +15,7 @@ def test_it_names_versions_processor_and_caches():
     assert found.versions["torch"].startswith("2.")
     assert (found.cores, found.memory > 2**30) > (0, True)
     assert found.cpu
-    assert found.caches["compiled operators"].endswith("deepseek-trt")
+    assert found.caches["compiled operators and checked weights"].endswith("deepseek-trt")
 
 
 def test_the_command_prints_it_for_people_and_machines():

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.ort import OrtValues, open_graph, referred_weights
 from deepseek_trt.engines.sessions.session import GraphPair, Session, widening_note
@@ -37,7 +38,7 @@ class ExportedSession(GraphPair):
         manifest = request.bundle.manifest
         self.note = widening_note(manifest.dtype)
         self.cache = dataclasses.replace(manifest.cache, dtype=computed_in(manifest.dtype))
-        self.pages = request.pages
+        self.pages, self.door = request.pages, Door.of(request.bundle, request.pages)
         self.seen: Arrays = {}
         self._request = request
         self._graphs: dict[str, _Graph] = {}

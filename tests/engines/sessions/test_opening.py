@@ -14,6 +14,7 @@ import pytest
 from deepseek_trt.cli.options import BACKENDS as CLI_CHOICES
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.plans.plan import plan_files
 from deepseek_trt.engines.sessions.opening import (
     CHOICES,
     SessionRequest,
@@ -53,11 +54,10 @@ def around(gpu, providers=WITH_CUDA):
         ("ort-cuda", True, None, WITHOUT, "ort-cuda", "cuda", "it was asked for"),
     ],
 )
-def test_choice(demo, tmp_path, wanted, plans, gpu, providers, backend, device, why):
-    (tmp_path / "prefill.plan").touch()
-    if plans:
-        (tmp_path / "decode.plan").touch()
-    choice = choose_backend(dataclasses.replace(demo, path=tmp_path), wanted, around(gpu, providers))
+def test_choice(demo, wanted, plans, gpu, providers, backend, device, why):
+    names = [name for graph in ("prefill", "decode")[: 1 + plans] for name in plan_files(graph)]
+    listed = dataclasses.replace(demo.manifest, added=dict.fromkeys(names, "0" * 64))
+    choice = choose_backend(dataclasses.replace(demo, manifest=listed), wanted, around(gpu, providers))
     assert (choice.backend, choice.device) == (backend, device)
     assert choice.why.startswith(why)
 
