@@ -20,7 +20,7 @@ _LEFT_OUT = (
     "SUNPRO_DEPENDENCIES",
 )
 _LEFT_OUT_PREFIXES = ("PYTHON", "ZIG_")
-_START = "import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"
+_START = "import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main({argument})"
 
 
 def plain_environment() -> dict[str, str]:
@@ -34,13 +34,19 @@ def start_python(module: str, environment: dict[str, str], folder: Path) -> subp
     It imports from where this process does, but never from the current folder. Ctrl-C does not reach it: end it.
     """
     return subprocess.Popen(
-        [sys.executable, "-I", "-c", _START.format(module=module), *import_folders()],
+        python_command(module),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
         cwd=folder,
         start_new_session=True,
     )
+
+
+def python_command(module: str, argument: int | None = None) -> list[str]:
+    """What runs `main` of a module of this package, which may get one number, as `start_python` does."""
+    start = _START.format(module=module, argument="" if argument is None else argument)
+    return [sys.executable, "-I", "-c", start, *import_folders()]
 
 
 def import_folders() -> list[str]:

@@ -184,6 +184,7 @@ class OrtSession(_BoundSession):
         the weights in their file instead of copying them to huge pages, which decodes faster; None: as memory allows.
         `progress` is told of what is copied or assembled.
         """
+        check_threads(threads)
         library = cpu_library(bundle) if compiled else CpuLibrary(None)
         super().__init__(bundle, pages, CPU, library.path)
         self.threads = threads or len(os.sched_getaffinity(0))

@@ -55,7 +55,10 @@ def followed(file: Path, source: Path) -> Path:
     Whoever packs a checkpoint writes its links, and whoever gets the bundle would read what they lead to: LICENSE may
     be another folder's LICENSE, as people share files, and never /etc/shadow. CheckpointError where it is.
     """
-    real, root = file.resolve(), source.resolve()
+    try:
+        real, root = file.resolve(), source.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        raise CheckpointError(f"{shown(str(file))} cannot be read: it is a link that leads nowhere") from None
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root  # as Hugging Face's hub keeps them
     if not (real.is_relative_to(root) or real.is_relative_to(blobs) or real.name == file.name):
         raise CheckpointError(

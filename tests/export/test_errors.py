@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from deepseek_trt.export import exporter
 from deepseek_trt.export.errors import CheckpointError, ConfigError, DeepseekTrtError, OutputError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
+from deepseek_trt.export.writing import partial
 
 FIRST = "model-00001-of-000002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -99,7 +100,7 @@ def test_out_is_not_empty(checkpoint, tmp_path):
 
 def test_no_space(checkpoint, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda path: usage(1, 1, 0))
+    monkeypatch.setattr(partial.shutil, "disk_usage", lambda path: usage(1, 1, 0))
     with pytest.raises(OutputError, match=r"0\.0 GB free, 0\.1 GB are needed"):
         export_bundle(ExportRequest(checkpoint, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -35,9 +35,7 @@ def main(path: str, what: str) -> None:
     if what.startswith("attribute "):
         data = with_attribute(data, what.removeprefix("attribute "))
     weights = ort_values(load_weights(bundle, False))
-    session = open_graph(
-        bundle, "decode", 1, model=data, shared=weights, library=cpu_library(bundle.path).path, memory=LEAN
-    )
+    session = open_graph(bundle, "decode", 1, model=data, shared=weights, library=cpu_library(bundle).path, memory=LEAN)
     cache = bundle.manifest.cache
     feeds: dict[str, Any] = {
         "input_ids": np.full((2, 1), 7, np.int64),

@@ -94,7 +94,13 @@ def test_the_folders_that_a_child_imports_from(planted, monkeypatch):
 def test_no_program_is_started_but_through_one_place():
     """Each that is must be looked at: it needs no code of the current folder."""
     root = Path(__file__).parents[2]
-    allowed = {"plugins/isolated.py", "plugins/cxx.py", "engines/model_repository/files/supervise.py"}
+    allowed = {
+        "engines/model_repository/files/supervise.py",
+        "engines/serving/openai/server.py",
+        "export/trials/trial.py",
+        "plugins/cxx.py",
+        "plugins/isolated.py",
+    }
     for folder in ("api", "cli", "engines", "export", "plugins", "validate"):
         for file in (root / folder).rglob("*.py"):
             text = file.read_text()

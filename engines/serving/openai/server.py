@@ -7,7 +7,6 @@ import dataclasses
 import socket
 import ssl
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import FEATURES
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 from deepseek_trt.export.text.generation_config import GenerationConfig
+from deepseek_trt.plugins.isolated import plain_environment, python_command
 
 _ENGINE_ENDS = 10  # seconds for the engine's process to end by itself
-_START = "import sys; sys.path[:] = {path!r}; from {module} import main; main({descriptor})"
 _OPEN = Door()
 _MODULE = "deepseek_trt.engines.serving.process.engine"
 
@@ -141,11 +140,10 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 def _engine_process() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
     """A process with an engine that waits for its Setup on the other end of the socket; it ends with the context."""
     ours, theirs = socket.socketpair()
-    code = _START.format(path=sys.path, module=_MODULE, descriptor=theirs.fileno())
     with ours:
         with theirs:
-            command = [sys.executable, "-c", code]
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2)
+            command, env = python_command(_MODULE, theirs.fileno()), plain_environment()
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=env, stdin=subprocess.DEVNULL, stdout=2)
         try:
             yield process, ours
         finally:
