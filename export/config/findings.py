@@ -69,9 +69,9 @@ def _wrong_values(raw: Raw) -> dict[str, str]:
 def _no_numbers(raw: Raw) -> dict[str, str]:
     """One sentence for each key whose value holds a NaN or an infinity, however deep, used or not: JSON has neither."""
     return {
-        name: f"{shown(name)[1:-1]} holds {number}, which no number of JSON is: mend it in config.json"
+        name: f"{found}, which is no number of JSON: mend it in config.json"
         for name, value in raw.items()
-        if (number := nonfinite_in(value)) is not None
+        if (found := nonfinite_in(name, value))
     }
 
 

@@ -134,14 +134,16 @@ def is_number(value: Any) -> bool:
     return not (isinstance(value, float) and math.isnan(value)) and abs(value) <= 1e300
 
 
-def nonfinite_in(value: Any) -> float | None:
-    """A NaN or an infinity that the JSON value is, or holds."""
-    left = [value]
+def nonfinite_in(name: str, value: Any) -> str | None:
+    """E.g. "rope_scaling.factor is inf": where the JSON value of that name is NaN or an infinity, or holds one."""
+    left = [(name, value)]
     while left:
-        one = left.pop()
+        place, one = left.pop()
         if isinstance(one, float) and not math.isfinite(one):
-            return one
-        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+            return f"{shown(place)[1:-1]} is {one}"
+        if isinstance(one, (dict, list)):
+            inner = one.items() if isinstance(one, dict) else enumerate(one)
+            left += [(f"{place}.{key}", each) for key, each in inner]
     return None
 
 

@@ -54,10 +54,10 @@ FILES = {
     "1e400 there": (header(entry(more=1).replace("1}", "1e400}")), "'more' beside dtype"),
     "an offset of -0": (header(entry().replace("[0, 4]", "[-0, 4]")), "-0 is no whole number"),
     "a tensor in two shards, and not in the index": (twice_unindexed(), "both hold extra"),
-    "infinity in a key of training": (changed("config.json", aux_loss_alpha=float("inf")), "aux_loss_alpha holds inf"),
+    "infinity in a key of training": (changed("config.json", aux_loss_alpha=float("inf")), "aux_loss_alpha is inf"),
     "NaN deep in a harmless key": (
         changed("config.json", task_specific_params={"a": [float("nan")]}),
-        "task_specific_params holds nan",
+        "task_specific_params.",
     ),
     "false for the added tokens": (changed("tokenizer_config.json", added_tokens_decoder=False), "must be an object"),
     "false for special tokens": (changed("tokenizer_config.json", extra_special_tokens=False), "must be a list"),

@@ -210,13 +210,13 @@ def same(tensors):
 
 
 REFUSED = {
-    "DoRA": ({"use_dora": True}, same, "use_dora True"),
+    "DoRA": ({"use_dora": True}, same, "use_dora true"),
     "VeRA": ({"peft_type": "VERA"}, same, "peft_type 'VERA'"),
     "IA3": ({"peft_type": "IA3"}, same, "peft_type 'IA3'"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, same, "peft_type 'PROMPT_TUNING'"),
-    "no type": ({"peft_type": ...}, same, "peft_type None"),
+    "no type": ({"peft_type": ...}, same, "peft_type null"),
     "bias": ({"bias": "all"}, same, "bias 'all'"),
-    "lora_bias": ({"lora_bias": True}, same, "lora_bias True"),
+    "lora_bias": ({"lora_bias": True}, same, "lora_bias true"),
     "tokens": ({"trainable_token_indices": [1]}, same, "trainable_token_indices [1]"),
     "replicated layers": ({"layer_replication": [[0, 1]]}, same, "layer_replication"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, same, "init_lora_weights 'pissa_niter_4' changes the base"),
@@ -224,7 +224,7 @@ REFUSED = {
     "a key of the future": ({"new_method_config": {"a": 1}}, same, "new_method_config {'a': 1}"),
     "rank 0": ({"r": 0}, same, "r is 0"),
     "rank as text": ({"r": "8"}, same, "r is '8'"),
-    "rank true": ({"r": True}, same, "r is True"),
+    "rank true": ({"r": True}, same, "r is true"),
     "alpha a list": ({"lora_alpha": [1]}, same, "lora_alpha is [1]"),
     "a broken pattern": ({"target_modules": "("}, same, "target_modules is '('"),
     "targets a number": ({"target_modules": 3}, same, "target_modules is 3"),
