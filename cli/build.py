@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT, verify_option
+from deepseek_trt.cli.options import COUNT, bundle_argument, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_result, say, wrote
 from deepseek_trt.engines.plans.plan import BuildSpec
 
@@ -15,7 +15,7 @@ _DEFAULTS = BuildSpec()
 
 
 @click.command("build")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.option(
     "--flavour",
     "--flavor",

@@ -48,6 +48,17 @@ threads_option = click.option(
 )
 
 
+def _opened(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
+    from deepseek_trt.export.bundle.folder import Bundle
+
+    Bundle.open(path)
+    return path
+
+
+# Opened before the packages that the command itself needs are imported, which takes seconds.
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path), callback=_opened)
+
+
 def verify_option(command: Command) -> Command:
     """Give a command --verify, which hashes all of its `bundle` before anything else is done."""
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT
+from deepseek_trt.cli.options import COUNT, bundle_argument
 from deepseek_trt.cli.printing.output import output_options, print_result, wrote
 
 
 @click.command("plugins")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.option(
     "--sm",
     "sms",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.options import threads_option, verify_option
+from deepseek_trt.cli.options import bundle_argument, threads_option, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, step
 from deepseek_trt.validate.request import BACKENDS, ValidateRequest, check_name
 
@@ -29,7 +29,7 @@ class _Backend(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 
 
 
 @click.command("validate")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument
 @click.option("--backend", "backends", type=_Backend(BACKENDS), multiple=True, help=HELP)
 @click.option("--report", type=click.Path(path_type=Path), help="Folder for report.json, report.html and more.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text to measure on.  [default: one that ships]")
