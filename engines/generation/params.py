@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import InitVar, dataclass
 from math import inf
 from numbers import Integral, Real
+from typing import Any
 
 from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.export.errors import RequestError
@@ -110,7 +111,10 @@ class SamplingParams:
                 object.__setattr__(self, name, value if isinstance(value, _Unset) else int(value))
 
     def _check_bias(self) -> None:
-        pairs = tuple(self.logit_bias.items() if isinstance(self.logit_bias, dict) else self.logit_bias)
+        given = self.logit_bias
+        held = isinstance(given, (dict, tuple, list))
+        _require(held, "logit_bias", given, "must be a dict or a tuple of pairs")
+        pairs = tuple(given.items() if isinstance(given, dict) else given)
         mend = f"must hold token ids, each once, with numbers in [-{MOST_BIAS}, {MOST_BIAS}]"
         good = all(isinstance(p, (tuple, list)) and len(p) == 2 and _is_bias(*p) for p in pairs)
         _require(good and len({p[0] for p in pairs}) == len(pairs) <= MOST_BIASES, "logit_bias", self.logit_bias, mend)
@@ -137,8 +141,12 @@ class SamplingParams:
 
 
 def _is_bias(token: object, bias: object) -> bool:
-    number = isinstance(bias, Real) and not isinstance(bias, bool) and abs(float(bias)) <= MOST_BIAS
+    number = isinstance(bias, Real) and not isinstance(bias, bool) and _is_moderate(bias)
     return isinstance(token, Integral) and _is_whole(token) and 0 <= int(token) <= _MOST and number
+
+
+def _is_moderate(number: Any) -> bool:
+    return bool(-MOST_BIAS <= number <= MOST_BIAS)  # whole numbers of any length: no float is made of them
 
 
 def _is_whole(value: object) -> bool:

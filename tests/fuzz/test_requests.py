@@ -49,5 +49,6 @@ def test_sampling_params(fields):
         return
     assert all(type(getattr(params, name)) in (int, float) and math.isfinite(getattr(params, name)) for name in FLOATS)
     for name in ("max_new_tokens", "top_k", "seed", "min_tokens"):
-        assert type(getattr(params, name)) is int
+        assert isinstance(getattr(params, name), int)
+        assert not isinstance(getattr(params, name), bool)
         assert getattr(params, name) >= 0
