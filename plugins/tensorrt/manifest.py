@@ -12,6 +12,7 @@ from typing import Any
 
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.files import stream_sha256
+from deepseek_trt.export.text.wording import shown
 from deepseek_trt.export.trust.own_json import own_record, read_own
 from deepseek_trt.export.trust.real_files import open_real
 from deepseek_trt.plugins.aot.records import Binary
@@ -57,9 +58,8 @@ def read_manifest(library: Path) -> Manifest:
     with open_real(library.parent, library.name, BuildError, _MEND) as stream:
         found = stream_sha256(stream)
     if found != manifest.sha256:
-        raise BuildError(
-            f"{library} is not the file that {path.name} describes (sha256 {found}, not {manifest.sha256}): {_MEND}"
-        )
+        digests = f"sha256 {found}, not {shown(manifest.sha256)}"
+        raise BuildError(f"{library} is not the file that {path.name} describes ({digests}): {_MEND}")
     return manifest
 
 
