@@ -29,7 +29,9 @@ struct Panels {
 
 // A row's length in scratch memory: whole panels, and an odd number of cache lines, so that equal columns of
 // neighbouring rows do not compete for the same places of a cache.
-inline int64_t padded(int64_t width) { return (width + LANES - 1) / LANES * LANES + ((width - 1) / LANES % 2 ? LANES : 0); }
+inline int64_t padded(int64_t width) {
+    return (width + LANES - 1) / LANES * LANES + ((width - 1) / LANES % 2 ? LANES : 0);
+}
 
 inline float** take_padded(Scratch& scratch, int64_t rows, int64_t width) {
     float** table = scratch.take<float*>(rows);
@@ -40,8 +42,8 @@ inline float** take_padded(Scratch& scratch, int64_t rows, int64_t width) {
 
 // y[i][at + 16 p + lane] (+)= sum over k of x[i][from + k] w(p, k, lane) for M rows and P panels.
 template <int M, int P>
-__attribute__((noinline)) void tile(const float* const* x, int64_t from, Panels w, int64_t depth, bool first,
-    float* const* y, int64_t at) {
+__attribute__((noinline)) void tile(
+    const float* const* x, int64_t from, Panels w, int64_t depth, bool first, float* const* y, int64_t at) {
     v16 sums[M][P] = {};
     const float* rows[M];
     for (int i = 0; i < M; ++i) rows[i] = x[i] + from;
@@ -64,16 +66,16 @@ __attribute__((noinline)) void tile(const float* const* x, int64_t from, Panels 
 
 // All panels, P at a time and then the rest together; rows M at a time, of which there are a multiple.
 template <int M, int P>
-inline void tiles(const float* const* x, int64_t from, int64_t rows, Panels w, int64_t panels, int64_t depth, bool first,
-    float* const* y, int64_t at) {
+inline void tiles(const float* const* x, int64_t from, int64_t rows, Panels w, int64_t panels, int64_t depth,
+    bool first, float* const* y, int64_t at) {
     int64_t p = 0;
     for (; p + P <= panels; p += P)
         for (int64_t i = 0; i < rows; i += M)
             tile<M, P>(x + i, from, {w.data + p * w.panel, w.panel, w.step}, depth, first, y + i, at + p * LANES);
     if constexpr (P > 1)
         if (p < panels)
-            tiles<M, P - 1>(x, from, rows, {w.data + p * w.panel, w.panel, w.step}, panels - p, depth, first, y,
-                at + p * LANES);
+            tiles<M, P - 1>(
+                x, from, rows, {w.data + p * w.panel, w.panel, w.step}, panels - p, depth, first, y, at + p * LANES);
 }
 
 // At most M rows, together. Few of them take more panels, so that there are sums enough to hide what an addition takes.
@@ -157,8 +159,7 @@ inline void pack(const Matrix& m, int64_t first, int64_t last, int64_t from, int
         for (int64_t r = first; r < last; r += LANES, to += depth * LANES) {
             const std::remove_pointer_t<decltype(data)>* rows[LANES];
             for (int64_t i = 0; i < LANES; ++i)
-                rows[i] = r + i < last ? data + (r + i) * m.columns + from
-                                       : reinterpret_cast<decltype(data)>(zeros);
+                rows[i] = r + i < last ? data + (r + i) * m.columns + from : reinterpret_cast<decltype(data)>(zeros);
             pack_panel(rows, depth, to, LANES * m.columns);
         }
     });
@@ -173,7 +174,8 @@ inline void gemm(const Matrix& m, int64_t first, int64_t last, const float* cons
     for (int64_t k = 0; k < m.columns; k += K_BLOCK) {
         const int64_t depth = std::min(K_BLOCK, m.columns - k);
         pack(m, first, last, k, depth, packed);
-        times_panels(x, k, tokens, {packed, depth * LANES, LANES}, (last - first + LANES - 1) / LANES, depth, k == 0, y);
+        times_panels(
+            x, k, tokens, {packed, depth * LANES, LANES}, (last - first + LANES - 1) / LANES, depth, k == 0, y);
     }
 }
 

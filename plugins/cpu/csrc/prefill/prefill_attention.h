@@ -10,8 +10,8 @@
 
 namespace ISA {
 
-constexpr int64_t KEYS = 256;                // cached tokens of a block
-constexpr int64_t QUERIES = 8 * TILE_ROWS;   // that a thread takes through a block at a time
+constexpr int64_t KEYS = 256;               // cached tokens of a block
+constexpr int64_t QUERIES = 8 * TILE_ROWS;  // that a thread takes through a block at a time
 
 // A block of one sequence's latents in float32: row by row, and their rank and rope parts as panels of keys.
 struct Latents {
@@ -60,8 +60,10 @@ public:
         int64_t absorbed = 0, expands = 0, most = 0;
         for (int64_t b = 0; b < a.batch; ++b) {
             most = std::max(most, tokens_.length(b) * H);
-            if (is_absorbed(b)) absorbed = std::max(absorbed, tokens_.length(b) * H);
-            else expands = 1;
+            if (is_absorbed(b))
+                absorbed = std::max(absorbed, tokens_.length(b) * H);
+            else
+                expands = 1;
         }
         absorbed_ = take_padded(scratch, absorbed, D);
         attended_ = take_padded(scratch, most, absorbed ? std::max(a.rank, a.value) : a.value);
@@ -116,7 +118,8 @@ private:
     // Whether to multiply each query by W_UK and each sum by W_UV takes fewer operations than each cached token.
     bool is_absorbed(int64_t b) const {
         const double queries = static_cast<double>(tokens_.length(b)), keys = static_cast<double>(length(b));
-        const double pairs = queries * (keys - (queries - 1) / 2), projection = static_cast<double>((a.nope + a.value) * a.rank);
+        const double pairs = queries * (keys - (queries - 1) / 2),
+                     projection = static_cast<double>((a.nope + a.value) * a.rank);
         const double absorbed = queries * projection + pairs * static_cast<double>(2 * a.rank + R);
         return absorbed < keys * projection + pairs * static_cast<double>(a.nope + a.value + R);
     }
@@ -198,8 +201,10 @@ private:
         const bool absorbed = is_absorbed(b);
         const int64_t panels = (std::min(KEYS, length(b)) + LANES - 1) / LANES;
         team.share(GATHER, panels + (absorbed ? H : 0), [&](int64_t item) {
-            if (item < panels) gather(b, 0, item);
-            else absorb(b, item - panels, work);
+            if (item < panels)
+                gather(b, 0, item);
+            else
+                absorb(b, item - panels, work);
         });
         team.restart(EXPAND);
         team.barrier();
@@ -243,7 +248,9 @@ private:
         pack_panel<float>(block.rows + from, D, block.panels + from * D);
     }
 
-    Panels panels_of_keys(const Latents& block, int64_t d) const { return {block.panels + d * LANES, LANES * D, LANES}; }
+    Panels panels_of_keys(const Latents& block, int64_t d) const {
+        return {block.panels + d * LANES, LANES * D, LANES};
+    }
 
     // Keys without rope [N, keys] of a head, or its values [keys, V].
     void expand(const Latents& block, int64_t h, bool is_value, Work& work) const {

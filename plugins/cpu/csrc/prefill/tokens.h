@@ -6,7 +6,7 @@
 
 namespace ISA {
 
-constexpr int64_t TOGETHER = 16;  // tokens that a thread takes at a time where each is worked on alone
+constexpr int64_t TOGETHER = 16;         // tokens that a thread takes at a time where each is worked on alone
 constexpr int64_t TOKENS_AT_ONCE = 512;  // that a thread multiplies with a block of weights once it is in panels
 
 // The real tokens of right-padded sequences, side by side.
@@ -30,9 +30,8 @@ struct Tokens {
 // Calls body(from, last) for blocks of `size` among `items`, shared out.
 template <class Body>
 inline void share_blocks(Team& team, int phase, int64_t items, int64_t size, Body body) {
-    team.share(phase, (items + size - 1) / size, [&](int64_t block) {
-        body(block * size, std::min((block + 1) * size, items));
-    });
+    team.share(phase, (items + size - 1) / size,
+        [&](int64_t block) { body(block * size, std::min((block + 1) * size, items)); });
 }
 
 // Outputs that a thread computes at a time, so that all threads have some.
