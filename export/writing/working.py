@@ -213,7 +213,10 @@ def _open_marker(folder: Path, descriptor: int) -> int:
     try:
         marker = os.open(MARKER, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
     except FileNotFoundError:
-        if os.listdir(descriptor) and not _holds_marker(descriptor):  # asked again: it may just have been made
+        found = os.listdir(descriptor)  # of one moment: ours has its marker before anything else, and loses it last
+        if MARKER in found:  # it was made meanwhile
+            raise
+        if found:
             raise _foreign(folder, f"it holds no {MARKER}") from None
         try:
             return os.open(MARKER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=descriptor)
@@ -226,14 +229,6 @@ def _open_marker(folder: Path, descriptor: int) -> int:
         os.close(marker)
         raise _foreign(folder, f"its {MARKER} is no file of this user")
     return marker
-
-
-def _holds_marker(descriptor: int) -> bool:
-    try:
-        os.stat(MARKER, dir_fd=descriptor, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _foreign(folder: Path, why: str) -> OutputError:
