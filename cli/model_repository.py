@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT, MOST, threads_option, verify_option
+from deepseek_trt.cli.options import size_options, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_result, wrote
 from deepseek_trt.export.text.wording import some
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.model_repository.served import ClassifierSettings
+    from deepseek_trt.engines.model_repository.sizes import SizeRequest
     from deepseek_trt.engines.model_repository.writer import Repository
     from deepseek_trt.engines.serving.settings import ServingSettings
 
@@ -25,51 +26,19 @@ Result = tuple[dict[str, Any], str]  # for machines, and a line for people
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("repository", type=click.Path(path_type=Path))
 @click.option("--name", default="deepseek_v2", show_default=True, help="The model's; others in REPOSITORY are kept.")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "ort", "tensorrt"]),
-    default="auto",
-    show_default=True,
-    help="auto: the plans where there are some and a GPU is visible, else ONNX Runtime.",
-)
-@click.option(
-    "--max-inflight", type=COUNT, default=64, show_default=True, help="Requests taken at once; more are refused."
-)
-@click.option("--max-running", type=COUNT, default=32, show_default=True, help="Those of them that own cache pages.")
-@click.option(
-    "--max-model-len",
-    type=click.IntRange(2, MOST),
-    help="Tokens of prompt and answer together.  [default: the model's or the plans']",
-)
-@click.option(
-    "--pages",
-    type=click.IntRange(2, MOST),
-    help="Pages of the cache, the scratch page counted.  [default: what --cache-mib holds]",
-)
-@click.option("--cache-mib", type=COUNT, help="MiB of the cache.  [default: 1024]")
-@threads_option
 @verify_option
-@click.option("--prefix-reuse/--no-prefix-reuse", default=True, show_default=True, help="Share equal prompts' pages.")
-@click.option(
-    "--generation-config/--no-generation-config",
-    default=True,
-    show_default=True,
-    help="Take defaults of sampling from the bundle's generation_config.json.",
-)
+@size_options
 @click.option("--link", is_flag=True, help="Hard links to BUNDLE's files, not copies; onnx cannot read such a bundle.")
 @output_options()
-def command(bundle: Path, repository: Path, name: str, link: bool, as_json: bool, **sizes: Any) -> None:
+def command(bundle: Path, repository: Path, name: str, link: bool, as_json: bool, sizes: SizeRequest) -> None:
     """Write REPOSITORY, which serves BUNDLE: ./REPOSITORY/serve.sh needs a tritonserver and no deepseek-trt.
 
     Example: deepseek-trt model-repository ./v2-lite ./repository --max-inflight 128
     """
     from deepseek_trt.engines.model_repository.served import ClassifierSettings
-    from deepseek_trt.engines.model_repository.sizes import SizeRequest
     from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_model_repository
 
-    if sizes["pages"] is not None and sizes["cache_mib"] is not None:
-        raise click.UsageError("give either --pages or --cache-mib")
-    written = write_model_repository(RepositoryRequest(bundle, repository, name, SizeRequest(**sizes), link))
+    written = write_model_repository(RepositoryRequest(bundle, repository, name, sizes, link))
     settings = written.model.settings
     if isinstance(settings, ClassifierSettings):
         facts, line = _classifier(settings)

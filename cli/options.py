@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +74,54 @@ def verify_option(command: Command) -> Command:
 
     text = "Hash all files of BUNDLE, the weights, too: those are else hashed once, and again when they change."
     return click.option("--verify", is_flag=True, help=text)(verified)  # type: ignore[return-value]
+
+
+_PAGES = "Pages of the cache, the scratch page counted.  [default: what --cache-mib holds]"
+_SIZE_OPTIONS = (
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "ort", "tensorrt"]),
+        default="auto",
+        show_default=True,
+        help="auto: the plans where there are some and a GPU is visible, else ONNX Runtime.",
+    ),
+    click.option(
+        "--max-inflight", type=COUNT, default=64, show_default=True, help="Requests taken at once; more are refused."
+    ),
+    click.option("--max-running", type=COUNT, default=32, show_default=True, help="Those that own cache pages."),
+    click.option(
+        "--max-model-len",
+        type=click.IntRange(2, MOST),
+        help="Tokens of prompt and answer together.  [default: the model's or the plans']",
+    ),
+    click.option("--pages", type=click.IntRange(2, MOST), help=_PAGES),
+    click.option("--cache-mib", type=COUNT, help="MiB of the cache.  [default: 1024]"),
+    threads_option,
+    click.option(
+        "--prefix-reuse/--no-prefix-reuse", default=True, show_default=True, help="Share equal prompts' pages."
+    ),
+    click.option(
+        "--generation-config/--no-generation-config",
+        default=True,
+        show_default=True,
+        help="Take defaults of sampling from the bundle's generation_config.json.",
+    ),
+)
+
+
+def size_options(command: Command) -> Command:
+    """Give a command of a server the options of what is served at once, as `sizes`, a SizeRequest."""
+
+    @functools.wraps(command)
+    def sized(**options: Any) -> Any:
+        from deepseek_trt.engines.model_repository.sizes import SizeRequest
+
+        sizes = {field.name: options.pop(field.name) for field in fields(SizeRequest)}
+        if sizes["pages"] is not None and sizes["cache_mib"] is not None:
+            raise click.UsageError("give either --pages or --cache-mib")
+        return command(sizes=SizeRequest(**sizes), **options)
+
+    return functools.reduce(lambda function, option: option(function), reversed(_SIZE_OPTIONS), sized)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT, MOST, threads_option
+from deepseek_trt.cli.options import size_options, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, say
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.files import read_file
+
+if TYPE_CHECKING:
+    from deepseek_trt.engines.model_repository.sizes import SizeRequest
 
 _EXTRA = ("starlette", "uvicorn", "msgspec")
-_SIZES: tuple[str, ...] = ("backend", "max_inflight", "max_running", "max_model_len", "pages", "cache_mib", "threads")
-_SIZES += ("prefix_reuse", "generation_config")
+_MOST_KEYS = 2**20  # bytes of a file of keys
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
@@ -27,32 +30,8 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option(
     "--served-model-name", "names", multiple=True, help="What requests call the model.  [default: BUNDLE's folder name]"
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "ort", "tensorrt"]),
-    default="auto",
-    show_default=True,
-    help="auto: the plans where there are some and a GPU is visible, else ONNX Runtime.",
-)
-@click.option(
-    "--max-inflight", type=COUNT, default=64, show_default=True, help="Answers made at once; more are refused (429)."
-)
-@click.option("--max-running", type=COUNT, default=32, show_default=True, help="Those of them that own cache pages.")
-@click.option(
-    "--max-model-len",
-    type=click.IntRange(2, MOST),
-    help="Tokens of prompt and answer together.  [default: the model's or the plans']",
-)
-@click.option("--pages", type=click.IntRange(2, MOST), help="Pages of the cache.  [default: what --cache-mib holds]")
-@click.option("--cache-mib", type=COUNT, help="MiB of the cache.  [default: 1024]")
-@threads_option
-@click.option("--prefix-reuse/--no-prefix-reuse", default=True, show_default=True, help="Share equal prompts' pages.")
-@click.option(
-    "--generation-config/--no-generation-config",
-    default=True,
-    show_default=True,
-    help="Take defaults of sampling from the bundle's generation_config.json.",
-)
+@verify_option
+@size_options
 @click.option("--reasoning-parser", default="auto", show_default=True, help="auto, deepseek_r1 or off.")
 @click.option("--tool-parser", default="auto", show_default=True, help="auto, deepseek_v3, deepseek_v31 or off.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=16, show_default=True, help="Of one request.")
@@ -62,22 +41,25 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--ssl-certfile", type=_FILE, help="Certificate for HTTPS, in PEM.")
 @click.option("--ssl-keyfile", type=_FILE, help="Its key, where the certificate's file does not hold it.")
 @output_options("Print where the server is, once it is there, as one line of JSON.")
-def command(bundle: Path, api_keys: tuple[str, ...], api_key_file: Path | None, as_json: bool, **options: Any) -> None:
+def command(
+    bundle: Path,
+    api_keys: tuple[str, ...],
+    api_key_file: Path | None,
+    sizes: SizeRequest,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Serve BUNDLE with OpenAI's API: completions, chat, models; embeddings for a feature-extraction bundle.
 
     Example: deepseek-trt serve ./v2-lite --port 8000 --served-model-name v2-lite
     """
     _check_extra()
-    from deepseek_trt.engines.model_repository.sizes import SizeRequest
     from deepseek_trt.engines.serving.openai.app import Door
     from deepseek_trt.engines.serving.openai.server import ServeRequest, serve
 
-    if options["pages"] is not None and options["cache_mib"] is not None:
-        raise click.UsageError("give either --pages or --cache-mib")
-    sizes = {name: options.pop(name) for name in _SIZES}
     door = Door(_keys(api_keys, api_key_file), options.pop("max_body_mib") * 2**20)
     certificate, key = options.pop("ssl_certfile"), options.pop("ssl_keyfile")
-    request = ServeRequest(bundle, SizeRequest(**sizes), door=door, certificate=certificate, key=key, **options)
+    request = ServeRequest(bundle, sizes, door=door, certificate=certificate, key=key, **options)
     serve(request, say, lambda url, models: _announce(as_json, url, models))
 
 
@@ -95,10 +77,18 @@ def _check_extra() -> None:
 
 def _keys(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
     """Keys of both places. RequestError for a file without any, and for a key that no header can hold."""
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file else []
+    lines = _lines(file) if file else []
     keys = [*given, *(line.strip() for line in lines if line.strip())]
     if file and len(keys) == len(given):
         raise RequestError(f"{file} holds no key: write one a line")
     if not all(key.isascii() and key.isprintable() and key == key.strip() and key for key in keys):
         raise RequestError("a key must be of printable ASCII characters without space around them: choose another")
     return tuple(keys)
+
+
+def _lines(file: Path) -> list[str]:
+    """RequestError for what is no regular file, or cannot be read."""
+    try:
+        return read_file(file, _MOST_KEYS).decode("utf-8", "replace").splitlines()
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror}") from None

@@ -32,12 +32,10 @@ def object_of(data: bytes, path: Path, error: Errors = ConfigError, nan: bool = 
         raise error(f"{path} holds {constant}, which is no JSON: write a number or leave the key out")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise error(f"{path.name} has the key {twice[:_SHOWN]!r} twice in one object: remove one of them")
-        return made
+        try:
+            return unique_object(pairs)
+        except KeyError as twice:
+            raise error(f"{path.name} has the key {twice.args[0]} twice in one object: remove one of them") from None
 
     def finite(digits: str) -> float:
         number = float(digits)  # 1e400 is infinite
@@ -55,6 +53,18 @@ def object_of(data: bytes, path: Path, error: Errors = ConfigError, nan: bool = 
     if _depth(raw) > _MAX_DEPTH:
         raise error(f"{path} is nested deeper than {_MAX_DEPTH} levels; download it again")
     return raw
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys, for json's object_pairs_hook; KeyError, which quotes the key, where one comes twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise KeyError(repr(key[:_SHOWN]))
+            seen.add(key)
+    return made
 
 
 def _bytes(path: Path, error: Errors, most: int) -> bytes:

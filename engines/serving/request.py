@@ -17,6 +17,7 @@ from deepseek_trt.engines.serving.tensors import INPUTS
 from deepseek_trt.engines.text.messages import check_depth, checked_arguments, checked_messages, checked_tools
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.json_file import unique_object
 from deepseek_trt.export.text.valid import check_text, text_of_bytes
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -125,7 +126,9 @@ def _json(tensors: Tensors, name: str) -> Any:
     if name not in tensors:
         return None
     try:
-        value = json.loads(_string(tensors, name), object_pairs_hook=_object)
+        value = json.loads(_string(tensors, name), object_pairs_hook=unique_object)
+    except KeyError as twice:
+        raise RequestError(f"{name} has the key {twice.args[0]} twice in one object: leave out one of them") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name} is not JSON ({error}): give it as a string that holds JSON") from None
     check_depth(value, name)
@@ -135,14 +138,6 @@ def _json(tensors: Tensors, name: str) -> Any:
         raise RequestError(f"{name} is not JSON ({error}): give numbers that are finite") from None
     check_text(written, name)
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise ValueError(f"the key {twice[:40]!r} comes twice")
-    return made
 
 
 def _sampling(tensors: Tensors, defaults: SamplingDefaults) -> SamplingParams:

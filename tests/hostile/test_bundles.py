@@ -329,7 +329,7 @@ def planned(bundle) -> Bundle:
 
 RECORDS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "a library elsewhere": (("plugin_library",), "../elsewhere/lib.so"),
-    "an absolute library": (("plugin_library",), "/tmp/lib.so"),
+    "an absolute library": (("plugin_library",), "/elsewhere/lib.so"),
     "a library of another type": (("plugin_library",), 7),
     "an unknown key": (("more",), 1),
     "another graph": (("graph",), "prefill"),

@@ -171,6 +171,9 @@ def test_echoed_messages_of_openais_clients_are_taken(http):
         (b'{"a":' * 100_000, "not"),
         (b'{"prompt": ' + b"[" * 5000, "prompt"),
         (b'{"max_tokens": 1}', "prompt"),
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "twice"),
+        (b'{"prompt": "a", "logit_bias": {"1": 2, "1": 3}}', "twice"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 6000 + b"}", "seed"),
     ],
 )
 def test_bodies_that_are_none(http, content, words):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, TypeVar
 
 import msgspec
 
 from deepseek_trt.engines.serving.openai.errors import ApiError, unsupported
+from deepseek_trt.export.json_file import unique_object
 
 B = TypeVar("B", bound="Body")
 
@@ -163,9 +165,12 @@ def read_body(kind: type[B], data: bytes) -> B:
     """The body as a `kind`. ApiError for what is no JSON, a wrong type, and a field unknown or not supported."""
     try:
         body = msgspec.json.decode(data, type=kind)
+        json.loads(data, object_pairs_hook=unique_object)  # msgspec takes the last of two
+    except KeyError as twice:
+        raise ApiError(400, f"the key {twice.args[0]} comes twice in one object", None, "invalid_json") from None
     except msgspec.ValidationError as error:
         raise _mistyped(error) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", None, "invalid_json") from None
     for name, values in _NEUTRAL.items():
         given = getattr(body, name, None)
