@@ -164,7 +164,7 @@ class Server:
 
     def load(self, model: str = MODEL) -> Reply:
         """Load the model anew, in a process of its own, by the server's API."""
-        return self.post(f"/v2/repository/models/{model}/load", {})
+        return self.manage("load", model)
 
     def stream(self, model: str = MODEL, /, **inputs: Any) -> Iterator[dict[str, Any]]:
         """Events of generate_stream as they come; closing the iterator closes the connection."""
