@@ -37,6 +37,7 @@ def run_program(command: Callable[[], Any]) -> None:
     code = _code_of(command)
     if _came:
         number = _came[0][0]
+        _remove_leftovers()
         sys.stderr.write(f"{_LAST_WORDS} {signal.Signals(number).name}\n")
         _flush(0)
         os._exit(128 + number)  # what a thread still does must not keep it here
@@ -75,6 +76,14 @@ def _code_of(command: Callable[[], Any]) -> Any:
         if not _came:
             raise
     return 0
+
+
+def _remove_leftovers() -> None:
+    """What the signal kept from being removed, where it came in the middle of that: no other exception comes now."""
+    working = sys.modules.get("deepseek_trt.export.writing.working")
+    if working:
+        with suppress(OSError):
+            working.release_claims()
 
 
 def _open_streams() -> None:

@@ -12,11 +12,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_trt.export.errors import OutputError
@@ -29,6 +31,38 @@ _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # linux/fs.h, linux/fcntl.h
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
+@dataclass(eq=False)
+class _Claim:
+    """A folder that this process works in, or is about to; `made` are parents that it makes, the innermost first."""
+
+    folder: Path
+    made: tuple[Path, ...] = ()
+    lock: int | None = None  # a descriptor of the marker
+
+    def release(self) -> None:
+        """Remove what is this process's, wherever a signal has interrupted the taking or an earlier release of it."""
+        if self.lock is None:
+            with suppress(OutputError, OSError):
+                _take(self, self.folder, wait=False)
+        if self.lock is not None:
+            _remove(self.folder, self.lock)
+            lock, self.lock = self.lock, None
+            os.close(lock)
+        for parent in self.made:
+            with suppress(OSError):  # there is something in it
+                parent.rmdir()
+        _claims.remove(self)
+
+
+_claims: list[_Claim] = []
+
+
+def release_claims() -> None:
+    """Remove the working folders that a signal has kept from being removed; for the end of a program."""
+    for claim in list(_claims):
+        claim.release()
+
+
 @contextmanager
 def claimed_folder(target: Path, wait: bool = False) -> Iterator[Path]:
     """The working folder beside `target`, of this process alone, with what a killed run left in it; removed at the end.
@@ -37,32 +71,23 @@ def claimed_folder(target: Path, wait: bool = False) -> Iterator[Path]:
     `wait` says so. OutputError where the folder is another's, or cannot be made.
     """
     folder = _folder_of(target)
-    made = [parent for parent in folder.absolute().parents if not parent.exists()]  # the innermost first
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _claim(folder, target, wait)
-    except OSError as error:
-        files = [str(parent) for parent in folder.absolute().parents if parent.is_file()]
-        why = f"{files[0]} is a file" if files else error.strerror or str(error)
-        raise OutputError(f"cannot write {target}: {why}") from None
-    try:
+    claim = _Claim(folder, tuple(parent for parent in folder.absolute().parents if not parent.exists()))
+    with _released(claim):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _take(claim, target, wait)
+        except OSError as error:
+            files = [str(parent) for parent in folder.absolute().parents if parent.is_file()]
+            why = f"{files[0]} is a file" if files else error.strerror or str(error)
+            raise OutputError(f"cannot write {target}: {why}") from None
         yield folder
-    finally:
-        _remove(folder)
-        os.close(lock)
-        for parent in made:
-            with suppress(OSError):  # there is something in it
-                parent.rmdir()
 
 
 def remove_leftover(target: Path) -> None:
     """Remove what a killed run left beside a `target` that is whole; nothing where another process works there."""
     folder = _folder_of(target)
     if folder.is_dir() and not folder.is_symlink():
-        with suppress(OutputError, OSError):
-            lock = _claim(folder, target, wait=False)
-            _remove(folder)
-            os.close(lock)
+        _remove_unused(folder, target)
 
 
 @contextmanager
@@ -86,18 +111,13 @@ def scratch_folder() -> Iterator[Path]:
     """A private folder among the system's temporary ones; those that killed runs left there are removed first."""
     base = Path(tempfile.gettempdir())
     for left in base.glob(f"{_SCRATCH}*"):
-        with suppress(OSError, OutputError):
+        with suppress(OSError):
             if (left / MARKER).exists():
-                lock = _claim(left, left, wait=False)
-                _remove(left)
-                os.close(lock)
-    folder = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=base))
-    lock = _claim(folder, folder, wait=True)
-    try:
-        yield folder
-    finally:
-        _remove(folder)
-        os.close(lock)
+                _remove_unused(left, left)
+    claim = _Claim(base / f"{_SCRATCH}{secrets.token_hex(8)}")
+    with _released(claim):
+        _take(claim, claim.folder, wait=True)
+        yield claim.folder
 
 
 @contextmanager
@@ -173,20 +193,39 @@ def _short(name: str) -> str:
     return f"{hashlib.sha256(data).hexdigest()[:32]}{Path(name).suffix[:16]}"
 
 
-def _claim(folder: Path, target: Path, wait: bool) -> int:
-    """A descriptor that holds the lock of the folder's marker. The folder is made where it is missing."""
+@contextmanager
+def _released(claim: _Claim) -> Iterator[None]:
+    """A claim to take; it is released at the end, by `release_claims` where a signal comes in the middle of that."""
+    _claims.append(claim)
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+def _remove_unused(folder: Path, target: Path) -> None:
+    """Remove a working folder in which no process is at work."""
+    claim = _Claim(folder)
+    with suppress(OutputError, OSError), _released(claim):
+        _take(claim, target, wait=False)
+
+
+def _take(claim: _Claim, target: Path, wait: bool) -> None:
+    """Make the folder where it is missing, and lock its marker."""
     while True:
         with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
+            claim.folder.mkdir(mode=0o700)
         try:
-            lock = _marker(folder)
+            lock = _marker(claim.folder)
         except FileNotFoundError:  # whoever had it has just removed it
             continue
         if not _lock(lock, fcntl.LOCK_EX, wait):
             os.close(lock)
             raise OutputError(f"another deepseek-trt is writing {target} now: wait for it, or name another place")
-        if _is_there(lock, folder / MARKER):
-            return lock
+        claim.lock = lock
+        if _is_there(lock, claim.folder / MARKER):
+            return
+        claim.lock = None
         os.close(lock)  # it was removed while this process waited
 
 
@@ -256,15 +295,16 @@ def _is_there(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _remove(folder: Path) -> None:
-    """Remove a claimed folder, its marker last: without one, what is left of it would be nobody's."""
+def _remove(folder: Path, lock: int) -> None:
+    """Remove a folder whose marker `lock` holds, the marker last: without one, what is left of it would be nobody's."""
     with suppress(OSError):
-        for name in os.listdir(folder):
-            if name != MARKER:
-                _remove_tree(folder / name)
-        if os.listdir(folder) == [MARKER]:
-            (folder / MARKER).unlink()
-            folder.rmdir()
+        if _is_there(lock, folder / MARKER):
+            for name in os.listdir(folder):
+                if name != MARKER:
+                    _remove_tree(folder / name)
+            if os.listdir(folder) == [MARKER]:
+                (folder / MARKER).unlink()
+        folder.rmdir()
 
 
 def _remove_tree(path: Path) -> None:

@@ -61,9 +61,14 @@ class Program:
         return int(self._count.read_text())
 
     def run_until(self, at: int, signal: int, work: Path | str, *arguments: object) -> subprocess.CompletedProcess:
-        """A run that gets the signal at its moment number `at`."""
-        settings = {"WORK": str(work), "AT": str(at), "SIGNAL": str(int(signal))}
+        """A run that gets the signal at its moment number `at`; `reached` says how many moments there were."""
+        settings = {"WORK": str(work), "AT": str(at), "SIGNAL": str(int(signal)), "COUNT": str(self._count)}
+        self._count.unlink(missing_ok=True)
         return self.run(*arguments, environment=settings)
+
+    def reached(self, at: int) -> bool:
+        """Whether the last run came to its moment number `at`: no two runs of one command have as many."""
+        return not self._count.exists() or int(self._count.read_text()) >= at
 
 
 @pytest.fixture(scope="session")

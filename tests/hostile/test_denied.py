@@ -73,7 +73,10 @@ def test_a_full_disk(program, tmp_path, demo_checkpoint, bundle, command, size):
     disk.mkdir()
     given = arguments(command, disk / "out", demo_checkpoint, bundle)
     done = program.run(*given, before=["unshare", "-m", "sh", "-c", _MOUNT, "sh", f"size={size}", disk])
-    check_refused(done, "No space left", "GB free")
+    if (command, size) == ("validate", "5m"):  # a report has room there
+        assert done.returncode == 0, done.stderr
+    else:
+        check_refused(done, "No space left", "GB free")
 
 
 @needs_mount
@@ -88,17 +91,18 @@ def test_a_read_only_disk(program, tmp_path, demo_checkpoint, bundle, command):
 
 @pytest.mark.slow
 @needs_mount
-@pytest.mark.parametrize("options", ["size=7m", "size=7300k", "ro"])
+@pytest.mark.parametrize("room", [64, 256, 1024, None])
 @pytest.mark.parametrize("command", ["plugins", "build"])
-def test_a_bundle_on_such_a_disk(program, tmp_path, demo_checkpoint, bundle, command, options):
-    """The bundle itself lies there, and fills it nearly."""
+def test_a_bundle_on_such_a_disk(program, tmp_path, demo_checkpoint, bundle, command, room):
+    """The bundle itself lies there and leaves so many KiB, or may not be written."""
     own = tmp_path / "own"
     shutil.copytree(bundle, own)
     script = (
         'mount -t tmpfs -o "$1" none "$2" && cp -r "$3/." "$2" && { [ "$1" != size=64m ] || mount -o remount,ro "$2"; }'
     )
     script += ' && shift 3 && exec "$@"'
-    options = "size=64m" if options == "ro" else options
+    pages = sum(-(-path.stat().st_size // 4096) for path in bundle.rglob("*"))
+    options = "size=64m" if room is None else f"size={4 * pages + room}k"
     given = arguments(command, tmp_path / "none", demo_checkpoint, bundle)
     done = program.run(*given, before=["unshare", "-m", "sh", "-c", script, "sh", options, own, bundle])
     assert done.returncode in (0, 1)
