@@ -14,6 +14,7 @@ REQUIREMENTS = {
     "ort": (*_ALWAYS, "onnxruntime>=1.23,<2"),
     "tensorrt": (*_ALWAYS, "cuda-bindings>=12.9,<14"),  # and the TensorRT that built the plans
 }
+GUIDED = ("llguidance>=1.9,<2",)  # makes the masks of guided answers
 GENERATOR = f"{PACKAGE}.engines.serving.triton_model"
 CLASSIFIER = f"{PACKAGE}.engines.serving.classifier_model"
 # Imported by functions that the backend does not call.

@@ -82,7 +82,8 @@ class ResponseChannel:
             error = pb_utils.TritonError(printable(response.message), code)
             self._sender.send(pb_utils.InferenceResponse(error=error), flags=flags)
         else:
-            tensors = [pb_utils.Tensor(*pair) for pair in _arrays(response).items() if pair[0] in self._wanted]
+            wanted = self._wanted - response.unwanted
+            tensors = [pb_utils.Tensor(*pair) for pair in _arrays(response).items() if pair[0] in wanted]
             self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
     def is_cancelled(self) -> bool:
@@ -145,6 +146,7 @@ def _arrays(response: Response) -> dict[str, Any]:
     if response.logprobs is not None:
         arrays["output_log_probs"] = np.array([response.logprobs], dtype=np.float32)
         arrays["cum_log_probs"] = np.array([[response.cum_logprob]], dtype=np.float32)
+        arrays["cumulative_logprob"] = arrays["cum_log_probs"]
     return arrays
 
 
