@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
-from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, GUIDED, REQUIREMENTS
+from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, requirements_of
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
 from deepseek_trt.engines.plans.check import read_plans
 from deepseek_trt.engines.plans.flavour import MODULES
@@ -69,7 +69,7 @@ class Served:
     @property
     def requirements(self) -> tuple[str, ...]:
         """Packages that the server's Python must have."""
-        return REQUIREMENTS[self.backend] + (GUIDED if self.start == GENERATOR else ())
+        return requirements_of(self.backend, self.start)
 
 
 def served_model(bundle: Bundle, name: str, sizes: SizeRequest) -> Served:
