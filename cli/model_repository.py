@@ -29,8 +29,11 @@ Result = tuple[dict[str, Any], str]  # for machines, and a line for people
 @verify_option
 @size_options
 @click.option("--link", is_flag=True, help="Hard links to BUNDLE's files, not copies; onnx cannot read such a bundle.")
+@click.option("--sync/--no-sync", default=True, show_default=True, help="NAME_sync, too, for unary inference.")
 @output_options()
-def command(bundle: Path, repository: Path, name: str, link: bool, as_json: bool, sizes: SizeRequest) -> None:
+def command(
+    bundle: Path, repository: Path, name: str, link: bool, sync: bool, as_json: bool, sizes: SizeRequest
+) -> None:
     """Write REPOSITORY, which serves BUNDLE: ./REPOSITORY/serve.sh needs a tritonserver and no deepseek-trt.
 
     Example: deepseek-trt model-repository ./v2-lite ./repository --max-inflight 128
@@ -38,7 +41,7 @@ def command(bundle: Path, repository: Path, name: str, link: bool, as_json: bool
     from deepseek_trt.engines.model_repository.served import ClassifierSettings
     from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_model_repository
 
-    written = write_model_repository(RepositoryRequest(bundle, repository, name, sizes, link))
+    written = write_model_repository(RepositoryRequest(bundle, repository, name, sizes, link, sync))
     settings = written.model.settings
     if isinstance(settings, ClassifierSettings):
         facts, line = _classifier(settings)
@@ -47,6 +50,7 @@ def command(bundle: Path, repository: Path, name: str, link: bool, as_json: bool
     model = written.model
     common = {"repository": str(written.path), "name": name, "fresh": written.fresh, "backend": model.backend}
     common |= {"why": model.why, "needs": model.needs, "requires": model.requirements}
+    common |= {"sync": written.sync.name if written.sync else None}
     lines = (wrote(written.fresh, repository / name), *_lines(written, line))
     print_result(as_json, {**facts, **common}, *lines)
 
@@ -56,6 +60,8 @@ def _lines(written: Repository, of_task: str) -> Iterator[str]:
     model = written.model
     yield f"backend: {model.backend}, as {model.why}; it needs {model.needs}"
     yield of_task
+    if written.sync:
+        yield f"{written.sync.name} beside it answers unary requests: perf_analyzer's, KServe's, tritonclient's infer()"
     yield f"serve it: {written.path}/serve.sh (tritonserver, and for its Python {', '.join(model.requirements)})"
 
 

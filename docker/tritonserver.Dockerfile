@@ -8,7 +8,7 @@ ARG TRITONSERVER=nvcr.io/nvidia/tritonserver:24.10-py3
 FROM ${TRITONSERVER}
 ARG REPOSITORY=repository
 # What `model-repository` prints for an ONNX Runtime model; for plans: cuda-bindings and the TensorRT that built them.
-ARG REQUIREMENTS="numpy>=1.26,<2 onnxruntime>=1.23,<2 tokenizers>=0.21,<1 jinja2>=3.1,<4 ml_dtypes>=0.5,<1"
+ARG REQUIREMENTS="numpy>=1.26,<2 onnxruntime>=1.23,<2 tokenizers>=0.21,<1 jinja2>=3.1.6,<4 ml_dtypes>=0.5,<1 llguidance>=1.9,<2"
 # hadolint ignore=DL3013,SC2086
 RUN pip install --no-cache-dir ${REQUIREMENTS} && useradd --create-home --uid 10001 server
 COPY --chown=10001 ${REPOSITORY} /repository

@@ -60,7 +60,7 @@ class LLM:
 
         `defaults` are for who gives no SamplingParams; defaults.params(max_new_tokens=64) are they with a change.
         """
-        self.session, self.text, self.defaults = session, text, defaults
+        self.session, self.config, self.text, self.defaults = session, config, text, defaults
         self.choice = choice or Choice(session.backend, "it was given")
         guides = Guides(text, config.vocab_size, config.eos_token_ids) if text else None
         self.scheduler = Scheduler(session, config, limits, guides)

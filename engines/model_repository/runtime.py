@@ -10,12 +10,15 @@ from pathlib import Path
 PACKAGE = "deepseek_trt"
 # Packages that the server's Python must have; tensorrt's are for a GPU machine.
 _ALWAYS = ("numpy>=1.26,<2", "tokenizers>=0.21,<1", "jinja2>=3.1.6,<4", "ml_dtypes>=0.5,<1")
-REQUIREMENTS = {
+_REQUIREMENTS = {
     "ort": (*_ALWAYS, "onnxruntime>=1.23,<2"),
     "tensorrt": (*_ALWAYS, "cuda-bindings>=12.9,<14"),  # and the TensorRT that built the plans
 }
+_GUIDED = ("llguidance>=1.9,<2",)  # makes the masks of guided answers
 GENERATOR = f"{PACKAGE}.engines.serving.triton_model"
+SYNC = f"{PACKAGE}.engines.serving.sync_model"
 CLASSIFIER = f"{PACKAGE}.engines.serving.classifier_model"
+_OF_SYNC = ("numpy>=1.26,<2",)
 # Imported by functions that the backend does not call.
 _LEFT_OUT = {
     "ort": (
@@ -27,6 +30,13 @@ _LEFT_OUT = {
     ),
     "tensorrt": ("engines.sessions.torch", "engines.sessions.ort"),
 }
+
+
+def requirements_of(backend: str, start: str) -> tuple[str, ...]:
+    """Packages that the server's Python must have for the module `start` with this backend."""
+    if start == SYNC:
+        return _OF_SYNC
+    return _REQUIREMENTS[backend] + (_GUIDED if start == GENERATOR else ())
 
 
 def runtime_files(backend: str, start: str = GENERATOR) -> dict[str, Path]:

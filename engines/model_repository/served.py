@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
-from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, REQUIREMENTS
+from deepseek_trt.engines.model_repository.runtime import CLASSIFIER, GENERATOR, requirements_of
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
 from deepseek_trt.engines.plans.check import read_plans
 from deepseek_trt.engines.plans.flavour import MODULES
+from deepseek_trt.engines.serving.names.table import TAKEN
 from deepseek_trt.engines.serving.settings import ServingSettings
-from deepseek_trt.engines.serving.tensors import CLASSIFIER_INPUTS, INPUTS, OUTPUTS, Field, classifier_outputs
+from deepseek_trt.engines.serving.tensors import CLASSIFIER_INPUTS, OUTPUTS, Field, classifier_outputs
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.interface import CLASSIFICATION
@@ -68,7 +69,7 @@ class Served:
     @property
     def requirements(self) -> tuple[str, ...]:
         """Packages that the server's Python must have."""
-        return REQUIREMENTS[self.backend]
+        return requirements_of(self.backend, self.start)
 
 
 def served_model(bundle: Bundle, name: str, sizes: SizeRequest) -> Served:
@@ -123,7 +124,7 @@ def _generator(bundle: Bundle, name: str, settings: ServingSettings, why: str) -
         max_batch_size=1,  # its scheduler batches
         batching="response_cache { enable: false }",
         instance=f"name: {json.dumps(name)} count: 1 kind: {kind}",
-        inputs=INPUTS,
+        inputs=TAKEN,
         outputs=OUTPUTS,
         parameters={**settings.to_parameters(), **_graph_facts(bundle)},
     )

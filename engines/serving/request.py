@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.serving.tensors import INPUTS
-from deepseek_trt.engines.text.messages import check_depth, checked_arguments, checked_messages, checked_tools
+from deepseek_trt.engines.serving.names.guides import GUIDE, TYPE, after_thinking, guide_of
+from deepseek_trt.engines.serving.names.json_input import json_of
+from deepseek_trt.engines.serving.names.reading import ModelIds, Tensors, own_tensors
+from deepseek_trt.engines.text.messages import checked_arguments, checked_messages, checked_tools
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.errors import RequestError
-from deepseek_trt.export.json_file import unique_object
 from deepseek_trt.export.text.valid import check_text, text_of_bytes
 
-Tensors = Mapping[str, npt.NDArray[Any]]
 _NO_DEFAULTS = SamplingDefaults()
-
-# What tritonserver and its clients add to a request's parameters by themselves.
-_OWN_PARAMETERS = ("id", "binary_data_output", "sequence_id", "sequence_start", "sequence_end")
-_OWN_PREFIX = "triton_"
+_NO_IDS = ModelIds()
 _ESCAPED = 6  # bytes of JSON that one character takes at most
-_KINDS = {"TYPE_STRING": "OSU", "TYPE_INT32": "iu", "TYPE_UINT64": "iu", "TYPE_BOOL": "b", "TYPE_FP32": "f"}
+_RETURNED = ("finish_reason", "num_input_tokens", "num_output_tokens")
 _SAMPLING = ("top_k", "top_p", "min_p", "temperature", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -35,7 +31,7 @@ _SAMPLING = ("top_k", "top_p", "min_p", "temperature", "repetition_penalty", "pr
 class GenerateRequest:
     """A request that can be run. echo: text that comes before the answer; timeout_ms: None for no deadline.
 
-    tokens_alone: whoever asked makes text of the tokens, and looks for stop strings.
+    tokens_alone: whoever asked makes text of the tokens, and looks for stop strings. unwanted: outputs to leave out.
     """
 
     prompt_ids: list[int]
@@ -44,6 +40,7 @@ class GenerateRequest:
     echo: str
     timeout_ms: int | None
     tokens_alone: bool = False
+    unwanted: frozenset[str] = frozenset()
 
 
 def parse_request(
@@ -52,37 +49,33 @@ def parse_request(
     text: Text,
     timeout_us: int = 0,
     defaults: SamplingDefaults = _NO_DEFAULTS,
+    ids: ModelIds = _NO_IDS,
 ) -> GenerateRequest:
     """Check the inputs and parameters; `timeout_us` is tritonserver's own time-out of the request, 0 for none.
 
-    `defaults` are for what the request does not say of sampling.
+    `defaults` are for what the request does not say of sampling; `ids` are the model's.
     """
-    unknown = sorted(set(parameters) - set(_OWN_PARAMETERS))
-    unknown = [name for name in unknown if not name.startswith(_OWN_PREFIX)]
-    if unknown:
-        known = ", ".join(field.name for field in INPUTS)
-        raise RequestError(
-            f"parameter {', '.join(repr(name)[1:-1] for name in unknown)}: not known; the inputs are {known}"
-        )
-    _check_types(tensors)
-    params, timeout_ms = _sampling(tensors, defaults), _timeout(tensors, timeout_us)  # before what takes longer
-    ids = _prompt(tensors, text)
+    given = own_tensors(tensors, parameters, ids)
+    params, timeout_ms = _sampling(given, defaults), _timeout(given, timeout_us)  # before what takes longer
+    prompt = _prompt(given, text)
     return GenerateRequest(
-        prompt_ids=ids,
-        params=params,
-        stream=bool(_scalar(tensors, "stream", False)),
-        echo="" if _scalar(tensors, "exclude_input_in_output", True) else _echo(tensors, text, ids),
+        prompt_ids=prompt,
+        params=dataclasses.replace(params, guide=after_thinking(params.guide, text, prompt)),
+        stream=bool(_scalar(given, "stream", False)),
+        echo="" if _scalar(given, "exclude_input_in_output", True) else _echo(given, text, prompt),
         timeout_ms=timeout_ms,
+        unwanted=_unwanted(given),
     )
 
 
-def _check_types(tensors: Tensors) -> None:
-    """Of the inputs that there are; tritonserver has looked at them, others may not have."""
-    fields = {field.name: field for field in INPUTS}
-    for name, array in tensors.items():
-        if name not in fields or array.dtype.kind not in _KINDS[fields[name].data_type]:
-            wanted = f"must be {fields[name].data_type}" if name in fields else "not known"
-            raise RequestError(f"input {name} of {array.dtype}: {wanted}")
+def _unwanted(tensors: Tensors) -> frozenset[str]:
+    """Outputs that the request does not ask for."""
+    refused = {name for name in _RETURNED if not _scalar(tensors, f"return_{name}", True)}
+    if not _scalar(tensors, "return_log_probs", False):
+        refused |= {"output_log_probs", "cum_log_probs"}
+    if not _scalar(tensors, "return_cumulative_logprob", False):
+        refused.add("cumulative_logprob")
+    return frozenset(refused)
 
 
 def _echo(tensors: Tensors, text: Text, ids: list[int]) -> str:
@@ -102,7 +95,7 @@ def _prompt(tensors: Tensors, text: Text) -> list[int]:
     prompt = _string(tensors, "text_input")
     if not prompt:
         raise RequestError("text_input is empty: give at least one character")
-    return text.encode(prompt)
+    return text.encode_prompt(prompt)
 
 
 def _check_size(tensors: Tensors, name: str, most: int) -> None:
@@ -125,40 +118,49 @@ def _json(tensors: Tensors, name: str) -> Any:
     """The value of a tensor that holds JSON as a string; None where it is not sent."""
     if name not in tensors:
         return None
-    try:
-        value = json.loads(_string(tensors, name), object_pairs_hook=unique_object)
-    except KeyError as twice:
-        raise RequestError(f"{name} has the key {twice.args[0]} twice in one object: leave out one of them") from None
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{name} is not JSON ({error}): give it as a string that holds JSON") from None
-    check_depth(value, name)
-    try:
-        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise RequestError(f"{name} is not JSON ({error}): give numbers that are finite") from None
-    check_text(written, name)
-    return value
+    return json_of(_string(tensors, name), name)
 
 
 def _sampling(tensors: Tensors, defaults: SamplingDefaults) -> SamplingParams:
     words = _strings(tensors, "bad_words")
     if words:
-        raise RequestError(f"bad_words {str(words[:8])[:80]}: not supported; leave it out")
+        raise RequestError(f"bad_words {str(words[:8])[:80]}: not supported; use logit_bias, which has token ids")
     numbers = {name: _scalar(tensors, name, None) for name in _SAMPLING if name in tensors}
+    if numbers.get("top_k") == -1:  # vLLM's word for all
+        numbers["top_k"] = 0
     if "max_tokens" in tensors:
         numbers["max_new_tokens"] = _scalar(tensors, "max_tokens", None)
         if numbers["max_new_tokens"] < 1:
             raise RequestError(
                 f"max_tokens {numbers['max_new_tokens']}: must be at least 1 (an int32: 2147483648 and more wrap)"
             )
+    logprobs = any(_scalar(tensors, name, False) for name in ("return_log_probs", "return_cumulative_logprob"))
     return defaults.params(
         min_tokens=_scalar(tensors, "min_tokens", 0),
         seed=_scalar(tensors, "seed", secrets.randbits(63)),
         stop=tuple(_strings(tensors, "stop_words")),
         stop_token_ids=tuple(_token_ids(tensors, "stop_token_ids")),
-        logprobs=0 if _scalar(tensors, "return_log_probs", False) else None,
+        ignore_eos=_scalar(tensors, "ignore_eos", False),
+        logprobs=0 if logprobs else None,
+        logit_bias=_biases(_json(tensors, "logit_bias")),
+        guide=guide_of(*(_string(tensors, name) if name in tensors else None for name in (TYPE, GUIDE))),
         **numbers,
     )
+
+
+def _biases(given: Any) -> dict[int, float]:
+    """JSON's keys are text; these are token ids."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise RequestError("logit_bias holds no JSON object: give {token id: what is added}")
+    wrong = next((key for key in given if not (key.isascii() and key.isdigit() and len(key) < 20)), None)
+    if wrong is not None:
+        raise RequestError(f"logit_bias {wrong[:80]!r}: keys are token ids, in digits")
+    biases = {int(key): bias for key, bias in given.items()}
+    if len(biases) < len(given):
+        raise RequestError("logit_bias: a token comes twice, written differently")
+    return biases
 
 
 def _timeout(tensors: Tensors, timeout_us: int) -> int | None:

@@ -20,7 +20,8 @@ from deepseek_trt.engines.generation.answer import Answer
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.serving import metrics as m
-from deepseek_trt.engines.serving.request import GenerateRequest, Tensors, parse_request
+from deepseek_trt.engines.serving.names.reading import ModelIds, Tensors
+from deepseek_trt.engines.serving.request import GenerateRequest, parse_request
 from deepseek_trt.engines.serving.stream import Channel, Failure, Response, Stream
 from deepseek_trt.export.errors import BackendError, DeepseekTrtError
 
@@ -60,6 +61,7 @@ class Service:
         if llm.text is None:
             raise BackendError("the bundle has no tokenizer.json: export a checkpoint that has one")
         self._llm, self._text = llm, llm.text
+        self._ids = ModelIds(tuple(llm.config.eos_token_ids), llm.config.pad_token_id)
         self._max_inflight, self._drain_seconds = max_inflight, drain_seconds
         self._metrics, self._host = metrics, host
         self._admission = threading.Lock()  # guards the four below
@@ -84,7 +86,7 @@ class Service:
         arrived = time.perf_counter()
 
         def parsed() -> tuple[GenerateRequest, Answer]:
-            request = parse_request(tensors, parameters or {}, self._text, timeout_us, self._llm.defaults)
+            request = parse_request(tensors, parameters or {}, self._text, timeout_us, self._llm.defaults, self._ids)
             return request, Answer(self._text, request.params)
 
         if self._admits(channel):

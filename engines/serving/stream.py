@@ -22,6 +22,7 @@ class Response:
     """One response; num_output_tokens, logprobs and pieces are of the tokens since the response before.
 
     finish_reason is "stop" or "length" on the last response, else empty. pieces are there for requests of tokens alone.
+    unwanted: outputs that the request left out.
     """
 
     text: str
@@ -31,6 +32,7 @@ class Response:
     logprobs: tuple[float, ...] | None
     cum_logprob: float | None
     pieces: tuple[Piece, ...] = ()
+    unwanted: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Stream:
             logprobs=tuple(self._logprobs) if wanted else None,
             cum_logprob=self._cum_logprob if wanted else None,
             pieces=tuple(self._pieces),
+            unwanted=self.request.unwanted,
         )
         self._text, self._pieces, self._logprobs, self._unsent = [], [], [], 0
         return response

@@ -17,6 +17,7 @@ from deepseek_trt.engines.serving.opening import open_llm
 from deepseek_trt.engines.serving.service import Service
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.stream import Failure, Response
+from deepseek_trt.engines.serving.sync_model import CODE_IN_TEXT
 from deepseek_trt.export.text.valid import printable
 
 # By name: pb_utils has its classes only when this file has been imported.
@@ -50,7 +51,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            channel = ResponseChannel(request)
+            channel = ResponseChannel(request, marks_codes=CODE_IN_TEXT in request.parameters())
             try:  # copies: the request's memory is not ours for longer than this call
                 tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
                 parameters = json.loads(request.parameters() or "{}")
@@ -67,10 +68,10 @@ class TritonPythonModel:
 
 
 class ResponseChannel:
-    """A Channel over the request's response sender."""
+    """A Channel over the request's response sender; with `marks_codes` an error's text begins with its code."""
 
-    def __init__(self, request: Any) -> None:
-        self._sender = request.get_response_sender()
+    def __init__(self, request: Any, marks_codes: bool = False) -> None:
+        self._sender, self._marks_codes = request.get_response_sender(), marks_codes
         self._wanted = frozenset(request.requested_output_names())
 
     def send(self, response: Response | Failure | None, final: bool) -> None:
@@ -78,11 +79,13 @@ class ResponseChannel:
         if response is None:
             self._sender.send(flags=flags)
         elif isinstance(response, Failure):
-            code = getattr(pb_utils.TritonError, _CODES[response.kind])
-            error = pb_utils.TritonError(printable(response.message), code)
+            name, text = _CODES[response.kind], printable(response.message)
+            text = f"{name}: {text}" if self._marks_codes else text
+            error = pb_utils.TritonError(text, getattr(pb_utils.TritonError, name))
             self._sender.send(pb_utils.InferenceResponse(error=error), flags=flags)
         else:
-            tensors = [pb_utils.Tensor(*pair) for pair in _arrays(response).items() if pair[0] in self._wanted]
+            wanted = self._wanted - response.unwanted
+            tensors = [pb_utils.Tensor(*pair) for pair in _arrays(response).items() if pair[0] in wanted]
             self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
     def is_cancelled(self) -> bool:
@@ -145,6 +148,7 @@ def _arrays(response: Response) -> dict[str, Any]:
     if response.logprobs is not None:
         arrays["output_log_probs"] = np.array([response.logprobs], dtype=np.float32)
         arrays["cum_log_probs"] = np.array([[response.cum_logprob]], dtype=np.float32)
+        arrays["cumulative_logprob"] = arrays["cum_log_probs"]
     return arrays
 
 

@@ -23,6 +23,7 @@ class Config:
     vocab_size = VOCAB
     max_position_embeddings = 40
     eos_token_ids = (1,)
+    pad_token_id = 0
 
 
 def value_after(before, token, position):

@@ -99,7 +99,7 @@ def test_over_grpc(server, run_script, tmp_path):
     answers = json.loads(made.stdout)
     assert len(answers["refused"]) == 13
     assert all("restricted" in words for words in answers["refused"].values()), answers
-    assert answers["with the key"] == ["deepseek_v2", "reciter"]
+    assert answers["with the key"] == ["deepseek_v2", "deepseek_v2_sync", "reciter", "reciter_sync"]
     assert not mark.exists()
     assert server.ready()
 

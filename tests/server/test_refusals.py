@@ -27,7 +27,7 @@ def _still_answers(server):
         ({"text_input": "The", "max_tokens": 2**31}, "max_tokens"),
         ({"text_input": "The", "temperature": -1.0}, "temperature"),
         ({"text_input": "The", "top_p": 1.5}, "top_p"),
-        ({"text_input": "The", "top_k": -1}, "top_k"),
+        ({"text_input": "The", "top_k": -2}, "top_k"),
         ({"text_input": "The", "repetition_penalty": 0.0}, "repetition_penalty"),
         ({"text_input": "The", "min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         ({"text_input": "The", "bad_words": ["dog"]}, "bad_words"),

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from deepseek_trt.cli.main import main
 from deepseek_trt.engines.model_repository import copying
 from deepseek_trt.engines.model_repository.copying import copy_file, real_file
-from deepseek_trt.engines.model_repository.runtime import runtime_files
+from deepseek_trt.engines.model_repository.runtime import GENERATOR, SYNC, runtime_files
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
-from deepseek_trt.engines.serving.tensors import INPUTS, OUTPUTS
+from deepseek_trt.engines.serving.names.table import TAKEN
+from deepseek_trt.engines.serving.tensors import OUTPUTS
 from deepseek_trt.engines.sessions import opening
 from deepseek_trt.engines.sessions.opening import Surroundings
 from deepseek_trt.engines.sessions.prepared import fused_name
@@ -182,7 +183,7 @@ def test_a_listed_file_that_is_not_there_is_named(bundle, name):
 def test_config_says_everything(repository):
     text = (repository / "deepseek_v2" / "config.pbtxt").read_text()
     assert "${" not in text
-    for field in INPUTS + OUTPUTS:
+    for field in TAKEN + OUTPUTS:
         dims = ", ".join(map(str, field.dims))
         assert f'name: "{field.name}" data_type: {field.data_type} dims: [ {dims} ]' in text
     parameters = dict(re.findall(r'key: "(\w+)" value \{ string_value: "([^"]*)"', text))
@@ -201,8 +202,41 @@ def test_the_same_again_does_nothing_and_a_change_replaces_all(bundle, tmp_path)
     changed = written(bundle.path, tmp_path / "r", "--max-model-len", 100)
     assert (changed["fresh"], changed["max_model_len"], stray.exists()) == (True, 100, False)
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
-        "README.md", "client.py", "deepseek_v2", "serve.sh", "supervise.py",
+        "README.md", "client.py", "deepseek_v2", "deepseek_v2_sync", "serve.sh", "supervise.py",
     ]  # fmt: skip
+
+
+def test_a_model_for_unary_inference_beside_it(bundle, tmp_path):
+    facts = written(bundle.path, tmp_path, "--max-inflight", 7)
+    assert facts["sync"] == "deepseek_v2_sync"
+    version = tmp_path / "deepseek_v2_sync" / "1"
+    assert not (version / "bundle").exists()
+    config = (tmp_path / "deepseek_v2_sync" / "config.pbtxt").read_text()
+    assert "decoupled: false" in config
+    assert 'key: "model" value { string_value: "deepseek_v2" }' in config
+    assert 'key: "max_inflight" value { string_value: "7" }' in config
+    both = [(tmp_path / name / "config.pbtxt").read_text() for name in ("deepseek_v2", "deepseek_v2_sync")]
+    first, second = (text[text.index("input [") : text.index("parameters {")] for text in both)
+    assert first == second
+    manifest = json.loads((version / "manifest.json").read_text())
+    assert manifest["requirements"] == ["numpy>=1.26,<2"]
+    assert "models: `deepseek_v2`." in (tmp_path / "README.md").read_text()
+    assert not written(bundle.path, tmp_path, "--max-inflight", 7)["fresh"]
+    without = written(bundle.path, tmp_path, "--max-inflight", 7, "--no-sync")
+    assert (without["sync"], version.exists()) == (None, False)
+
+
+def test_names_that_a_model_for_unary_inference_takes(bundle, tmp_path):
+    """Neither stands in the place of the other."""
+    written(bundle.path, tmp_path)
+    result = run(bundle.path, tmp_path, "--name", "deepseek_v2_sync")
+    assert (result.exit_code, "answers unary requests for deepseek_v2" in result.stderr) == (1, True)
+    written(bundle.path, tmp_path, "--name", "a_sync", "--no-sync")
+    result = run(bundle.path, tmp_path, "--name", "a")
+    assert (result.exit_code, "--no-sync" in result.stderr) == (1, True)
+    assert not (tmp_path / "a").exists()
+    written(bundle.path, tmp_path, "--name", "a", "--no-sync")
+    assert (tmp_path / "a_sync" / "1" / "bundle").exists()
 
 
 def test_models_side_by_side(bundle, tmp_path):
@@ -363,11 +397,18 @@ def test_a_classifier_that_cannot_be_served(classifier, bundle_of, tmp_path):
 ABSENT = ("torch", "onnx", "onnx_ir", "safetensors", "triton", "polygraphy", "click", "rich", "tensorrt", "cuda")
 
 
-@pytest.mark.parametrize(("backend", "also"), [("ort", ()), ("tensorrt", ("onnxruntime",))])
-def test_the_runtime_imports_nothing_else(tmp_path, backend, also):
+@pytest.mark.parametrize(
+    ("start", "backend", "also"),
+    [
+        (GENERATOR, "ort", ()),
+        (GENERATOR, "tensorrt", ("onnxruntime",)),
+        (SYNC, "ort", ("onnxruntime", "tokenizers", "jinja2", "ml_dtypes", "llguidance")),
+    ],
+)
+def test_the_runtime_imports_nothing_else(tmp_path, start, backend, also):
     """Every module, in an interpreter that has neither this package nor what it depends on."""
     names = []
-    for relative, source in runtime_files(backend).items():
+    for relative, source in runtime_files(backend, start).items():
         (tmp_path / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, tmp_path / relative)
         names.append(relative.removesuffix(".py").removesuffix("/__init__").replace("/", "."))

@@ -40,6 +40,8 @@ class Letters:
     def encode(self, text):
         return [LETTERS.index(letter) for letter in text]
 
+    encode_prompt = encode
+
     def decode(self, ids):
         return "".join(LETTERS[token] for token in ids)
 
