@@ -4,9 +4,9 @@
     python benchmarks/server.py [--only rate|load|leaving] [--server tritonserver|serve]
 
 rate: the model with a stand-in engine of 5 ms per step (benchmarks/stand_in.py), by 1 and by 32 streams at once over
-HTTP, as a share of the ideal, one token per stream every 5 ms. load: the demo model, 1,000 requests over 64 connections,
-of which a tenth leave in the middle and a twentieth are malformed; of serve completions and chats by turns. leaving: how
-long a slot stays taken after its client has left. The client runs on the same machine and takes its share of it.
+HTTP, as a share of the ideal, one token per stream every 5 ms. load: the demo model, 1,000 requests over 64
+connections, of which a tenth leave in the middle and a twentieth are malformed; of serve completions and chats.
+leaving: how long a slot stays taken after its client has left. The client runs on the same machine and takes its share.
 """
 
 from __future__ import annotations

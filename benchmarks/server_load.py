@@ -141,10 +141,9 @@ def run(server: Any, api: Api, count: int) -> dict[str, str]:
 def table(columns: Mapping[str, dict[str, str]]) -> str:
     """The servers' rows side by side."""
     names = list(next(iter(columns.values())))
-    lines = ["| load | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    return "\n".join(
-        [*lines, *(f"| {name} | " + " | ".join(own[name] for own in columns.values()) + " |" for name in names)]
-    )
+    rows = [["load", *columns], ["---"] * (1 + len(columns))]
+    rows += [[name, *(own[name] for own in columns.values())] for name in names]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _idle(server: Any) -> bool:
