@@ -4,9 +4,10 @@
     python benchmarks/server.py [--only rate|load|leaving] [--server tritonserver|serve]
 
 rate: the model with a stand-in engine of 5 ms per step (benchmarks/stand_in.py), by 1 and by 32 streams at once over
-HTTP, as a share of the ideal, one token per stream every 5 ms. load: the demo model, 1,000 requests over 64
-connections, of which a tenth leave in the middle and a twentieth are malformed; of serve completions and chats.
-leaving: how long a slot stays taken after its client has left. The client runs on the same machine and takes its share.
+HTTP, as a share of the ideal, one token per stream every 5 ms; "none" are the scheduler's steps alone. load: the demo
+model, 1,000 requests over 64 connections, of which a tenth leave in the middle and a twentieth are malformed; of serve
+completions and chats. leaving: how long a slot stays taken after its client has left. The client runs on the same
+machine and takes its share of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,10 +38,14 @@ from server_apis import SERVE, TRITON, Api
 from server_client import Answer, Connection
 from server_harness import harness
 from server_serve import Serve, write_package
+from stand_in import OrtSession
 
+from deepseek_trt.engines.generation.params import SamplingParams
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.model_repository.folder import write_manifest
 from deepseek_trt.engines.model_repository.sizes import SizeRequest
 from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_model_repository
+from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 STEP_SECONDS = 0.005
@@ -144,6 +150,9 @@ def rate_table(kinds: list[Any]) -> str:
         "| pieces per token |",
         "|---|---|---|---|---|---|",
     ]
+    for streams in (1, 32):
+        lines.append(bare_row(kinds[0].bundle, streams))
+        print(lines[-1], file=sys.stderr)
     for kind in kinds:
         with running(kind.stand_in()) as server:
             for streams in (1, 32):
@@ -151,6 +160,22 @@ def rate_table(kinds: list[Any]) -> str:
                 lines.append(f"| {kind.name} | {streams} | {_rates(streams, runs)} |")
                 print(lines[-1], file=sys.stderr)
     return "\n".join(lines)
+
+
+def bare_row(bundle: Path, streams: int) -> str:
+    """The scheduler's steps with nothing around them: more than that no server can give."""
+    shares = []
+    for _ in range(RUNS):
+        opened = Bundle.open(bundle)
+        scheduler = Scheduler(OrtSession(opened, streams * TOKENS), opened.manifest.model)
+        for _ in range(streams):
+            scheduler.add([0, 5, 6, 7], SamplingParams(TOKENS, min_tokens=TOKENS))
+        begin = time.perf_counter()
+        while scheduler.busy:
+            scheduler.step()
+        shares.append(TOKENS * STEP_SECONDS / (time.perf_counter() - begin))
+    rates = ", ".join(f"{share * streams / STEP_SECONDS:,.0f}" for share in shares)
+    return f"| none | {streams} | {', '.join(f'{share:.1%}' for share in shares)} | {rates} | | |"
 
 
 def _rates(streams: int, runs: list[tuple[float, list[Answer]]]) -> str:
