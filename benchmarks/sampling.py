@@ -1,7 +1,7 @@
 """The share of a step of the shipped model that sampling takes, at batch 32: python benchmarks/sampling.py
 
 Every mode is timed beside the decode step whose logits it samples, and all modes in turn, so that all see the same
-machine. The best time of each counts: others may use the machine, too.
+machine. The best time of each counts: others may use the machine, too. At the end, what guides add.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from sampling_guides import guides_table
 
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
@@ -52,6 +53,8 @@ def main() -> None:
         bundle = Bundle.open(options.bundle) if options.bundle else _shipped(Path(folder))
         for threads in options.threads:
             _table(bundle, threads, options)
+        if not options.library:
+            print(f"\n{guides_table(bundle)}")
 
 
 def _shipped(folder: Path) -> Bundle:

@@ -8,8 +8,15 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-MODEL = "deepseek_v2"
 _END = b"\r\n0\r\n\r\n"  # of a chunked body
+
+
+@dataclass(frozen=True)
+class Call:
+    """A body and where to post it."""
+
+    path: str
+    body: dict[str, Any]
 
 
 @dataclass
@@ -24,11 +31,20 @@ class Answer:
 
     @property
     def tokens(self) -> int:
-        return sum(event.get("num_output_tokens", 0) for event in self.events)
+        """Of tritonserver each event says its own, of serve the last one all of them."""
+        usages = [event.get("usage") or {} for event in self.events]
+        own = sum(event.get("num_output_tokens", 0) for event in self.events)
+        return int(own + sum(usage.get("completion_tokens", 0) for usage in usages))
 
     @property
     def finals(self) -> int:
-        return sum(bool(event.get("finish_reason")) for event in self.events)
+        said = [choice for event in self.events for choice in (event, *event.get("choices", ()))]
+        return sum(bool(one.get("finish_reason")) for one in said)
+
+    @property
+    def pieces(self) -> int:
+        """Events that bring something of the answer."""
+        return sum(event.get("choices") != [] for event in self.events)
 
 
 class Connection:
@@ -38,14 +54,13 @@ class Connection:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, body: dict[str, Any], stream: bool, leave_after: int | None = None) -> Answer:
+    async def ask(self, call: Call, leave_after: int | None = None) -> Answer:
         """The answer; with `leave_after` the connection is closed once so many chunks have come."""
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
         reader, writer = self._streams
-        endpoint = "generate_stream" if stream else "generate"
-        data = json.dumps({"stream": stream, **body}).encode()
-        head = f"POST /v2/models/{MODEL}/{endpoint} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        data = json.dumps(call.body).encode()
+        head = f"POST {call.path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
         answer = Answer(sent=time.perf_counter())
         writer.write(head.encode() + data)
         if leave_after == 0:

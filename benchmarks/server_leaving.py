@@ -13,17 +13,38 @@ _PIECES = 400  # before leaving: long enough for /metrics to show the request
 ENDLESS = {"text_input": "The", "max_tokens": 2000, "min_tokens": 2000}
 
 
-def run(server: Any, run_grpc: Callable[[dict[str, Any]], Any]) -> str:
+HEAD = "| a client leaves | its slot is free after, ms: median | most | times |\n|---|---|---|---|"
+
+
+def run_triton(server: Any, run_grpc: Callable[[dict[str, Any]], Any]) -> str:
     """Milliseconds from leaving to the moment at which another request is taken, asked again every 5 ms."""
     job = {"url": f"127.0.0.1:{server.grpc}", "model": "deepseek_v2", "requests": [{**ENDLESS, "stream": True}]}
-    waits = {
-        "HTTP": [_taken_after(server, lambda: _leave_http(server)) for _ in range(TIMES)],
-        "gRPC": [_taken_after(server, lambda: _leave_grpc(job, run_grpc)) for _ in range(TIMES)],
-    }
-    lines = ["| a client leaves | its slot is free after, ms: median | most | times |", "|---|---|---|---|"]
-    for name, each in waits.items():
-        lines.append(f"| {name} | {statistics.median(each) * 1000:.0f} | {max(each) * 1000:.0f} | {len(each)} |")
-    return "\n".join(lines)
+    rows = [
+        _row("tritonserver, HTTP", server, lambda: _leave_http(server)),
+        _row("tritonserver, gRPC", server, lambda: _leave_grpc(job, run_grpc)),
+    ]
+    return "\n".join(rows)
+
+
+def run_serve(server: Any) -> str:
+    """The same of serve, whose whole answers end with their clients, too."""
+    rows = [
+        _row("serve, streamed", server, lambda: _leave_http(server)),
+        _row("serve, whole", server, lambda: _leave_whole(server)),
+    ]
+    return "\n".join(rows)
+
+
+def _row(name: str, server: Any, leave: Callable[[], float]) -> str:
+    waits = [_taken_after(server, leave) for _ in range(TIMES)]
+    return f"| {name} | {statistics.median(waits) * 1000:.0f} | {max(waits) * 1000:.0f} | {len(waits)} |"
+
+
+def _leave_whole(server: Any) -> float:
+    connection = server.ask_whole(**ENDLESS)
+    time.sleep(0.2)  # long enough for /metrics to show the request
+    connection.close()
+    return time.monotonic()
 
 
 def _leave_http(server: Any) -> float:

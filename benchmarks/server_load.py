@@ -13,19 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server_client import Answer, Connection
+from server_apis import Api
+from server_client import Answer, Call, Connection
 
 CONNECTIONS = 64
 PATIENCE = 60.0  # seconds after which a request counts as hung
-MALFORMED: tuple[dict[str, Any], ...] = (
-    {"max_tokens": 4},
-    {"text_input": ""},
-    {"text_input": "word " * 5000},
-    {"text_input": "The", "max_tokens": -1},
-    {"text_input": "The", "max_tokens": "many"},
-    {"text_input": "The", "temperature": -2.0},
-    {"text_input": "The", "unknown": 1},
-)
 
 
 @dataclass(frozen=True)
@@ -33,26 +25,28 @@ class Request:
     """One request and what should come of it: "whole", "streamed", "left" or "malformed"."""
 
     kind: str
-    body: dict[str, Any]
+    call: Call
+    tokens: int = 0
     leave_after: int | None = None
 
 
-def make_requests(count: int, seed: int = 0) -> list[Request]:
+def make_requests(api: Api, count: int, seed: int = 0) -> list[Request]:
     """The same ones for a seed: 10 % leave, 5 % are malformed, of the rest a half is streamed."""
     draw = random.Random(seed)
     kinds = ["left"] * (count // 10) + ["malformed"] * (count // 20)
     kinds += [("whole", "streamed")[i % 2] for i in range(count - len(kinds))]
     draw.shuffle(kinds)
-    return [_request(kind, draw) for kind in kinds]
+    return [_request(api, kind, draw) for kind in kinds]
 
 
-def _request(kind: str, draw: random.Random) -> Request:
+def _request(api: Api, kind: str, draw: random.Random) -> Request:
     if kind == "malformed":
-        return Request(kind, draw.choice(MALFORMED))
+        return Request(kind, draw.choice(api.malformed))
     prompt = " ".join(draw.choice(("the", "number", "of", "return", "a", "list")) for _ in range(draw.randint(1, 200)))
     tokens = draw.randint(100, 300) if kind == "left" else draw.randint(1, 200)
-    body = {"text_input": prompt, "max_tokens": tokens, "min_tokens": tokens, "temperature": draw.choice((0.0, 0.8))}
-    return Request(kind, body, draw.randint(0, 5) if kind == "left" else None)
+    leave_after = draw.randint(0, 5) if kind == "left" else None
+    call = draw.choice(api.calls)(prompt, tokens, kind != "whole", draw.choice((0.0, 0.8)))
+    return Request(kind, call, tokens, leave_after)
 
 
 async def ask_all(port: int, requests: list[Request]) -> list[Answer | str]:
@@ -64,9 +58,8 @@ async def ask_all(port: int, requests: list[Request]) -> list[Answer | str]:
         connection = Connection(port)
         for index in waiting:
             request = requests[index]
-            stream = request.kind != "whole"
             try:
-                asked = connection.ask(request.body, stream, request.leave_after)
+                asked = connection.ask(request.call, request.leave_after)
                 answers[index] = await asyncio.wait_for(asked, PATIENCE)
             except (TimeoutError, asyncio.TimeoutError):
                 answers[index] = "hung"
@@ -80,15 +73,15 @@ async def ask_all(port: int, requests: list[Request]) -> list[Answer | str]:
     return answers
 
 
-def outcome(request: Request, answer: Answer | str) -> str:
+def outcome(api: Api, request: Request, answer: Answer | str) -> str:
     """What is wrong with it, or "good"."""
     if isinstance(answer, str):
         return answer
     if request.kind == "left":
         return "good"
     if request.kind == "malformed":
-        return "good" if answer.status in (400, 500) else f"malformed, but status {answer.status}"
-    right = answer.status == 200 and answer.finals == 1 and answer.tokens == request.body["max_tokens"]
+        return "good" if answer.status in api.refusals else f"malformed, but status {answer.status}"
+    right = answer.status == 200 and answer.finals == 1 and answer.tokens == request.tokens
     return "good" if right else f"status {answer.status}, {answer.finals} final, {answer.tokens} tokens"
 
 
@@ -110,27 +103,27 @@ class Memory(threading.Thread):
         self.join()
 
 
-def run(server: Any, count: int) -> str:
-    """A table of what was asked and what is left."""
-    requests = make_requests(count)
+def run(server: Any, api: Api, count: int) -> dict[str, str]:
+    """Rows of what was asked and what is left."""
+    requests = make_requests(api, count)
     asyncio.run(ask_all(server.http, requests[:CONNECTIONS]))  # warms up
-    server.wait_for(lambda: server.metric("deepseek_trt_inflight_requests") == 0)
-    before = _results(server)
-    memory = Memory([server.server_pid(), *server.stub_pids()])
+    server.wait_for(lambda: _idle(server))
+    before, made = _results(server), server.metric("deepseek_trt_output_tokens_total")
+    memory = Memory(server.pids())
     memory.start()
     begin = time.perf_counter()
     answers = asyncio.run(ask_all(server.http, requests))
     seconds = time.perf_counter() - begin
     memory.stop()
-    idle = server.wait_for(lambda: server.metric("deepseek_trt_inflight_requests") == 0)
+    idle = server.wait_for(lambda: _idle(server))
     results = {name: value - before[name] for name, value in _results(server).items()}
+    tokens = server.metric("deepseek_trt_output_tokens_total") - made
     used = server.metric("deepseek_trt_cache_pages_used")
     code = server.stop()
-    outcomes = Counter(map(outcome, requests, answers))
+    outcomes = Counter(outcome(api, *pair) for pair in zip(requests, answers, strict=True))
     third, fourth = _quarter(memory.megabytes, 2), _quarter(memory.megabytes, 3)
-    tokens = sum(answer.tokens for answer in answers if isinstance(answer, Answer))
     kinds = Counter(request.kind for request in requests)
-    rows = {
+    return {
         "requests": f"{count:,} over {CONNECTIONS} connections: "
         + ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
         "seconds, tokens/s": f"{seconds:.1f}, {tokens / seconds:,.0f}",
@@ -143,7 +136,18 @@ def run(server: Any, count: int) -> str:
         "exit code of SIGTERM": str(code),
         "shared memory left": f"{len(server.left)} files",
     }
-    return "\n".join(["| load | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def table(columns: Mapping[str, dict[str, str]]) -> str:
+    """The servers' rows side by side."""
+    names = list(next(iter(columns.values())))
+    rows = [["load", *columns], ["---"] * (1 + len(columns))]
+    rows += [[name, *(own[name] for own in columns.values())] for name in names]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _idle(server: Any) -> bool:
+    return bool(server.metric("deepseek_trt_inflight_requests") == 0)
 
 
 def _results(server: Any) -> dict[str, float]:

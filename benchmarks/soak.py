@@ -24,7 +24,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-from server import served, write_repository
+from server import Triton, running
+from server_apis import TRITON
 from server_load import ask_all, make_requests, outcome
 
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
@@ -46,12 +47,12 @@ def soak_runtime(bundle: Path, seconds: float, seed: int) -> Part:
 def soak_server(bundle: Path, folder: Path, seconds: float, seed: int) -> Part:
     """As the runtime's, over HTTP; the model is loaded anew between rounds, in a process of its own each time."""
     end, found, memory, left = time.monotonic() + seconds, Counter[str](), [], Counter[str]()
-    with served(write_repository(bundle, folder / "repository", max_inflight=128)) as server:
+    with running(Triton(bundle, folder).of(128)) as server:
         while time.monotonic() < end:
-            requests = make_requests(ROUND, seed + len(memory))
+            requests = make_requests(TRITON, ROUND, seed + len(memory))
             answers = asyncio.run(ask_all(server.http, requests))
             for request, answer in zip(requests, answers, strict=True):
-                what = outcome(request, answer)
+                what = outcome(TRITON, request, answer)
                 found[request.kind if what == "good" else f"wrong: {request.kind}: {what}"] += 1
             if not server.wait_for(lambda: server.metric("deepseek_trt_inflight_requests") == 0):
                 left["requests"] += 1

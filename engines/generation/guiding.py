@@ -108,6 +108,7 @@ class RowGuide:
         self._place = self._masks.ctypes.data
         self.due = after is None  # whether the mask is not the next token's
         self._job: _Job | None = None  # that makes it
+        self._failed = False  # whether the matcher cannot go on
 
     def prepare(self, row: SamplingRow) -> None:
         """Have the row's mask be that of its next token. BackendError where the guide cannot go on."""
@@ -125,22 +126,29 @@ class RowGuide:
         elif token == self._after:
             self._after, self.due = None, True
 
-    def expect(self, job: _Job, index: int, place: int) -> None:
-        """The job makes the next mask, with this index, at this address."""
-        self._job, self._masks, self._index, self._place = job, job.masks, index, place
+    def expect(self, job: _Job) -> None:
+        """The job makes the next mask."""
+        self._job = job
+
+    def accept(self, masks: Words, index: int, place: int) -> None:
+        """The job has made it: of `masks` the one with this index, at this address."""
+        self._masks, self._index, self._place = masks, index, place
+        self._failed = self.matcher.is_error()
 
     def _wait(self) -> None:
-        if self._job is not None:
-            self._job.wait()
-            self._job = None
-        else:
+        job = self._job
+        if job is None:
             if self.picked is not None:
                 self.matcher.consume_token(self.picked)
-            self._masks, self._index = np.zeros((1, self._masks.shape[1]), dtype=np.uint32), 0
-            self._place = self._masks.ctypes.data
-            self.matcher.unsafe_compute_mask_ptr(self._place, self._masks.nbytes)
+            masks = np.zeros((1, self._masks.shape[1]), dtype=np.uint32)
+            place = masks.ctypes.data
+            self.matcher.unsafe_compute_mask_ptr(place, masks.nbytes)
+            self.accept(masks, 0, place)
+        else:
+            self._job = None
+            job.wait()
         self.picked = None
-        if self.matcher.is_error():
+        if self._failed:
             raise BackendError(f"the answer's guide cannot go on: {_reason(self.matcher.get_error())}")
 
     def _without(self, tokens: Any) -> Words:
@@ -150,26 +158,37 @@ class RowGuide:
 
 
 class _Job:
-    """The next masks of some rows. `done` is released with them; whoever has not waited for it sees `ready`."""
+    """The next masks of some rows. `done` is released with them; whoever has not waited for it sees `ready`.
 
-    __slots__ = ("done", "error", "masks", "ready", "told", "wanted")
+    All that it takes is done in `run`, while the model computes: the engine's thread only makes the object.
+    """
 
-    def __init__(self, told: list[Any], wanted: list[Any], masks: Words) -> None:
-        self.told, self.wanted, self.masks = told, wanted, masks
+    __slots__ = ("done", "error", "ready", "rows", "words")
+
+    def __init__(self, rows: Sequence[RowGuide], words: int) -> None:
+        self.rows, self.words = rows, words
         self.ready, self.error = False, ""
         self.done = threading.Lock()
         self.done.acquire()
 
     def run(self, executor: LLExecutor) -> None:
         try:
-            if self.told:
-                executor.consume_token_par(self.told)
-            masks = self.masks
-            executor.unsafe_compute_mask_ptr(self.wanted, masks.ctypes.data, masks.strides[0], len(masks))
+            self._run(executor)
         except Exception as error:  # every row that waits gets it
             self.error = f"{type(error).__name__}: {error}"
         self.ready = True
         self.done.release()
+
+    def _run(self, executor: LLExecutor) -> None:
+        told = [(row.matcher, row.picked) for row in self.rows if row.picked is not None]
+        if told:
+            executor.consume_token_par(told)
+        masks = np.zeros((len(self.rows), self.words), dtype=np.uint32)
+        first, size = masks.ctypes.data, masks.strides[0]
+        wanted = [(row.matcher, index) for index, row in enumerate(self.rows)]
+        executor.unsafe_compute_mask_ptr(wanted, first, size, len(masks))
+        for index, row in enumerate(self.rows):
+            row.accept(masks, index, first + index * size)
 
     def wait(self) -> None:
         """Return when the masks are there."""
@@ -190,13 +209,10 @@ class _Ahead:
         self._end = weakref.finalize(self, self._jobs.put, None)
 
     def begin(self, rows: Sequence[RowGuide], words: int) -> None:
-        masks = np.zeros((len(rows), words), dtype=np.uint32)
-        told = [(row.matcher, row.picked) for row in rows if row.picked is not None]
-        job = _Job(told, [(row.matcher, index) for index, row in enumerate(rows)], masks)
+        job = _Job(rows, words)
+        for row in rows:
+            row.expect(job)
         self._jobs.put(job)
-        first, size = masks.ctypes.data, masks.strides[0]
-        for index, row in enumerate(rows):
-            row.expect(job, index, first + index * size)
 
 
 def _run_jobs(jobs: queue.SimpleQueue[_Job | None], executor: LLExecutor) -> None:

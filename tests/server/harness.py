@@ -70,7 +70,7 @@ class Server:
     def spawn(self) -> None:
         """Start the process and return at once."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.http, self.grpc, self.metrics_port = _free_ports(3)
+        self.http, self.grpc, self.metrics_port = free_ports(3)
         self.shared = f"t{os.getpid()}_{self.http}_"
         self.log_file = self.folder / f"server-{self.http}.log"
         self.control_file = self.folder / f"control-{self.http}"
@@ -135,12 +135,16 @@ class Server:
 
     def stub_pids(self, model: str = MODEL) -> list[int]:
         """Processes of the Python backend that hold `model`."""
-        return [pid for pid in _descendants(self.process.pid) if _is_stub(pid, model)]
+        return [pid for pid in descendants(self.process.pid) if _is_stub(pid, model)]
 
     def server_pid(self) -> int:
         """tritonserver itself, below serve.sh."""
-        together = [self.process.pid, *_descendants(self.process.pid)]
+        together = [self.process.pid, *descendants(self.process.pid)]
         return next(pid for pid in together if _command(pid)[:1] and _command(pid)[0].endswith("/bin/tritonserver"))
+
+    def pids(self) -> list[int]:
+        """The server and the model's process."""
+        return [self.server_pid(), *self.stub_pids()]
 
     # HTTP
 
@@ -238,7 +242,7 @@ def run_grpc(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     return answers
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -248,13 +252,13 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
     except OSError:  # it has ended
         return []
-    return [*children, *(grandchild for child in children for grandchild in _descendants(child))]
+    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
 
 
 def _command(pid: int) -> list[str]:

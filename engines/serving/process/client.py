@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -29,6 +30,7 @@ from deepseek_trt.engines.serving.process.messages import (
 from deepseek_trt.export.errors import BackendError
 
 Answer = Taken | Tokens | Failed | Vectors | Shown
+_LONGEST_REST = 0.02  # seconds
 ENDED = "the engine's process has ended"
 
 
@@ -119,8 +121,15 @@ class EngineClient:
         return asked
 
     async def _read(self) -> None:
-        while (message := await self._link.receive()) is not None:
-            self._handle(message)
+        """Rest as long as what came took: with many streams more tokens go out at once, and the engine has the
+        processor at least half of the time where there are few.
+        """
+        while (messages := await self._link.receive_all()) is not None:
+            began = time.perf_counter()
+            for message in messages:
+                self._handle(message)
+            await asyncio.sleep(0)  # those who waited for them write
+            await asyncio.sleep(min(time.perf_counter() - began, _LONGEST_REST))
         self._lose(ENDED)
         self._drained.set()
 

@@ -12,6 +12,7 @@ import msgspec
 from deepseek_trt.engines.serving.process.messages import Message, ToEngine, ToServer
 
 _LENGTH = struct.Struct("<I")
+_AT_ONCE = 2**18  # bytes
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -43,6 +44,7 @@ class ServerLink:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._come = b""  # the beginning of a message
         self._decode = msgspec.msgpack.Decoder(ToServer).decode
 
     @classmethod
@@ -63,8 +65,35 @@ class ServerLink:
         except (asyncio.IncompleteReadError, OSError):
             return None
 
+    async def receive_all(self) -> list[ToServer] | None:
+        """All messages that have come, one at least; None when the engine has gone. After it nobody calls `receive`."""
+        messages: list[ToServer] = []
+        while not messages:
+            try:
+                more = await self._reader.read(_AT_ONCE)
+            except OSError:
+                more = b""
+            if not more:
+                return None
+            self._come += more
+            messages = self._whole()
+        return messages
+
     def close(self) -> None:
         self._writer.close()
+
+    def _whole(self) -> list[ToServer]:
+        """The whole messages among the bytes that have come."""
+        messages, at = [], 0
+        while len(self._come) - at >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._come, at)
+            end = at + _LENGTH.size + size
+            if end > len(self._come):
+                break
+            messages.append(self._decode(self._come[at + _LENGTH.size : end]))
+            at = end
+        self._come = self._come[at:]
+        return messages
 
 
 def _framed(message: Message) -> bytes:
