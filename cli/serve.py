@@ -10,6 +10,7 @@ import click
 
 from deepseek_trt.cli.options import size_options, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, say
+from deepseek_trt.engines.serving.heart import STALL_SECONDS
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.files import read_file
 
@@ -37,6 +38,13 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=16, show_default=True, help="Of one request.")
 @click.option(
     "--drain-seconds", type=click.IntRange(0, 86400), default=20, show_default=True, help="For answers, after SIGTERM."
+)
+@click.option(
+    "--stall-seconds",
+    type=click.FloatRange(1, 86400),
+    default=STALL_SECONDS,
+    show_default=True,
+    help="Without a step: it failed.",
 )
 @click.option("--ssl-certfile", type=_FILE, help="Certificate for HTTPS, in PEM.")
 @click.option("--ssl-keyfile", type=_FILE, help="Its key, where the certificate's file does not hold it.")

@@ -180,6 +180,11 @@ class LLM:
         """Step in the background thread; what a step raises goes to `on_failure` after it went to every request."""
         self._loop.start(on_failure)
 
+    @property
+    def beats(self) -> int:
+        """Steps of the background thread, and seconds that it was idle: it has stopped where they stand still."""
+        return self._loop.beats
+
     def close(self) -> None:
         """End the background thread; requests that have not ended get a BackendError. A second time does nothing."""
         self._closing()

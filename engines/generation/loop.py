@@ -13,6 +13,7 @@ from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.export.errors import BackendError
 
 Deliver = Callable[[Event | Exception], bool]
+_BEAT_SECONDS = 1.0  # from one beat of an idle thread to the next
 
 
 @dataclass(eq=False)
@@ -31,11 +32,13 @@ class Ticket:
 class EngineLoop:
     """Safe for several threads: each step is made by one of them, and hands its events to all requests.
 
-    submit and cancel do not wait for a step; they take effect before the next one.
+    submit and cancel do not wait for a step; they take effect before the next one. `beats` counts the background
+    thread's steps, and while it is idle seconds: one that stands still has stopped.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        self.beats = 0
         self._stepping = threading.Lock()
         self._changed = threading.Condition()  # guards the four below
         self._submitted: deque[Ticket] = deque()
@@ -106,8 +109,10 @@ class EngineLoop:
 
     def _run(self, on_failure: Callable[[Exception], None] | None) -> None:
         while True:
+            self.beats += 1
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._pending())
+                if not self._changed.wait_for(lambda: self._closed or self._pending(), _BEAT_SECONDS):
+                    continue
                 if self._closed:
                     return
             try:

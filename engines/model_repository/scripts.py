@@ -11,12 +11,15 @@ from deepseek_trt.engines.model_repository.folder import manifests
 from deepseek_trt.export.bundle.interface import GENERATION
 from deepseek_trt.export.writing.working import aside, locked
 
-_SERVING = ("serve.sh", "supervise.py")
+_SERVING = ("serve.sh", "supervise.py", "probes.py", "heart.py")
+_SHARED = {"heart.py": "deepseek_trt.engines.serving"}  # modules of the package that supervise.py imports, too
 _ASKING = ("client.py", "README.md")
 
 
 def script_bytes(name: str) -> bytes:
     """A file that comes with the package."""
+    if name in _SHARED:
+        return files(_SHARED[name]).joinpath(name).read_bytes()
     return files("deepseek_trt.engines.model_repository").joinpath("files").joinpath(name).read_bytes()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from deepseek_trt.engines.serving.beating import METRICS, Beating
+from deepseek_trt.engines.serving.triton_board import MetricBoard
 from deepseek_trt.engines.tasks.classify import TextClassifier, scores_of
 from deepseek_trt.engines.tasks.rows import pad_rows
 from deepseek_trt.export.bundle.folder import Bundle
@@ -26,12 +28,18 @@ class TritonPythonModel:
         self._bundle = Bundle.open(path, judges_weights=True)  # as model.py of the repository has just hashed them
         self._classifier = TextClassifier(self._bundle)
         pb_utils.Logger.log_info(f"{args['model_name']}: {self._bundle.manifest.classifier}")
+        labels = {"model": args["model_name"], "version": args["model_version"]}
+        self._beating = Beating(MetricBoard(labels, METRICS))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request; a request that the model cannot take gets an error, the others their labels."""
-        given = [self._rows(request) for request in requests]
-        together = self._logits([row for each in given if isinstance(each, list) for row in each])
-        return [self._answer(each, together) if isinstance(each, list) else each for each in given]
+        with self._beating.work():
+            given = [self._rows(request) for request in requests]
+            together = self._logits([row for each in given if isinstance(each, list) for row in each])
+            return [self._answer(each, together) if isinstance(each, list) else each for each in given]
+
+    def finalize(self) -> None:
+        self._beating.close()
 
     def _rows(self, request: Any) -> list[list[int]] | Any:
         """The request's texts as tokens, or the response that refuses it."""
@@ -52,6 +60,7 @@ class TritonPythonModel:
             return None
 
     def _computed(self, rows: list[list[int]]) -> Any:
+        self._beating.step()
         return self._classifier.logits(*pad_rows(rows, self._bundle.manifest.model.pad_token_id))
 
     def _answer(self, rows: list[list[int]], together: Iterator[Any] | None) -> Any:

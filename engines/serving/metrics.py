@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 _log = logging.getLogger(__name__)
 
 _EVERY = 0.1  # seconds: each change of a metric costs a message to the server
+_AGAIN = 1.0  # seconds: gauges are set again, as a process that has since ended may have set them, too
 
 RESULTS = ("ok", "invalid", "refused", "cancelled", "timeout", "failed")
 
@@ -39,9 +40,17 @@ EACH_TOKEN = MetricSpec(
     "deepseek_trt_time_per_output_token_seconds", "histogram", "Of each answer, from its first token to its last", _EACH
 )
 BATCH_SIZE = MetricSpec("deepseek_trt_batch_size", "gauge", "Requests that own cache pages")
+RUNNING = MetricSpec("deepseek_trt_running_requests", "gauge", "Requests that are computed")
+QUEUED = MetricSpec("deepseek_trt_queued_requests", "gauge", "Requests taken that wait to be computed")
 INFLIGHT = MetricSpec("deepseek_trt_inflight_requests", "gauge", "Requests taken and not ended, waiting ones counted")
 PAGES_USED = MetricSpec("deepseek_trt_cache_pages_used", "gauge", "Cache pages owned by requests")
 PAGES_FREE = MetricSpec("deepseek_trt_cache_pages_free", "gauge", "Cache pages that a request can get")
+CACHE_USE = MetricSpec("deepseek_trt_cache_usage_ratio", "gauge", "Cache pages owned by requests, of all: 0 to 1")
+ACCEPTING = MetricSpec("deepseek_trt_accepting", "gauge", "1 while one more request would be taken, else 0")
+ENGINE_UP = MetricSpec("deepseek_trt_engine_up", "gauge", "0 once the engine has failed, else 1")
+HEARTBEATS = MetricSpec(
+    "deepseek_trt_heartbeats_total", "counter", "Steps of the engine, and seconds without one while it is idle"
+)
 PREEMPTIONS = MetricSpec("deepseek_trt_preemptions_total", "counter", "Requests put back for want of pages")
 CANCELLATIONS = MetricSpec("deepseek_trt_cancellations_total", "counter", "Requests whose client went away")
 
@@ -52,9 +61,15 @@ METRICS = (
     FIRST_TOKEN,
     EACH_TOKEN,
     BATCH_SIZE,
+    RUNNING,
+    QUEUED,
     INFLIGHT,
     PAGES_USED,
     PAGES_FREE,
+    CACHE_USE,
+    ACCEPTING,
+    ENGINE_UP,
+    HEARTBEATS,
     PREEMPTIONS,
     CANCELLATIONS,
 )
@@ -85,12 +100,12 @@ class Metrics:
         self._board = board
         self._ended: list[Ended] = []
         self._shown: dict[MetricSpec, float] = {PREEMPTIONS: 0}
-        self._flushed = 0.0
+        self._flushed = self._set_all = 0.0
 
     def ended(self, ended: Ended) -> None:
         self._ended.append(ended)
 
-    def flush(self, now: float | None, held: Callable[[], dict[MetricSpec, int]]) -> None:
+    def flush(self, now: float | None, held: Callable[[], Mapping[MetricSpec, float]]) -> None:
         """Show what is new: at once where `now` is None, else if the last time is _EVERY ago. Never raises.
 
         `held` gives what the service holds now, and of counters what they have come to since it began.
@@ -98,6 +113,9 @@ class Metrics:
         if now is not None and now - self._flushed < _EVERY:
             return
         self._flushed = now or self._flushed
+        if self._flushed - self._set_all >= _AGAIN:
+            self._set_all = self._flushed
+            self._shown = {metric: value for metric, value in self._shown.items() if metric.kind == "counter"}
         ended, self._ended = self._ended, []
         try:
             self._show_ended(ended)
@@ -117,7 +135,7 @@ class Metrics:
             if each.seconds_per_output_token is not None:
                 self._board.show(EACH_TOKEN, each.seconds_per_output_token)
 
-    def _show_held(self, held: dict[MetricSpec, int]) -> None:
+    def _show_held(self, held: Mapping[MetricSpec, float]) -> None:
         for metric, value in held.items():
             before = self._shown.get(metric)
             if value != before:

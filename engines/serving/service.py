@@ -296,15 +296,22 @@ class Service:
             with contextlib.suppress(Exception):
                 channel.send(None, final=True)
 
-    def _held(self) -> dict[m.MetricSpec, int]:
+    def _held(self) -> dict[m.MetricSpec, float]:
         scheduler = self._llm.scheduler
-        free = scheduler.pool.free
+        free, pages, running = scheduler.pool.free, scheduler.pool.pages - 1, scheduler.running
+        taken = len(self._live) + len(self._reading)
         return {
+            m.HEARTBEATS: self._llm.beats,
+            m.ENGINE_UP: int(not self._failure),
+            m.ACCEPTING: int(not self._closed and taken < self._max_inflight),
             m.PREEMPTIONS: scheduler.counters.preemptions,
-            m.BATCH_SIZE: scheduler.running,
-            m.INFLIGHT: len(self._live) + len(self._reading),
-            m.PAGES_USED: scheduler.pool.pages - 1 - free,
+            m.BATCH_SIZE: running,
+            m.RUNNING: running,
+            m.QUEUED: max(taken - running, 0),
+            m.INFLIGHT: taken,
+            m.PAGES_USED: pages - free,
             m.PAGES_FREE: free,
+            m.CACHE_USE: (pages - free) / pages,
         }
 
 

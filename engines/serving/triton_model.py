@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import logging
@@ -12,12 +11,13 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
-from deepseek_trt.engines.serving.metrics import METRICS, Metrics, MetricSpec
+from deepseek_trt.engines.serving.metrics import Metrics
 from deepseek_trt.engines.serving.opening import open_llm
 from deepseek_trt.engines.serving.service import Service
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.serving.stream import Failure, Response
 from deepseek_trt.engines.serving.sync_model import CODE_IN_TEXT
+from deepseek_trt.engines.serving.triton_board import MetricBoard
 from deepseek_trt.export.text.valid import printable
 
 # By name: pb_utils has its classes only when this file has been imported.
@@ -28,7 +28,6 @@ _CODES = {
     "timeout": "CANCELLED",
     "failed": "INTERNAL",
 }
-_SHOWS = {"counter": "increment", "gauge": "set", "histogram": "observe"}
 
 
 class TritonPythonModel:
@@ -104,37 +103,6 @@ class ServerHost:
     def engine_failed(self, reason: str) -> None:
         """Unload the model: the server then says that it is not ready, until somebody loads it again."""
         pb_utils.unload_model(self._name)
-
-
-class MetricBoard:
-    """A Board over the server's /metrics.
-
-    Its metrics are never deleted: a model that is loaded again finds them and counts on. An unloading model and its
-    successor share a counter in the server, which deletes it with the first of them and then writes into freed memory
-    (triton-inference-server/server issue 8663). Nor may they be deleted at the process's end: it crashes (issue 8662).
-    """
-
-    def __init__(self, labels: dict[str, str]) -> None:
-        kinds = pb_utils.MetricFamily
-        self._families = {
-            spec: kinds(name=spec.name, description=spec.description, kind=getattr(kinds, spec.kind.upper()))
-            for spec in METRICS
-        }
-        for family in self._families.values():  # it owns its metrics; one reference more, and it is never deleted
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(family))
-        self._metrics = {
-            (spec, value): _metric(family, spec, labels, value)
-            for spec, family in self._families.items()
-            for value in spec.values
-        }
-
-    def show(self, metric: MetricSpec, value: float, label: str = "") -> None:
-        getattr(self._metrics[metric, label], _SHOWS[metric.kind])(value)
-
-
-def _metric(family: Any, spec: MetricSpec, labels: dict[str, str], value: str) -> Any:
-    own = {**labels, spec.label: value} if spec.label else labels
-    return family.Metric(labels=own, buckets=list(spec.buckets)) if spec.buckets else family.Metric(labels=own)
 
 
 def _arrays(response: Response) -> dict[str, Any]:

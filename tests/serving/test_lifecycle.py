@@ -198,3 +198,58 @@ def test_https_and_json_for_machines(demo, tmp_path):
         finally:
             process.terminate()
     assert process.returncode == 0
+
+
+def test_probes_say_what_is_so(demo, start, until):
+    """One slot and a queue of one: full is not ready, and alive."""
+    with start(demo, "--max-inflight", "2", "--max-running", "1") as server:
+
+        def probe(which):
+            return httpx.get(f"{server.root}/health/{which}", timeout=60).status_code
+
+        body = {**LONG, "stream": True}
+        until(lambda: probe("ready") == 200)
+        with httpx.Client(timeout=60) as client, client.stream("POST", f"{server.url}/completions", json=body) as first:
+            lines = first.iter_lines()
+            next(lines)
+            with client.stream("POST", f"{server.url}/completions", json=body):
+                until(lambda: server.metrics()["queued_requests"] == 1)
+                values = server.metrics()
+                assert values["running_requests"] == 1
+                assert 0 < values["cache_usage_ratio"] <= 1
+                until(lambda: probe("ready") == 503)
+                assert probe("live") == 200
+                assert httpx.get(f"{server.root}/health").status_code == 200
+            until(lambda: probe("ready") == 200)
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: probe("ready") == 503)
+            assert probe("live") == 200
+        assert server.wait() == 0
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_engine_that_stands_still_ends_the_server(demo, start, busy):
+    with start(demo, "--stall-seconds", "3") as server:
+        body = {**LONG, "stream": True}
+        with (
+            httpx.Client(timeout=60) as client,
+            client.stream("POST", f"{server.url}/completions", json=body) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            if not busy:
+                answer.close()
+            os.kill(server.engine, signal.SIGSTOP)
+            rest = [line for line in lines if line] if busy else []
+        assert not busy or '"error"' in rest[-2]
+        assert server.wait() == 1
+        assert "the engine stands still: it has made no step for 3 s (killed by signal 9)" in server.said
+        assert "Traceback" not in server.said
+
+
+def test_an_idle_engine_is_no_fault(demo, start, until):
+    with start(demo, "--stall-seconds", "1.5") as server:
+        beats = server.metrics()["heartbeats_total"]
+        until(lambda: server.metrics()["heartbeats_total"] > beats + 4)
+        assert httpx.get(f"{server.root}/health/live").status_code == 200
+        assert server.stop() == 0

@@ -5,6 +5,9 @@ It does what tritonserver 2.51 does not by itself:
 - when a model's process was killed, the server is started again: it would say that the model is ready, answer nothing,
   and leave those who wait for an answer waiting for ever. Other models' streams may end first;
 - when the server itself has crashed, it is started again, unless it crashes over and over;
+- when a model's engine stands still, or the server does not answer, for --stall-seconds, it is started again, too;
+- `--probe-port=PORT` (of `--probe-address`, 127.0.0.1 unless given) answers /health/live and /health/ready, by what is
+  known here: no probe is a request to a model, and none waits for one;
 - no process and no shared memory stays behind;
 - who reaches a port can infer and read what the models and metrics are, and no more: what loads models (which runs
   code), maps shared memory or writes files asks for a header that is made anew at each start. `--control-file=FILE`
@@ -25,10 +28,17 @@ import time
 from pathlib import Path
 from types import FrameType
 
+REPOSITORY = Path(__file__).resolve().parent
+sys.dont_write_bytecode = True  # __pycache__ in this folder would look like a model
+sys.path.insert(0, str(REPOSITORY))
+
+from heart import STALL_SECONDS, cpu_seconds  # noqa: E402
+from probes import Health, Pulses, pulses, serve_probes  # noqa: E402
+
 Flags = dict[str, list[str | None]]
 
-REPOSITORY = Path(__file__).resolve().parent
 WATCH_SECONDS = 0.5
+ASK_SECONDS = 2.0  # for an answer about health
 LOOKS = 2  # a model that is being unloaded has no process before the server says so
 SHARED_PREFIX, SHARED_SIZE = "python,shm-region-prefix-name=", "python,shm-default-byte-size="
 SHARED_BYTES = 16 * 2**20  # a model's; its process can crash when it must grow
@@ -52,6 +62,7 @@ DEFAULTS = {
 # What runs code, maps memory or writes files, and the flags that keep it behind a header.
 CONTROL = ("model-repository", "shared-memory", "trace", "logging")
 HTTP_RESTRICTED, GRPC_RESTRICTED = "http-restricted-api", "grpc-restricted-protocol"
+OFF = ("false", "0", "off")
 HEADER = "deepseek-trt-control"  # over gRPC with "triton-grpc-protocol-" before it
 KEY = re.compile(r"[A-Za-z0-9_-]{32,256}")
 HIDE_SECONDS = 10.0  # how long a server may take from its start to its first thread
@@ -102,20 +113,24 @@ class Supervisor:
 
     def __init__(self, server: str, flags: Flags, models: list[str]) -> None:
         self.models = models
+        self.health = Health(take_number(flags, "stall-seconds", 1, 86400, STALL_SECONDS))
+        probe_port, probe_address = take_probe(flags)
         self.shared_memory = own_shared_memory(flags)
         self.key = control_key((flags.pop("control-file", None) or [None])[-1])
         self.headers = restrict(flags, self.key)
         self.command = command_of(server, flags, models)
         value = {name: (flags.get(name) or [default])[-1] or "" for name, default in DEFAULTS.items()}
-        self.address = "127.0.0.1" if value["http-address"] == "0.0.0.0" else value["http-address"]
-        self.port = int(value["http-port"])
+        self.address, self.port = reachable(value["http-address"]), int(value["http-port"])
+        self.metrics = reachable(value["metrics-address"]), int(value["metrics-port"])
         self.explicit = value["model-control-mode"] == "explicit"
         self.exit_seconds = float(value["exit-timeout-secs"])
         self.stopping = False
         self.crashes: list[float] = []  # when
         self.stubs: dict[str, int] = {}  # model: pid of the process that holds it
         self.looks: dict[str, int] = {}  # model: looks in a row that found no process
-        self.up = self.hidden = False  # since its last start
+        self.hidden, self.looked = False, time.monotonic()
+        if probe_port:
+            serve_probes(probe_address, probe_port, self.why_not)
 
     def run(self) -> int:
         """The server's exit code."""
@@ -124,8 +139,10 @@ class Supervisor:
         self.start()
         try:
             while not self.stopping and (self.server.poll() is None or self.recovers()):
-                for model in self.killed():
-                    say(f"the process of {model} was killed: starting the server again")
+                self.look()
+                reason = self.reason_to_restart()
+                if reason and not self.stopping:
+                    say(f"{reason}: starting the server again")
                     self.restart()
                 self.pause(WATCH_SECONDS)
             if self.server.poll() is None:
@@ -168,7 +185,7 @@ class Supervisor:
 
     def killed(self) -> list[str]:
         """At most one model that has had no process for some looks while the server did not deny that it is ready."""
-        found = {model: pid for model, pid in self.stubs.items() if is_stub(pid, self.models) == model}
+        found = self.known_stubs()
         if len(found) < len(self.models):  # reading all of /proc each time would cost a percent of a processor
             found = self.stub_pids()
         self.stubs = found
@@ -176,14 +193,55 @@ class Supervisor:
         self.looks = {model: self.looks.get(model, 0) + 1 for model in believed}
         return [model for model, looks in self.looks.items() if looks >= LOOKS][:1]
 
+    def known_stubs(self) -> dict[str, int]:
+        """Processes that were found earlier and hold their models still."""
+        return {model: pid for model, pid in self.stubs.items() if is_stub(pid, self.models) == model}
+
+    def look(self) -> None:
+        """Note what the server and the hearts of its models say."""
+        pids = {"": self.server.pid, **self.known_stubs()}
+        status = self.ask("GET", "/v2/health/ready", ASK_SECONDS)
+        beating = self.read_pulses() if status else {}
+        now = time.monotonic()
+        self.health.look(status, beating, {name: cpu_seconds(pid) for name, pid in pids.items()}, now - self.looked)
+        self.looked = now
+
+    def read_pulses(self) -> Pulses:
+        try:
+            connection = http.client.HTTPConnection(*self.metrics, timeout=ASK_SECONDS)
+            connection.request("GET", "/metrics")
+            return pulses(connection.getresponse().read().decode())
+        except (OSError, ValueError, http.client.HTTPException):
+            return {}
+
+    def reason_to_restart(self) -> str:
+        """What can be mended by a new start of the server alone, or nothing."""
+        for model in self.killed():
+            return f"the process of {model} was killed"
+        seconds = f"{self.health.stall_seconds:g} s"
+        if self.health.server.stopped:
+            return f"the server has not answered for {seconds}"
+        for model in self.health.stopped():
+            pid = self.known_stubs().get(model)
+            if pid and self.believes(model):
+                os.kill(pid, signal.SIGKILL)  # it would not unload
+                return f"the engine of {model} stands still: it has made no step for {seconds}"
+        return ""
+
+    def why_not(self, kind: str) -> str:
+        """For a probe: what is wrong, or nothing."""
+        return "the server is ending" if self.stopping and kind == "ready" else self.health.why_not(kind)
+
     def believes(self, model: str) -> bool:
         """Whether the server, once it is up, says that the model is ready, or says nothing: 2.51 can hang then."""
-        self.up = self.up or self.ask("GET", "/v2/health/live") == 200  # asked about a model before, 2.51 crashes
-        return self.up and self.ask("GET", f"/v2/models/{model}/ready") in (200, None)
+        return self.health.up and self.ask("GET", f"/v2/models/{model}/ready") in (200, None)
 
     def restart(self) -> None:
+        hangs = self.health.server.stopped
+        self.health.reset()  # a probe learns it now
         if self.server.poll() is None:
-            self.unload()
+            if not hangs:
+                self.unload()
             self.server.kill()
         self.server.wait()
         self.clear()
@@ -216,7 +274,8 @@ class Supervisor:
         for pid in self.stubs.values():
             if is_stub(pid, self.models):
                 os.kill(pid, signal.SIGKILL)
-        self.stubs, self.looks, self.up = {}, {}, False
+        self.stubs, self.looks = {}, {}
+        self.health.reset()
         for file in Path("/dev/shm").glob(f"{self.shared_memory}*"):
             file.unlink(missing_ok=True)
 
@@ -226,14 +285,47 @@ class Supervisor:
         found = {pid: is_stub(pid, self.models, self.server.pid) for pid in children}
         return {model: pid for pid, model in found.items() if model}
 
-    def ask(self, method: str, path: str) -> int | None:
+    def ask(self, method: str, path: str, seconds: float = 5.0) -> int | None:
         """The status, or None where the server does not answer."""
         try:
-            connection = http.client.HTTPConnection(self.address, self.port, timeout=5)
+            connection = http.client.HTTPConnection(self.address, self.port, timeout=seconds)
             connection.request(method, path, b"{}" if method == "POST" else None, self.headers)
             return connection.getresponse().status
         except (OSError, http.client.HTTPException):
             return None
+
+
+def reachable(address: str) -> str:
+    """Where a server that listens at `address` answers."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+
+
+def take_number(flags: Flags, name: str, least: float, most: float, default: float) -> float:
+    """The last value of a flag that is not the server's, out of `flags`."""
+    given = (flags.pop(name, None) or [None])[-1] if name in flags else str(default)
+    try:
+        number = float(given or "")
+    except ValueError:
+        number = -1.0
+    if not least <= number <= most:
+        sys.exit(f"serve.sh: --{name} {given!r}: must be a number from {least:g} to {most:g}")
+    return number
+
+
+def take_probe(flags: Flags) -> tuple[int, str]:
+    """Port and address of the probes, 0 for none; a server without metrics has no heart that could be watched."""
+    wanted, address = "probe-port" in flags, flags.pop("probe-address", None)
+    port = take_number(flags, "probe-port", 1, 65535, 1)
+    off = [name for name in ("allow-http", "allow-metrics") if ((flags.get(name) or [""])[-1] or "").lower() in OFF]
+    if not wanted and address:
+        sys.exit("serve.sh: --probe-address is given without --probe-port")
+    if wanted and (port % 1 or (address and not address[-1])):
+        sys.exit("serve.sh: --probe-port must be a whole number, and --probe-address an address")
+    if wanted and off:
+        sys.exit(f"serve.sh: --probe-port needs what --{off[0]} takes away: leave one of them out")
+    if off:
+        say(f"without {off[0].removeprefix('allow-')} nobody sees an engine that stands still")
+    return (int(port) if wanted else 0), (address[-1] if address else None) or "127.0.0.1"
 
 
 def control_key(file: str | None) -> str:

@@ -18,13 +18,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from deepseek_trt.engines.serving.metrics import ACCEPTING
 from deepseek_trt.engines.serving.openai.bodies import ChatBody, CompletionBody, EmbeddingBody, read_body
 from deepseek_trt.engines.serving.openai.chat import Chat
 from deepseek_trt.engines.serving.openai.completions import Completions
 from deepseek_trt.engines.serving.openai.embeddings import embeddings
 from deepseek_trt.engines.serving.openai.errors import ApiError, refused
 from deepseek_trt.engines.serving.openai.served import Served
-from deepseek_trt.engines.serving.process.board import prometheus_text
+from deepseek_trt.engines.serving.process.board import prometheus_text, value_of
 from deepseek_trt.export.errors import RequestError
 
 _log = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ class Api:
             else {"/v1/completions": self._complete, "/v1/chat/completions": self._chat}
         )
         gets = {"/v1/models": self._models, "/v1/models/{name:path}": self._model}
-        gets |= {"/health": self._health, "/metrics": self._metrics}
+        gets |= {"/health": self._health, "/health/live": self._live, "/health/ready": self._ready}
+        gets |= {"/metrics": self._metrics}
         routes = [Route(path, _endpoint(handler, path, door), methods=["POST"]) for path, handler in posts.items()]
         routes += [Route(path, _endpoint(handler, path, door), methods=["GET"]) for path, handler in gets.items()]
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
@@ -135,18 +137,39 @@ class Api:
         return {**own, "max_model_len": served.max_model_len}
 
     async def _health(self, request: Request) -> Any:
-        """200 while requests are taken."""
-        why = self._served.engine.down or ("the server is stopping" if self.stopping else "")
-        if why:
-            raise ApiError(503, why, None, "down")
-        return _json({"status": "ok"})
+        """200 while the engine lives and the server does not drain."""
+        return _state(self._served.engine.down or self._drains)
+
+    async def _live(self, request: Request) -> Any:
+        """200 unless somebody must start the server again: who drains is well."""
+        return _state(self._served.engine.down)
+
+    async def _ready(self, request: Request) -> Any:
+        """200 while one more request would be taken."""
+        engine = self._served.engine
+        shown = None if engine.down or self.stopping else await engine.metrics()
+        if shown is None:
+            return _state(engine.down or self._drains or "the engine does not answer")
+        full = f"{self._served.max_choices} requests are in flight, the most allowed"
+        return _state(self._drains or ("" if value_of(shown, ACCEPTING) else full))
+
+    @property
+    def _drains(self) -> str:
+        return "the server is stopping" if self.stopping else ""
 
     async def _metrics(self, request: Request) -> Any:
         shown = await self._served.engine.metrics()
         if shown is None:
-            raise ApiError(503, self._served.engine.down, None, "down")
+            raise ApiError(503, self._served.engine.down or "the engine does not answer", None, "down")
         text = prometheus_text(shown, self._served.names[0])
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _state(why: str) -> Response:
+    """What a probe is told: what is wrong, or that nothing is."""
+    if why:
+        raise ApiError(503, why, None, "down")
+    return _json({"status": "ok"})
 
 
 class _Events:

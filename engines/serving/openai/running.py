@@ -15,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
+from deepseek_trt.engines.serving.heart import STALL_SECONDS
 from deepseek_trt.engines.serving.openai.app import Api, Door
 from deepseek_trt.engines.serving.openai.served import Served
 from deepseek_trt.engines.serving.process.client import EngineClient
@@ -34,7 +35,10 @@ Announce = Callable[[str, tuple[str, ...]], None]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a server is made of; certificates are a PEM file and that of its key."""
+    """What a server is made of; certificates are a PEM file and that of its key.
+
+    stall_seconds: an engine that makes no step for so long takes the server down.
+    """
 
     bundle: Bundle
     text: Text | None
@@ -44,6 +48,7 @@ class Parts:
     names: tuple[str, ...]
     door: Door
     certificates: tuple[Path, Path | None] | None = None
+    stall_seconds: float = STALL_SECONDS
 
 
 class _Server(uvicorn.Server):
@@ -54,9 +59,17 @@ class _Server(uvicorn.Server):
 
 
 async def run(
-    parts: Parts, listener: socket.socket, ours: socket.socket, say: Callable[[str], None], announce: Announce
+    parts: Parts,
+    listener: socket.socket,
+    ours: socket.socket,
+    pid: int,
+    say: Callable[[str], None],
+    announce: Announce,
 ) -> str:
-    """Serve until a signal; gives why the engine went before, or nothing. Raises BackendError where it cannot open."""
+    """Serve until a signal, with the engine in process `pid`; gives why it went before, or nothing.
+
+    Raises BackendError where it cannot open the bundle.
+    """
     stop, hurry = _signals()
     engine = EngineClient(await ServerLink.over(ours))
     opening = asyncio.create_task(engine.open(str(parts.bundle.path), dataclasses.asdict(parts.settings)))
@@ -71,6 +84,7 @@ async def run(
     serving = asyncio.create_task(server.serve([listener]))
     while not (server.started or serving.done()):
         await asyncio.sleep(0.005)
+    watching = asyncio.create_task(engine.watch(pid, parts.stall_seconds))
     announce(_address(listener, parts.certificates is not None), parts.names)
     await _first(serving, stop.wait(), engine.lost.wait())
     api.stopping = True
@@ -81,6 +95,7 @@ async def run(
         orderly = engine.drained or hurry.is_set()
     server.should_exit, server.force_exit = True, hurry.is_set()
     await serving
+    watching.cancel()
     engine.close()
     return "" if orderly else engine.down
 

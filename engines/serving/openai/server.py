@@ -14,6 +14,7 @@ from pathlib import Path
 
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, settings_for
+from deepseek_trt.engines.serving.heart import STALL_SECONDS
 from deepseek_trt.engines.serving.openai.app import Door
 from deepseek_trt.engines.serving.openai.running import Announce, Parts, run
 from deepseek_trt.engines.serving.settings import ServingSettings
@@ -35,7 +36,8 @@ _MODULE = "deepseek_trt.engines.serving.process.engine"
 class ServeRequest:
     """names: what requests call the model by; the bundle's folder name where there is none.
 
-    drain_seconds: how long answers may go on after a signal. certificate and key: PEM files, for HTTPS.
+    drain_seconds: how long answers may go on after a signal. stall_seconds: how long the engine may stand still before
+    it counts as failed. certificate and key: PEM files, for HTTPS.
     """
 
     bundle: Path
@@ -49,6 +51,7 @@ class ServeRequest:
     key: Path | None = None
     reasoning_parser: str = AUTO
     tool_parser: str = AUTO
+    stall_seconds: float = STALL_SECONDS
 
 
 def serve(request: ServeRequest, say: Callable[[str], None], announce: Announce) -> None:
@@ -60,7 +63,7 @@ def serve(request: ServeRequest, say: Callable[[str], None], announce: Announce)
     """
     parts = _parts(request)
     with _bound(request.host, request.port) as listener, _engine_process() as (process, ours):
-        reason = asyncio.run(run(parts, listener, ours, say, announce))
+        reason = asyncio.run(run(parts, listener, ours, process.pid, say, announce))
         ours.close()  # the engine ends with it
         code = _ended(process)
     if reason:
@@ -74,7 +77,8 @@ def _parts(request: ServeRequest) -> Parts:
     defaults = _defaults(bundle, settings.generation_config)
     names = request.names or (bundle.path.resolve().name,)
     certificates = _certificates(request)
-    return Parts(bundle, text, settings, _formats(text, request), defaults, names, request.door, certificates)
+    formats, stall = _formats(text, request), request.stall_seconds
+    return Parts(bundle, text, settings, formats, defaults, names, request.door, certificates, stall)
 
 
 def _defaults(bundle: Bundle, generation_config: bool) -> SamplingDefaults:

@@ -35,6 +35,11 @@ class Registry:
         return Shown(id, values, [(name, list(bins), self._sums[name]) for name, bins in self._bins.items()])
 
 
+def value_of(shown: Shown, metric: MetricSpec) -> float:
+    """Of a counter or gauge without labels."""
+    return next(value for name, _, value in shown.values if name == metric.name)
+
+
 def prometheus_text(shown: Shown, model: str) -> str:
     """What Prometheus scrapes (text format 0.0.4), each line with the model's name."""
     mark = f'model_name="{_escaped(model)}"'

@@ -9,6 +9,9 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+from deepseek_trt.engines.serving.heart import Heart, cpu_seconds
+from deepseek_trt.engines.serving.metrics import HEARTBEATS
+from deepseek_trt.engines.serving.process.board import value_of
 from deepseek_trt.engines.serving.process.link import ServerLink
 from deepseek_trt.engines.serving.process.messages import (
     AskMetrics,
@@ -31,6 +34,8 @@ from deepseek_trt.export.errors import BackendError
 
 Answer = Taken | Tokens | Failed | Vectors | Shown
 _LONGEST_REST = 0.02  # seconds
+_METRICS_SECONDS = 5.0  # for an engine's process to say its metrics
+_LOOK_SECONDS = 0.5  # from one look at its heart to the next
 ENDED = "the engine's process has ended"
 
 
@@ -93,12 +98,29 @@ class EngineClient:
             asked.leave(None)
 
     async def metrics(self) -> Shown | None:
-        """None where the engine is down."""
+        """None where the engine is down, or does not answer: what answers waits for no step of it."""
         asked = self._new()
         self._link.send(AskMetrics(asked.id))
-        answer = await asked.next()
-        self._asked.pop(asked.id, None)
+        try:
+            answer = await asyncio.wait_for(asked.next(), _METRICS_SECONDS)
+        except asyncio.TimeoutError:
+            return None
+        finally:
+            self._asked.pop(asked.id, None)
         return answer if isinstance(answer, Shown) else None
+
+    async def watch(self, pid: int, seconds: float) -> None:
+        """Lose the engine, whose process this is, once it has stood still for so long."""
+        heart, looked = Heart(seconds), time.monotonic()
+        while not self.down:
+            await asyncio.sleep(_LOOK_SECONDS)
+            shown = await self.metrics()
+            now = time.monotonic()
+            heart.look(value_of(shown, HEARTBEATS) if shown else None, cpu_seconds(pid), now - looked)
+            looked = now
+            if heart.stopped:
+                self._lose(f"the engine stands still: it has made no step for {seconds:g} s")
+                self._drained.set()
 
     def leave(self, id: int, used: int | None) -> None:
         if self._asked.pop(id, None) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from deepseek_trt.engines.tasks.embed import Embedder
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import DeepseekTrtError, RequestError
 
+_BEAT_SECONDS = 1.0  # from one beat of an idle engine to the next
 _ROWS = 8  # computed at once: each is as wide as the longest of them
 
 
@@ -30,7 +32,7 @@ class EmbeddingEngine:
         self._drain = settings.drain_ms / 1000
         self._waiting: queue.Queue[Embed | None] = queue.Queue()
         self._live: set[int] = set()  # not answered, and still wanted
-        self._closed = False
+        self._closed, self._beats, self._running = False, 0, 0
         self._thread = threading.Thread(target=self._run, name="deepseek-trt-engine", daemon=True)
         self._thread.start()
 
@@ -57,16 +59,36 @@ class EmbeddingEngine:
         return (f"{self._most} requests are in flight, the most allowed: try again later", True) if full else None
 
     def _run(self) -> None:
-        while (message := self._waiting.get()) is not None:
-            self._metrics.flush(None, self._held)
+        while (message := self._next()) is not None:
+            self._running = 1
+            self._beat()
             result = self._answer(message) if message.id in self._live else "cancelled"
+            self._running = 0
             self._live.discard(message.id)
             tokens = sum(map(len, message.rows)) if result == "ok" else 0
             self._metrics.ended(m.Ended(result, input_tokens=tokens))
             self._metrics.flush(None, self._held)
 
-    def _held(self) -> dict[m.MetricSpec, int]:
-        return {m.INFLIGHT: len(self._live)}
+    def _next(self) -> Embed | None:
+        while True:
+            self._beat()
+            with contextlib.suppress(queue.Empty):
+                return self._waiting.get(timeout=_BEAT_SECONDS)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._metrics.flush(None, self._held)
+
+    def _held(self) -> dict[m.MetricSpec, float]:
+        taken = len(self._live)
+        return {
+            m.HEARTBEATS: self._beats,
+            m.ENGINE_UP: 1,
+            m.ACCEPTING: int(self._refusal() is None),
+            m.RUNNING: self._running,
+            m.QUEUED: max(taken - self._running, 0),
+            m.INFLIGHT: taken,
+        }
 
     def _answer(self, message: Embed) -> str:
         """Send the vectors, or why there are none; gives the result for the metrics."""
@@ -75,6 +97,7 @@ class EmbeddingEngine:
             for start in range(0, len(message.rows), _ROWS):
                 if message.id not in self._live:
                     return "cancelled"
+                self._beat()
                 made = self._embedder.embed(message.rows[start : start + _ROWS])
                 rows += [row.astype("<f4").tobytes() for row in made]
         except DeepseekTrtError as error:

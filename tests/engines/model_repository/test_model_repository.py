@@ -25,6 +25,7 @@ from deepseek_trt.engines.model_repository.runtime import GENERATOR, SYNC, runti
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
+from deepseek_trt.engines.serving import heart
 from deepseek_trt.engines.serving.names.table import TAKEN
 from deepseek_trt.engines.serving.tensors import OUTPUTS
 from deepseek_trt.engines.sessions import opening
@@ -202,7 +203,8 @@ def test_the_same_again_does_nothing_and_a_change_replaces_all(bundle, tmp_path)
     changed = written(bundle.path, tmp_path / "r", "--max-model-len", 100)
     assert (changed["fresh"], changed["max_model_len"], stray.exists()) == (True, 100, False)
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
-        "README.md", "client.py", "deepseek_v2", "deepseek_v2_sync", "serve.sh", "supervise.py",
+        "README.md", "client.py", "deepseek_v2", "deepseek_v2_sync", "heart.py", "probes.py", "serve.sh",
+        "supervise.py",
     ]  # fmt: skip
 
 
@@ -373,7 +375,7 @@ parameters { key: "labels" value { string_value: "[\"sad\", \"so so\", \"né\"]"
 def test_a_classifier_beside_a_generator(classifier, bundle, tmp_path):
     """Another start of the runtime, another config.pbtxt; the scripts that ask generators are not written for it."""
     assert written(classifier.path, tmp_path, "--name", "mood")["labels"] == ["sad", "so so", "né"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mood", "serve.sh", "supervise.py"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["heart.py", "mood", "probes.py", "serve.sh", "supervise.py"]
     model = tmp_path / "mood"
     assert (model / "config.pbtxt").read_text(encoding="utf-8") == CLASSIFIER_CONFIG
     assert "Labels texts: sad, so so, né." in (model / "README.md").read_text(encoding="utf-8")
@@ -426,6 +428,7 @@ for name in {names!r}:
 
 
 def script(name):
+    sys.modules["heart"] = heart  # which lies beside it in a repository
     path = Path(str(files("deepseek_trt.engines.model_repository") / "files" / name))
     spec = importlib.util.spec_from_file_location(f"served_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
