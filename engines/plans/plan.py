@@ -11,6 +11,7 @@ from typing import Literal
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import TensorSpec
 from deepseek_trt.export.errors import BundleError
+from deepseek_trt.export.text.wording import shown
 from deepseek_trt.export.trust.own_json import own_object, own_record
 from deepseek_trt.export.trust.real_files import flaw_of_name
 
@@ -105,18 +106,18 @@ class Plan:
 def _flaw(record: PlanRecord, graph: str) -> str:
     """What of the record cannot be, with its key; nothing where all can."""
     if record.graph != graph:
-        return f"graph is {record.graph!r}"
+        return f"graph is {shown(record.graph)}"
     flaw = flaw_of_name(record.plugin_library)
     if flaw:
-        return f"plugin_library {record.plugin_library!r} {flaw}"
+        return f"plugin_library {shown(record.plugin_library)} {flaw}"
     spec = record.spec
     if min(spec.max_batch_size, spec.max_input_len, spec.max_seq_len, *spec.sms) < 1:
         return "spec holds a size below 1"
     for name, shapes in record.profile.shapes.items():
         if any(not 0 <= low <= middle <= high for low, middle, high in zip(*shapes, strict=False)):
-            return f"profile: {name} has the shapes {shapes}"
+            return f"profile: {shown(name)} has the shapes {shown(shapes)}"
     for tensor in record.inputs:
         if any(len(shape) != len(tensor.dims) for shape in record.profile.shapes.get(tensor.name, ())):
-            return f"profile: {tensor.name} has shapes of another rank than {len(tensor.dims)}"
+            return f"profile: {shown(tensor.name)} has shapes of another rank than {len(tensor.dims)}"
     missing = {tensor.name for tensor in record.inputs} - record.profile.shapes.keys() - set(record.weights)
-    return f"profile lacks {sorted(missing)[0]}" if missing else ""
+    return f"profile lacks {shown(min(missing))}" if missing else ""

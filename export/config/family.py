@@ -88,10 +88,11 @@ def shape_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def activation_name(raw: dict[str, Any]) -> str:
-    name = raw.get("hidden_act") or "silu"
+    name = "silu" if raw.get("hidden_act") is None else raw["hidden_act"]
     return str(_ACTIVATION_NAMES.get(name, name))
 
 
 def dtype_name(raw: dict[str, Any]) -> str:
     """The dtype by its name; dtype comes before torch_dtype, as in transformers."""
-    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    given = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None]
+    return str(given[0] if given else "float32").removeprefix("torch.")

@@ -95,7 +95,7 @@ def _listed(path: Path, raw: Mapping[str, Any]) -> tuple[Token, ...]:
 
 
 def _by_id(path: Path, raw: Mapping[str, Any]) -> dict[int, Token]:
-    given = {} if raw.get("added_tokens_decoder") is None else raw["added_tokens_decoder"]
+    given = raw.get("added_tokens_decoder", {})
     if not isinstance(given, dict):
         raise wrong_value(path, "added_tokens_decoder", given, "must be an object of tokens by id")
     found: dict[int, Token] = {}

@@ -60,6 +60,10 @@ FILES = {
         "task_specific_params.",
     ),
     "false for the added tokens": (changed("tokenizer_config.json", added_tokens_decoder=False), "must be an object"),
+    "null for the added tokens": (changed("tokenizer_config.json", added_tokens_decoder=None), "must be an object"),
+    "a dtype without a name": (changed("config.json", dtype=""), "torch_dtype"),
+    "an activation without a name": (changed("config.json", hidden_act=""), "hidden_act"),
+    "a torch_dtype without a name": (changed("config.json", torch_dtype=""), "torch_dtype"),
     "false for special tokens": (changed("tokenizer_config.json", extra_special_tokens=False), "must be a list"),
 }
 ADAPTERS = {

@@ -38,11 +38,23 @@ def damaged(rng: Random, data: bytes) -> bytes:
     return mutated_json(rng, data) if rng.random() < 0.85 else mutated_bytes(rng, data)
 
 
+def sealed(data: bytes) -> bytes:
+    """A manifest with the sha256 of what it says now; as it is where it says nothing."""
+    from deepseek_trt.export.bundle.manifest import sha256_of
+
+    try:
+        raw = json.loads(data)
+        raw.pop("sha256", None)
+        return good.dumped({**raw, "sha256": sha256_of(raw)})
+    except (ValueError, AttributeError, TypeError, RecursionError):  # no JSON, no object, half a character
+        return data
+
+
 def judge_json(data: bytes, found: Any) -> None:
     """What was read is what the file says; a manifest's own sha256 is of the rest, and no part of what is read."""
     said, read = strict(data), json.loads(json.dumps(dataclasses.asdict(found)))
     if "sha256" not in read:
-        del said["sha256"]
+        said.pop("sha256", None)
     if said.keys() != read.keys():
         raise DisagreementError(f"the keys are {sorted(said)}, and {sorted(read)} were read")
     for key, value in said.items():
@@ -59,7 +71,8 @@ class Manifests:
         self.good = exported(folder)
 
     def change(self, rng: Random, folder: Path) -> None:
-        good.write(folder / "out", {**self.good, MANIFEST: damaged(rng, self.good[MANIFEST])})
+        data = damaged(rng, self.good[MANIFEST])
+        good.write(folder / "out", {**self.good, MANIFEST: sealed(data) if rng.random() < 0.9 else data})
 
     def read(self, folder: Path) -> Any:
         from deepseek_trt.export.bundle.folder import Bundle
@@ -109,7 +122,7 @@ class Plans:
         files = {**self.good, RECORD: damaged(rng, self.good[RECORD])}
         manifest = json.loads(files[MANIFEST])
         manifest["added"] = {name: hashlib.sha256(files[name]).hexdigest() for name in (PLAN, RECORD)}
-        good.write(folder / "out", {**files, MANIFEST: good.dumped(manifest)})
+        good.write(folder / "out", {**files, MANIFEST: sealed(good.dumped(manifest))})
 
     def read(self, folder: Path) -> Any:
         from deepseek_trt.engines.plans.plan import PlanRecord
