@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import size_options, verify_option
+from deepseek_trt.cli.options import FiniteRange, size_options, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, say
 from deepseek_trt.engines.serving.heart import STALL_SECONDS
 from deepseek_trt.export.errors import RequestError
@@ -41,7 +41,7 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option(
     "--stall-seconds",
-    type=click.FloatRange(1, 86400),
+    type=FiniteRange(1, 86400),
     default=STALL_SECONDS,
     show_default=True,
     help="Without a step: it failed.",

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -93,6 +93,8 @@ def running(*arguments: object):
         yield server
     finally:
         if server.process.poll() is None:
+            with suppress(OSError, ValueError):  # one that is stopped would hold the pipes
+                os.kill(server.engine, signal.SIGKILL)
             server.process.kill()
             server.wait()
 

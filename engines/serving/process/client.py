@@ -112,6 +112,7 @@ class EngineClient:
     async def watch(self, pid: int, seconds: float) -> None:
         """Lose the engine, whose process this is, once it has stood still for so long."""
         heart, looked = Heart(seconds), time.monotonic()
+        heart.look(-1, None, 0)  # it has opened its bundle: it may stand still from here on
         while not self.down:
             await asyncio.sleep(_LOOK_SECONDS)
             shown = await self.metrics()
