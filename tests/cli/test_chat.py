@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 
 pty = pytest.importorskip("pty", reason="there are pseudo-terminals on POSIX systems alone")
-START = "import sys; from deepseek_trt.cli.main import main; main(prog_name='deepseek-trt')"
+START = "from deepseek_trt.cli.main import main; main(prog_name='deepseek-trt')"
+TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"  # what a shell does for its commands
 WAIT = 60.0  # seconds before a test that waits gives up
 SPEED = rb"\(\d+ tokens, [\d.]+ tokens/s, first after [\d.]+ s"
 CTRL_C, CTRL_D = b"\x03", b"\x04"
@@ -25,10 +25,20 @@ class Terminal:
 
     def __init__(self, *arguments: object) -> None:
         self._seen, self._at = b"", 0
-        self._pid, self._fd = pty.fork()
-        if not self._pid:
-            command = [sys.executable, "-c", START, "generate", *map(str, arguments), "--threads", "1"]
-            os.execve(sys.executable, command, {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"})
+        self._fd, theirs = pty.openpty()
+        start = f"{TERMINAL}; {START}"
+        command = [sys.executable, "-c", start, "generate", *map(str, arguments), "--threads", "1"]
+        # No fork of our own: between fork and exec this process's Python would run with its other threads gone,
+        # and a lock that one of them held would never be free again.
+        self._child = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"},
+            start_new_session=True,
+        )
+        os.close(theirs)
 
     def type(self, keys: bytes) -> None:
         os.write(self._fd, keys)
@@ -52,7 +62,7 @@ class Terminal:
         """Wait for the end, and give the exit code."""
         while self._take():
             pass
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._child.wait()
 
     def _take(self) -> bool:
         if select.select([self._fd], [], [], 0.5)[0]:
@@ -65,11 +75,8 @@ class Terminal:
         return True
 
     def close(self) -> None:
-        try:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-        except (ChildProcessError, ProcessLookupError):
-            pass
+        self._child.kill()
+        self._child.wait()
         os.close(self._fd)
 
 
