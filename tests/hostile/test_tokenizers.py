@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ CHANGED = {
     "a pattern that looks back for ever": ({"pre_tokenizer": split(r"(a+)+$")}, "panics"),
     "another": ({"pre_tokenizer": split(r"(\w+\s?)*$")}, "panics"),
     "a pattern that none is": ({"pre_tokenizer": split("(")}, "cannot be loaded"),
-    "a normalizer that fills the memory": ({"normalizer": growing(1000, 3)}, "memory"),
+    "a normalizer that fills the memory": (
+        {"normalizer": growing(1000, 3)},
+        "memory|seconds of a processor",  # whichever limit comes first
+    ),
     "a normalizer that multiplies": ({"normalizer": growing(100, 1)}, "tokens of a text"),
     "a model of no kind": ({"model": {"type": "X"}}, "cannot be loaded"),
     "no model": ({"model": None}, "cannot be loaded"),
@@ -71,7 +75,7 @@ def sentence(folder: Path, data: bytes) -> str:
 @pytest.mark.parametrize("name", CHANGED)
 def test_changed(tmp_path, name, capfd):
     changes, words = CHANGED[name]
-    assert words in sentence(tmp_path, good.dumped({**json.loads(good.tokenizer()), **changes}))
+    assert re.search(words, sentence(tmp_path, good.dumped({**json.loads(good.tokenizer()), **changes})))
     assert capfd.readouterr().err == ""  # the library's own report of a panic is none of a user's
 
 
