@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+NO_NARROW_ENGINES = "TensorRT does not take narrow weights yet: run the bundle with ort, or export without --quantize"
 GROUP = 32  # numbers along K that share a scale
 SCALE = "_scale"  # what the name of the scales adds to that of the codes
 SCALE_DTYPE = "float16"
-CODES, SCALES = "codes", "scales"  # the parts of a narrow weight
-ABSMAX, LEAST_SQUARES = "absmax", "least_squares"
-METHODS = (ABSMAX, LEAST_SQUARES)
+CODES: Literal["codes"] = "codes"
+SCALES: Literal["scales"] = "scales"
+ABSMAX, LEAST_SQUARES = "absmax", "least_squares"  # methods that find scales
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,33 @@ class Narrow:
         """Of this part of a weight [.., N, K]."""
         each = FORMATS[self.format].packed if self.part == CODES else self.group
         return (*whole[:-1], whole[-1] // each)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Weights whose name `pattern` matches, as fnmatch does, are stored in this format."""
+
+    pattern: str
+    format: Literal["int8", "int4"]
+    group: int
+    method: Literal["absmax", "least_squares"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What an export narrows: of a weight's rules the first that matches holds. `name` is a preset's, or a file's."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    is_preset: bool = True
+
+
+PRESETS = {
+    made.name: made
+    for made in (
+        Quantization("int8", (Rule("*", "int8", GROUP, "absmax"),)),
+        Quantization(
+            "int4", (Rule("*.mlp.experts.*", "int4", GROUP, "least_squares"), Rule("*", "int8", GROUP, "absmax"))
+        ),
+    )
+}

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from deepseek_trt.export.bundle.graph import DOMAIN
-from deepseek_trt.export.ops import LINEAR_NARROW, MOE_EXPERTS_NARROW
 from deepseek_trt.export.ops.functions import function_from_spec
+from deepseek_trt.export.ops.linear_narrow import LINEAR_NARROW
+from deepseek_trt.export.ops.moe_experts_narrow import MOE_EXPERTS_NARROW
 from deepseek_trt.export.ops.spec import OPSET, OpSpec
 
 DTYPES = ("float32", "float16")
