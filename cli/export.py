@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     manifest = result.bundle.manifest
     for line in (*(f"note: {note}" for note in manifest.notes), *dropped_lines(manifest.dropped)):
         say(line)
-    tensors = len(manifest.weights)
+    tensors, narrow = len(manifest.weights), manifest.quantization
     facts = {"bundle": str(out), "fresh": result.fresh, "dtype": manifest.dtype, "tensors": tensors}
-    print_result(as_json, facts, f"{wrote(result.fresh, out)} ({manifest.dtype}, {tensors} tensors)")
+    facts["quantization"] = None if narrow is None else asdict(narrow)
+    kinds = manifest.dtype if narrow is None else f"{manifest.dtype}, {' and '.join(manifest.narrow_formats)}"
+    print_result(as_json, facts, f"{wrote(result.fresh, out)} ({kinds}, {tensors} tensors)")

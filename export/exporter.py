@@ -54,8 +54,8 @@ class ExportRequest:
 
     `checkpoint` is a folder, or a name on Hugging Face's hub that the local cache holds. `adapter` is a LoRA folder of
     peft to merge. allow_nonfinite goes on with weights that are NaN or infinite, allow_zeros with matrices and norms
-    of zeros alone; both make a note. `quantize` is what weights become narrow: "int8", "int4", or the path of a JSON file
-    of rules (docs/narrow.md). The options that Interface has too are explained there; all_logits is
+    of zeros alone; both make a note. `quantize` says what weights become narrow: "int8", "int4", or the path of a JSON
+    file of rules (docs/narrow.md). The options that Interface has too are explained there; all_logits is
     logits_to_keep 0.
     """
 

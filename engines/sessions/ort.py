@@ -89,8 +89,8 @@ def open_graph(
 
     Weights are read from the bundle's file, unless they are `given`, which ONNX Runtime copies, or `shared`, which it
     reads where they are: those must live as long as the session. A by-reference bundle has no file to read. `library`
-    holds operators that the model wants. `threads` 0 takes all processors. Of a narrow bundle nothing is folded, whatever
-    `memory` says: ONNX Runtime would widen all its weights. Raises BackendError where ONNX Runtime refuses.
+    holds operators that the model wants. `threads` 0 takes all processors. Of a narrow bundle nothing is folded,
+    whatever `memory` says: ONNX Runtime would widen all its weights. Raises BackendError where ONNX Runtime refuses.
     """
     if bundle.manifest.is_narrow:
         memory = dataclasses.replace(memory, folded=False)

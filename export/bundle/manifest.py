@@ -114,6 +114,11 @@ class Manifest:
         return self.quantization is not None
 
     @property
+    def narrow_formats(self) -> tuple[str, ...]:
+        """Of the weights that are codes and scales."""
+        return tuple(sorted({w.recipe.narrow.format for w in self.weights if w.recipe.narrow is not None}))
+
+    @property
     def parameters(self) -> int:
         """Numbers of the model in its graphs, however they are stored."""
         return sum(weight.recipe.numbers for weight in self.weights)

@@ -56,11 +56,43 @@ class NarrowWeights(ir.passes.InPlacePass):
             attributes = {"activation": node.attributes["activation"].as_string(), **attributes}
             self._put(model, node, MOE_EXPERTS_NARROW, inputs, attributes, None)
             return
+        if node.op_type == "Transpose":
+            self._replace_products(model, node, attributes)
+            return
         given = {name: attribute.value for name, attribute in node.attributes.items()}
-        assert (node.domain, node.op_type) == ("", "Gemm") and {**_GEMM, "transB": 0, **given} == _GEMM, node
+        assert (node.domain, node.op_type) == ("", "Gemm"), node
+        assert {**_GEMM, "transB": 0, **given} == _GEMM, node
         x, weight, *bias = node.inputs
         scales = model.graph.initializers[f"{_name(weight)}{SCALE}"]
         self._put(model, node, LINEAR_NARROW, [x, weight, scales], attributes, bias[0] if bias else None)
+
+    def _replace_products(self, model: ir.Model, transposed: ir.Node, attributes: dict[str, str | int]) -> None:
+        """MatMul of tokens [B, S, K] with the transposed weight: the tokens lie side by side for the op."""
+        weight = transposed.inputs[0]
+        assert weight is not None
+        for product in tuple(transposed.outputs[0].consumers()):
+            x = product.inputs[0]
+            assert product.op_type == "MatMul", product
+            assert x is not None, product
+            width = self._parts[_name(weight)].whole_shape[-1]
+            side_by_side = ir.node("Constant", [], {"value_ints": [-1, width]})
+            rows = ir.node("Reshape", [x, side_by_side.outputs[0]])
+            rest = ir.node("Constant", [], {"value_ints": [-1]})
+            leading = ir.node("Shape", [x], {"start": 0, "end": -1})
+            dims = ir.node("Concat", [leading.outputs[0], rest.outputs[0]], {"axis": 0})
+            rows.outputs[0].type = x.type
+            rows.outputs[0].shape = ir.Shape([None, width])
+            flat = ir.node("Gemm", [rows.outputs[0], weight], {"transB": 1}, name=product.name)
+            flat.outputs[0].type = product.outputs[0].type
+            back = ir.node("Reshape", [flat.outputs[0], dims.outputs[0]])
+            old, new = product.outputs[0], back.outputs[0]
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            model.graph.insert_after(product, [side_by_side, rows, flat, rest, leading, dims, back])
+            model.graph.remove(product, safe=True)
+            scales = model.graph.initializers[f"{_name(weight)}{SCALE}"]
+            self._put(model, flat, LINEAR_NARROW, [rows.outputs[0], weight, scales], attributes, None)
+        model.graph.remove(transposed, safe=True)
 
     def _put(
         self,
@@ -106,5 +138,6 @@ def _kind(recipe: Recipe) -> tuple[str, int]:
 
 
 def _name(value: ir.Value | None) -> str:
-    assert value is not None and value.name is not None
+    assert value is not None
+    assert value.name is not None
     return value.name

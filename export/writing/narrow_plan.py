@@ -39,7 +39,8 @@ def narrowed(plan: WeightPlan, quantization: Quantization) -> tuple[WeightPlan, 
     if not chosen:
         raise ConfigError(f"--quantize {shown(quantization.name)}: no weight has rows of a multiple of 32 numbers")
     recipes = tuple(part for recipe in plan.recipes for part in _parts(recipe, chosen.get(recipe.name)))
-    return dataclasses.replace(plan, recipes=recipes), tuple(_notes(quantization, chosen, left))
+    sizes = [sum(recipe.nbytes(plan.dtype) for recipe in some) for some in (plan.recipes, recipes)]
+    return dataclasses.replace(plan, recipes=recipes), tuple(_notes(quantization, chosen, left, sizes))
 
 
 def _rule_of(name: str, quantization: Quantization) -> Rule | None:
@@ -90,9 +91,10 @@ def _parts(recipe: Recipe, rule: Rule | None) -> tuple[Recipe, ...]:
     return (recipe,) if rule is None else narrow_pair(recipe, rule.format, rule.group, rule.method)
 
 
-def _notes(quantization: Quantization, chosen: Mapping[str, Rule], left: list[str]) -> Iterator[str]:
+def _notes(quantization: Quantization, chosen: Mapping[str, Rule], left: list[str], sizes: list[int]) -> Iterator[str]:
     counts = Counter((rule.format, rule.method) for rule in chosen.values())
     said = ", ".join(f"{count} weights in {kind} ({method})" for (kind, method), count in sorted(counts.items()))
-    yield f"--quantize {shown(quantization.name)}: {said}; {_WHOLE}"
+    whole, narrow = (f"{size / 1e9:,.3g} GB" for size in sizes)
+    yield f"--quantize {shown(quantization.name)}: {said}, {narrow} in place of {whole}; {_WHOLE}"
     if left:
         yield f"{len(left)} weights stay whole, as their rows are no multiple of 32 numbers: {some(left[:3])}"

@@ -15,6 +15,7 @@ import numpy as np
 from deepseek_trt.export.arrays import Array, Floats
 from deepseek_trt.export.bundle.narrow import ABSMAX, FORMATS, LEAST_SQUARES, Format, Narrow
 
+_NORMAL = np.finfo(np.float16).smallest_normal
 _BLOCK = 2048  # groups at a time: what a thread works on stays in its cache
 # By what the largest number of a group is divided to find scales that are tried.
 _DIVISORS = {"int4": tuple(7.0 + 0.3 * i for i in range(11)), "int8": (126.5, 127.0, 127.5)}
@@ -50,12 +51,20 @@ def _block(groups: Array, narrow: Narrow) -> Made:
     x = np.ascontiguousarray(groups.T, dtype=np.float32)  # [group, groups]: sums are of rows, in order
     kind = FORMATS[narrow.format]
     with np.errstate(over="ignore", invalid="ignore"):  # numbers that are none, or too large, are said by the caller
-        scales = _METHODS[narrow.method](x, kind).astype(np.float16)
+        scales = _rounded(_METHODS[narrow.method](x, kind))
         wide = scales.astype(np.float32)
         q = _codes(x, np.divide(1.0, wide, out=np.zeros_like(wide), where=wide != 0), kind)
         error = x - q * wide
         squares, errors = (float(np.einsum("ij,ij->", a, a, dtype=np.float64)) for a in (x, error))
         return Made(_packed(q, kind), scales, squares, errors)
+
+
+def _rounded(scales: Floats) -> Array:
+    """In float16; where that has few digits left, away from zero, as codes would not reach the largest number else."""
+    near = scales.astype(np.float16)
+    short = (np.abs(near) < _NORMAL) & (np.abs(near.astype(np.float32)) < np.abs(scales))
+    near[short] = np.nextafter(near[short], np.copysign(np.float16(np.inf), near[short]))
+    return near
 
 
 def _codes(x: Floats, inverse: Floats, kind: Format, out: Floats | None = None) -> Floats:
