@@ -7,7 +7,7 @@ from deepseek_trt.engines.sessions.torch import TorchSession, Weights
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.validate.backends.backends import BACKENDS, check_backend, make_reference
 from deepseek_trt.validate.backends.narrow_weights import reference_weights, with_strays
-from deepseek_trt.validate.backends.probes import GAP, PLACES, ROUTING, Probes
+from deepseek_trt.validate.backends.probes import GAP, PLACES, ROUTING
 from deepseek_trt.validate.backends.published_weights import published_weights
 from deepseek_trt.validate.backends.sessions import SessionStepper
 from deepseek_trt.validate.backends.torch import StreamedTorchSession
@@ -97,8 +97,8 @@ class _Runs:
         self._progress("measuring what narrow weights cost")
         side = Side(
             "narrow",
-            lambda seen: SessionStepper(self.reference, TorchWatcher(seen, Probes())),
-            lambda follower: SessionStepper(whole, follower),
+            lambda seen: SessionStepper(self.reference, TorchWatcher(seen)),
+            lambda follower: SessionStepper(whole, TorchWatcher(follower.probes)),  # which follows no choices
         )
         manifest = self._session.bundle.manifest
         (pair,) = compare([side], self._whole, manifest.model, ("hidden", *ROUTING))
