@@ -46,8 +46,9 @@ class NarrowReference:
             return self.others(name)
         with safe_open(str(self.file), framework="pt") as file:
             codes, scales = file.get_tensor(name), file.get_tensor(f"{name}_scale")
-        numbers = codes.float() if self.formats[name] == "int8" else _of_nibbles(codes)
-        return numbers * scales.float().repeat_interleave(32, dim=-1)
+        numbers: Tensor = codes.float() if self.formats[name] == "int8" else _of_nibbles(codes)
+        steps: Tensor = scales.float().repeat_interleave(32, dim=-1)
+        return numbers * steps
 
     def strays(self, published: PublishedWeights, wanted: Callable[[str], bool]) -> Iterator[tuple[str, float]]:
         """Narrow weights that are not those of the checkpoint, and how far they are off, relative to the weight."""
