@@ -120,7 +120,7 @@ class Manifest:
 
     @property
     def narrow_nodes(self) -> int:
-        """Nodes of each graph that take narrow weights: a linear layer one, the three stacks of a layer's experts one."""
+        """Nodes of each graph that take narrow weights: one a linear layer, one a layer of experts."""
         names = [w.recipe.name for w in self.weights if w.recipe.narrow is not None and not w.recipe.is_scales]
         stacks = sum(EXPERTS in name for name in names)
         return len(names) - stacks + stacks // 3
