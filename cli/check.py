@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,6 +27,7 @@ _MEANING = (
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the export.  [default: the checkpoint's]")
 @click.option("--task", type=click.Choice(TASKS), help="Of the export.  [default: what the checkpoint is for]")
+@click.option("--quantize", metavar="int8|int4|FILE", help="What the export is to narrow.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA folder that the export is to merge.")
 @click.option(
     "--gpu-memory",
@@ -35,9 +37,7 @@ _MEANING = (
     help="GiB of the GPU it is to run on.",
 )
 @output_options()
-def command(
-    checkpoint: Path, dtype: str | None, task: str | None, adapter: Path | None, gpu_memory: float, as_json: bool
-) -> None:
+def command(checkpoint: Path, gpu_memory: float, as_json: bool, **options: Any) -> None:
     """Read config.json and the shards' headers of CHECKPOINT: what the model is, what each step needs, what is refused.
 
     CHECKPOINT is a folder, or a name on Hugging Face's hub that its cache on this machine holds.
@@ -46,7 +46,7 @@ def command(
 
     Example: deepseek-trt check ./DeepSeek-V2-Lite --gpu-memory 24
     """
-    result = survey(checkpoint, dtype, int(gpu_memory * GIB), task, adapter)
+    result = survey(checkpoint, gpu_bytes=int(gpu_memory * GIB), **options)
     if as_json:
         print_json(result.to_dict())
     elif result.facts is not None:

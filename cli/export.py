@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from deepseek_trt.cli.printing.output import dropped_lines, output_options, prin
 from deepseek_trt.export.bundle.interface import IOS, NATIVE, TASKS
 from deepseek_trt.export.config.model_config import DTYPES
 
+QUANTIZE_HELP = "Store weights in narrow formats: a preset, or a JSON file of rules (docs/narrow.md)."
 KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [default: 1]"
 
 
@@ -28,6 +30,7 @@ KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [defa
 @click.option("--logits-to-keep", type=click.IntRange(0, MOST), help=KEEP_HELP)
 @click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA folder of peft to merge into the weights.")
+@click.option("--quantize", metavar="int8|int4|FILE", help=QUANTIZE_HELP)
 @click.option("--num-layers", type=COUNT, help="Export so many of the first layers alone, to debug.  [default: all]")
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite; a note says which.")
 @click.option("--allow-zeros", is_flag=True, help="Go on where matrices or norms are zeros alone; a note says which.")
@@ -38,6 +41,8 @@ def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     CHECKPOINT is a folder, or a name on Hugging Face's hub that its cache on this machine holds.
 
     Example: deepseek-trt export ./DeepSeek-V2-Lite ./v2-lite --dtype bfloat16
+
+    Example: deepseek-trt export ./DeepSeek-V2-Lite ./v2-lite-int4 --quantize int4
     """
     from deepseek_trt.cli.printing.progress import export_reporter
     from deepseek_trt.export.exporter import ExportRequest, export_bundle
@@ -47,6 +52,8 @@ def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     manifest = result.bundle.manifest
     for line in (*(f"note: {note}" for note in manifest.notes), *dropped_lines(manifest.dropped)):
         say(line)
-    tensors = len(manifest.weights)
+    tensors, narrow = len(manifest.weights), manifest.quantization
     facts = {"bundle": str(out), "fresh": result.fresh, "dtype": manifest.dtype, "tensors": tensors}
-    print_result(as_json, facts, f"{wrote(result.fresh, out)} ({manifest.dtype}, {tensors} tensors)")
+    facts["quantization"] = None if narrow is None else asdict(narrow)
+    kinds = manifest.dtype if narrow is None else f"{manifest.dtype}, {' and '.join(manifest.narrow_formats)}"
+    print_result(as_json, facts, f"{wrote(result.fresh, out)} ({kinds}, {tensors} tensors)")

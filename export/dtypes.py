@@ -28,6 +28,8 @@ _DTYPES = {
         Dtype("bfloat16", 2, 16, "BF16", "float32"),
         Dtype("int64", 8, 7, "I64", "int64"),
         Dtype("int32", 4, 6, "I32", "int32"),
+        Dtype("int8", 1, 3, "I8", "int8"),
+        Dtype("uint8", 1, 2, "U8", "uint8"),
     )
 }
 # Half the distance from 1 to the next larger number.

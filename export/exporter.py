@@ -29,6 +29,7 @@ from deepseek_trt.export.bundle.proof import remember_weights
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256, stream_sha256
+from deepseek_trt.export.passes.narrow import NarrowWeights
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
@@ -38,8 +39,9 @@ from deepseek_trt.export.writing.carried_files import carried_digests, carry_fil
 from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
 from deepseek_trt.export.writing.partial import check_out, finish, partial_folder
 from deepseek_trt.export.writing.transformers_files import write_export_json
-from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, WrittenTensor, write_weights
+from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, write_weights
 from deepseek_trt.export.writing.working import remove_leftover
+from deepseek_trt.export.writing.written import WrittenTensor
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
 _UNREAD = "the weights' numbers were not read: validate looks for NaN, infinities and tensors of zeros"
@@ -52,7 +54,8 @@ class ExportRequest:
 
     `checkpoint` is a folder, or a name on Hugging Face's hub that the local cache holds. `adapter` is a LoRA folder of
     peft to merge. allow_nonfinite goes on with weights that are NaN or infinite, allow_zeros with matrices and norms
-    of zeros alone; both make a note. The options that Interface has too are explained there; all_logits is
+    of zeros alone; both make a note. `quantize` says what weights become narrow: "int8", "int4", or the path of a JSON
+    file of rules (docs/narrow.md). The options that Interface has too are explained there; all_logits is
     logits_to_keep 0.
     """
 
@@ -72,6 +75,7 @@ class ExportRequest:
     adapter: Path | None = None
     allow_nonfinite: bool = False
     allow_zeros: bool = False
+    quantize: str | None = None
 
     @property
     def allowed(self) -> Allowed:
@@ -161,8 +165,12 @@ def _plan(request: ExportRequest) -> _Job:
     request = dataclasses.replace(request, checkpoint=checkpoint_folder(request.checkpoint))
     if request.by_reference and request.allowed != Allowed():
         raise ConfigError("--by-reference reads no numbers: leave out --allow-nonfinite and --allow-zeros")
+    if request.by_reference and request.quantize is not None:
+        raise ConfigError("--quantize writes numbers of its own: leave out --by-reference")
+    if request.allow_nonfinite and request.quantize is not None:
+        raise ConfigError("--quantize has no codes for NaN and infinities: leave out --allow-nonfinite")
     wanted = request.interface if request.task is None else request.interface(request.task)
-    source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter)
+    source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter, request.quantize)
     dtype = export_dtype(source, request.dtype, request.by_reference)
     adapter = _record(source.adapter) if source.adapter else None
     return _Job(request, source, dtype, adapter, _fingerprint(request, source, dtype, adapter))
@@ -184,7 +192,7 @@ def _record(adapter: Adapter) -> AdapterRecord:
 def _fingerprint(request: ExportRequest, source: Source, dtype: str, adapter: AdapterRecord | None) -> str:
     """The sha256 of everything that decides what the bundle holds."""
     options = (source.interface, dtype, request.by_reference, request.num_layers, request.page_size)
-    facts = [repr((options, adapter, request.allowed)), importlib.metadata.version("deepseek-trt")]
+    facts = [repr((options, adapter, request.allowed, source.quantization)), importlib.metadata.version("deepseek-trt")]
     facts.append(str(request.checkpoint.resolve()))
     facts += [repr(file) for file in _sources(source.checkpoint)]
     facts += [repr(file) for file in carried_digests(request.checkpoint)]
@@ -243,6 +251,8 @@ def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ..
 
     source, places = job.source, {w.name: (w.offset, w.nbytes) for w in written}
     model = trace(source.config, graph, job.dtype, source.interface, source.num_labels)
+    if source.quantization is not None:
+        NarrowWeights(source.plan.recipes)(model)
     for recipe in source.plan.recipes:
         offset, nbytes = places.get(recipe.name, (None, None))
         model.graph.initializers[recipe.name].const_value = ir.ExternalTensor(
@@ -287,6 +297,7 @@ def _manifest(job: _Job, written: tuple[WrittenTensor, ...], seen: tuple[str, ..
         notes=source.notes + seen,
         classifier=source.classifier,
         adapter=job.adapter,
+        quantization=source.quantization,
         weights_file=None if job.request.by_reference else _weights_file(folder / WEIGHTS_FILE, written),
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
         files={p.relative_to(folder).as_posix(): file_sha256(p) for p in files},

@@ -27,6 +27,14 @@ def read_object(path: Path, error: Errors = ConfigError, most: int = _MAX_BYTES,
 
 def object_of(data: bytes, path: Path, error: Errors = ConfigError, nan: bool = False) -> dict[str, Any]:
     """The object that the bytes of the file at `path` hold, read as strictly."""
+    raw = value_of(data, path, error, nan)
+    if not isinstance(raw, dict):
+        raise error(f"{path} does not hold an object; download it again")
+    return raw
+
+
+def value_of(data: bytes, path: Path, error: Errors = ConfigError, nan: bool = False) -> Any:
+    """Whatever the bytes hold, read as strictly."""
 
     def refuse(constant: str) -> NoReturn:
         raise error(f"{path} holds {constant}, which is no JSON: write a number or leave the key out")
@@ -48,8 +56,6 @@ def object_of(data: bytes, path: Path, error: Errors = ConfigError, nan: bool = 
         raise error(f"{path} is not JSON ({wrong}); download it again") from None
     except RecursionError:
         raise error(f"{path} is nested too deeply; download it again") from None
-    if not isinstance(raw, dict):
-        raise error(f"{path} does not hold an object; download it again")
     if _depth(raw) > _MAX_DEPTH:
         raise error(f"{path} is nested deeper than {_MAX_DEPTH} levels; download it again")
     return raw

@@ -55,8 +55,9 @@ def generate_by_reference(
 
 def generate_torch(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
     """Eager torch in float32; the largest tensor is there in both dtypes while it is converted."""
-    weights = 4 * sum(recipe.size for recipe in recipes)
-    converted = 0 if dtype == "float32" else max(recipe.nbytes(dtype) for recipe in recipes)
+    weights = 4 * sum(recipe.numbers for recipe in recipes)
+    read = [recipe.nbytes(dtype) for recipe in recipes if dtype != "float32" or recipe.narrow is not None]
+    converted = max(read, default=0)
     working = max(converted, _activations(config)) + _cache(config, "float32")
     return Footprint(_TORCH + weights + working, _TORCH_FILES)
 

@@ -81,6 +81,11 @@ class Tally:
             self._seen[name] = self._seen.get(name, Numbers(name)) + more
 
     @property
+    def is_finite(self) -> bool:
+        """Whether all numbers so far were."""
+        return not any(numbers.nonfinite for numbers in self._seen.values())
+
+    @property
     def odd(self) -> tuple[Numbers, ...]:
         """The tensors of which something is to be said."""
         return tuple(self._seen.values())

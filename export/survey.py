@@ -11,6 +11,7 @@ from typing import Any
 from deepseek_trt.export.bundle.assemble import one_run
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
+from deepseek_trt.export.bundle.narrow import NO_NARROW_ENGINES
 from deepseek_trt.export.bundle.recipes import Dropped, too_large_for_tensorrt
 from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
@@ -112,16 +113,17 @@ def survey(
     gpu_bytes: int = 80 * GIB,
     task: str | None = None,
     adapter: Path | None = None,
+    quantize: str | None = None,
 ) -> Survey:
     """Look at a checkpoint: a folder, or a name that Hugging Face's cache holds.
 
-    `dtype` and `task` are the export's, None for the checkpoint's own. Raises CheckpointError or ConfigError only where
-    there is no config.json or no checkpoint to look at.
+    `dtype`, `task` and `quantize` are the export's, None for the checkpoint's own. Raises CheckpointError or
+    ConfigError only where there is no config.json or no checkpoint to look at.
     """
     checkpoint = checkpoint_folder(checkpoint)
     interface = Interface(task, cache=task != CLASSIFICATION) if task else None
     try:
-        source = read_source(checkpoint, interface, adapter=adapter)
+        source = read_source(checkpoint, interface, adapter=adapter, quantize=quantize)
     except (ConfigError, CheckpointError) as error:
         if not (checkpoint / CONFIG_FILE).is_file():
             raise
@@ -142,7 +144,7 @@ def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
     config, plan, files = source.config, source.plan, source.checkpoint
     cache = CacheSpec.of(config, dtype)
     weights = sum(recipe.nbytes(dtype) for recipe in plan.recipes)
-    parameters = sum(recipe.size for recipe in plan.recipes)
+    parameters = sum(recipe.numbers for recipe in plan.recipes)
     return Facts(
         config=config,
         task=source.interface.task,
@@ -163,7 +165,7 @@ def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
 
 def _active(config: ModelConfig, plan: WeightPlan, parameters: int) -> int:
     """Parameters that one token meets: without the experts that it is not routed to, and without the embedding."""
-    experts = sum(r.size for r in plan.recipes if ".mlp.experts." in r.name)
+    experts = sum(r.numbers for r in plan.recipes if ".mlp.experts." in r.name)
     idle = experts - experts * config.num_experts_per_tok // config.n_routed_experts if experts else 0
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return parameters - idle - embedding
@@ -176,7 +178,7 @@ def _expanded(config: ModelConfig, dtype: str) -> int:
 
 
 def _needs(source: Source, weights: int, dtype: str) -> tuple[Need, ...]:
-    refers = source.adapter is None and dtype == source.plan.dtype
+    refers = source.adapter is None and dtype == source.plan.dtype and source.quantization is None
     generates = source.interface.task == GENERATION
     return (
         Need("export", weights + _GRAPH_DISK, _EXPORT_MEMORY),
@@ -202,11 +204,13 @@ def _generating(source: Source, dtype: str, refers: bool) -> Iterator[Need]:
         made = [recipe for recipe in recipes if one_run(recipe, tensors, recipe.dtype(dtype)) is None]
         assembled = sum(recipe.nbytes(dtype) for recipe in made)
         yield need("by reference", generate_by_reference(config, dtype, recipes, made), assembled)
-    yield need("--backend torch", generate_torch(config, dtype, recipes), 4 * sum(r.size for r in recipes))
+    yield need("--backend torch", generate_torch(config, dtype, recipes), 4 * sum(r.numbers for r in recipes))
 
 
 def _no_engines(source: Source) -> str:
     """Why no TensorRT engine can be made of it, or nothing."""
+    if source.quantization is not None:
+        return NO_NARROW_ENGINES
     large = too_large_for_tensorrt(source.plan.recipes)
     held = f"{large[0].name} holds {large[0].size:,} numbers, TensorRT takes less than 2^31" if large else ""
     return "; ".join(filter(None, (without_kernel(source.config), held)))

@@ -159,9 +159,12 @@ def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
     types = {"int": kinds.INT, "float": kinds.FLOAT, "string": kinds.STRING}
     floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
+    names = {"float32": "tensor(float)", "float16": "tensor(float16)", "int32": "tensor(int32)"}
+
     def formal(arg: Any) -> onnx.defs.OpSchema.FormalParameter:
-        name = {"T": "T", "float32": "tensor(float)", "int32": "tensor(int32)"}[arg.dtype]
-        return onnx.defs.OpSchema.FormalParameter(arg.name, name, arg.doc)
+        return onnx.defs.OpSchema.FormalParameter(arg.name, names.get(arg.dtype, arg.dtype), arg.doc)
+
+    codes = [("codes", ["tensor(int8)", "tensor(uint8)"], "the format's")]
 
     return onnx.defs.OpSchema(
         spec.name,
@@ -170,6 +173,9 @@ def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
         spec.doc,
         inputs=[formal(i) for i in spec.inputs],
         outputs=[formal(o) for o in spec.outputs],
-        type_constraints=[("T", floats, "the model's dtype")],
+        type_constraints=[
+            ("T", floats, "the model's dtype"),
+            *(codes if any(i.dtype == "codes" for i in spec.inputs) else []),
+        ],
         attributes=[onnx.defs.OpSchema.Attribute(a.name, types[a.type], a.doc, required=True) for a in spec.attributes],
     )

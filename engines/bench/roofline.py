@@ -52,5 +52,6 @@ def _is_table(weight: WeightRecord, model: ModelConfig) -> bool:
 
 
 def _nbytes(weight: WeightRecord, dtype: str) -> int:
-    """Tensors that are float32 in any model stay so."""
-    return weight.recipe.size * dtype_bytes("float32" if weight.dtype == "float32" else dtype)
+    """Tensors that are float32 in any model stay so, and narrow ones are read as they are stored."""
+    kept = weight.dtype == "float32" or weight.recipe.narrow is not None
+    return weight.recipe.size * dtype_bytes(weight.dtype if kept else dtype)

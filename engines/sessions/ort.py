@@ -25,9 +25,11 @@ from deepseek_trt.export.bundle.graph import GraphSpec, past_name, present_name
 from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BackendError, BundleError
+from deepseek_trt.export.text.wording import some
 from deepseek_trt.export.writing.working import scratch_folder
 from deepseek_trt.plugins.cpu.library import CpuLibrary, ExpertsHit, cpu_library, experts_hit_counter
 
+ROUNDED = "tokens in 16 bits where weights are narrow"
 LIBRARIES = "install the CUDA and cuDNN that this ONNX Runtime names in its documentation, or use --backend tensorrt"
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -88,9 +90,12 @@ def open_graph(
 
     Weights are read from the bundle's file, unless they are `given`, which ONNX Runtime copies, or `shared`, which it
     reads where they are: those must live as long as the session. A by-reference bundle has no file to read. `library`
-    holds operators that the model wants. `threads` 0 takes all processors. Raises BackendError where ONNX Runtime
-    refuses.
+    holds operators that the model wants. `threads` 0 takes all processors. Of a narrow bundle nothing is folded
+    whatever `memory` says, and as exported nothing kept: all weights would be there widened. Raises BackendError where
+    ONNX Runtime refuses.
     """
+    if bundle.manifest.is_narrow:
+        memory = dataclasses.replace(memory, folded=False, arena=memory.arena and library is not None)
     model = bundle.graph_bytes(graph) if model is None else model
     bundle.prove_weights()  # ONNX Runtime reads the file by itself
     if bundle.manifest.by_reference and given is None:
@@ -200,8 +205,16 @@ class OrtSession(_BoundSession):
         narrow = library.path is not None and not opened["decode"][1]  # compiled operators widen numbers as they go
         self._weights_dtype = bundle.manifest.dtype if narrow else self.cache.dtype
         left = [name for _, names in opened.values() for name in names]
-        as_exported = f"as exported, not compiled: {', '.join(left)}" if left else ""
-        self.note = "; ".join(filter(None, (widening_note(bundle.manifest.dtype), as_exported, library.reason)))
+        narrow_left = {name for name in left if "Narrow" in name}
+        self.rounds_tokens = library.path is not None and len(narrow_left) < bundle.manifest.narrow_nodes
+        as_exported = f"as exported, not compiled: {some(left)}" if left else ""
+        words = (
+            widening_note(bundle.manifest.dtype),
+            ROUNDED if self.rounds_tokens else "",
+            as_exported,
+            library.reason,
+        )
+        self.note = "; ".join(filter(None, words))
         self._arrays = [zeros(self._shape, self._dtype) for _ in range(self.cache.layers)]
         self._bind(bundle, graphs, [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays])
 
@@ -221,6 +234,7 @@ class OrtSession(_BoundSession):
             return open_graph(bundle, name, threads, shared=self._weights, memory=memory), []
         ctypes.CDLL(str(self.library)).deepseek_trt_cpu_threads(self.threads)
         model, left = fused_graph(bundle, name)
+        memory = LEAN if left and bundle.manifest.is_narrow else memory
         graph = open_graph(
             bundle,
             name,

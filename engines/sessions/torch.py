@@ -65,8 +65,8 @@ def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | No
         _check_memory(bundle, dtype)
     rope = type(model.model.rope)(bundle.manifest.model)  # its frequencies are computed, not loaded
     weights, state = weights or bundle_weights(bundle), {}
-    for record in bundle.manifest.weights:
-        tensor, stays = weights(record.recipe.name), record.dtype != bundle.manifest.dtype  # float32 in any model
+    for record in (w for w in bundle.manifest.weights if not w.recipe.is_scales):
+        tensor, stays = weights(record.recipe.name), record.recipe.dtype("") == "float32"  # in any model
         state[record.recipe.name] = tensor if stays else tensor.to(getattr(torch, dtype))
     model.load_state_dict(state, strict=True, assign=True)
     model.model.rope = rope
@@ -77,16 +77,16 @@ def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | No
 def _check_memory(bundle: Bundle, dtype: str) -> None:
     """BackendError where the parameters do not fit into memory."""
     check_memory(
-        sum(weight.recipe.size for weight in bundle.manifest.weights) * dtype_bytes(dtype),
+        bundle.manifest.parameters * dtype_bytes(dtype),
         f"torch holds all parameters of {bundle.path} in {dtype}, which takes",
         "use --backend ort, which maps weights that do not fit, or a machine with more memory",
     )
 
 
 def bundle_weights(bundle: Bundle) -> Weights:
-    """The bundle's own weights, each read when it is asked for, in the dtype of its record."""
+    """The bundle's own weights, each read when it is asked for, in the dtype of its record; narrow ones in float32."""
     reader = WeightReader(bundle)
-    return lambda name: as_tensor(reader.array(name))
+    return lambda name: as_tensor(reader.numbers(name))
 
 
 def as_tensor(array: Array) -> torch.Tensor:

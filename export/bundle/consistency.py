@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION
 from deepseek_trt.export.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, WeightRecord
-from deepseek_trt.export.bundle.recipes import Piece
+from deepseek_trt.export.bundle.narrow import CODES, FORMATS, GROUP, Quantization
+from deepseek_trt.export.bundle.recipes import Piece, Recipe, narrow_pair
 from deepseek_trt.export.config.family import ACTIVATIONS, DTYPES, TOPK_METHODS
 from deepseek_trt.export.config.keys import KEYS
 from deepseek_trt.export.config.model_config import ModelConfig
@@ -25,6 +27,7 @@ from deepseek_trt.export.trust.real_files import flaw_of_name
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_NUMBERS = 2**48  # of one tensor
 _CHOICES = {"hidden_act": ACTIVATIONS, "topk_method": tuple(TOPK_METHODS), "dtype": DTYPES}
+_NONE = Quantization("", ())
 _LISTED_APART = (MANIFEST_FILE, WEIGHTS_FILE)
 
 
@@ -132,15 +135,45 @@ def _flaws_of_weights(manifest: Manifest) -> Iterator[str]:
         if flaw:
             yield f"weights: {record.recipe.name!r} {flaw}"
         seen.add(record.recipe.name)
+    yield from _flaws_of_narrow(manifest)
+
+
+def _flaws_of_narrow(manifest: Manifest) -> Iterator[str]:
+    """Codes and scales come in pairs that fit, of a kind that the quantization names."""
+    recipes = [weight.recipe for weight in manifest.weights if weight.recipe.narrow is not None]
+    kinds = {(rule.format, rule.group, rule.method) for rule in (manifest.quantization or _NONE).rules}
+    if (manifest.quantization is None) == bool(recipes) or (recipes and manifest.by_reference):
+        yield "quantization does not belong to the weights"
+        return
+    for scales, codes in zip(recipes[::2], recipes[1::2], strict=False):
+        a, b = scales.narrow, codes.narrow
+        if a is None or b is None or (a.format, a.group, a.method) not in kinds or b != replace(a, part=CODES):
+            yield f"weights: {codes.name!r} is narrow in a way that quantization does not name"
+        elif a.format not in FORMATS or a.group != GROUP or not _are_pair(scales, codes):
+            yield f"weights: {codes.name!r} and {scales.name!r} do not fit together"
+    if len(recipes) % 2:
+        yield f"weights: {recipes[-1].name!r} lacks its other part"
+
+
+def _are_pair(scales: Recipe, codes: Recipe) -> bool:
+    whole = replace(codes, shape=codes.whole_shape)
+    return scales.is_scales and narrow_pair(whole, *_kind(codes)) == (scales, codes)
+
+
+def _kind(recipe: Recipe) -> tuple[str, int, str]:
+    assert recipe.narrow is not None
+    return recipe.narrow.format, recipe.narrow.group, recipe.narrow.method
 
 
 def _flaw_of_weight(record: WeightRecord, manifest: Manifest) -> str:
     recipe = record.recipe
+    if recipe.narrow is not None and recipe.narrow.format not in FORMATS:
+        return f"has the format {recipe.narrow.format!r}"
     if min(recipe.shape, default=1) < 1 or recipe.size > _MOST_NUMBERS:
         return f"has the shape {list(recipe.shape)}"
     if record.dtype != recipe.dtype(manifest.dtype):
         return f"has the dtype {record.dtype!r} in a bundle of {manifest.dtype}"
-    if not recipe.pieces or not all(map(_is_sane, recipe.pieces)):
+    if bool(recipe.pieces) == recipe.is_scales or not all(map(_is_sane, recipe.pieces)):
         return "has a piece that is none"
     if manifest.by_reference != (record.sha256 is None):
         return "has a sha256 in a bundle that refers to its checkpoint, or none in one that does not"

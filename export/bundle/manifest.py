@@ -15,8 +15,10 @@ from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec
 from deepseek_trt.export.bundle.interface import Interface
-from deepseek_trt.export.bundle.recipes import Dropped, Recipe
+from deepseek_trt.export.bundle.narrow import Quantization
+from deepseek_trt.export.bundle.recipes import EXPERTS, Dropped, Recipe
 from deepseek_trt.export.config.model_config import ModelConfig
+from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.files import stream_sha256
 from deepseek_trt.export.reading.classifier import Classifier
@@ -27,7 +29,7 @@ from deepseek_trt.export.writing.working import aside
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _OWN = "sha256"  # the key of the manifest's own
 
 
@@ -96,6 +98,7 @@ class Manifest:
     versions: dict[str, str]
     classifier: Classifier | None = None  # of the task text-classification
     adapter: AdapterRecord | None = None
+    quantization: Quantization | None = None  # what made weights narrow
     weights_file: WeightsFile | None = None  # None where the bundle refers to the checkpoint
     files: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
@@ -104,6 +107,33 @@ class Manifest:
     @property
     def task(self) -> str:
         return self.interface.task
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weights are codes and scales."""
+        return self.quantization is not None
+
+    @property
+    def narrow_formats(self) -> tuple[str, ...]:
+        """Of the weights that are codes and scales."""
+        return tuple(sorted({w.recipe.narrow.format for w in self.weights if w.recipe.narrow is not None}))
+
+    @property
+    def narrow_nodes(self) -> int:
+        """Nodes of each graph that take narrow weights: one a linear layer, one a layer of experts."""
+        names = [w.recipe.name for w in self.weights if w.recipe.narrow is not None and not w.recipe.is_scales]
+        stacks = sum(EXPERTS in name for name in names)
+        return len(names) - stacks + stacks // 3
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model in its graphs, however they are stored."""
+        return sum(weight.recipe.numbers for weight in self.weights)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes that the weights would take if none were narrow."""
+        return sum(w.recipe.numbers * dtype_bytes(self.dtype if w.recipe.narrow else w.dtype) for w in self.weights)
 
     @property
     def all_logits(self) -> bool:

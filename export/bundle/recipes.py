@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from deepseek_trt.export.bundle.narrow import CODES, SCALE, SCALES, Narrow
 from deepseek_trt.export.config.limits import TENSORRT_MOST_NUMBERS
 from deepseek_trt.export.dtypes import dtype_bytes
 
@@ -51,23 +52,54 @@ class Piece:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One graph tensor: its name, its shape, and the pieces that lie one after the other in it."""
+    """One graph tensor: its name, its shape, and the pieces that lie one after the other in it.
+
+    Where it is part of a narrow weight, `narrow` says which: codes are made of the pieces, and scales with them.
+    """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    narrow: Narrow | None = None
 
     def dtype(self, model: str) -> str:
         """The dtype that graphs of a `model` dtype hold this tensor in."""
+        if self.narrow is not None:
+            return self.narrow.dtype
         return "float32" if self.name.endswith(CORRECTION_BIAS) else model
 
     @property
     def size(self) -> int:
+        """Elements as they are stored."""
         return math.prod(self.shape)
+
+    @property
+    def numbers(self) -> int:
+        """Of the model's numbers, those that it holds."""
+        return self.size * (1 if self.narrow is None else self.narrow.numbers)
+
+    @property
+    def is_scales(self) -> bool:
+        return self.narrow is not None and self.narrow.part == SCALES
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape of the weight that codes are of; of any other tensor its own."""
+        each = 1 if self.narrow is None or self.is_scales else self.narrow.numbers
+        return (*self.shape[:-1], self.shape[-1] * each)
 
     def nbytes(self, model: str) -> int:
         """Bytes of this tensor in graphs of a `model` dtype."""
         return self.size * dtype_bytes(self.dtype(model))
+
+
+def narrow_pair(whole: Recipe, format: str, group: int, method: str) -> tuple[Recipe, Recipe]:
+    """The scales and the codes that take the place of a weight, in the order in which files hold them."""
+    scales, codes = (Narrow(format, group, method, part) for part in (SCALES, CODES))
+    return (
+        Recipe(f"{whole.name}{SCALE}", scales.shape(whole.shape), (), scales),
+        Recipe(whole.name, codes.shape(whole.shape), whole.pieces, codes),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ import numpy.typing as npt
 from deepseek_trt.export.arrays import Array, Arrays, numpy_dtype
 from deepseek_trt.export.bundle.assemble import assemble, one_run
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
+from deepseek_trt.export.bundle.narrow import SCALE
 from deepseek_trt.export.bundle.proof import Progress, no_progress, stored_weights
 from deepseek_trt.export.bundle.recipes import Piece
+from deepseek_trt.export.bundle.widened import widened
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.files import stream_sha256
@@ -81,6 +83,18 @@ class WeightReader:
             return own.astype(numpy_dtype(dtype or record.dtype), copy=False)
         stored = self.read(name, np.empty(self.nbytes(name), dtype=np.uint8), offset)
         return stored.astype(numpy_dtype(dtype or record.dtype), copy=False)
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the model's weights: all but scales."""
+        return tuple(name for name, record in self.records.items() if not record.recipe.is_scales)
+
+    def numbers(self, name: str) -> Array:
+        """The weight in memory of its own, in the dtype of its record; a narrow one widened to float32, exactly."""
+        narrow = self.records[name].recipe.narrow
+        if narrow is None:
+            return self.array(name)
+        return widened(self.array(name), self.array(f"{name}{SCALE}"), narrow)
 
     def read(self, name: str, into: Bytes, offset: int | None = None) -> Array:
         """Fill `into` [nbytes] with the tensor; gives it with the tensor's dtype and shape."""

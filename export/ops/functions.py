@@ -14,8 +14,11 @@ from deepseek_trt.export.bundle.graph import DOMAIN
 from deepseek_trt.export.ops.spec import OPSET, OpSpec
 
 
-def function_from_spec(spec: OpSpec, attributes: Mapping[str, Any]) -> ir.Function:
-    """The op's body for these attribute values, declaring them so that a plugin sees them on the node."""
+def function_from_spec(spec: OpSpec, attributes: Mapping[str, Any], overload: str = "") -> ir.Function:
+    """The op's body for these attribute values, declaring them so that a plugin sees them on the node.
+
+    `overload` tells bodies apart where a graph has nodes of several.
+    """
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
         f"{spec.name} <{', '.join(a.name for a in spec.attributes)}>"
@@ -23,7 +26,7 @@ def function_from_spec(spec: OpSpec, attributes: Mapping[str, Any]) -> ir.Functi
         f"{{{spec.body(attributes)}}}"
     )
     proto = onnx.parser.parse_function(text)
-    proto.doc_string = spec.doc
+    proto.doc_string, proto.overload = spec.doc, overload
     return ir.serde.deserialize_function(proto)
 
 

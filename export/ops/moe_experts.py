@@ -40,7 +40,12 @@ def _fake(hidden: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(hidden)
 
 
-def _body(attributes: Mapping[str, Any]) -> str:
+def body(activation: str, hidden: str, picked: str) -> str:
+    """The loop over the experts that were chosen.
+
+    `hidden` is the value that an expert's tokens are taken from, of the dtype that is computed in; `picked` makes
+    w_gate, w_up and w_down of `expert`.
+    """
     return f"""
     everything = Constant <value_ints = [-1]> ()
     last_axis = Constant <value_ints = [-1]> ()
@@ -63,13 +68,11 @@ def _body(attributes: Mapping[str, Any]) -> str:
         places = Transpose <perm = [1, 0]> (where)
         share = GatherND (weights, places)
         share_column = Unsqueeze (share, last_axis)
-        x = Gather <axis = 0> (hidden, tokens)
-        w_gate = Gather <axis = 0> (gate_proj, expert)
-        w_up = Gather <axis = 0> (up_proj, expert)
-        w_down = Gather <axis = 0> (down_proj, expert)
+        x = Gather <axis = 0> ({hidden}, tokens)
+        {picked}
         gate = Gemm <transB = 1> (x, w_gate)
         up = Gemm <transB = 1> (x, w_up)
-        {ACTIVATION_BODIES[attributes["activation"]]}
+        {ACTIVATION_BODIES[activation]}
         inner = Mul (activated, up)
         outer = Gemm <transB = 1> (inner, w_down)
         outer_f = Cast <to = 1> (outer)
@@ -82,19 +85,37 @@ def _body(attributes: Mapping[str, Any]) -> str:
 """
 
 
+_PICKED = """
+        w_gate = Gather <axis = 0> (gate_proj, expert)
+        w_up = Gather <axis = 0> (up_proj, expert)
+        w_down = Gather <axis = 0> (down_proj, expert)
+"""
+
+
+def _body(attributes: Mapping[str, Any]) -> str:
+    return body(attributes["activation"], "hidden", _PICKED)
+
+
+# What tokens are and where they go, in every op over experts.
+TOKENS = (
+    TensorArg("hidden", "T", ("T", "hidden"), "tokens"),
+    TensorArg("weights", "float32", ("T", "K"), "weights of the chosen experts"),
+    TensorArg("ids", "int32", ("T", "K"), "the chosen experts, all different for one token"),
+)
+SUM = TensorArg("output", "T", ("T", "hidden"), "weighted sum over the chosen experts")
+ACTIVATION = Attribute("activation", "string", "of the gate: silu, gelu, gelu_pytorch_tanh or relu")
+
 MOE_EXPERTS = OpSpec(
     name="MoeExperts",
     doc="Runs each token through its chosen experts and sums their outputs, weighted, in float32.",
     inputs=(
-        TensorArg("hidden", "T", ("T", "hidden"), "tokens"),
-        TensorArg("weights", "float32", ("T", "K"), "weights of the chosen experts"),
-        TensorArg("ids", "int32", ("T", "K"), "the chosen experts, all different for one token"),
+        *TOKENS,
         TensorArg("gate_proj", "T", ("E", "I", "hidden"), "all experts' gate projections"),
         TensorArg("up_proj", "T", ("E", "I", "hidden"), "all experts' up projections"),
         TensorArg("down_proj", "T", ("E", "hidden", "I"), "all experts' down projections"),
     ),
-    outputs=(TensorArg("output", "T", ("T", "hidden"), "weighted sum over the chosen experts"),),
-    attributes=(Attribute("activation", "string", "of the gate: silu, gelu, gelu_pytorch_tanh or relu"),),
+    outputs=(SUM,),
+    attributes=(ACTIVATION,),
     reference=moe_experts,
     fake=_fake,
     body=_body,

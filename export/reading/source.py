@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
+from deepseek_trt.export.bundle.narrow import Quantization
 from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD, too_large_for_tensorrt
 from deepseek_trt.export.config.model_config import ModelConfig, config_notes, read_config
 from deepseek_trt.export.errors import CheckpointError, ConfigError
@@ -17,10 +18,12 @@ from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import Classifier
 from deepseek_trt.export.reading.formats import ADAPTER_CONFIG, check_folder, check_tensors, fp8_notes
 from deepseek_trt.export.reading.infer import config_of_tensors, task_of, written_keys
+from deepseek_trt.export.reading.narrow_recipe import read_quantization
 from deepseek_trt.export.reading.weight_files import CONFIG_FILE
 from deepseek_trt.export.text.reading import read_text
 from deepseek_trt.export.text.wording import some
 from deepseek_trt.export.writing.carried_files import check_carried
+from deepseek_trt.export.writing.narrow_plan import narrowed
 from deepseek_trt.export.writing.weight_plan import WeightPlan, main_dtype, plan_weights
 
 InterfaceOf = Callable[[str], Interface]  # by the task
@@ -40,6 +43,7 @@ class Source:
     plan: WeightPlan
     notes: tuple[str, ...]
     adapter: Adapter | None = None
+    quantization: Quantization | None = None
 
     @property
     def num_labels(self) -> int:
@@ -51,12 +55,14 @@ def read_source(
     interface: Interface | InterfaceOf | None = None,
     num_layers: int | None = None,
     adapter: Path | None = None,
+    quantize: str | None = None,
 ) -> Source:
     """Read all that is known of the checkpoint in `folder` before a weight is read: check and export accept the same.
 
-    Without an interface, or where it is a function of the task, the task is the one that the checkpoint is for. Raises
-    ConfigError or CheckpointError, naming key, file or tensor.
+    Without an interface, or where it is a function of the task, the task is the one that the checkpoint is for.
+    `quantize` names what the export narrows. Raises ConfigError or CheckpointError, naming key, file or tensor.
     """
+    quantization = None if quantize is None else read_quantization(quantize)
     check_folder(folder)
     check_carried(folder)
     raw = read_config(folder / CONFIG_FILE)
@@ -74,6 +80,8 @@ def read_source(
     config = _cut(declared, num_layers)
     plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, labels)
     plan = dataclasses.replace(plan, dtype=main_dtype(base))  # an adapter is often kept in float32
+    large = _too_large(plan)
+    plan, narrow_notes = narrowed(plan, quantization) if quantization else (plan, ())
     notes = (
         *config_notes(raw),
         *notes,
@@ -81,10 +89,11 @@ def read_source(
         *base.notes,
         *fp8_notes(raw, base.tensors),
         *(merged.notes(folder) if merged else ()),
-        *_too_large(plan),
+        *large,
         *text_notes,
+        *narrow_notes,
     )
-    return Source(checkpoint, interface, config, classifier, plan, notes, merged)
+    return Source(checkpoint, interface, config, classifier, plan, notes, merged, quantization)
 
 
 def export_dtype(source: Source, wanted: str | None, by_reference: bool) -> str:

@@ -8,10 +8,10 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,22 +24,12 @@ from deepseek_trt.export.dtypes import dtype_of
 from deepseek_trt.export.files import stream_sha256
 from deepseek_trt.export.numbers import Numbers, Tally
 from deepseek_trt.export.reading.tensors import StoredTensor
+from deepseek_trt.export.writing.narrow_file import write_narrow
+from deepseek_trt.export.writing.written import Progress, WrittenTensor
 
 JOURNAL_FILE = "weights.journal"  # one line for each finished tensor
 _ALIGNMENT = 4096  # of the first tensor, so that the file can be mapped
 _FLUSH_SECONDS = 0.5
-Progress = Callable[[int], None]  # called with the bytes done since the last call
-
-
-@dataclass(frozen=True)
-class WrittenTensor:
-    """A graph tensor in the weights file. `odd` names what it was made of that holds NaN, infinities or only zeros."""
-
-    name: str
-    offset: int
-    nbytes: int
-    sha256: str = ""
-    odd: tuple[Numbers, ...] = ()
 
 
 def write_weights(
@@ -52,7 +42,7 @@ def write_weights(
     """
     header, places = _layout(recipes, dtype)
     journal = path.with_name(JOURNAL_FILE)
-    written = _finished(path, journal, header, places, progress)
+    written = _finished(path, journal, header, recipes, places, progress)
     end = written[-1].offset + written[-1].nbytes if written else len(header)
     with (
         _open(path, header, end) as out,
@@ -61,12 +51,18 @@ def write_weights(
         _flushing(out.fileno()),
     ):
         log.writelines(_line(w) for w in written)
-        for recipe, place in list(zip(recipes, places, strict=True))[len(written) :]:
-            digest, odd = _write_tensor(out, recipe, tensors, recipe.dtype(dtype), hasher, progress)
-            written.append(replace(place, sha256=digest, odd=odd))
+        at, done = len(written), tuple[WrittenTensor, ...]()
+        while at < len(recipes):
+            if recipes[at].is_scales:  # which come with the codes after them
+                done = write_narrow(out, recipes[at + 1], places[at], places[at + 1], tensors, progress)
+            else:
+                digest, odd = _write_tensor(out, recipes[at], tensors, recipes[at].dtype(dtype), hasher, progress)
+                done = (replace(places[at], sha256=digest, odd=odd),)
             out.flush()  # a journal must not be ahead of what it describes
-            log.write(_line(written[-1]))
+            log.writelines(map(_line, done))
             log.flush()
+            written += done
+            at += len(done)
     return tuple(written)
 
 
@@ -139,9 +135,17 @@ def _open(path: Path, header: bytes, end: int) -> BinaryIO:
 
 
 def _finished(
-    path: Path, journal: Path, header: bytes, places: list[WrittenTensor], progress: Progress
+    path: Path,
+    journal: Path,
+    header: bytes,
+    recipes: tuple[Recipe, ...],
+    places: list[WrittenTensor],
+    progress: Progress,
 ) -> list[WrittenTensor]:
-    """The tensors that an earlier run finished: those whose bytes have the hash that its journal says."""
+    """The tensors that an earlier run finished: those whose bytes have the hash that its journal says.
+
+    Scales count as finished with their codes alone.
+    """
     if not path.is_file() or not journal.is_file():
         return []
     with path.open("rb") as stream:
@@ -151,8 +155,11 @@ def _finished(
         for place, line in zip(places, _read_journal(journal), strict=False):
             if line.get("name") != place.name or line.get("sha256") != stream_sha256(stream, place.nbytes):
                 break
-            found.append(replace(place, sha256=line["sha256"], odd=tuple(Numbers(**n) for n in line["odd"])))
+            odd = tuple(Numbers(**n) for n in line["odd"])
+            found.append(replace(place, sha256=line["sha256"], odd=odd, error=line.get("error")))
             progress(place.nbytes)
+        if found and recipes[len(found) - 1].is_scales:
+            progress(-found.pop().nbytes)
         return found
 
 
@@ -166,7 +173,7 @@ def _read_journal(journal: Path) -> Iterator[dict[str, Any]]:
 
 def _line(tensor: WrittenTensor) -> str:
     odd = [asdict(numbers) for numbers in tensor.odd]
-    return json.dumps({"name": tensor.name, "sha256": tensor.sha256, "odd": odd}) + "\n"
+    return json.dumps({"name": tensor.name, "sha256": tensor.sha256, "odd": odd, "error": tensor.error}) + "\n"
 
 
 def _convert(chunk: Array, dtype: str) -> Array:

@@ -48,7 +48,7 @@ def in_parts(spec: OpSpec, sizes: Mapping[str, int]) -> OpSpec:
     """
     inputs: list[TensorArg] = []
     for tensor in spec.inputs:
-        stacked = len(tensor.dims) == 3 and tensor.dims[0] == "E"
+        stacked = tensor.dtype == "T" and len(tensor.dims) == 3 and tensor.dims[0] == "E"
         counts = split_rows(tuple(sizes[dim] for dim in tensor.dims)) if stacked else ()
         if stacked and not counts:
             raise BuildError(f"one expert's {tensor.name} holds 2^31 numbers or more, which TensorRT cannot take")

@@ -27,7 +27,7 @@ class StreamedTorchSession(TorchSession):
         self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
         self.pages, self.door = pages, Door.of(bundle, pages)
         self._weights, self._dtype = weights or bundle_weights(bundle), getattr(torch, dtype)
-        self._own = {w.recipe.name for w in bundle.manifest.weights if w.dtype != bundle.manifest.dtype}
+        self._own = {w.recipe.name for w in bundle.manifest.weights if w.recipe.dtype("") == "float32"}
         with torch.device("meta"):
             self.model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
         self.model.model.rope = Rope(bundle.manifest.model)
@@ -59,7 +59,7 @@ def torch_session(bundle: Bundle, pages: int, dtype: str, weights: Weights | Non
 
     `weights` gives a graph tensor by its name; None takes the bundle's own.
     """
-    needed = sum(w.recipe.size for w in bundle.manifest.weights) * dtype_bytes(dtype)
+    needed = bundle.manifest.parameters * dtype_bytes(dtype)
     kind = StreamedTorchSession if needed > available_memory() / 2 else TorchSession
     return kind(bundle, pages, dtype, weights)
 

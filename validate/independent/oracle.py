@@ -67,7 +67,7 @@ def why_not(bundle: Bundle, checkpoint: Path | None, is_asked_for: bool) -> str:
     if differences:
         version = importlib.metadata.version("transformers")
         return f"transformers {version} does not compute {', '.join(differences)} as the original model"
-    return _too_large(sum(w.recipe.size for w in manifest.weights), is_asked_for)
+    return _too_large(manifest.parameters, is_asked_for)
 
 
 def _why_not_merged(adapter: AdapterRecord, dtype: str) -> str:
@@ -112,7 +112,7 @@ class Oracle:
 
         self.name = f"transformers {transformers.__version__}"
         self._torch, self._task = torch, bundle.manifest.task
-        self._is_small = sum(w.recipe.size for w in bundle.manifest.weights) < _ONE_THREAD
+        self._is_small = bundle.manifest.parameters < _ONE_THREAD
         folder = checkpoint or unchanged_checkpoint(bundle)
         with self._ours():
             self._model, info = _load(folder, self._task, bundle.manifest.model.num_hidden_layers)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
+from deepseek_trt.export.bundle.recipes import narrow_pair
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import OutputError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
@@ -54,6 +55,14 @@ def source(tmp_path, weights_of, save):
     folder = save(tmp_path / "checkpoint", RAW, {"model.safetensors": weights_of(RAW)}, index=False)
     checkpoint = Checkpoint.open(folder)
     return plan_weights(ModelConfig.from_hf(RAW), checkpoint, 2).recipes, checkpoint.tensors
+
+
+@pytest.fixture
+def narrow_source(source):
+    """With narrow weights among the others: rows of the others' widths fit no group."""
+    recipes, tensors = source
+    pairs = {r.name: narrow_pair(r, "int4", 32, "least_squares") for r in recipes if r.shape[-1] == 32 and r.shape[1:]}
+    return tuple(part for r in recipes for part in pairs.get(r.name, (r,))), tensors
 
 
 def ignore(done: int) -> None:
@@ -104,6 +113,30 @@ def test_a_killed_run_is_continued(tmp_path, source, done):
     assert write_weights(recipes, tensors, "float32", path, reported.append) == expected
     assert path.read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
     assert sum(reported) == sum(w.nbytes for w in expected)
+
+
+@pytest.mark.parametrize("done", [*range(6), 15])
+def test_a_killed_run_of_narrow_weights_is_continued(tmp_path, narrow_source, done):
+    recipes, tensors = narrow_source
+    (tmp_path / "whole").mkdir()
+    expected = write_weights(recipes, tensors, "float32", tmp_path / "whole" / WEIGHTS_FILE, ignore)
+    path = tmp_path / WEIGHTS_FILE
+    calls = []
+
+    def stop(count: int) -> None:
+        calls.append(count)
+        if len(calls) > done:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        write_weights(recipes, tensors, "float32", path, stop)
+    finished = (tmp_path / JOURNAL_FILE).read_text().splitlines()
+    for lines in (finished, finished[:-1]):  # the last of them may be scales without their codes
+        (tmp_path / JOURNAL_FILE).write_text("".join(f"{line}\n" for line in lines))
+        reported = []
+        assert write_weights(recipes, tensors, "float32", path, reported.append) == expected
+        assert path.read_bytes() == (tmp_path / "whole" / WEIGHTS_FILE).read_bytes()
+        assert sum(reported) == sum(w.nbytes for w in expected)
 
 
 def test_finished_tensors_are_not_written_again(tmp_path, source):
