@@ -36,11 +36,25 @@ _PREFILL_ATTENTIONS: dict[ir.DataType | None, Operator] = {
 }
 _LENGTHS = "sequence_lengths"  # an input of prefill, not of decode
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+_GROUP = {"group": 32}
+_CODES = {"int8": ir.DataType.INT8, "int4": ir.DataType.UINT8}  # by a narrow node's format
+_CODE_INPUTS = {"LinearNarrow": (1,), "MoeExpertsNarrow": (3, 5, 7)}
 _ADJACENT = {"interleaved": 1}
 
 
-def _linear(x: str | Op | OneOf, name: str) -> Op:
-    return Op("Gemm", (x, name), _GEMM, optional=f"{name}_bias")
+def _product(x: str | Op | OneOf, name: str) -> OneOf:
+    """A linear without a bias, its weight whole or narrow."""
+    return OneOf((Op("Gemm", (x, name), _GEMM), _narrow(x, name)))
+
+
+def _linear(x: str | Op | OneOf, name: str) -> OneOf:
+    """A linear with a bias or without, its weight whole or narrow."""
+    biased = Op("Add", (_narrow(x, name), f"{name}_bias"))
+    return OneOf((Op("Gemm", (x, name), _GEMM, optional=f"{name}_bias"), _narrow(x, name), biased))
+
+
+def _narrow(x: str | Op | OneOf, name: str) -> Op:
+    return Op("LinearNarrow", (x, name, f"{name}_scale"), _GROUP, name=f"{name}_codes")
 
 
 def _norm(x: str | Op, name: str) -> Op:
@@ -49,7 +63,7 @@ def _norm(x: str | Op, name: str) -> Op:
 
 _X = _norm("x", "norm")
 _COMPRESSED = _norm(_linear(_X, "q_a"), "q_norm")
-_QUERY = Op("Reshape", (Op("Gemm", (OneOf((_COMPRESSED, _X)), "q"), _GEMM), None), name="query")
+_QUERY = Op("Reshape", (_product(OneOf((_COMPRESSED, _X)), "q"), None), name="query")
 _Q_NOPE = Op("Slice", (_QUERY, None, None, None, None), name="q_nope")
 _Q_ROPE = Op("Slice", (_QUERY, None, None, None, None), name="q_rope")
 _ABSORBED = Op("Transpose", (Op("MatMul", (Op("Transpose", (Op("Squeeze", (_Q_NOPE, None)),)), "w_uk")),))
@@ -88,9 +102,15 @@ _MLP = _linear(Op("Mul", (_ACTIVATED, _UP)), "shared_down")
 _LOGITS = Op("Gemm", (_X, "router"), _GEMM)
 _BIASED = Op("MoeBiasedRouter", (_LOGITS, "correction"), name="routed")
 _ROUTER = OneOf((Op("MoeRouter", (_LOGITS,), name="routed"), _BIASED))
-_MOE = Op("MoeExperts", (_X, _ROUTER, None, "gate", "up", "down"), name="experts")
+_STACKS = ("gate", "gate_scale", "up", "up_scale", "down", "down_scale")
+_MOE = OneOf(
+    (
+        Op("MoeExperts", (_X, _ROUTER, None, "gate", "up", "down"), name="experts"),
+        Op("MoeExpertsNarrow", (_X, _ROUTER, None, *_STACKS), _GROUP, name="experts"),
+    )
+)
 _FEED_FORWARD = Op("Add", ("x", OneOf((Op("Add", (_MOE, _MLP)), _MOE, _MLP))))
-_HEAD = Op("Gemm", (_X, "head"), _GEMM)
+_HEAD = _product(_X, "head")
 
 
 def fused_bytes(traced: bytes) -> tuple[bytes, list[str]]:
@@ -154,7 +174,8 @@ class FuseForCpu(ir.passes.InPlacePass):
             self._insert(graph, at, PREFILL_FEED_FORWARD if lengths else FEED_FORWARD, {**f, **lengths}, attributes)
 
     def _fuse_head(self, graph: ir.Graph) -> None:
-        if (found := match(_HEAD, graph.outputs[0])) is None:
+        found = match(_HEAD, graph.outputs[0])
+        if found is None or not _formats_fit(found):
             return
         at = _producer(graph.outputs[0])
         node = _node(graph, at, HEAD, found, {"eps": _epsilon(found["norm"])})
@@ -166,9 +187,12 @@ class FuseForCpu(ir.passes.InPlacePass):
     def _insert(
         self, graph: ir.Graph, at: ir.Node, operator: Operator, f: Found, attributes: Attributes
     ) -> ir.Node | None:
-        """Put the operator in the place of `at`, whose output goes on in its own type; not where a bias is missing."""
+        """Put the operator in the place of `at`, whose output goes on in its own type.
+
+        Not where a bias is missing, nor where codes are of another type than their format's.
+        """
         biases = _biases(operator, f, attributes)
-        if biases is None:
+        if biases is None or not _formats_fit(f):
             return None
         node = _node(graph, at, operator, f, {**attributes, "bias": biases}, name=f"cpu_{at.name}")
         old, new = at.outputs[0], node.outputs[0]
@@ -187,9 +211,11 @@ def _node(
     graph: ir.Graph, at: ir.Node, operator: Operator, f: Found, attributes: Attributes, name: str | None = None
 ) -> ir.Node:
     """A node of the operator, its inputs found by their names; what is to be float32 is cast before `at`."""
-    inputs = [
-        _float(graph, at, f[i.name]) if i.dtype == "float32" else f[i.name] for i in operator.inputs_with(attributes)
-    ]
+    inputs: list[ir.Value] = []
+    for i in operator.inputs_with(attributes):
+        inputs.append(_float(graph, at, f[i.name]) if i.dtype == "float32" else f[i.name])
+        if i.dtype == "linear" and f"{i.name}_scale" in f:
+            inputs.append(f[f"{i.name}_scale"])
     outputs = len(operator.outputs)
     return ir.node(
         operator.name, inputs, operator.ordered(attributes), domain=CPU_DOMAIN, num_outputs=outputs, name=name
@@ -201,7 +227,21 @@ def _biases(operator: Operator, f: Found, attributes: Attributes) -> int | None:
     names, without = ({i.name for i in operator.inputs_with({**attributes, "bias": bias})} for bias in (1, 0))
     biases = names - without
     found = biases & f.keys()
+    if not all(f[name].is_initializer() for name in found):
+        return None  # a sum of something else
     return int(bool(found)) if found in (set(), biases) else None
+
+
+def _formats_fit(f: Found) -> bool:
+    """Whether codes are of the type that the format of their node has."""
+    nodes = [_producer(value) for name, value in f.items() if name == "experts" or name.endswith("_codes")]
+    return all(_codes_fit(node) for node in nodes if node.op_type in _CODE_INPUTS)
+
+
+def _codes_fit(node: ir.Node) -> bool:
+    wanted = _CODES.get(node.attributes["format"].as_string()) if "format" in node.attributes else None
+    codes = [node.inputs[i] for i in _CODE_INPUTS[node.op_type]]
+    return wanted is not None and all(value is not None and value.dtype == wanted for value in codes)
 
 
 def _float(graph: ir.Graph, at: ir.Node, value: ir.Value) -> ir.Value:

@@ -32,7 +32,7 @@ from deepseek_trt.plugins.cpu.operators import (
 from deepseek_trt.plugins.cxx import find_compiler
 
 RECORDING = Path(__file__).parent / "csrc" / "recording_kernels.cpp"
-DTYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "weights": np.float32}
+DTYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "weights": np.float32, "linear": np.float32}
 WIDTH = 80  # room for all that a kernel records
 # What recording_kernels.cpp writes: numbers of these inputs, then (number, rows, columns) of those, then sizes and
 # attributes.
