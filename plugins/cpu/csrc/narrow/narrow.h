@@ -1,6 +1,6 @@
 // Products of narrow weight rows with tokens that are 16-bit integers (fixed.h).
 //
-// Four products at a time are summed as integers, which float32 holds exactly: 4 * 127 * 32767 < 2^24. There are eight
+// Four products at a time are summed as integers, which float32 holds exactly: 4 * 128 * 32767 < 2^24. There are eight
 // such sums a group: each is multiplied by both scales and added to a lane, eight lanes for even groups and eight for
 // odd ones, in the groups' order. The lanes are summed in the end. So a number depends on neither how many rows or
 // tokens are computed together, nor on the instruction set.
