@@ -38,7 +38,7 @@ _LENGTHS = "sequence_lengths"  # an input of prefill, not of decode
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 _GROUP = {"group": 32}
 _CODES = {"int8": ir.DataType.INT8, "int4": ir.DataType.UINT8}  # by a narrow node's format
-_CODE_INPUTS = {"LinearNarrow": (1,), "MoeExpertsNarrow": (3, 5, 7)}
+_CODE_INPUTS = {"LinearNarrow": (1,), "MoeExpertsNarrow": (3, 5, 7)}  # right behind each its scales, and no more
 _ADJACENT = {"interleaved": 1}
 
 
@@ -57,7 +57,7 @@ def _narrow(x: str | Op | OneOf, name: str) -> Op:
     return Op("LinearNarrow", (x, name, f"{name}_scale"), _GROUP, name=f"{name}_codes")
 
 
-def _norm(x: str | Op, name: str) -> Op:
+def _norm(x: str | Op | OneOf, name: str) -> Op:
     return Op("RMSNormalization", (x, f"{name}_weight"), {"axis": -1}, name=name)
 
 
@@ -233,15 +233,18 @@ def _biases(operator: Operator, f: Found, attributes: Attributes) -> int | None:
 
 
 def _formats_fit(f: Found) -> bool:
-    """Whether codes are of the type that the format of their node has."""
+    """Whether narrow nodes have the inputs of the contract, codes of the type that their format has."""
     nodes = [_producer(value) for name, value in f.items() if name == "experts" or name.endswith("_codes")]
     return all(_codes_fit(node) for node in nodes if node.op_type in _CODE_INPUTS)
 
 
 def _codes_fit(node: ir.Node) -> bool:
     wanted = _CODES.get(node.attributes["format"].as_string()) if "format" in node.attributes else None
-    codes = [node.inputs[i] for i in _CODE_INPUTS[node.op_type]]
-    return wanted is not None and all(value is not None and value.dtype == wanted for value in codes)
+    places = _CODE_INPUTS[node.op_type]
+    if wanted is None or len(node.inputs) != places[-1] + 2:
+        return False
+    codes = [node.inputs[place] for place in places]
+    return all(value is not None and value.dtype == wanted for value in codes)
 
 
 def _float(graph: ir.Graph, at: ir.Node, value: ir.Value) -> ir.Value:

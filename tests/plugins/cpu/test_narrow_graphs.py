@@ -285,7 +285,13 @@ def set_codes(model: ir.Model, kind: str) -> None:
     value.dtype = ir.DataType.UINT8 if value.dtype == ir.DataType.INT8 else ir.DataType.INT8
 
 
-@pytest.mark.parametrize("change", [set_group, set_format, set_codes])
+def give_more(model: ir.Model, kind: str) -> None:
+    node = first(model, kind)
+    node.resize_inputs(len(node.inputs) + 1)
+    node.replace_input_with(len(node.inputs) - 1, node.inputs[-2])
+
+
+@pytest.mark.parametrize("change", [set_group, set_format, set_codes, give_more])
 @pytest.mark.parametrize("kind", ["LinearNarrow", "MoeExpertsNarrow"])
 def test_what_is_not_recognised_stays_and_is_named(
     variant: Callable[[str], Narrow], change: Callable[[ir.Model, str], None], kind: str
