@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,21 @@ _BYTES = 2**30
 
 
 def run(files: Files, job: Job, point: Point) -> dict[str, Any]:
-    parts = np.split(np.ones(_BYTES // 8), point.threads)
+    return {"error": 0.0, "ms": measure(read_in(point.threads))}
+
+
+def read_in(threads: int) -> Callable[[], None]:
+    """A step that reads so many bytes as gigabytes_a_second counts."""
+    parts = np.split(np.ones(_BYTES // 8), threads)
 
     def step() -> None:
-        threads = [threading.Thread(target=np.max, args=(part,)) for part in parts]  # numpy lets go of the GIL
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        readers = [threading.Thread(target=np.max, args=(part,)) for part in parts]  # numpy lets go of the GIL
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
 
-    return {"error": 0.0, "ms": measure(step)}
+    return step
 
 
 def gigabytes_a_second(milliseconds: float) -> float:

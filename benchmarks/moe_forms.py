@@ -170,11 +170,16 @@ def session_of(model: onnx.ModelProto, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    register(options, threads)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def register(options: ort.SessionOptions, threads: int) -> None:
+    """Let a session have the compiled operators, where there are any."""
     library = cpu_library().path
     if library is not None:
         options.register_custom_ops_library(str(library))
         ctypes.CDLL(str(library)).deepseek_trt_cpu_threads(threads)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def median_ms(run: Callable[[], Any], seconds: float) -> float:

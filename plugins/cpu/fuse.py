@@ -13,6 +13,7 @@ import onnx_ir.passes.common as common
 
 from deepseek_trt.export.bundle.graph import DOMAIN
 from deepseek_trt.export.passes.widen import WidenBfloat16
+from deepseek_trt.plugins.cpu import halves
 from deepseek_trt.plugins.cpu.operators import (
     ACTIVATIONS,
     ATTENTION,
@@ -26,7 +27,7 @@ from deepseek_trt.plugins.cpu.operators import (
     Attributes,
     Operator,
 )
-from deepseek_trt.plugins.cpu.patterns import Found, OneOf, Op, match, uncast
+from deepseek_trt.plugins.cpu.patterns import Found, match, uncast
 
 # By the cache's type.
 _ATTENTIONS: dict[ir.DataType | None, Operator] = {ir.DataType.FLOAT: ATTENTION, ir.DataType.FLOAT16: ATTENTION_FLOAT16}
@@ -34,63 +35,6 @@ _PREFILL_ATTENTIONS: dict[ir.DataType | None, Operator] = {
     ir.DataType.FLOAT: PREFILL_ATTENTION,
     ir.DataType.FLOAT16: PREFILL_ATTENTION_FLOAT16,
 }
-_LENGTHS = "sequence_lengths"  # an input of prefill, not of decode
-_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-_ADJACENT = {"interleaved": 1}
-
-
-def _linear(x: str | Op | OneOf, name: str) -> Op:
-    return Op("Gemm", (x, name), _GEMM, optional=f"{name}_bias")
-
-
-def _norm(x: str | Op, name: str) -> Op:
-    return Op("RMSNormalization", (x, f"{name}_weight"), {"axis": -1}, name=name)
-
-
-_X = _norm("x", "norm")
-_COMPRESSED = _norm(_linear(_X, "q_a"), "q_norm")
-_QUERY = Op("Reshape", (Op("Gemm", (OneOf((_COMPRESSED, _X)), "q"), _GEMM), None), name="query")
-_Q_NOPE = Op("Slice", (_QUERY, None, None, None, None), name="q_nope")
-_Q_ROPE = Op("Slice", (_QUERY, None, None, None, None), name="q_rope")
-_ABSORBED = Op("Transpose", (Op("MatMul", (Op("Transpose", (Op("Squeeze", (_Q_NOPE, None)),)), "w_uk")),))
-_ROTATED = Op("RotaryEmbedding", (Op("Reshape", (_Q_ROPE, None)), "cos", "sin"), _ADJACENT)
-_ABSORBED_QUERY = Op("Concat", (_ABSORBED, Op("Squeeze", (Op("Reshape", (_ROTATED, None)), None))), {"axis": -1})
-_KV = Op("Reshape", (_linear(_X, "kv_a"), None))
-_LATENT = Op(
-    "Concat",
-    (
-        _norm(Op("Slice", (_KV, None, None, None, None)), "kv_norm"),
-        Op("RotaryEmbedding", (Op("Slice", (_KV, None, None, None, None)), "cos", "sin"), _ADJACENT),
-    ),
-    {"axis": -1},
-)
-_MLA = Op("MlaDecode", (_ABSORBED_QUERY, _LATENT, "past", "page_table", "past_lengths"), name="attended")
-_VALUE = Op("MatMul", (Op("Transpose", (_MLA,), {"perm": (1, 0, 2)}), Op("Transpose", ("w_uv",), {"perm": (0, 2, 1)})))
-_ATTENTION = Op("Add", ("x", _linear(Op("Reshape", (Op("Transpose", (_VALUE,), {"perm": (1, 0, 2)}), None)), "o")))
-_EXPANDED_QUERY = Op("Concat", (_Q_NOPE, Op("Reshape", (_ROTATED, None))), {"axis": -1})
-_MLA_PREFILL = Op(
-    "MlaPrefill",
-    (_EXPANDED_QUERY, _LATENT, "past", "page_table", "past_lengths", _LENGTHS, "w_uk", "w_uv"),
-    name="attended",
-)
-_PREFILL_ATTENTION = Op("Add", ("x", _linear(Op("Reshape", (_MLA_PREFILL, None)), "o")))
-
-_GATE, _UP = _linear(_X, "shared_gate"), _linear(_X, "shared_up")
-_ACTIVATED = OneOf(
-    (
-        Op("Mul", (_GATE, Op("Sigmoid", (_GATE,))), name="silu"),
-        Op("Relu", (_GATE,), name="relu"),
-        Op("Gelu", (_GATE,), {"approximate": "tanh"}, name="gelu_pytorch_tanh"),
-        Op("Gelu", (_GATE,), name="gelu"),
-    )
-)
-_MLP = _linear(Op("Mul", (_ACTIVATED, _UP)), "shared_down")
-_LOGITS = Op("Gemm", (_X, "router"), _GEMM)
-_BIASED = Op("MoeBiasedRouter", (_LOGITS, "correction"), name="routed")
-_ROUTER = OneOf((Op("MoeRouter", (_LOGITS,), name="routed"), _BIASED))
-_MOE = Op("MoeExperts", (_X, _ROUTER, None, "gate", "up", "down"), name="experts")
-_FEED_FORWARD = Op("Add", ("x", OneOf((Op("Add", (_MOE, _MLP)), _MOE, _MLP))))
-_HEAD = Op("Gemm", (_X, "head"), _GEMM)
 
 
 def fused_bytes(traced: bytes) -> tuple[bytes, list[str]]:
@@ -124,10 +68,10 @@ class FuseForCpu(ir.passes.InPlacePass):
 
     def _fuse_half(self, graph: ir.Graph, node: ir.Node) -> None:
         out = node.outputs[0]
-        for pattern, operators in ((_ATTENTION, _ATTENTIONS), (_PREFILL_ATTENTION, _PREFILL_ATTENTIONS)):
+        for pattern, operators in ((halves.ATTENTION, _ATTENTIONS), (halves.PREFILL_ATTENTION, _PREFILL_ATTENTIONS)):
             if (found := match(pattern, out)) and found["past"].dtype in operators and _same_dims(found):
                 return self._attention(graph, node, operators[found["past"].dtype], found)
-        if (found := match(_FEED_FORWARD, out)) and _routed_together(found):
+        if (found := match(halves.FEED_FORWARD, out)) and _routed_together(found):
             self._feed_forward(graph, node, found)
 
     def _attention(self, graph: ir.Graph, at: ir.Node, operator: Operator, f: Found) -> None:
@@ -150,11 +94,12 @@ class FuseForCpu(ir.passes.InPlacePass):
             attributes |= _routing(_producer(f["routed"]))
         if len(activations) == 1:
             attributes["activation"] = ACTIVATIONS.index(activations.pop())
-            lengths = {value.name: value for value in graph.inputs if value.name == _LENGTHS}
+            lengths = {value.name: value for value in graph.inputs if value.name == halves.LENGTHS}
             self._insert(graph, at, PREFILL_FEED_FORWARD if lengths else FEED_FORWARD, {**f, **lengths}, attributes)
 
     def _fuse_head(self, graph: ir.Graph) -> None:
-        if (found := match(_HEAD, graph.outputs[0])) is None:
+        found = match(halves.HEAD, graph.outputs[0])
+        if found is None or not halves.formats_fit(found):
             return
         at = _producer(graph.outputs[0])
         node = _node(graph, at, HEAD, found, {"eps": _epsilon(found["norm"])})
@@ -166,9 +111,12 @@ class FuseForCpu(ir.passes.InPlacePass):
     def _insert(
         self, graph: ir.Graph, at: ir.Node, operator: Operator, f: Found, attributes: Attributes
     ) -> ir.Node | None:
-        """Put the operator in the place of `at`, whose output goes on in its own type; not where a bias is missing."""
+        """Put the operator in the place of `at`, whose output goes on in its own type.
+
+        Not where a bias is missing, nor where codes are of another type than their format's.
+        """
         biases = _biases(operator, f, attributes)
-        if biases is None:
+        if biases is None or not halves.formats_fit(f):
             return None
         node = _node(graph, at, operator, f, {**attributes, "bias": biases}, name=f"cpu_{at.name}")
         old, new = at.outputs[0], node.outputs[0]
@@ -187,9 +135,11 @@ def _node(
     graph: ir.Graph, at: ir.Node, operator: Operator, f: Found, attributes: Attributes, name: str | None = None
 ) -> ir.Node:
     """A node of the operator, its inputs found by their names; what is to be float32 is cast before `at`."""
-    inputs = [
-        _float(graph, at, f[i.name]) if i.dtype == "float32" else f[i.name] for i in operator.inputs_with(attributes)
-    ]
+    inputs: list[ir.Value] = []
+    for i in operator.inputs_with(attributes):
+        inputs.append(_float(graph, at, f[i.name]) if i.dtype == "float32" else f[i.name])
+        if i.dtype == "linear" and f"{i.name}_scale" in f:
+            inputs.append(f[f"{i.name}_scale"])
     outputs = len(operator.outputs)
     return ir.node(
         operator.name, inputs, operator.ordered(attributes), domain=CPU_DOMAIN, num_outputs=outputs, name=name
@@ -201,6 +151,8 @@ def _biases(operator: Operator, f: Found, attributes: Attributes) -> int | None:
     names, without = ({i.name for i in operator.inputs_with({**attributes, "bias": bias})} for bias in (1, 0))
     biases = names - without
     found = biases & f.keys()
+    if not all(f[name].is_initializer() for name in found):
+        return None  # a sum of something else
     return int(bool(found)) if found in (set(), biases) else None
 
 

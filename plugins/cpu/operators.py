@@ -13,7 +13,7 @@ CPU_DOMAIN = "deepseek_trt.cpu"
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_pytorch_tanh")  # in a node, an activation is its place here
 
 Attributes = Mapping[str, float | int]
-DType = Literal["float32", "float16", "int32", "weights"]
+DType = Literal["float32", "float16", "int32", "weights", "linear"]
 
 _GENERATED = "// Made from plugins/cpu/operators.py when the library is built; changes here are lost.\n#pragma once\n"
 _ORT_TYPES = {"float32": "ort::FLOAT", "float16": "ort::FLOAT16", "int32": "ort::INT32", "weights": "ort::UNDEFINED"}
@@ -23,6 +23,9 @@ _CPP_TYPES = {"int": "int64_t", "float": "float"}
 @dataclass(frozen=True)
 class Input:
     """One input of an operator; dtype "weights" is any of float32, float16 and bfloat16.
+
+    "linear" is that, too; or codes, int8 [.., N, K] or of 4 bits uint8 [.., N, K / 2], and as one more input right
+    behind them their scales, float16 [.., N, K / 32].
 
     A node has it where all the attributes that `only_with` names are there and not 0.
     """
@@ -76,8 +79,12 @@ def _attention(name: str, cache: DType, lengths: str = "past_lengths") -> Operat
         *_inputs("x, cos, sin", "float32"),
         Input("past", cache),
         *_inputs(f"page_table, {lengths}", "int32"),
-        *_inputs("norm_weight, kv_a, kv_norm_weight, w_uk, w_uv, o, q"),
-        *_inputs("q_a, q_norm_weight", only_with=("query_compression",)),
+        Input("norm_weight"),
+        Input("kv_a", "linear"),
+        *_inputs("kv_norm_weight, w_uk, w_uv"),
+        *_inputs("o, q", "linear"),
+        Input("q_a", "linear", ("query_compression",)),
+        Input("q_norm_weight", only_with=("query_compression",)),
         *_inputs("kv_a_bias, o_bias", only_with=("bias",)),
         Input("q_a_bias", only_with=("bias", "query_compression")),
     )
@@ -97,9 +104,10 @@ def _feed_forward(name: str, *more: Input) -> Operator:
         Input("x", "float32"),
         *more,
         Input("norm_weight"),
-        *_inputs("router, gate, up, down", only_with=("experts",)),
+        Input("router", only_with=("experts",)),
+        *_inputs("gate, up, down", "linear", ("experts",)),
         Input("correction", "float32", ("experts", "biased")),
-        *_inputs("shared_gate, shared_up, shared_down", only_with=("shared",)),
+        *_inputs("shared_gate, shared_up, shared_down", "linear", ("shared",)),
         *_inputs("shared_gate_bias, shared_up_bias, shared_down_bias", only_with=("shared", "bias")),
     )
     attributes = (
@@ -114,7 +122,11 @@ def _feed_forward(name: str, *more: Input) -> Operator:
 
 FEED_FORWARD = _feed_forward("FeedForward")
 PREFILL_FEED_FORWARD = _feed_forward("PrefillFeedForward", Input("sequence_lengths", "int32"))
-HEAD = Operator("Head", (Input("x", "float32"), *_inputs("norm_weight, head")), (Attribute("eps", "float"),))
+HEAD = Operator(
+    "Head",
+    (Input("x", "float32"), Input("norm_weight"), Input("head", "linear")),
+    (Attribute("eps", "float"),),
+)
 
 PREFILL_OPERATORS = (PREFILL_ATTENTION, PREFILL_ATTENTION_FLOAT16, PREFILL_FEED_FORWARD)
 OPERATORS = (ATTENTION, ATTENTION_FLOAT16, FEED_FORWARD, HEAD, *PREFILL_OPERATORS)
@@ -180,7 +192,10 @@ def _read_attribute(a: Attribute) -> str:
 
 def _read_input(i: Input) -> str:
     condition = " && ".join(f"node.{name}" for name in i.only_with)
-    return f'{_if(condition)}in.read({i.name}, "{i.name}", {_ORT_TYPES[i.dtype]});'
+    call = f'read_linear({i.name}, "{i.name}")'
+    if i.dtype != "linear":
+        call = f'read({i.name}, "{i.name}", {_ORT_TYPES[i.dtype]})'
+    return f"{_if(condition)}in.{call};"
 
 
 def _if(condition: str) -> str:

@@ -30,7 +30,7 @@ class Op:
 class OneOf:
     """The first of several patterns that matches."""
 
-    patterns: tuple[Op, ...]
+    patterns: tuple[Op | OneOf, ...]
 
 
 def match(pattern: str | Op | OneOf | None, value: ir.Value | None) -> Found | None:
@@ -64,7 +64,7 @@ def _match(pattern: str | Op | OneOf | None, value: ir.Value | None, found: Foun
     return _match_inputs(pattern, node, found)
 
 
-def _try(pattern: Op, value: ir.Value, found: Found) -> bool:
+def _try(pattern: Op | OneOf, value: ir.Value, found: Found) -> bool:
     attempt = dict(found)
     if not _match(pattern, value, attempt):
         return False

@@ -8,6 +8,8 @@
 #include "team.h"
 
 enum class Type : int { FLOAT32 = 1, FLOAT16 = 10, BFLOAT16 = 16 };  // ONNX's numbers
+// Of weights: numbers of a Type; or codes of 8 bits, or two of 4 bits a byte, of which 32 share a scale.
+enum class Format : int { WHOLE, INT8, INT4 };
 
 // Counts over all calls: layers that had experts, and experts read in them, each once however many tokens chose it.
 struct ExpertsHit {
@@ -17,9 +19,19 @@ struct ExpertsHit {
 // Rows of weights, side by side in memory; data null where the model has none.
 struct Matrix {
     const char* data = nullptr;
-    Type type = Type::FLOAT32;
+    Type type = Type::FLOAT32;  // where whole
     int64_t rows = 0, columns = 0;
+    Format format = Format::WHOLE;
+    const char* scales = nullptr;  // of a narrow one: float16 [rows, columns / 32]
+    int64_t scale_rows = 0, scale_columns = 0;
+
+    bool is_narrow() const { return format != Format::WHOLE; }
 };
+
+template <class... Matrices>
+bool any_narrow(const Matrices&... all) {
+    return (all.is_narrow() || ...);
+}
 
 // B tokens; H heads; N, R, V widths of a head's nope, rope and value part; L rank; D = L + R.
 struct AttentionArgs {

@@ -140,6 +140,7 @@ public:
         D = a.kv_a.rows;
         chunks_ = 1;
         for (int64_t b = 0; b < a.batch; ++b) chunks_ = std::max(chunks_, chunks_of_row(b));
+        first_ = any_narrow(a.q_a.data ? a.q_a : a.q, a.kv_a), second_ = a.q_a.data && a.q.is_narrow();
         compressed_ = scratch.take_rows(a.batch, a.q_a.data ? a.q_a.rows : 0);
         query_ = scratch.take_rows(a.batch, a.q.rows);
         latent_ = scratch.take_rows(a.batch, D);
@@ -152,8 +153,10 @@ public:
 
     void run(Team& team) const {
         Scratch& own = own_scratch();
-        float** x = own.take_rows(a.batch, std::max(a.hidden, a.q_a.data ? a.q_a.rows : 0));
+        const int64_t widest = std::max(a.hidden, a.q_a.data ? a.q_a.rows : 0);
+        float** x = take_tokens(own, a.batch, widest, first_ || second_);
         for (int64_t b = 0; b < a.batch; ++b) rms_norm(a.x + b * a.hidden, a.norm, a.eps, a.hidden, x[b]);
+        if (first_) fix_all(x, a.batch, a.hidden);
         project(team, x);
         team.barrier();
         absorb(team, own);
@@ -180,6 +183,7 @@ private:
         if (a.q_a.data == nullptr) return;
         team.barrier();
         for (int64_t b = 0; b < a.batch; ++b) rms_norm(compressed_[b], a.q_norm, a.latent_eps, a.q_a.rows, x[b]);
+        if (second_) fix_all(x, a.batch, a.q_a.rows);
         products(team, 1, a.q, Matrix{}, nullptr, nullptr, x, query_, nullptr);
     }
 
@@ -304,9 +308,15 @@ private:
 
     void output(Team& team, Scratch& own) const {
         float** part = own.take_rows(a.batch, BLOCK);
+        float** x = value_;
+        if (a.o.is_narrow()) {  // each thread makes its own integers: that takes less than to wait for another's
+            x = take_tokens(own, a.batch, a.o.columns, true);
+            for (int64_t b = 0; b < a.batch; ++b) std::copy(value_[b], value_[b] + a.o.columns, x[b]);
+            fix_all(x, a.batch, a.o.columns);
+        }
         team.share(5, (a.o.rows + BLOCK - 1) / BLOCK, [&](int64_t item) {
             const int64_t from = item * BLOCK, to = std::min(from + BLOCK, a.o.rows);
-            rows_times(a.o, from, to, value_, a.batch, part);
+            rows_times(a.o, from, to, x, a.batch, part);
             add_bias(a.o_bias, from, to, a.batch, part);
             for (int64_t b = 0; b < a.batch; ++b)
                 for (int64_t i = from; i < to; ++i) a.y[b * a.hidden + i] = a.x[b * a.hidden + i] + part[b][i - from];
@@ -315,6 +325,7 @@ private:
 
     const AttentionArgs& a;
     int64_t D;
+    bool first_, second_;  // whether narrow weights read the normed x, and the compressed query
     // What the phases hand on.
     float **compressed_, **query_, **latent_, **absorbed_, **value_;
     float *most_, *sums_, *totals_;  // [B, chunks, H] and [B, chunks, H, L]

@@ -12,9 +12,14 @@ inline void require(bool fits, const char* what) {
     if (!fits) throw std::runtime_error(std::string(what) + " does not fit the other inputs");
 }
 
-// `m` has so many rows and columns.
+// `m` has so many rows and columns; where it is narrow, a scale for each group.
 inline void shape(const Matrix& m, int64_t rows, int64_t columns, const char* what) {
+    constexpr int64_t GROUP = 32;
     require(m.data != nullptr && m.rows == rows && m.columns == columns, what);
+    if (!m.is_narrow()) return;
+    require(m.columns % GROUP == 0, what);
+    require(
+        m.scales && m.scale_rows == rows && m.scale_columns == columns / GROUP, (std::string(what) + "_scale").c_str());
 }
 
 // `m`, where the model has it, holds so many numbers.

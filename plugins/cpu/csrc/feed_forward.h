@@ -10,7 +10,8 @@
 
 namespace ISA {
 
-constexpr int64_t INNER_BLOCK = 16, OUTER_BLOCK = 16;  // weight rows that a thread takes at a time
+// Weight rows that a thread takes at a time; of the inner ones, a group, where what they give becomes integers.
+constexpr int64_t INNER_BLOCK = 16, OUTER_BLOCK = 16, LARGEST_INNER_BLOCK = GROUP;
 
 inline float activate(Activation kind, float x) {
     switch (kind) {
@@ -39,14 +40,17 @@ class FeedForward {
 public:
     FeedForward(const FeedForwardArgs& args, Scratch& scratch) : a(args) {
         logits_ = scratch.take_rows(a.tokens, a.experts);
-        routed_ = scratch.take_rows(a.tokens * a.top_k, a.expert_width);
-        shared_ = scratch.take_rows(a.tokens, a.shared.gate.rows);
+        routed_ = take_tokens(scratch, a.tokens * a.top_k, a.expert_width, a.down.is_narrow());
+        shared_ = take_tokens(scratch, a.tokens, a.shared.gate.rows, a.shared.down.is_narrow());
+        block_ = any_narrow(a.down, a.shared.down) ? LARGEST_INNER_BLOCK : INNER_BLOCK;
     }
 
     void run(Team& team) const {
         Scratch& own = own_scratch();
-        float** x = own.take_rows(a.tokens, a.hidden);
+        const bool narrow = any_narrow(a.gate, a.up, a.shared.gate, a.shared.up);
+        float** x = take_tokens(own, a.tokens, a.hidden, narrow);
         for (int64_t t = 0; t < a.tokens; ++t) rms_norm(a.x + t * a.hidden, a.norm, a.eps, a.hidden, x[t]);
+        if (narrow) fix_all(x, a.tokens, a.hidden);
         Chosen chosen;
         if (a.experts) {
             score(team, x);
@@ -113,27 +117,27 @@ private:
 
     // act(gate(x)) * up(x) of every chosen expert and of the shared ones.
     void inner(Team& team, float** x, const Chosen& chosen, Scratch& own) const {
-        const int64_t blocks = (a.expert_width + INNER_BLOCK - 1) / INNER_BLOCK;
+        const int64_t blocks = (a.expert_width + block_ - 1) / block_;
         const int64_t routed = static_cast<int64_t>(chosen.experts.size()) * blocks;
-        const int64_t shared = (a.shared.gate.rows + INNER_BLOCK - 1) / INNER_BLOCK;
-        float** up = own.take_rows(a.tokens, INNER_BLOCK);
+        const int64_t shared = (a.shared.gate.rows + block_ - 1) / block_;
+        float** up = own.take_rows(a.tokens, block_);
         const float** some = own.take<const float*>(a.tokens);
         float** to = own.take<float*>(a.tokens);
         team.share(1, routed + shared, [&](int64_t item) {
             if (item >= routed) {
-                const int64_t from = (item - routed) * INNER_BLOCK;
+                const int64_t from = (item - routed) * block_;
                 for (int64_t t = 0; t < a.tokens; ++t) to[t] = shared_[t] + from;
-                const int64_t last = std::min(from + INNER_BLOCK, a.shared.gate.rows);
+                const int64_t last = std::min(from + block_, a.shared.gate.rows);
                 return inner_block(a.shared, 0, from, last, x, a.tokens, to, up);
             }
-            const int64_t i = item / blocks, from = item % blocks * INNER_BLOCK, start = chosen.start[i];
+            const int64_t i = item / blocks, from = item % blocks * block_, start = chosen.start[i];
             const int64_t count = chosen.start[i + 1] - start;
             for (int64_t t = 0; t < count; ++t) {
                 some[t] = x[chosen.tokens[start + t]];
                 to[t] = routed_[start + t] + from;
             }
             const Mlp experts{a.gate, a.up, a.down, {}, {}, {}};
-            const int64_t last = std::min(from + INNER_BLOCK, a.expert_width);
+            const int64_t last = std::min(from + block_, a.expert_width);
             inner_block(experts, chosen.experts[i] * a.expert_width, from, last, some, count, to, up);
         });
     }
@@ -145,6 +149,11 @@ private:
         rows_times(m.up, base + from, base + last, x, tokens, up);
         add_bias(m.up_bias, from, last, tokens, up);
         for (int64_t t = 0; t < tokens; ++t) gate_up(a.activation, gate[t], up[t], last - from);
+        if (!m.down.is_narrow()) return;
+        for (int64_t t = 0; t < tokens; ++t) {
+            fix_group(gate[t] - from, m.down.columns, from / GROUP);
+            if (last == m.down.columns) fix_rest(gate[t] - from, m.down.columns);
+        }
     }
 
     // The down projections, weighted and summed in the order of expert ids, then the shared ones, then the residual.
@@ -178,6 +187,7 @@ private:
 
     const FeedForwardArgs& a;
     float **logits_, **routed_, **shared_;
+    int64_t block_;
 };
 
 }  // namespace ISA

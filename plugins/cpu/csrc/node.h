@@ -54,22 +54,37 @@ public:
         api_.call(ort::KernelContext_GetInputCount, context_, &count_);
     }
 
-    // The next input, of this ONNX type; UNDEFINED stands for any that weights may have.
-    void read(Tensor& t, const char* name, int type) {
-        if (next_ == count_) refuse("input " + std::string(name) + " is missing");
-        const ort::Value* value = nullptr;
-        api_.call(ort::KernelContext_GetInput, context_, next_++, &value);
-        api_.call(ort::GetTensorMutableData, value, reinterpret_cast<void**>(const_cast<char**>(&t.data)));
-        const int found = read_shape(t, value);
-        const bool is_float = found == ort::FLOAT || found == ort::FLOAT16 || found == ort::BFLOAT16;
-        if (type == ort::UNDEFINED ? !is_float : found != type)
-            refuse("input " + std::string(name) + " is of another type, ONNX's number " + std::to_string(found));
+    // The next input as floats; or as codes, int8 or two in a uint8, and right behind them their scales.
+    void read_linear(Tensor& t, const char* name) {
+        const int type = read_any(t, name);
+        if (type != ort::INT8 && type != ort::UINT8) return check(type, name, ort::UNDEFINED);
+        t.format = type == ort::INT8 ? Format::INT8 : Format::INT4;
+        if (t.format == Format::INT4) t.columns *= 2;
+        Tensor scales;
+        read(scales, (std::string(name) + "_scale").c_str(), ort::FLOAT16);
+        t.scales = scales.data, t.scale_rows = scales.rows, t.scale_columns = scales.columns;
     }
+
+    // The next input, of this ONNX type; UNDEFINED stands for any that weights may have.
+    void read(Tensor& t, const char* name, int type) { check(read_any(t, name), name, type); }
+
     void end() const {
         if (next_ < count_) refuse("it takes " + std::to_string(next_) + " inputs");
     }
 
 private:
+    int read_any(Tensor& t, const char* name) {
+        if (next_ == count_) refuse("input " + std::string(name) + " is missing");
+        const ort::Value* value = nullptr;
+        api_.call(ort::KernelContext_GetInput, context_, next_++, &value);
+        api_.call(ort::GetTensorMutableData, value, reinterpret_cast<void**>(const_cast<char**>(&t.data)));
+        return read_shape(t, value);
+    }
+    void check(int found, const char* name, int type) const {
+        const bool is_float = found == ort::FLOAT || found == ort::FLOAT16 || found == ort::BFLOAT16;
+        if (type == ort::UNDEFINED ? !is_float : found != type)
+            refuse("input " + std::string(name) + " is of another type, ONNX's number " + std::to_string(found));
+    }
     [[noreturn]] void refuse(const std::string& why) const {
         throw std::runtime_error(why + "; the node has " + std::to_string(count_) + " inputs");
     }

@@ -49,7 +49,16 @@ constexpr Function<Status*(KernelContext*, size_t index, const int64_t* dims, si
 constexpr Function<void(Status*)> ReleaseStatus{93};
 constexpr Function<void(ShapeInfo*)> ReleaseTensorTypeAndShapeInfo{99};
 
-enum ElementType : int { UNDEFINED = 0, FLOAT = 1, INT32 = 6, INT64 = 7, FLOAT16 = 10, BFLOAT16 = 16 };
+enum ElementType : int {
+    UNDEFINED = 0,
+    FLOAT = 1,
+    UINT8 = 2,
+    INT8 = 3,
+    INT32 = 6,
+    INT64 = 7,
+    FLOAT16 = 10,
+    BFLOAT16 = 16
+};
 enum Characteristic : int { REQUIRED = 0, OPTIONAL = 1, VARIADIC = 2 };
 
 struct CustomOp {

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +24,7 @@ from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.plugins.cpu.fuse import FuseForCpu, fused_bytes
 from deepseek_trt.plugins.cpu.operators import CPU_DOMAIN, FEED_FORWARD, Operator
 
+Run = Callable[[Session], list[np.ndarray[Any, Any]]]
 # Widths that are no multiples of 16, so that every kernel meets its rest.
 BASE: dict[str, Any] = {
     "model_type": "deepseek_v2",
@@ -72,16 +71,6 @@ TOLERANCE = {"float16": 8 * 2.0**-11}
 
 
 @pytest.fixture(scope="module")
-def weights() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("weights", Path(__file__).parents[2] / "export" / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def variant(weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     @functools.cache
     def make(name: str) -> Bundle:
@@ -96,18 +85,8 @@ def variant(weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return make
 
 
-def decode_twice(session: OrtSession) -> list[np.ndarray[Any, Any]]:
-    """Two steps of three rows whose caches hold random latents."""
-    rng = np.random.default_rng(0)
-    for layer in range(session.cache.layers):
-        session.pool(layer)[:] = rng.standard_normal(session.pool(layer).shape) * 0.5
-    table = rng.permutation(np.arange(1, 40, dtype=np.int32))[:36].reshape(3, 12)
-    lengths = np.array([0, 9, 40], dtype=np.int32)
-    return [session.decode(rng.integers(0, 60, (3, 1)), lengths + step, table) for step in range(2)]
-
-
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_is_fused_and_right(variant: Callable[[str], Bundle], name: str) -> None:
+def test_every_variant_is_fused_and_right(variant: Callable[[str], Bundle], decode_twice: Run, name: str) -> None:
     bundle = variant(name)
     exported, compiled = OrtSession(bundle, 40, 1, compiled=False), OrtSession(bundle, 40, 2)
     assert "as exported" not in compiled.note
@@ -119,27 +98,8 @@ def test_every_variant_is_fused_and_right(variant: Callable[[str], Bundle], name
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(a).max())
 
 
-def prefill_all(session: Session) -> list[np.ndarray[Any, Any]]:
-    """Ragged rows: new ones, and ones after latents that fill several blocks, whose few or many new tokens are computed
-    absorbed or expanded. What no row holds is NaN.
-    """
-    rng = np.random.default_rng(0)
-    table = rng.permutation(np.arange(1, 450, dtype=np.int32))[: 5 * 80].reshape(5, 80)
-    past, new = np.array([0, 9, 277, 230, 0], dtype=np.int32), np.array([40, 13, 3, 38, 1], dtype=np.int32)
-    ids = rng.integers(0, 60, (5, 40))
-    for layer in range(session.cache.layers):
-        latents = rng.standard_normal((5, 320, session.cache.latent_dim)) * 0.5
-        latents[np.arange(320) >= past[:, None]] = np.nan
-        session.pool(layer)[:] = np.nan
-        session.pool(layer)[table] = latents.reshape(5, 80, 4, -1)
-    # The last page of a row is full of NaN and may be named beyond its end.
-    wide = np.concatenate([table, np.full((5, 3), 451, np.int32)], axis=1)
-    out = [session.prefill(ids, new, past, wide), session.decode(ids[:, :1], past + new, wide)]
-    return [*out, session.prefill(ids[2:4], new[2:4], past[2:4] + new[2:4] + 1, wide[2:4, :80])]
-
-
 @pytest.mark.parametrize("name", VARIANTS)
-def test_prefill_of_every_variant_is_right(variant: Callable[[str], Bundle], name: str) -> None:
+def test_prefill_of_every_variant_is_right(variant: Callable[[str], Bundle], prefill_all: Run, name: str) -> None:
     bundle = variant(name)
     exported, compiled = OrtSession(bundle, 460, 1, compiled=False), OrtSession(bundle, 460, 2)
     tolerance = TOLERANCE.get(bundle.manifest.dtype, 1e-5)
@@ -151,7 +111,7 @@ def test_prefill_of_every_variant_is_right(variant: Callable[[str], Bundle], nam
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.nanmax(np.abs(a)))
 
 
-def test_prefill_equals_torch(variant: Callable[[str], Bundle]) -> None:
+def test_prefill_equals_torch(variant: Callable[[str], Bundle], prefill_all: Run) -> None:
     bundle = variant("biases, query compression")
     for wanted, got in zip(
         prefill_all(TorchSession(bundle, 460)), prefill_all(OrtSession(bundle, 460, 2)), strict=True

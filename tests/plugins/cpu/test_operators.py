@@ -32,7 +32,8 @@ from deepseek_trt.plugins.cpu.operators import (
 from deepseek_trt.plugins.cxx import find_compiler
 
 RECORDING = Path(__file__).parent / "csrc" / "recording_kernels.cpp"
-DTYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "weights": np.float32}
+DTYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "weights": np.float32, "linear": np.float32}
+FORMATS = {"int8": 1, "uint8": 2}  # args.h's numbers
 WIDTH = 80  # room for all that a kernel records
 # What recording_kernels.cpp writes: numbers of these inputs, then (number, rows, columns) of those, then sizes and
 # attributes.
@@ -146,10 +147,43 @@ def expected(operator: Operator, attributes: Attributes, given: Tensors) -> list
     kind = operator.name.removesuffix("Float16")
     row = [float(given[name].flat[0]) if name in given else 0.0 for name in SCALARS[kind]]
     for name in MATRICES[kind].split():
-        t = given.get(name)
-        row += [0.0] * 3 if t is None else [float(t.flat[0]), t.size // t.shape[-1], t.shape[-1]]
+        row += matrix(given.get(name), given.get(f"{name}_scale"))
     row += [given[name].shape[axis] if name in given else 0 for name, axis in SIZES[kind]]
     return [*row, *(attributes.get(name, 0) for name in ATTRIBUTES[kind])]
+
+
+def matrix(t: np.ndarray[Any, Any] | None, scale: np.ndarray[Any, Any] | None) -> list[float]:
+    if t is None:
+        return [0.0] * 3
+    row = [float(t.flat[0]), t.size // t.shape[-1], t.shape[-1] * (2 if t.dtype == np.uint8 else 1)]
+    if scale is None:
+        return row
+    return [*row, FORMATS[t.dtype.name], *matrix(scale, None)]
+
+
+def narrowed(operator: Operator, given: Tensors, place: int) -> Tensors:
+    """Every linear's weight as codes, of int4 where its place among them and `place` are both odd or both even."""
+    linears = [i.name for i in operator.inputs if i.dtype == "linear" and i.name in given]
+    out: dict[str, np.ndarray[Any, Any]] = {}
+    for name, tensor in given.items():
+        if name not in linears:
+            out[name] = tensor
+            continue
+        k = linears.index(name)
+        out[name] = tensor.astype(np.uint8 if k % 2 == place % 2 else np.int8)
+        out[f"{name}_scale"] = np.full((3 + k, 2, 1), 0.5 + k, np.float16)
+    return out
+
+
+@pytest.mark.parametrize("place", range(len(OPERATORS)), ids=[operator.name for operator in OPERATORS])
+@pytest.mark.parametrize("table", TABLES)
+def test_every_linear_may_be_narrow(recording: Build, table: str, place: int) -> None:
+    operator = TABLES[table][place]
+    attributes = list(combinations(operator))[-1]
+    for odd in (0, 1):
+        given = narrowed(operator, tensors_of(operator, attributes), odd)
+        wanted = expected(operator, attributes, given)
+        assert run(recording(table), operator, attributes, given)[: len(wanted)] == wanted
 
 
 @pytest.mark.parametrize("place", range(len(OPERATORS)), ids=[operator.name for operator in OPERATORS])
@@ -176,6 +210,10 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
         (PREFILL_FEED_FORWARD, without("sequence_lengths"), "PrefillFeedForward: input sequence_lengths is of another"),
         (HEAD, lambda g: {**g, "x": g["x"].astype(np.float16)}, "Head: input x is of another type, ONNX's number 10"),
         (HEAD, lambda g: {**g, "head": g["head"].astype(np.int32)}, "Head: input head is of another type"),
+        (HEAD, lambda g: {**g, "head": g["head"].astype(np.int8)}, "Head: input head_scale is missing"),
+        (ATTENTION, lambda g: {**g, "kv_a": g["kv_a"].astype(np.int8)}, "Attention: input kv_a_scale is of another"),
+        (ATTENTION, lambda g: {**g, "w_uk": g["w_uk"].astype(np.int8)}, "Attention: input w_uk is of another type"),
+        (FEED_FORWARD, lambda g: {**g, "router": g["router"].astype(np.uint8)}, "input router is of another type"),
     ],
 )
 def test_other_inputs_are_refused_by_name(

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "narrow.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -33,11 +34,9 @@ inline int64_t padded(int64_t width) {
     return (width + LANES - 1) / LANES * LANES + ((width - 1) / LANES % 2 ? LANES : 0);
 }
 
-inline float** take_padded(Scratch& scratch, int64_t rows, int64_t width) {
-    float** table = scratch.take<float*>(rows);
-    float* data = scratch.take(rows * padded(width));
-    for (int64_t i = 0; i < rows; ++i) table[i] = data + i * padded(width);
-    return table;
+// A table of such rows, with room for their integers where narrow weights read them.
+inline float** take_padded(Scratch& scratch, int64_t rows, int64_t width, bool narrow = false) {
+    return scratch.take_rows(rows, padded(narrow ? fixed_width(width) : width));
 }
 
 // y[i][at + 16 p + lane] (+)= sum over k of x[i][from + k] w(p, k, lane) for M rows and P panels.
@@ -171,6 +170,7 @@ inline float* take_panels(Scratch& scratch) { return scratch.take(ROW_BLOCK * K_
 // y[t][r - first] = w[r] . x[t] for at most ROW_BLOCK outputs first..last; rows of y have room for whole panels.
 inline void gemm(const Matrix& m, int64_t first, int64_t last, const float* const* x, int64_t tokens, float* const* y,
     float* packed) {
+    if (m.is_narrow()) return narrow_times(m, first, last, x, tokens, y);
     for (int64_t k = 0; k < m.columns; k += K_BLOCK) {
         const int64_t depth = std::min(K_BLOCK, m.columns - k);
         pack(m, first, last, k, depth, packed);

@@ -52,11 +52,12 @@ public:
         : a(args), tokens_(args.sequence_lengths, args.batch, args.sequence, scratch) {
         D = a.kv_a.rows, R = D - a.rank, H = a.heads;
         const int64_t count = tokens_.count;
-        x_ = take_padded(scratch, count, a.hidden);
-        compressed_ = take_padded(scratch, count, a.q_a.data ? a.q_a.rows : 0);
+        first_ = any_narrow(a.q_a.data ? a.q_a : a.q, a.kv_a), second_ = a.q_a.data && a.q.is_narrow();
+        x_ = take_padded(scratch, count, a.hidden, first_);
+        compressed_ = take_padded(scratch, count, a.q_a.data ? a.q_a.rows : 0, second_);
         query_ = take_padded(scratch, count, a.q.rows);
         latent_ = take_padded(scratch, count, D);
-        value_ = take_padded(scratch, count, H * a.value);
+        value_ = take_padded(scratch, count, H * a.value, a.o.is_narrow());
         int64_t absorbed = 0, expands = 0, most = 0;
         for (int64_t b = 0; b < a.batch; ++b) {
             most = std::max(most, tokens_.length(b) * H);
@@ -83,6 +84,7 @@ public:
         share_blocks(team, NORM, tokens_.count, TOGETHER, [&](int64_t from, int64_t last) {
             for (int64_t t = from; t < last; ++t)
                 rms_norm(a.x + tokens_.rows[t] * a.hidden, a.norm, a.eps, a.hidden, x_[t]);
+            if (first_) fix_all(x_ + from, last - from, a.hidden);
         });
         team.barrier();
         Work work(*this, own);
@@ -92,11 +94,16 @@ public:
         team.barrier();
         for (int64_t b = 0; b < a.batch; ++b)
             if (tokens_.length(b)) attend(team, b, work);
+        if (a.o.is_narrow()) {
+            share_blocks(team, FIX, tokens_.count, TOGETHER,
+                [&](int64_t from, int64_t last) { fix_all(value_ + from, last - from, a.o.columns); });
+            team.barrier();
+        }
         output(team, work);
     }
 
 private:
-    enum Phase { NORM, FIRST, NORM_Q, SECOND, FINISH, GATHER, EXPAND, ATTEND, LAST };
+    enum Phase { NORM, FIRST, NORM_Q, SECOND, FINISH, GATHER, EXPAND, ATTEND, FIX, LAST };
 
     // What one thread needs.
     struct Work {
@@ -158,6 +165,7 @@ private:
         share_blocks(team, NORM_Q, tokens_.count, TOGETHER, [&](int64_t from, int64_t last) {
             for (int64_t t = from; t < last; ++t)
                 rms_norm(compressed_[t], a.q_norm, a.latent_eps, a.q_a.rows, compressed_[t]);
+            if (second_) fix_all(compressed_ + from, last - from, a.q_a.rows);
         });
         team.barrier();
         products(team, SECOND, compressed_, a.q, Matrix{}, query_, Matrix{}, Matrix{}, nullptr, work);
@@ -377,6 +385,7 @@ private:
     const PrefillAttentionArgs& a;
     const Tokens tokens_;
     int64_t D, R, H;
+    bool first_, second_;  // whether narrow weights read x_ and compressed_
     float **x_, **compressed_, **query_, **latent_, **value_;
     float **absorbed_, **attended_;  // [queries * H, D] and [queries * H, L] of an absorbed sequence
     float *keys_, **values_;         // [H * N, KEYS] and [H * KEYS, V] of a block

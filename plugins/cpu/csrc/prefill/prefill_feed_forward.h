@@ -10,11 +10,12 @@ class PrefillFeedForward {
 public:
     PrefillFeedForward(const PrefillFeedForwardArgs& args, Scratch& scratch)
         : a(args), tokens_(args.sequence_lengths, args.batch, args.tokens / args.batch, scratch) {
-        x_ = take_padded(scratch, tokens_.count, a.hidden);
+        narrow_ = any_narrow(a.gate, a.up, a.shared.gate, a.shared.up);
+        x_ = take_padded(scratch, tokens_.count, a.hidden, narrow_);
         ids_ = scratch.take<int64_t>(tokens_.count * a.top_k);
         weights_ = scratch.take(tokens_.count * a.top_k);
-        routed_ = take_padded(scratch, tokens_.count * a.top_k, a.expert_width);
-        shared_ = take_padded(scratch, tokens_.count, a.shared.gate.rows);
+        routed_ = take_padded(scratch, tokens_.count * a.top_k, a.expert_width, a.down.is_narrow());
+        shared_ = take_padded(scratch, tokens_.count, a.shared.gate.rows, a.shared.down.is_narrow());
     }
 
     void run(Team& team) const {
@@ -23,6 +24,7 @@ public:
         share_blocks(team, 0, tokens_.count, TOGETHER, [&](int64_t from, int64_t last) {
             for (int64_t t = from; t < last; ++t)
                 rms_norm(a.x + tokens_.rows[t] * a.hidden, a.norm, a.eps, a.hidden, x_[t]);
+            if (narrow_) fix_all(x_ + from, last - from, a.hidden);
         });
         team.barrier();
         Work work(*this, own);
@@ -33,6 +35,10 @@ public:
         const Chosen chosen = sort(own);
         inner(team, chosen, work);
         team.barrier();
+        if (any_narrow(a.down, a.shared.down)) {
+            fix_inner(team, chosen);
+            team.barrier();
+        }
         outer(team, chosen, work);
     }
 
@@ -125,6 +131,16 @@ private:
         for (int64_t t = 0; t < item.count; ++t) gate_up(a.activation, work.to[t], work.part[t], width);
     }
 
+    // What narrow down projections read becomes integers.
+    void fix_inner(Team& team, const Chosen& chosen) const {
+        const int64_t pairs = a.down.is_narrow() ? chosen.start[a.experts] : 0;
+        const int64_t tokens = a.shared.down.is_narrow() ? tokens_.count : 0;
+        share_blocks(team, 4, pairs, TOGETHER,
+            [&](int64_t from, int64_t last) { fix_all(routed_ + from, last - from, a.down.columns); });
+        share_blocks(team, 5, tokens, TOGETHER,
+            [&](int64_t from, int64_t last) { fix_all(shared_ + from, last - from, a.shared.down.columns); });
+    }
+
     // The down projections, weighted and summed in the order of expert ids, then the shared ones, then the residual.
     void outer(Team& team, const Chosen& chosen, Work& work) const {
         share_blocks(team, 3, a.hidden, rows_a_block(team, a.hidden), [&](int64_t from, int64_t last) {
@@ -162,6 +178,7 @@ private:
     const Tokens tokens_;
     // What the phases hand on: normed tokens, where each goes and with which weight, and what the inner products give.
     float **x_, **routed_, **shared_;
+    bool narrow_;  // whether narrow weights read x_
     int64_t* ids_;
     float* weights_;
 };

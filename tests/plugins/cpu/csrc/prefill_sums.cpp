@@ -35,6 +35,20 @@ Matrix matrix(int64_t rows, int64_t columns, Type type) {
     return m;
 }
 
+// Codes that all bits stand for, where the columns are whole groups.
+Matrix linear(int64_t rows, int64_t columns, Type type, Format format) {
+    constexpr int64_t GROUP = 32;
+    if (format == Format::WHOLE || columns % GROUP) return matrix(rows, columns, type);
+    Matrix m = matrix(rows, columns / GROUP, Type::FLOAT16);
+    auto* scales = reinterpret_cast<_Float16*>(const_cast<char*>(m.data));
+    for (int64_t i = 0; i < rows * columns / GROUP; ++i) scales[i] = scales[i] * static_cast<_Float16>(0.002f);
+    m.scales = m.data, m.scale_rows = rows, m.scale_columns = columns / GROUP, m.columns = columns, m.format = format;
+    auto* codes = new std::vector<char>(rows * columns / (format == Format::INT4 ? 2 : 1));
+    for (char& code : *codes) code = static_cast<char>(255.0f * drawn());
+    m.data = codes->data();
+    return m;
+}
+
 void print(const float* data, int64_t n) {
     uint64_t sum = 14695981039346656037u;
     for (int64_t i = 0; i < n; ++i) {
@@ -49,7 +63,7 @@ struct Sizes {
     int64_t hidden, heads, experts, inner, nope, rope, value, rank;
 };
 
-void run(const Sizes& z, Type type, Pool& pool) {
+void run(const Sizes& z, Type type, Format format, Pool& pool) {
     constexpr int64_t B = 4, S = 50, page = 4, M = 200;
     constexpr int32_t past[B] = {0, 300, 520, 7}, lengths[B] = {50, 2, 33, 1};
     std::vector<int32_t> table(B * M);
@@ -63,19 +77,22 @@ void run(const Sizes& z, Type type, Pool& pool) {
     a.page_table = table.data(), a.past_lengths = past, a.sequence_lengths = lengths;
     a.batch = B, a.sequence = S, a.hidden = z.hidden, a.pages = pages, a.page = page, a.table_width = M;
     a.heads = z.heads, a.nope = z.nope, a.value = z.value, a.rank = z.rank;
+    a.latent = latent, a.rope_rows = a.tokens = B * S, a.rope = z.rope / 2;
+    a.table_rows = a.lengths = a.sequences = B;
     a.eps = a.latent_eps = 1e-6f, a.scale = 0.3f;
-    a.norm = matrix(1, z.hidden, type), a.q_a = matrix(compressed, z.hidden, type);
-    a.q_norm = matrix(1, compressed, type), a.q = matrix(z.heads * (z.nope + z.rope), compressed, type);
-    a.kv_a = matrix(latent, z.hidden, type), a.kv_norm = matrix(1, z.rank, type);
+    a.norm = matrix(1, z.hidden, type), a.q_a = linear(compressed, z.hidden, type, format);
+    a.q_norm = matrix(1, compressed, type), a.q = linear(z.heads * (z.nope + z.rope), compressed, type, format);
+    a.kv_a = linear(latent, z.hidden, type, format), a.kv_norm = matrix(1, z.rank, type);
     a.w_uk = matrix(z.heads * z.nope, z.rank, type), a.w_uv = matrix(z.heads * z.value, z.rank, type);
-    a.o = matrix(z.hidden, z.heads * z.value, type), a.o_bias = matrix(1, z.hidden, type);
+    a.o = linear(z.hidden, z.heads * z.value, type, format), a.o_bias = matrix(1, z.hidden, type);
     PrefillFeedForwardArgs f{};
     f.x = a.x, f.y = numbers(B * S * z.hidden, 1), f.tokens = B * S, f.batch = B, f.sequence_lengths = lengths;
     f.hidden = z.hidden, f.experts = z.experts, f.expert_width = z.inner, f.eps = 1e-6f, f.norm = a.norm;
-    f.shared = {matrix(2 * z.inner, z.hidden, type), matrix(2 * z.inner, z.hidden, type),
-        matrix(z.hidden, 2 * z.inner, type), {}, {}, {}};
-    f.router = matrix(z.experts, z.hidden, type), f.gate = matrix(z.experts * z.inner, z.hidden, type);
-    f.up = matrix(z.experts * z.inner, z.hidden, type), f.down = matrix(z.experts * z.hidden, z.inner, type);
+    f.shared = {linear(2 * z.inner, z.hidden, type, format), linear(2 * z.inner, z.hidden, type, format),
+        linear(z.hidden, 2 * z.inner, type, format), {}, {}, {}};
+    f.router = matrix(z.experts, z.hidden, type), f.gate = linear(z.experts * z.inner, z.hidden, type, format);
+    f.up = linear(z.experts * z.inner, z.hidden, type, format);
+    f.down = linear(z.experts * z.hidden, z.inner, type, format);
     f.top_k = 3, f.groups = f.top_groups = 1, f.factor = 1.0f;
     kernels_v3.prefill_attention(a, pool);
     kernels_v3.prefill_feed_forward(f, pool);
@@ -92,6 +109,11 @@ int main(int count, char**) {
     for (const Type type : {Type::FLOAT32, Type::FLOAT16, Type::BFLOAT16})
         for (const Sizes& z : sizes) {
             state = 1;
-            run(z, type, pool);
+            run(z, type, Format::WHOLE, pool);
+        }
+    for (const Format format : {Format::INT8, Format::INT4})
+        for (const Sizes& z : {Sizes{96, 3, 8, 32, 10, 6, 32, 24}, Sizes{512, 8, 9, 80, 128, 64, 128, 512}}) {
+            state = 1;
+            run(z, Type::FLOAT32, format, pool);
         }
 }

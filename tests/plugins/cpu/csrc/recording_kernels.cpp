@@ -1,7 +1,8 @@
 // Kernels that compute nothing: the first row of their output says what they were given.
 //
-// Of every input its first number (0 where it is missing), then its size where it is a matrix, then sizes and
-// attributes, in the order that tests/plugins/cpu/test_operators.py has them in.
+// Of every input its first number (0 where it is missing), then its size where it is a matrix, and where that is narrow
+// its format and the same of its scales; then sizes and attributes, in the order that
+// tests/plugins/cpu/test_operators.py has them in.
 #include "args.h"
 
 namespace {
@@ -15,9 +16,17 @@ struct Row {
         add(data ? static_cast<double>(*data) : 0);
     }
     void add(const Matrix& m) {
-        first(reinterpret_cast<const float*>(m.data));
-        add(m.rows);
-        add(m.columns);
+        if (m.format == Format::INT8)
+            first(reinterpret_cast<const int8_t*>(m.data));
+        else if (m.format == Format::INT4)
+            first(reinterpret_cast<const uint8_t*>(m.data));
+        else
+            first(reinterpret_cast<const float*>(m.data));
+        all(m.rows, m.columns);
+        if (!m.is_narrow()) return;
+        add(static_cast<int>(m.format));
+        first(reinterpret_cast<const _Float16*>(m.scales));
+        all(m.scale_rows, m.scale_columns);
     }
     template <class... Values>
     void all(const Values&... values) {
