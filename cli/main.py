@@ -22,8 +22,8 @@ from deepseek_trt.cli.printing.output import (
 )
 from deepseek_trt.export.errors import DeepseekTrtError
 
-# torch's threads spin while they wait for each other: on a busy machine validate took ten times as long. Read when torch
-# is imported.
+# torch's threads spin while they wait for each other: on a busy machine validate took ten times as long.
+# Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _AS_JSON = "deepseek_trt.as_json"
