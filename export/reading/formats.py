@@ -10,12 +10,15 @@ from typing import Any
 from deepseek_trt.export.bundle.recipes import FP8, SCALE_SUFFIX
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.json_file import read_object
-from deepseek_trt.export.reading.tensors import StoredTensor
+from deepseek_trt.export.reading.tensors import PACKED, StoredTensor
 from deepseek_trt.export.reading.weight_files import weights_in
 from deepseek_trt.export.text.wording import shown, some
 
 ADAPTER_CONFIG = "adapter_config.json"
-_MEND = f"use the bfloat16 checkpoint that it was made from, or one in fp8 with *{SCALE_SUFFIX}"
+_MEND = (
+    f"use the bfloat16 checkpoint that it was made from, or one in fp8 with *{SCALE_SUFFIX}, or one whose config.json "
+    "says compressed-tensors (pack-quantized), GPTQ or AWQ with 4 or 8 bits"
+)
 _BUNDLE_FILE = "manifest.json"  # of our own bundles; their description is no part of reading a checkpoint
 # Files without which no program would call the folder that; each beside tensors of its own format.
 _SIDE_FILES = {
@@ -103,7 +106,7 @@ def check_tensors(tensors: Mapping[str, StoredTensor]) -> None:
                 f"the checkpoint is quantized ({kind}: tensor {shown(found)}), which is not supported: {_MEND}"
             )
     for name, tensor in tensors.items():
-        if tensor.dtype in _PACKED:
+        if is_packed_number(tensor):
             raise CheckpointError(
                 f"tensor {shown(name)} holds packed numbers ({tensor.dtype}): the checkpoint is quantized, "
                 f"which is not supported: {_MEND}"
@@ -114,12 +117,17 @@ def check_tensors(tensors: Mapping[str, StoredTensor]) -> None:
             raise CheckpointError(f"tensor {shown(name)} is {tensor.dtype}; of fp8, {FP8} is supported: {_MEND}")
 
 
-def fp8_notes(raw: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """One sentence where config.json and the tensors do not agree on whether the weights are fp8."""
-    scaled, said = any(tensor.dtype == FP8 for tensor in tensors.values()), bool(raw.get("quantization_config"))
-    if scaled and not said:
+def is_packed_number(tensor: StoredTensor) -> bool:
+    """Whether its dtype is one that weights are packed in."""
+    return tensor.dtype in _PACKED
+
+
+def quantization_notes(raw: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """One sentence where config.json and the tensors do not agree on whether the weights are quantized."""
+    kinds, said = {tensor.dtype for tensor in tensors.values()}, bool(raw.get("quantization_config"))
+    if FP8 in kinds and not said:
         return (f"config.json has no quantization_config: fp8 tensors are multiplied by their *{SCALE_SUFFIX}",)
-    if said and not scaled:
+    if said and not kinds & {FP8, PACKED}:
         return ("config.json has a quantization_config, but no tensor is quantized: it is ignored",)
     return ()
 

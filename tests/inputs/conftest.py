@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ class Made:
 def _shared(file: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"shared_{file.parent.name}_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -97,6 +99,12 @@ def _shared(file: Path) -> Any:
 @pytest.fixture(scope="session")
 def _export_tests() -> Any:
     return _shared(TESTS / "export" / "conftest.py")
+
+
+@pytest.fixture(scope="session")
+def packers() -> Any:
+    """tests/inputs/packers.py: checkpoints that are published packed."""
+    return _shared(TESTS / "inputs" / "packers.py")
 
 
 @pytest.fixture(scope="session")
