@@ -144,13 +144,15 @@ def test_graphs_compute_what_the_whole_numbers_do(packed, made, verdict, kind):
     whole = made("v3", name="whole", **SIZES, attention_bias=True)
     save_file(result.numbers | _whole(result), whole.path / "model.safetensors")
     bundles = [Bundle.open(verdict(path).bundle) for path in (checkpoint, whole.path)]
-    given = {
-        "input_ids": np.arange(12, dtype=np.int32).reshape(2, 6),
-        "sequence_lengths": np.array([6, 4], dtype=np.int32),
-        "page_table": np.array([[1], [2]], dtype=np.int32),
+    known = {
+        "input_ids": np.arange(12).reshape(2, 6),
+        "sequence_lengths": np.array([6, 4]),
+        "page_table": np.array([[1], [2]]),
     }
-    for t in bundles[0].graph("prefill").inputs:
-        given.setdefault(t.name, np.zeros([4 if isinstance(d, str) else d for d in t.dims], dtype=t.dtype))
+    inputs = {t.name: t for t in bundles[0].graph("prefill").inputs}
+    sizes = {"batch_size": 2, "sequence_length": 6, "pages": 4, "table": 1}
+    empty = {name: np.zeros([sizes.get(d, 4) if isinstance(d, str) else d for d in t.dims]) for name, t in inputs.items()}
+    given = {name: known.get(name, empty[name]).astype(t.dtype) for name, t in inputs.items()}
     ours, theirs = (OrtGraphs(bundle).run("prefill", given)["logits"] for bundle in bundles)
     assert np.isfinite(theirs).all()
     assert np.abs(ours - theirs).max() <= 2e-5 * np.abs(theirs).max()
