@@ -40,7 +40,7 @@ KEYS = (
     Setting("pack_dtype", "codes lie in integers of 32 bits", only=("int32",)),
     Setting("dynamic", "used: patterns with -: name modules that are whole; others are refused", Object()),
     Setting(
-        "modules_in_block_to_quantize", "used: what else is in a layer is whole", ListOf(ListOf(Text()), or_one=True)
+        "modules_in_block_to_quantize", "used: what else is in a layer is whole", ListOf(ListOf(Text(), or_one=True))
     ),
     Setting("adapter", "what is learned beside the weights would be left out", only=ABSENT),
     *harmless("the tensors say it", "lm_head", "static_groups"),

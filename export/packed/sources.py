@@ -41,6 +41,8 @@ def with_packed(checkpoint: Checkpoint, settings: PackedSettings) -> Checkpoint:
         made[module] = _weight(module, _scheme(module, stored, settings), tensors)
         if f"{module}.{stored}" in checkpoint.unindexed:
             unindexed.add(f"{module}.weight")
+    if made:
+        _check_left(tensors)
     tensors |= {f"{module}.weight": weight for module, weight in made.items()}
     notes = (*checkpoint.notes, *_contradictions(modules, made, settings)) if made else checkpoint.notes
     return dataclasses.replace(
@@ -55,6 +57,17 @@ def _packed(tensors: Mapping[str, StoredTensor], settings: PackedSettings) -> It
         module, _, ending = name.rpartition(".")
         if ending in endings and (ending != "weight" or tensor.dtype in _BYTES):
             yield module, ending
+
+
+def _check_left(tensors: Mapping[str, StoredTensor]) -> None:
+    """CheckpointError for a part of a packed weight without its codes."""
+    parts = {part for parts in _PARTS.values() for part in parts if part} | _PARTS.keys() - {"weight"}
+    left = next((name for name in tensors if name.rpartition(".")[2] in parts), None)
+    if left is not None:
+        raise CheckpointError(
+            f"tensor {some([left])} is part of a packed weight, and of none that quantization_config describes: "
+            f"{_AGAIN}"
+        )
 
 
 def _modules(tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:

@@ -10,8 +10,9 @@ from typing import Any
 from deepseek_trt.export.bundle.recipes import FP8, SCALE_SUFFIX
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.json_file import read_object
+from deepseek_trt.export.packed.methods import method_of
 from deepseek_trt.export.reading.tensors import PACKED, StoredTensor
-from deepseek_trt.export.reading.weight_files import weights_in
+from deepseek_trt.export.reading.weight_files import CONFIG_FILE, weights_in
 from deepseek_trt.export.text.wording import shown, some
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -25,6 +26,11 @@ _SIDE_FILES = {
     "hf_quant_config.json": "modelopt (NVFP4, FP8)",
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
+}
+# Keys of side files, and of quantization_config, that decide how packed numbers are read.
+_DECIDING = {
+    **{key: key for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "version", "zero_point")},
+    **{"w_bit": "bits", "q_group_size": "group_size"},
 }
 # Endings of files that hold weights, where there is no safetensors file; the first that is found gives the name.
 _OTHER_FILES = {
@@ -92,8 +98,8 @@ def check_folder(root: Path) -> None:
             f"{root} is split for DeepSeek's own inference code ({split}): use the checkpoint that it was made from"
         )
     for name, kind in _SIDE_FILES.items():
-        if name in names and (method := _quantized_by(root / name, kind)):
-            raise CheckpointError(f"{root} is quantized ({method}; {name}), which is not supported: {_MEND}")
+        if name in names:
+            _check_side_file(root / name, kind)
 
 
 def check_tensors(tensors: Mapping[str, StoredTensor]) -> None:
@@ -164,6 +170,29 @@ def _other_files(names: list[str]) -> Iterator[tuple[str, str]]:
         for name in names:
             if name.endswith(ending) and (not ending.startswith(".bin") or name.startswith("pytorch_model")):
                 yield name, kind
+
+
+def _check_side_file(file: Path, kind: str) -> None:
+    """CheckpointError where it says that weights are quantized, and config.json does not say the same."""
+    settings = _object(file.with_name(CONFIG_FILE)).get("quantization_config")
+    method = method_of(settings) if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or method is None or method.label != kind:
+        if said := _quantized_by(file, kind):
+            raise CheckpointError(f"{file.parent} is quantized ({said}; {file.name}), which is not supported: {_MEND}")
+        return
+    mine, other = (_deciding(each) for each in (settings, _object(file)))
+    for key in mine.keys() & other.keys():
+        if mine[key] != other[key]:
+            raise CheckpointError(
+                f"{file} says {key} {shown(other[key])}, and config.json's quantization_config {shown(mine[key])}: "
+                "download both again from the same place"
+            )
+
+
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how packed numbers are read, by one name a setting."""
+    found = {_DECIDING[key]: value for key, value in settings.items() if key in _DECIDING and value is not None}
+    return {key: value.lower() if isinstance(value, str) else value for key, value in found.items()}
 
 
 def _quantized_by(file: Path, kind: str) -> str | None:

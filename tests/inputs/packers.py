@@ -1,4 +1,4 @@
-"""Packed checkpoints in small, and what their numbers are: each packer by the writers' own descriptions, in plain loops.
+"""Packed checkpoints in small, and the numbers that they hold; each packer by the writers' own sources.
 
 compressed-tensors 0.20 (compressors/pack_quantized), AutoGPTQ and GPTQModel (QuantLinear.pack), AutoAWQ 0.2.9
 (modules/linear/gemm.py). Dequantised is (code - zero point) * scale in float32.
@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Packing:
-    """How modules are packed: `kind` is compressed, plain (a code a byte), gptq, gptq_v2 or awq; group None is a row."""
+    """How modules are packed: `kind` is one of _PACKERS (plain: a code a byte); group None is a row."""
 
     kind: str
     bits: int = 4
