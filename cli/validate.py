@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from deepseek_trt.cli.options import bundle_argument, threads_option, verify_option
+from deepseek_trt.cli.options import FiniteRange, bundle_argument, threads_option, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, step
 from deepseek_trt.validate.request import BACKENDS, ValidateRequest, check_name
 
@@ -41,6 +41,8 @@ class _Backend(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 
 @click.option("--checkpoint", type=click.Path(path_type=Path), help=CHECKPOINT_HELP)
 @click.option("--independent/--no-independent", default=None, help=INDEPENDENT_HELP)
 @click.option("--compare", type=click.Path(path_type=Path), help="An earlier report.json: show what moved.")
+@click.option("--max-kl", type=FiniteRange(0), help="Nats that narrow weights may cost, the mean; more exits with 3.")
+@click.option("--max-perplexity-increase", type=FiniteRange(0), help="Percent that they may cost; more exits with 3.")
 @threads_option
 @verify_option
 @output_options()
@@ -49,7 +51,8 @@ def command(report: Path | None, compare: Path | None, as_json: bool, **options:
 
     Where transformers is installed and the model fits, it checks the reference first, from the checkpoint's own files.
 
-    Exits with 3 when an output leaves its tolerance, or got worse since the report given with --compare.
+    Exits with 3 when an output leaves its tolerance, or got worse since the report given with --compare. What narrow
+    weights cost beside the checkpoint's is said, and judged where a limit is given.
 
     Example: deepseek-trt validate ./v2-lite --backend exported --report ./accuracy
     """

@@ -7,9 +7,11 @@ import time
 from dataclasses import dataclass
 
 from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.reading.hub import checkpoint_folder
+from deepseek_trt.validate.backends.published_weights import published_weights
 from deepseek_trt.validate.findings.baseline import compare_reports, read_report
-from deepseek_trt.validate.generation import compare_generation
+from deepseek_trt.validate.generation import NO_WHOLE, compare_generation
 from deepseek_trt.validate.heads import compare_heads
 from deepseek_trt.validate.layerwise.layerwise import compare_layers
 from deepseek_trt.validate.report.provenance import collect_provenance
@@ -35,6 +37,7 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
     started, bundle = time.time(), Bundle.open(request.bundle, judges_weights=True)
     if request.checkpoint is not None:
         request = dataclasses.replace(request, checkpoint=checkpoint_folder(request.checkpoint))
+    _check_limits(bundle, request)
     earlier = read_report(request.earlier) if request.earlier else None
     found = _compare(bundle, request, progress)
     report = AccuracyReport(
@@ -53,6 +56,7 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
         reference=found.reference,
         backends=found.backends,
         parts=found.parts,
+        narrowing=found.narrowing,
         provenance=collect_provenance(
             bundle, found.integrity, request.seed, "checkpoint" if found.weights else "bundle", request.command, started
         ),
@@ -60,6 +64,22 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
     if request.earlier and earlier:
         report = dataclasses.replace(report, moved=compare_reports(request.earlier, earlier, report))
     return Validation(report, found.comparisons)
+
+
+def _check_limits(bundle: Bundle, request: ValidateRequest) -> None:
+    """RequestError where it cannot be said what narrow weights cost, and a limit is given."""
+    name = next(iter(request.limits), None)
+    if name is None:
+        return
+    if not bundle.manifest.is_narrow:
+        raise RequestError(f"{name}: {bundle.path} has no narrow weights, which cost nothing: leave it out")
+    if request.layers is not None or bundle.manifest.generation_refusal:
+        what = "--layers compares parts of the model" if request.layers else f"it is for {bundle.manifest.task}"
+        raise RequestError(f"{name} is of a whole model that generates, and {what}: leave it out")
+    if published_weights(bundle, request.checkpoint) is None:
+        raise RequestError(f"{name}: {NO_WHOLE}")
+    if request.max_perplexity_increase is not None and bundle.tokenizer_path is None:
+        raise RequestError(f"--max-perplexity-increase: {bundle.path} has no tokenizer.json, so that no text is scored")
 
 
 def _compare(bundle: Bundle, request: ValidateRequest, progress: Progress) -> Compared:

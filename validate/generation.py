@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from deepseek_trt.engines.sessions.opening import SessionRequest
+from deepseek_trt.engines.sessions.torch import TorchSession, Weights
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.validate.backends.backends import BACKENDS, check_backend, make_reference
+from deepseek_trt.validate.backends.narrow_weights import reference_weights, with_strays
 from deepseek_trt.validate.backends.probes import GAP, PLACES, ROUTING
-from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
+from deepseek_trt.validate.backends.published_weights import published_weights
 from deepseek_trt.validate.backends.sessions import SessionStepper
 from deepseek_trt.validate.backends.torch import StreamedTorchSession
+from deepseek_trt.validate.backends.torch_watch import TorchWatcher
 from deepseek_trt.validate.cases.coverage import cover_experts
 from deepseek_trt.validate.cases.inputs import Inputs, read_inputs
+from deepseek_trt.validate.findings.narrowing import Limits, Narrowing, narrowing
 from deepseek_trt.validate.findings.undecided import set_aside
 from deepseek_trt.validate.independent.check import Check
 from deepseek_trt.validate.pair import Pair, Side, compare, rounding_floors
@@ -18,6 +22,8 @@ from deepseek_trt.validate.report.integrity import check_integrity
 from deepseek_trt.validate.report.report import Compared, Comparison, backend_report
 from deepseek_trt.validate.request import DEFAULT_BACKENDS, Progress, ValidateRequest
 from deepseek_trt.validate.steps import Script
+
+NO_WHOLE = "the checkpoint with the whole weights is gone or has changed: give it with --checkpoint"
 
 
 def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progress) -> Compared:
@@ -29,14 +35,20 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
     check = Check.of(bundle, request)
     progress("hashing the bundle and its checkpoint")
     integrity = check_integrity(bundle)
-    inputs = read_inputs(bundle, request.text, request.seed)
     weights = published_weights(bundle, request.checkpoint)
-    runs = _Runs(SessionRequest(bundle, inputs.pages, request.threads), inputs, weights, request.bisect, progress)
-    independent = check.of_generation(runs.reference, inputs, progress)
+    integrity = with_strays(integrity, bundle, weights)
+    inputs = read_inputs(bundle, request.text, request.seed)
+    session = SessionRequest(bundle, inputs.pages, request.threads)
+    runs = _Runs(session, inputs, reference_weights(bundle, weights), request.bisect, progress)
+    whole = make_reference(session, weights) if weights and bundle.manifest.is_narrow else None
+    check = check if whole or not bundle.manifest.is_narrow else check.without(NO_WHOLE)
+    independent = check.of_generation(whole or runs.reference, inputs, progress)
+    cost = None if whole is None else runs.cost(whole, Limits(request.max_kl, request.max_perplexity_increase))
     reports = {}
     for name in sorted(names, key=lambda name: name != "torch"):  # torch first
         reports[name] = backend_report(*runs.pair(name))
     source = weights.note if weights else "the bundle's own weights"
+    source += ", narrow ones as the bundle holds them, read anew" if bundle.manifest.is_narrow else ""
     streamed = ", one layer in memory at a time" if runs.is_streamed else ""
     return Compared(
         integrity=integrity,
@@ -46,6 +58,7 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
         weights=weights,
         backends=tuple(reports[name] for name in names),
         comparisons=tuple(Comparison(name, runs.pairs[name].accuracy) for name in names),
+        narrowing=cost,
     )
 
 
@@ -56,7 +69,7 @@ class _Runs:
         self,
         session: SessionRequest,
         inputs: Inputs,
-        weights: PublishedWeights | None,
+        weights: Weights | None,
         bisect: bool,
         progress: Progress,
     ) -> None:
@@ -78,6 +91,19 @@ class _Runs:
             pair = pair.judged_by(rounding_floors(floor, len(pair.script.steps)))
         self.pairs[backend] = pair = set_aside(pair)
         return pair, floor
+
+    def cost(self, whole: TorchSession, limits: Limits) -> Narrowing:
+        """What the narrow weights cost, beside a session with the whole ones."""
+        self._progress("measuring what narrow weights cost")
+        side = Side(
+            "narrow",
+            lambda seen: SessionStepper(self.reference, TorchWatcher(seen)),
+            lambda follower: SessionStepper(whole, TorchWatcher(follower.probes)),  # which follows no choices
+        )
+        manifest = self._session.bundle.manifest
+        (pair,) = compare([side], self._whole, manifest.model, ("hidden", *ROUTING))
+        sizes = sum(w.recipe.nbytes(manifest.dtype) for w in manifest.weights), manifest.whole_bytes
+        return narrowing(pair, manifest.narrow_formats, sizes, limits)
 
     def _floor(self) -> Pair:
         if "torch" not in self.pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class ValidateRequest:
     a time; None compares the whole model. The reference reads its weights in the folder `checkpoint`, or in that of a
     name in Hugging Face's cache; None stands for the one that the manifest names. `independent` None runs transformers
     beside the reference where that is possible, True makes it an error where it is not, False leaves it out. `earlier`
-    is a report.json to compare the new one with.
+    is a report.json to compare the new one with. max_kl (nats, of the mean) and max_perplexity_increase (percent) are
+    what narrow weights may cost; None leaves that unjudged.
     """
 
     bundle: Path
@@ -37,12 +39,23 @@ class ValidateRequest:
     checkpoint: Path | None = None
     independent: bool | None = None
     earlier: Path | None = None
+    max_kl: float | None = None
+    max_perplexity_increase: float | None = None
 
     def __post_init__(self) -> None:
         """Raises RequestError for threads that nobody can start, and a seed that draws nothing."""
         check_threads(self.threads)
         if self.seed < 0:
             raise RequestError(f"seed {self.seed}: must not be negative")
+        for name, value in self.limits.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise RequestError(f"{name} {value}: must be a number that is not negative")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What narrow weights may cost, by option."""
+        given = {"--max-kl": self.max_kl, "--max-perplexity-increase": self.max_perplexity_increase}
+        return {name: value for name, value in given.items() if value is not None}
 
     def chosen(self, known: Iterable[str], default: tuple[str, ...], refusal: str) -> tuple[str, ...]:
         """The backends to run, or `default`; RequestError, `refusal` with its name, where one is not `known`."""

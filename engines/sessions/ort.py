@@ -89,11 +89,12 @@ def open_graph(
 
     Weights are read from the bundle's file, unless they are `given`, which ONNX Runtime copies, or `shared`, which it
     reads where they are: those must live as long as the session. A by-reference bundle has no file to read. `library`
-    holds operators that the model wants. `threads` 0 takes all processors. Of a narrow bundle nothing is folded,
-    whatever `memory` says: ONNX Runtime would widen all its weights. Raises BackendError where ONNX Runtime refuses.
+    holds operators that the model wants. `threads` 0 takes all processors. Of a narrow bundle nothing is folded
+    whatever `memory` says, and as exported nothing kept: all weights would be there widened. Raises BackendError where
+    ONNX Runtime refuses.
     """
     if bundle.manifest.is_narrow:
-        memory = dataclasses.replace(memory, folded=False)
+        memory = dataclasses.replace(memory, folded=False, arena=memory.arena and library is not None)
     model = bundle.graph_bytes(graph) if model is None else model
     bundle.prove_weights()  # ONNX Runtime reads the file by itself
     if bundle.manifest.by_reference and given is None:
@@ -224,6 +225,7 @@ class OrtSession(_BoundSession):
             return open_graph(bundle, name, threads, shared=self._weights, memory=memory), []
         ctypes.CDLL(str(self.library)).deepseek_trt_cpu_threads(self.threads)
         model, left = fused_graph(bundle, name)
+        memory = LEAN if left and bundle.manifest.is_narrow else memory
         graph = open_graph(
             bundle,
             name,

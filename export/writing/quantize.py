@@ -89,7 +89,8 @@ def _least_squares(x: Floats, kind: Format) -> Floats:
     largest, reach = np.maximum(most, -least), max(kind.most, -kind.least)
     sign = np.where((most >= -least) & (reach > kind.most), np.float32(-1.0), np.float32(1.0))
     unit = np.divide(sign, largest, out=np.zeros_like(largest), where=largest != 0)
-    best, scales = np.zeros_like(largest), np.zeros_like(largest)
+    best: Floats = np.zeros_like(largest)
+    scales: Floats = np.zeros_like(largest)
     q, product = np.empty_like(x), np.empty_like(x)
     for divisor in _DIVISORS[kind.name]:
         _codes(x, unit * np.float32(divisor), kind, out=q)

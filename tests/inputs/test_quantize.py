@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
@@ -246,6 +247,23 @@ def test_tensorrt_refuses_by_name(made, tmp_path, command: list[str]) -> None:
     assert done.exit_code == 1
     assert "TensorRT does not take narrow weights yet" in done.output
     assert not (tmp_path / "out" / "plugins").exists()
+
+
+@pytest.mark.parametrize("backend", ["ort", "torch"])
+def test_generate_widens_no_weight_for_good(made, tmp_path, monkeypatch, backend: str) -> None:
+    """ONNX Runtime computes constants once where it may: of codes and scales the whole model in float32."""
+    bundle = export_bundle(ExportRequest(made("v2", **SIZES).path, tmp_path / "out", quantize="int4")).bundle
+    real, folded = ort.InferenceSession, []
+
+    def opened(model: Any, options: Any, *args: Any, disabled_optimizers: list[str], **more: Any) -> Any:
+        folded.append("ConstantFolding" not in disabled_optimizers)
+        return real(model, options, *args, disabled_optimizers=disabled_optimizers, **more)
+
+    monkeypatch.setattr(ort, "InferenceSession", opened)
+    args = ["--token-ids", "3,4,5", "--greedy", "--max-new-tokens", "3", "--backend", backend, "--threads", "1"]
+    done = CliRunner().invoke(main, ["generate", str(bundle.path), *args])
+    assert done.exit_code == 0, done.output
+    assert folded == ([False, False] if backend == "ort" else [])
 
 
 def test_a_rerun_with_the_same_rules_does_nothing_and_with_others_refuses(made, tmp_path) -> None:

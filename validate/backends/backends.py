@@ -62,13 +62,25 @@ def _kernels(request: SessionRequest) -> Session:
     return KernelSession(request.bundle, request.pages)
 
 
+def _check_whole(bundle: Bundle) -> None:
+    if bundle.manifest.is_narrow:
+        raise BackendError("the bundle has narrow weights, which it does not take: leave it out")
+
+
+def _check_transformers(bundle: Bundle) -> None:
+    _check_whole(bundle)
+    comparable_checkpoint(bundle)
+
+
 def _check_kernels(bundle: Bundle) -> None:
+    _check_whole(bundle)
     if importlib.util.find_spec("triton") is None:
         raise BackendError("backend kernels needs Triton's interpreter, and it is not installed: pip install triton")
 
 
 def _check_tensorrt(bundle: Bundle) -> None:
     """The plans, the TensorRT that built them, and a GPU."""
+    _check_whole(bundle)
     plans = read_plans(bundle)
     for plan in plans.values():
         check_version(plan, open_flavour(plan.record.spec.flavour))
@@ -79,7 +91,7 @@ BACKENDS: dict[str, Backend] = {
     "exported": Backend(ExportedSession, OrtWatcher),
     "ort": Backend(ENGINES["ort"]),
     "torch": Backend(_torch, TorchWatcher),
-    "transformers": Backend(TransformersSession, is_slow=True, check=comparable_checkpoint),
+    "transformers": Backend(TransformersSession, is_slow=True, check=_check_transformers),
     "kernels": Backend(_kernels, TorchWatcher, is_slow=True, check=_check_kernels),
     "tensorrt": Backend(ENGINES["tensorrt"], check=_check_tensorrt),
 }

@@ -59,6 +59,10 @@ class PublishedWeights:
         merged = f" with the adapter in {self.adapter.file.parent} merged" if self.adapter else ""
         return f"the weights of {self.root}{merged}, rounded to {self.dtype} as export rounds them"
 
+    def unrounded(self, name: str) -> Tensor:
+        """The parameter in float32, as it is published: what narrow weights are made of."""
+        return dataclasses.replace(self, dtype="float32")(name)
+
     def __call__(self, name: str) -> Tensor:
         base, _, last = name.rpartition(".")
         if last in _HALVES:

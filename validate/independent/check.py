@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,12 @@ class Check:
         if reason and request.independent:
             raise BackendError(f"--independent: {reason}")
         return cls(bundle, request.checkpoint, request.independent, reason)
+
+    def without(self, reason: str) -> Check:
+        """No check, for this reason; BackendError where it is asked for."""
+        if self.wanted:
+            raise BackendError(f"--independent: {reason}")
+        return dataclasses.replace(self, why_not=self.why_not or reason)
 
     def of_generation(self, reference: Session, inputs: Inputs, progress: Progress) -> Independent:
         """Compare logits: a ragged prefill, a second chunk and two decode steps, of drawn tokens and of text."""

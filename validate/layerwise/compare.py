@@ -6,6 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from deepseek_trt.engines.sessions.torch import Weights
 from deepseek_trt.export.arrays import Array, Arrays
 from deepseek_trt.export.bundle.folder import Bundle
@@ -47,8 +50,14 @@ class Setting:
         elif backend == "ort":
             loaded = FusedPart(self.bundle, part, self.threads, self.fused)
         else:
-            loaded = self.torch_part(part, BundleWeights(self.bundle).tensor, self.bundle.manifest.dtype)
+            loaded = self.torch_part(part, self._own, self.bundle.manifest.dtype)
         return lambda index, step, states, pool: loaded.run(step, states, pool)
+
+    def _own(self, name: str) -> Tensor:
+        """The bundle's weight in its dtype, a narrow one rounded to it."""
+        weights, dtype = BundleWeights(self.bundle), self.bundle.manifest.dtype
+        tensor = weights.tensor(name)
+        return tensor if weights.records[name].recipe.narrow is None else tensor.to(getattr(torch, dtype))
 
     def computed_in(self, backend: str) -> str:
         dtype = self.bundle.manifest.dtype

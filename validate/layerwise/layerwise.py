@@ -15,6 +15,7 @@ from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.plugins.cpu.library import cpu_library
+from deepseek_trt.validate.backends.narrow_weights import reference_weights, with_strays
 from deepseek_trt.validate.backends.published_weights import PublishedWeights, published_weights
 from deepseek_trt.validate.cases.inputs import read_inputs
 from deepseek_trt.validate.findings.undecided import set_aside
@@ -49,16 +50,18 @@ def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progre
         torch.set_num_threads(request.threads)
     inputs = read_inputs(bundle, request.text, request.seed)
     script = by_graph(inputs.script())
-    run = _Run(Setting(bundle, weights, script, request.threads, library), names, Stream(script, request.seed))
+    reference = reference_weights(bundle, weights) or weights
+    run = _Run(Setting(bundle, reference, script, request.threads, library), names, Stream(script, request.seed))
     for part in parts:
         progress(f"comparing {part.name}")
         run.compare(part)
     progress("hashing what was compared")
+    narrow = ", narrow ones as the bundle holds them, read anew" if bundle.manifest.is_narrow else ""
     return Compared(
-        integrity=_integrity(bundle, parts),
+        integrity=_integrity(bundle, parts, weights),
         independent=absent(check.why_not),
         cases={step.case: inputs.sources[step.case] for step in script.steps},
-        reference=f"{weights.note}, computed in float32 one part at a time",
+        reference=f"{weights.note}{narrow}, computed in float32 one part at a time",
         weights=weights,
         backends=tuple(merge(run.reports[name]) for name in names),
         comparisons=tuple(merge_accuracy(run.comparisons[name]) for name in names),
@@ -115,11 +118,16 @@ def _weights(bundle: Bundle, request: ValidateRequest) -> PublishedWeights:
     return weights
 
 
-def _integrity(bundle: Bundle, parts: Sequence[Part]) -> Integrity:
+def _integrity(bundle: Bundle, parts: Sequence[Part], weights: PublishedWeights) -> Integrity:
     """Hash the files but for the weights, and of these the tensors that were compared; their numbers are looked at."""
     found = [BundleWeights(bundle).changed(part) for part in parts]
     files = {n: file_sha256(p) for n, p in sorted(listed_files(bundle).items()) if n != WEIGHTS_FILE}
     changed = tuple(name for name, digest in bundle.manifest.files.items() if files.get(name) != digest)
     names = tuple(dict.fromkeys(name for names, _ in found for name in names))
-    odd = odd_weights(bundle, lambda name: any(part.owns(name) for part in parts))
-    return Integrity(sum(count for _, count in found), names, changed, files, odd_weights=odd)
+
+    def wanted(name: str) -> bool:
+        return any(part.owns(name) for part in parts)
+
+    odd = odd_weights(bundle, wanted)
+    integrity = Integrity(sum(count for _, count in found), names, changed, files, odd_weights=odd)
+    return with_strays(integrity, bundle, weights, wanted)

@@ -78,7 +78,7 @@ class OrtPart:
             if not isinstance(stored, ir.ExternalTensor):
                 continue
             kind = ir.DataType.FLOAT if stored.dtype == ir.DataType.BFLOAT16 else stored.dtype
-            dtype = "float16" if kind == ir.DataType.FLOAT16 else "float32"
+            dtype = kind.numpy().name
             key = (name, stored.offset)
             read[key] = self._read[key] if key in self._read else self._weights.array(name, dtype, stored.offset)
             value.const_value = ir.ExternalTensor("given", None, None, kind, shape=stored.shape, name=name)

@@ -13,8 +13,8 @@ class BundleWeights(WeightReader):
     """Also gives tensors for torch, and says whether those of a part are the exported ones."""
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor in the bundle's own dtype."""
-        return as_tensor(self.array(name))
+        """The weight in the dtype of its record, a narrow one in float32."""
+        return as_tensor(self.numbers(name))
 
     def changed(self, part: Part) -> tuple[tuple[str, ...], int]:
         """The part's tensors whose sha256 is not the one that export recorded, and how many were looked at."""

@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from deepseek_trt.validate.findings.histogram import ErrorHistogram
+from deepseek_trt.validate.findings.narrowing import Narrowing
 from deepseek_trt.validate.report.digits import apart
 from deepseek_trt.validate.report.plots import Series, bar_plot, dot_plot, heat_map, line_plot
 from deepseek_trt.validate.report.report import AccuracyReport, BackendReport
@@ -42,7 +43,14 @@ def render_html(report: AccuracyReport) -> str:
         words=WORDS,
         apart=lambda old, new: apart(float(old), float(new)),
         plots={b.backend: _plots(b, bool(report.parts)) for b in report.backends},
+        cost_plot=_cost(report.narrowing) if report.narrowing else None,
     )
+
+
+def _cost(n: Narrowing) -> Plot:
+    series = (Series("mean error", "series-0", tuple(row.mean_relative for row in n.layers)),)
+    svg = line_plot(series, [str(row.layer) for row in n.layers], "layer", "relative error")
+    return Plot("", svg, "Hidden state as it leaves each layer, its mean error relative to its largest element.")
 
 
 def _plots(b: BackendReport, is_local: bool) -> list[Plot]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.assemble import chunks
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle
+from deepseek_trt.export.bundle.narrow import FORMATS, Format
 from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.bundle.weights import WeightReader, unchanged_checkpoint
 from deepseek_trt.export.files import CHUNK, file_sha256
@@ -19,16 +20,20 @@ from deepseek_trt.export.reading.checkpoint import Checkpoint
 @dataclass(frozen=True)
 class OddWeight:
     """A tensor with NaN or infinities, of zeros alone, or a matrix of one number: the bundle's, or by reference the
-    checkpoint's.
+    checkpoint's. `off` is how far a narrow one lies from what the checkpoint holds, relative to it, where that is too
+    far.
     """
 
     name: str
     nonfinite: int
     is_zero: bool
     is_constant: bool = False
+    off: float = 0.0
 
     @property
     def sentence(self) -> str:
+        if self.off:
+            return f"weight {self.name} is not the checkpoint's in a narrow format: it is {self.off:.0%} off"
         if self.is_zero:
             return f"weight {self.name} holds zeros alone"
         if self.is_constant:
@@ -86,13 +91,25 @@ def odd_weights(bundle: Bundle, wanted: Callable[[str], bool] = lambda name: Tru
 def _in_bundle(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWeight]:
     reader = WeightReader(bundle)
     for name in filter(wanted, reader.records):
+        recipe = reader.records[name].recipe
+        if recipe.narrow is not None and not recipe.is_scales:
+            yield _odd_codes(name, reader.view(name), FORMATS[recipe.narrow.format])
+            continue
         flat = reader.view(name).reshape(-1)
         parts = [flat[start : start + CHUNK] for start in range(0, flat.size, CHUNK)]
-        seen, constant = [look(part) for part in parts], _Constant(reader.records[name].recipe)
+        seen, constant = [look(part) for part in parts], _Constant(recipe)
         for part in parts:
             constant.add(part)
         is_zero = not may_be_zero(name) and all(zero for _, zero in seen)
         yield OddWeight(name, sum(nonfinite for nonfinite, _ in seen), is_zero, constant.holds)
+
+
+def _odd_codes(name: str, codes: Array, kind: Format) -> OddWeight:
+    """Codes have no NaN; what their format does not have counts as such."""
+    first = codes.reshape(-1)[0]
+    constant = all(bool((rows == first).all()) for rows in codes)
+    beyond = 0 if kind.packed > 1 else sum(int((rows < kind.least).sum()) for rows in codes)
+    return OddWeight(name, beyond, is_zero=constant and first in (0, 0x88), is_constant=constant)
 
 
 def _in_checkpoint(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWeight]:
@@ -116,7 +133,7 @@ class _Constant:
     """Whether a matrix holds one number throughout, as far as its chunks were seen; norms may be ones."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.holds = len(recipe.shape) > 1 and recipe.size > 1
+        self.holds = len(recipe.shape) > 1 and recipe.size > 1 and not recipe.is_scales
         self._first: Array | None = None
 
     def add(self, chunk: Array) -> None:

@@ -26,6 +26,7 @@ from deepseek_trt.validate.findings.layers import (
     inner_values,
     router_agreement,
 )
+from deepseek_trt.validate.findings.narrowing import Narrowing
 from deepseek_trt.validate.findings.text_score import TextScore, text_score
 from deepseek_trt.validate.findings.tokens import TokenAgreement, token_agreement
 from deepseek_trt.validate.independent.finding import Independent
@@ -38,7 +39,7 @@ from deepseek_trt.validate.report.integrity import Integrity, OddWeight
 from deepseek_trt.validate.report.provenance import CheckpointFile, Provenance
 from deepseek_trt.validate.steps import Script
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,9 @@ class Moved:
 class AccuracyReport:
     """The whole report. `interface` says what the graphs take and give; `parts` are of --layers, else empty.
 
-    `odd_weights` hold NaN or infinities, or one number throughout. `moved` is None without an earlier report; what got
-    worse since then leaves `passed` as it is.
+    `odd_weights` hold NaN or infinities, or one number throughout. `narrowing` is what narrow weights cost, None where
+    there are none or the whole ones are not at hand. `moved` is None without an earlier report. Neither what narrowing
+    costs nor what got worse changes `passed`.
     """
 
     passed: bool
@@ -212,16 +214,24 @@ class AccuracyReport:
     parts: tuple[PartReport, ...]
     provenance: Provenance
     moved: Moved | None = None
+    narrowing: Narrowing | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
     def is_good(self) -> bool:
-        """Passed, and nothing got worse since an earlier report."""
-        return self.passed and not (self.moved and self.moved.worse)
+        """Passed, nothing got worse since an earlier report, and narrow weights cost no more than was allowed."""
+        return self.passed and not (self.moved and self.moved.worse) and not self.costs_too_much
+
+    @property
+    def costs_too_much(self) -> tuple[str, ...]:
+        """What narrow weights cost beyond what was allowed."""
+        return self.narrowing.too_much if self.narrowing else ()
 
     @property
     def verdict(self) -> str:
         """One word, or what speaks against it though all lies within its tolerance."""
+        if self.passed and self.costs_too_much:
+            return f"Passed its tolerances, but narrow weights cost MORE than allowed: {'; '.join(self.costs_too_much)}"
         if self.passed and not self.is_good:
             return "Passed its tolerances, but WORSE than the earlier report"
         return "Passed" if self.passed else "FAILED"
@@ -259,6 +269,7 @@ class Compared:
     backends: tuple[BackendReport, ...]
     comparisons: tuple[Comparison, ...]
     parts: tuple[PartReport, ...] = ()
+    narrowing: Narrowing | None = None
     no_ort: str = ""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from deepseek_trt.export.json_text import plain_json
 from deepseek_trt.validate.findings.bisect import Fault, place_of_weight
+from deepseek_trt.validate.findings.narrowing import Narrowing
 from deepseek_trt.validate.report.digits import apart
 from deepseek_trt.validate.report.provenance import CheckpointFile
 from deepseek_trt.validate.report.report import AccuracyReport, BackendReport, Change, Margin, Scope
@@ -29,12 +30,21 @@ def summary(report: AccuracyReport) -> dict[str, Any]:
             "dtype": report.dtype,
             "changed_weights": [named_weight(name) for name in report.changed_weights],
             "odd_weights": [odd.sentence for odd in report.odd_weights],
+            "narrowing": _narrowing(report.narrowing),
             "changes": [dataclasses.asdict(c) for c in report.moved.changes] if report.moved else [],
             "unmatched": list(report.moved.unmatched) if report.moved else [],
             "backends": [_backend(b) for b in report.backends],
         }
     )
     return brief
+
+
+def _narrowing(n: Narrowing | None) -> dict[str, Any] | None:
+    """Without the layers."""
+    if n is None:
+        return None
+    numbers = {name: value for name, value in dataclasses.asdict(n).items() if name != "layers"}
+    return {**numbers, "perplexity_increase": n.perplexity_increase, "too_much": list(n.too_much)}
 
 
 def covered(report: AccuracyReport) -> list[tuple[str, str]]:
@@ -51,6 +61,7 @@ def covered(report: AccuracyReport) -> list[tuple[str, str]]:
         ("Reference", f"torch, {report.reference}"),
         ("Checkpoint", f"{s.checkpoint}: {_files(s.checkpoint_files)}"),
         ("Independent check", by.get(independent.status, independent.summary)),
+        ("Cost of narrow weights", report.narrowing.sentence if report.narrowing else ""),
         ("Machine", s.machine),
         ("Tool", s.tool),
     ]
