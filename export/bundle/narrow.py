@@ -89,6 +89,11 @@ class Quantization:
     rules: tuple[Rule, ...]
     is_preset: bool = True
 
+    @property
+    def is_published(self) -> bool:
+        """Whether codes and scales are the checkpoint's own."""
+        return any(rule.method == PUBLISHED for rule in self.rules)
+
 
 PRESETS = {
     made.name: made

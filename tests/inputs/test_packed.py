@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from deepseek_trt.cli.main import main
 from deepseek_trt.engines.sessions.graphs import OrtGraphs
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
+from deepseek_trt.validate.backends.published_packed import PublishedPacked
+from deepseek_trt.validate.backends.published_weights import published_weights
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32, "v_head_dim": 16}
 SIZES |= {"kv_lora_rank": 32}
@@ -574,3 +576,51 @@ def test_names_with_a_prefix_and_shards(packed, verdict):
     index = {name: file for file, mine in shards.items() for name in mine}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     check_equal(verdict(checkpoint).bundle, checkpoint, result)
+
+
+# validate reads them by code of its own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validate_reads_the_same_numbers(packed, packers, kind):
+    """With one small matrix a kind, and without the settings' lists."""
+    packing = packers.Packing(**KINDS[kind])
+    made = packers.pack({"a.weight": torch.zeros(40, 96), "b.weight": torch.zeros(8, 32)}, packing, lambda name: True)
+    ours = PublishedPacked(packing.config(), made.tensors.keys())
+    for name, numbers in made.numbers.items():
+        assert ours.has(name)
+        assert torch.equal(ours.numbers(name, made.tensors.__getitem__), numbers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("GPTQ, zero points", "bfloat16"), ("compressed-tensors, 8 bits", "float32")]
+)
+def test_validate_proves_a_bundle_against_its_checkpoint(packed, tmp_path, kind, dtype):
+    checkpoint, _ = packed(kind, "v3", rope_interleave=False)
+    assert export(checkpoint, "--dtype", dtype).exit_code == 0
+    done = validate(tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    brief = json.loads(done.stdout)
+    assert brief["passed"] is True
+    assert brief["narrowing"]["kl_mean"] == 0
+    published = published_weights(Bundle.open(tmp_path / "out"), None)
+    tensors = load_file(tmp_path / "out" / WEIGHTS_FILE)
+    for name in tensors:
+        if not name.endswith("_scale"):
+            assert torch.equal(published(name), widened(tensors, name)), name
+
+
+def test_validate_names_a_code_that_is_another(packed, tmp_path):
+    """Another checkpoint of the same shapes: whose codes are others, however near."""
+    checkpoint, result = packed("GPTQ", "v3")
+    assert export(checkpoint).exit_code == 0
+    result.tensors[f"{O_PROJ}.qweight"][0, 0] ^= 1
+    save_file(result.tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    done = validate(tmp_path / "out", "--checkpoint", str(checkpoint))
+    assert done.exit_code == 3, done.output
+    assert "o_proj.weight is not the checkpoint's in a narrow format" in done.output
+
+
+def validate(bundle: Path, *options: str) -> Any:
+    given = ["validate", str(bundle), "--backend", "exported", "--threads", "1", "--json", *options]
+    return CliRunner().invoke(main, given, catch_exceptions=False)
