@@ -78,7 +78,8 @@ def faults(at: str, settings: Mapping[str, Any], table: Iterable[Setting], label
             yield wrong_value(name, value, key.kind)
         elif key.only is not None and not is_one_of(value, key.only):
             wanted = "" if key.only == ABSENT else f" ({label} is read with {_choices(key.only)})"
-            yield f"{name} {shown(value)} is not supported{wanted}: {key.why}; {ADVICE}"
+            why = "" if key.why.startswith("used") else f": {key.why}"
+            yield f"{name} {shown(value)} is not supported{wanted}{why}; {ADVICE}"
 
 
 def faults_of_group(at: str, size: Any, label: str) -> Iterator[str]:

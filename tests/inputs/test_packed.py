@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from deepseek_trt.cli.main import main
 from deepseek_trt.engines.sessions.graphs import OrtGraphs
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
+from deepseek_trt.export.config.model_config import config_notes, unsupported_features
+from deepseek_trt.export.packed import unpack
 from deepseek_trt.validate.backends.published_packed import PublishedPacked
 from deepseek_trt.validate.backends.published_weights import published_weights
 
@@ -140,6 +142,14 @@ def test_rows_are_put_in_the_order_of_the_graphs(packed, made, verdict, kind, ro
 def _whole(result: Any) -> dict[str, torch.Tensor]:
     endings = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape")
     return {name: t for name, t in result.tensors.items() if not name.endswith(tuple(f".{e}" for e in endings))}
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors, zero points", "GPTQ", "GPTQ, zero points", "AWQ"])
+def test_a_few_rows_at_a_time_are_the_same(packed, verdict, monkeypatch, kind):
+    """Large matrices are unpacked in blocks of rows, which some layouts store as columns."""
+    monkeypatch.setattr(unpack, "_BLOCK", 700)
+    checkpoint, result = packed(kind, "v3", lambda m: linear(m) or "kv_b_proj" in m)
+    check_equal(verdict(checkpoint, "--dtype", "float32").bundle, checkpoint, result)
 
 
 @pytest.mark.parametrize("kind", ["compressed-tensors, groups of 64", "GPTQ, zero points", "AWQ", "GPTQ, 8 bits"])
@@ -395,6 +405,65 @@ def test_settings_that_are_refused(packed, verdict, what):
         assert kind.partition(",")[0] in text or "quantization_config" in text
 
 
+_WEIGHTS = {"actorder": None, "block_structure": None, "dynamic": False, "group_size": 32, "num_bits": 4}
+_WEIGHTS |= {"observer": "minmax", "observer_kwargs": {}, "strategy": "group", "symmetric": True, "type": "int"}
+_GROUP = {"input_activations": None, "output_activations": None, "targets": ["Linear"], "weights": _WEIGHTS}
+PUBLISHED = {  # as they are written into the config.json of published checkpoints of this family
+    "Kimi-K2-Thinking": {
+        "config_groups": {"group_0": _GROUP},
+        "format": "pack-quantized",
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    },
+    "llm-compressor": {
+        "config_groups": {"group_0": {**_GROUP, "weights": {**_WEIGHTS, "group_size": 128, "actorder": "weight"}}},
+        "format": "pack-quantized",
+        "global_compression_ratio": 1.89,
+        "ignore": ["lm_head", "model.layers.0.self_attn.kv_b_proj"],
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {"format": "dense", "global_sparsity": 0.12, "sparsity_structure": "unstructured"},
+        "transform_config": {},
+        "version": "0.10.3",
+    },
+    "GPTQModel": {
+        "bits": 4,
+        "checkpoint_format": "gptq",
+        "damp_auto_increment": 0.0015,
+        "damp_percent": 0.005,
+        "desc_act": False,
+        "dynamic": None,
+        "group_size": 128,
+        "lm_head": False,
+        "meta": {"quantizer": "gptqmodel:1.1.0"},
+        "model_file_base_name": "model",
+        "model_name_or_path": "",
+        "pack_dtype": "int32",
+        "quant_method": "gptq",
+        "static_groups": False,
+        "sym": True,
+        "true_sequential": True,
+    },
+    "AutoAWQ": {
+        "bits": 4,
+        "group_size": 128,
+        "modules_to_not_convert": ["mlp.gate."],
+        "quant_method": "awq",
+        "version": "gemm",
+        "zero_point": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_as_they_are_published(bases, name):
+    raw = {**bases["v3"], "quantization_config": PUBLISHED[name]}
+    assert (unsupported_features(raw), config_notes(raw)) == ((), ())
+
+
 def test_unknown_keys_are_named(packed, verdict):
     for kind in ("GPTQ", "AWQ", "compressed-tensors"):
         checkpoint, _ = packed(kind, settings={"rounding": "up"}, name=kind)
@@ -624,3 +693,12 @@ def test_validate_names_a_code_that_is_another(packed, tmp_path):
 def validate(bundle: Path, *options: str) -> Any:
     given = ["validate", str(bundle), "--backend", "exported", "--threads", "1", "--json", *options]
     return CliRunner().invoke(main, given, catch_exceptions=False)
+
+
+def test_transformers_is_refused_for_packed_checkpoints(packed, tmp_path):
+    """Also where nothing of the bundle is narrow."""
+    checkpoint, _ = packed("GPTQ", "v3", lambda module: "kv_b_proj" in module)
+    assert export(checkpoint, "--dtype", "float32").exit_code == 0
+    assert not Bundle.open(tmp_path / "out").manifest.is_narrow
+    assert "weights are packed" in one_line(validate(tmp_path / "out", "--backend", "transformers"))
+    assert validate(tmp_path / "out").exit_code == 0
