@@ -77,15 +77,19 @@ def _modules(tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
 
 
 def _scheme(module: str, stored: str, settings: PackedSettings) -> Scheme:
-    """That of the most particular target that names the module; the only one where none does."""
+    """That of the most particular target that names the module; the only one where none does.
+
+    Of several as particular the first by the alphabet holds, and of the same one in two groups the last (the library's
+    match_targets and target_to_scheme).
+    """
     of_kind = [scheme for scheme in settings.schemes if scheme.stored == stored]
-    found = [(p.rank, i) for i, scheme in enumerate(of_kind) for p in scheme.targets if p.matches(module)]
+    found = [(p.rank, p.text, -i) for i, scheme in enumerate(of_kind) for p in scheme.targets if p.matches(module)]
     if not found and len(of_kind) > 1:
         raise ConfigError(
             f"tensor {some([f'{module}.{stored}'])} is packed, and no target of quantization_config names its module: "
             "which of its groups it is of, nobody can say; download config.json again"
         )
-    return of_kind[min(found)[1] if found else 0]
+    return of_kind[-min(found)[2] if found else 0]
 
 
 def _weight(module: str, scheme: Scheme, tensors: dict[str, StoredTensor]) -> StoredTensor:
@@ -109,7 +113,7 @@ def _weight(module: str, scheme: Scheme, tensors: dict[str, StoredTensor]) -> St
         scales=expected.take(scales, _SCALES, expected.of_scales),
         zeros=expected.zeros(zeros),
         shape=expected.take(shape, ("I64", "I32"), (2,)) if shape else None,
-        order=expected.take(order, _WORDS, (columns,)) if order and expected.has(order) else None,
+        order=expected.order(order),
         less=scheme.less,
     )
     size = sum(part.nbytes for part in packed.parts)
@@ -150,6 +154,12 @@ class _Expected:
         if tensor.dtype not in dtypes or tensor.shape != shape:
             raise _unlike(tensor, dtypes, f"{list(shape)} ({self.scheme.words})")
         return tensor
+
+    def order(self, ending: str | None) -> StoredTensor | None:
+        """Of groups that may have any columns it must be there."""
+        if ending is None or not (self.has(ending) or (self.scheme.ordered and self.scheme.group is not None)):
+            return None
+        return self.take(ending, _WORDS, (self.columns,))
 
     def zeros(self, ending: str) -> StoredTensor | None:
         if self.scheme.layout == "rows" and self.scheme.symmetric and not self.has(ending):

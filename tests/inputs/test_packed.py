@@ -516,6 +516,7 @@ HEADERS: dict[str, tuple[str, Any, str]] = {
     "both whole and packed": ("GPTQ", add("weight", torch.ones(64, 32)), "are both there: remove one"),
     "scales of activations": ("compressed-tensors", add("input_scale", torch.ones(1)), "input_scale"),
     "codes of another method": ("GPTQ", add("weight_packed", torch.ones(64, 4).int()), "is part of a packed weight"),
+    "no order of columns": ("GPTQ", drop("g_idx"), "o_proj.g_idx is missing beside its codes"),
     "columns in any order": (
         "GPTQ",
         lambda tensors: change("g_idx", lambda t: (torch.arange(len(t)) % 2).int())(tensors),
