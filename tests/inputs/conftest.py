@@ -161,3 +161,39 @@ def verdict(tmp_path: Path) -> Callable[..., Verdict]:
         return Verdict(accepted, check.output, export.output, out if accepted else None)
 
     return judge
+
+
+@pytest.fixture
+def packed(made, packers) -> Callable[..., Any]:
+    """packed(kind, base="v2", wanted=linear, settings={}, mutate=..., **changes of config.json)"""
+
+    def make(
+        kind: str | dict[str, Any],
+        base: str = "v2",
+        wanted: Callable[[str], bool] | None = None,
+        settings: dict[str, Any] | None = None,
+        mutate: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None,
+        **changes: Any,
+    ) -> tuple[Path, Any]:
+        packing = packers.Packing(**(packers.KINDS[kind] if isinstance(kind, str) else kind))
+        one = made(base, **{**packers.SIZES, **changes}, quantization_config=packing.config(**(settings or {})))
+        result = packers.pack(one.tensors, packing, wanted or packers.linear)
+        mutate(result.tensors)
+        save_file(result.tensors, one.path / "model.safetensors", metadata={"format": "pt"})
+        return one.path, result
+
+    return make
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Callable[..., Any]:
+    """exported(folder, *options): what the command said; the bundle is in tmp_path/out."""
+
+    def run(folder: Path, *options: str) -> Any:
+        out = tmp_path / "out"
+        done = CliRunner().invoke(main, ["export", str(folder), str(out), *options])
+        assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+        assert out.exists() == (done.exit_code == 0)
+        return done
+
+    return run

@@ -6,12 +6,20 @@ compressed-tensors 0.20 (compressors/pack_quantized), AutoGPTQ and GPTQModel (Qu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
+from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32, "v_head_dim": 16}
+SIZES |= {"kv_lora_rank": 32}
+LAYER = "model.layers.1.mlp.experts"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Tensors = dict[str, torch.Tensor]
 
@@ -47,6 +55,29 @@ class Packing:
             settings |= {"ignore": ["lm_head", "re:.*kv_b_proj"], "quantization_status": "compressed"}
             settings |= {"kv_cache_scheme": None, "global_compression_ratio": 1.5, "version": "0.12.3"}
         return settings | changes
+
+
+KINDS: dict[str, dict[str, Any]] = {  # by names that begin with the method's
+    "compressed-tensors": {"kind": "compressed"},
+    "compressed-tensors, groups of 64": {"kind": "compressed", "group": 64, "scales": torch.bfloat16},
+    "compressed-tensors, rows": {"kind": "compressed", "group": None},
+    "compressed-tensors, zero points": {"kind": "compressed", "symmetric": False},
+    "compressed-tensors, 8 bits": {"kind": "compressed", "bits": 8, "group": 128},
+    "compressed-tensors, a code a byte": {"kind": "plain", "bits": 8, "group": None, "scales": torch.bfloat16},
+    "compressed-tensors, a code a byte, zero points": {"kind": "plain", "bits": 8, "symmetric": False},
+    "GPTQ": {"kind": "gptq", "group": 32},
+    "GPTQ, zero points": {"kind": "gptq", "group": 64, "symmetric": False},
+    "GPTQ, 8 bits": {"kind": "gptq", "bits": 8, "group": 128},
+    "GPTQ, second format": {"kind": "gptq_v2", "symmetric": False},
+    "GPTQ, rows": {"kind": "gptq", "group": None},
+    "AWQ": {"kind": "awq", "group": 32, "symmetric": False},
+    "AWQ, groups of 64": {"kind": "awq", "group": 64, "symmetric": False, "scales": torch.bfloat16},
+}
+
+
+def linear(module: str) -> bool:
+    """What the published ones pack: linear layers but kv_b_proj and the head."""
+    return "_proj" in module and "kv_b_proj" not in module
 
 
 @dataclass
@@ -137,3 +168,36 @@ def words(numbers: torch.Tensor, bits: int, order: tuple[int, ...] | None = None
     padded = torch.nn.functional.pad(numbers.long(), (0, -numbers.shape[1] % each)).reshape(len(numbers), -1, each)
     made = sum(padded[:, :, number] << (bits * place) for place, number in enumerate(order))
     return torch.where(made >= 2**31, made - 2**32, made).to(torch.int32).contiguous()
+
+
+def widened(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The numbers of a graph tensor in float32, unpacked by code of this file alone."""
+    if f"{name}_scale" not in tensors:
+        return tensors[name].float()
+    codes, scales = tensors[name], tensors[f"{name}_scale"].float()
+    if codes.dtype == torch.uint8:
+        codes = torch.stack([codes % 16, codes.div(16, rounding_mode="floor")], -1).flatten(-2).float() - 8
+    return codes.float() * scales.repeat_interleave(32, -1)
+
+
+def expected(weights: dict[str, torch.Tensor], name: str, raw: dict[str, Any]) -> torch.Tensor:
+    """A graph tensor's numbers by those of published names."""
+    if name.startswith(LAYER):
+        stack = name.rpartition(".")[2]
+        return torch.stack([weights[f"{LAYER}.{e}.{stack}.weight"] for e in range(raw["n_routed_experts"])])
+    if name.endswith(("w_uk", "w_uv")):
+        both = weights[f"{name.rpartition('.')[0]}.kv_b_proj.weight"].unflatten(0, (raw["num_attention_heads"], -1))
+        nope = raw["qk_nope_head_dim"]
+        return both[:, :nope] if name.endswith("w_uk") else both[:, nope:]
+    return weights[name]
+
+
+def check_equal(bundle: Path, checkpoint: Path, result: Any) -> dict[str, torch.Tensor]:
+    """Every number of the bundle's file is the checkpoint's, bit by bit."""
+    raw, tensors = json.loads((checkpoint / "config.json").read_text()), load_file(bundle / WEIGHTS_FILE)
+    weights = result.tensors | result.numbers
+    for name in tensors:
+        if not name.endswith("_scale"):
+            found, wanted = widened(tensors, name), expected(weights, name, raw)
+            assert torch.equal(found.view(torch.int32), wanted.float().view(torch.int32)), name
+    return tensors
