@@ -180,7 +180,13 @@ def _turn(side: Side, script: Script, config: ModelConfig, places: tuple[str, ..
     candidate = Runner(side.backend, functools.partial(side.candidate, seen), script)
 
     def policy() -> Policy:
-        return Policy(config.hidden_size, config.num_hidden_layers, candidate.dtype, is_local=is_local)
+        return Policy(
+            config.hidden_size,
+            config.num_hidden_layers,
+            candidate.dtype,
+            is_local=is_local,
+            rounds_tokens=candidate.rounds_tokens,
+        )
 
     follower = TorchWatcher(Probes(places), seen, lambda layer: policy()(f"router_logits.{layer}").relative)
     reference = Runner(REFERENCE, functools.partial(side.reference, follower), script)

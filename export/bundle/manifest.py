@@ -16,7 +16,7 @@ from typing import Any
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.bundle.narrow import Quantization
-from deepseek_trt.export.bundle.recipes import Dropped, Recipe
+from deepseek_trt.export.bundle.recipes import EXPERTS, Dropped, Recipe
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import BundleError
@@ -117,6 +117,13 @@ class Manifest:
     def narrow_formats(self) -> tuple[str, ...]:
         """Of the weights that are codes and scales."""
         return tuple(sorted({w.recipe.narrow.format for w in self.weights if w.recipe.narrow is not None}))
+
+    @property
+    def narrow_nodes(self) -> int:
+        """Nodes of each graph that take narrow weights: one a linear layer, one a layer of experts."""
+        names = [w.recipe.name for w in self.weights if w.recipe.narrow is not None and not w.recipe.is_scales]
+        stacks = sum(EXPERTS in name for name in names)
+        return len(names) - stacks + stacks // 3
 
     @property
     def parameters(self) -> int:

@@ -54,6 +54,15 @@ def test_right_bundles_pass_and_say_what_they_cost(narrow, tmp_path, preset: str
         assert brief["backends"][0]["outputs"]["logits"]["tolerance"] < 1e-4
 
 
+def test_compiled_operators_meet_a_tolerance_that_knows_how_they_round(narrow) -> None:
+    """Where they take narrow weights; graphs that they leave as exported meet float32's."""
+    done = validate(narrow("int4", "bfloat16"), "--backend", "ort")
+    assert done.exit_code == 0, done.output
+    exported, compiled = json.loads(done.stdout)["backends"]
+    assert exported["outputs"]["logits"]["tolerance"] < 1e-4
+    assert compiled["outputs"]["logits"]["tolerance"] < 1e-3
+
+
 def test_limits_judge_the_cost(narrow) -> None:
     bundle = narrow("int4", "float32")
     assert validate(bundle, "--max-kl", "0.5").exit_code == 0

@@ -46,12 +46,13 @@ class Runner(BaseRunner):  # type: ignore[misc]  # polygraphy is untyped
     def __init__(self, name: str, open_stepper: Callable[[], Stepper], script: Script) -> None:
         super().__init__(name=name)
         self._open, self._script = open_stepper, script
-        self.poisoned, self.note, self.dtype = True, "", ""  # known once active
+        self.poisoned, self.note, self.dtype, self.rounds_tokens = True, "", "", False  # known once active
         self.lines: list[Lines] = []
 
     def activate_impl(self) -> None:
         self._stepper = self._open()
         self.note, self.dtype = self._stepper.note, self._stepper.dtype
+        self.rounds_tokens = getattr(self._stepper, "rounds_tokens", False)
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         return TensorMetadata().add("step", np.int64, (1,))

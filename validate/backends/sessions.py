@@ -17,6 +17,7 @@ class SessionStepper:
 
     def __init__(self, session: Session, watcher: Watcher | None = None) -> None:
         self.note, self.dtype = session.note, session.cache.dtype
+        self.rounds_tokens = session.rounds_tokens
         self._session, self._watcher = session, watcher
 
     def start(self, step: Step) -> bool:

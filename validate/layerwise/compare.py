@@ -98,7 +98,9 @@ def _side(
 
     def candidate(seen: Probes) -> PartStepper:
         run = setting.candidate(backend, part)
-        return setting.stepper(run, setting.computed_in(backend), setting.note(backend), part, entering, {}, seen)
+        made = setting.stepper(run, setting.computed_in(backend), setting.note(backend), part, entering, {}, seen)
+        made.rounds_tokens = backend == "ort" and setting.fused.rounds_tokens
+        return made
 
     def followed(follower: TorchWatcher) -> PartStepper:
         loaded = reference()

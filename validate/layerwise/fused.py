@@ -11,11 +11,12 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from deepseek_trt.engines.sessions.ort import Memory, open_graph, ort_values
+from deepseek_trt.engines.sessions.ort import ROUNDED, Memory, open_graph, ort_values
 from deepseek_trt.engines.sessions.prepared import fused_graph
 from deepseek_trt.export.arrays import Arrays
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import present_name
+from deepseek_trt.export.text.wording import some
 from deepseek_trt.plugins.cpu.library import CpuLibrary
 from deepseek_trt.validate.backends.exported import inner_values
 from deepseek_trt.validate.layerwise.ort import HIDDEN, OrtPart, enter
@@ -36,6 +37,7 @@ class FusedDecode:
     library: Path | None
     note: str
     hidden: dict[str, str]
+    rounds_tokens: bool = False
 
     @classmethod
     def of(cls, bundle: Bundle, library: CpuLibrary, threads: int) -> FusedDecode:
@@ -43,10 +45,13 @@ class FusedDecode:
             return cls(None, None, library.reason, {})
         ctypes.CDLL(str(library.path)).deepseek_trt_cpu_threads(threads or len(os.sched_getaffinity(0)))
         data, left = fused_graph(bundle, "decode")
-        note = f"as exported, not compiled: {', '.join(left)}" if left else ""
+        note = f"as exported, not compiled: {some(left)}" if left else ""
         traced = ir.serde.deserialize_model(onnx.load_model_from_string(bundle.traced_bytes("decode")))
         states = {name: value for name, value in inner_values(traced).items() if name.startswith("hidden.")}
-        return cls(data, library.path, note, {name: value.name or "" for name, value in states.items()})
+        narrow_left = {name for name in left if "Narrow" in name}
+        rounds = len(narrow_left) < bundle.manifest.narrow_nodes
+        note = "; ".join(filter(None, (ROUNDED if rounds else "", note)))
+        return cls(data, library.path, note, {name: value.name or "" for name, value in states.items()}, rounds)
 
 
 class FusedPart(OrtPart):

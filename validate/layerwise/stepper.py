@@ -38,7 +38,7 @@ class PartStepper:
         left: States,
         probes: Probes,
     ) -> None:
-        self.dtype, self.note = dtype, note
+        self.dtype, self.note, self.rounds_tokens = dtype, note, False
         self._run_step, self._part, self._shape, self._probes = run_step, part, pool, probes
         self._entering, self._left = entering, left
         self._pools: Arrays = {}  # by case: a script may turn to another before it comes back

@@ -22,6 +22,9 @@ from deepseek_trt.export.dtypes import UNIT_ROUNDOFF
 # softmax, attended, W_UV, output, residual; MLP: norm, gate, up, activation, product, down, shared sum, residual.
 ROUNDINGS_PER_LAYER = 20
 ROUNDINGS_OF_LOGITS = 2  # norm, head
+# Of tokens that compiled operators take as 16-bit integers beside narrow weights: half a step of 1 / 32767 of the
+# largest of 32. It is a share of the product as it is of the tokens: both are sums of independent terms.
+TOKEN_ROUNDOFF = 2.0**-16
 # Chance, and layers that enlarge a relative error (softmax, cancellation in residuals) beyond the random walk.
 SAFETY = 2.0
 # Same roundings in another order: errors of one distribution. Twice for chance, twice for four times as many roundings.
@@ -36,11 +39,15 @@ class Tolerance:
     reason: str
 
 
-def derive_tolerance(hidden_size: int, dtype: str, roundings: int) -> Tolerance:
-    """The tolerance after `roundings` roundings in `dtype`, each after a float32 dot product of length hidden_size."""
-    u, u32 = UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF["float32"]
-    walk = math.sqrt(roundings * (u**2 + hidden_size * u32**2))
-    reason = f"{dtype}: sqrt({roundings} roundings * (u^2 + {hidden_size} * 2^-48)), u = 2^{math.log2(u):.0f}"
+def derive_tolerance(hidden_size: int, dtype: str, roundings: int, rounds_tokens: bool = False) -> Tolerance:
+    """The tolerance after `roundings` roundings in `dtype`, each after a float32 dot product of length hidden_size.
+
+    Where it `rounds_tokens`, each product takes them as 16-bit integers first.
+    """
+    u, u32, t = UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF["float32"], TOKEN_ROUNDOFF if rounds_tokens else 0.0
+    walk = math.sqrt(roundings * (u**2 + t**2 + hidden_size * u32**2))
+    tokens = " + 2^-32 of tokens in 16 bits" if rounds_tokens else ""
+    reason = f"{dtype}: sqrt({roundings} roundings * (u^2{tokens} + {hidden_size} * 2^-48)), u = 2^{math.log2(u):.0f}"
     if dtype == "float32":
         walk *= math.sqrt(2.0)
         reason += ", * sqrt(2) as the reference rounds alike"
@@ -90,7 +97,9 @@ class Policy:
     dtype: str
     floors: Mapping[str, float] = field(default_factory=dict)
     is_local: bool = False
+    rounds_tokens: bool = False
 
     def __call__(self, name: str) -> Tolerance:
         roundings = roundings_of(name, self.layers, self.is_local)
-        return tighten(derive_tolerance(self.hidden_size, self.dtype, roundings), self.floors.get(name))
+        derived = derive_tolerance(self.hidden_size, self.dtype, roundings, self.rounds_tokens)
+        return tighten(derived, None if self.rounds_tokens else self.floors.get(name))
