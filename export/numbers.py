@@ -70,14 +70,17 @@ class Tally:
 
     def add(self, chunk: Array, converted: Array | None = None) -> None:
         """The next chunk, and what became of it in another dtype."""
+        nonfinite, is_zero = look(chunk)
+        self.count(chunk.size, nonfinite, is_zero, 0 if converted is None else look(converted)[0] - nonfinite)
+
+    def count(self, size: int, nonfinite: int, is_zero: bool, overflows: int = 0) -> None:
+        """What was seen of the next `size` numbers."""
         while self._at >= self._ends[self._piece]:
             self._piece += 1
-        self._at += chunk.size
-        nonfinite, is_zero = look(chunk)
-        overflows = 0 if converted is None else look(converted)[0] - nonfinite
+        self._at += size
         if nonfinite or is_zero or overflows:
             name = self._names[self._piece]
-            more = Numbers(name, nonfinite, chunk.size if is_zero else 0, overflows)
+            more = Numbers(name, nonfinite, size if is_zero else 0, overflows)
             self._seen[name] = self._seen.get(name, Numbers(name)) + more
 
     @property

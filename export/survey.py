@@ -178,7 +178,8 @@ def _expanded(config: ModelConfig, dtype: str) -> int:
 
 
 def _needs(source: Source, weights: int, dtype: str) -> tuple[Need, ...]:
-    refers = source.adapter is None and dtype == source.plan.dtype and source.quantization is None
+    owns = source.quantization is not None or source.adapter is not None or source.checkpoint.is_packed
+    refers = not owns and dtype == source.plan.dtype
     generates = source.interface.task == GENERATION
     return (
         Need("export", weights + _GRAPH_DISK, _EXPORT_MEMORY),

@@ -1,4 +1,7 @@
-"""Read graph tensors out of the checkpoint: runs of bytes in a new order, fp8 multiplied out, adapters added."""
+"""Read graph tensors out of the checkpoint: runs of bytes in a new order, fp8 multiplied out, adapters added.
+
+Packed weights give their numbers, or their codes and scales as they are.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from deepseek_trt.export.config.model_config import FP8_BLOCK
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.files import CHUNK
+from deepseek_trt.export.packed.unpack import Unpacker
 from deepseek_trt.export.reading.tensors import Factor, StoredTensor
 
 _SCALE_DTYPES = {"F8_E8M0": ml_dtypes.float8_e8m0fnu}  # powers of two, beside those that weights may be
@@ -32,11 +36,35 @@ def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Arra
             source = _counted_by(piece, tensors[piece.source])
             scales = reader.scales(tensors[piece.scale]) if piece.scale else None
             added = Product(reader, source) if source.updates else None
+            packed = Unpacker(source, reader.read) if source.packed else None
             for start, rows in piece.strips():
-                if scales is None and added is None:
+                if packed is not None:
+                    yield from (packed.numbers(*strip).reshape(-1) for strip in _steps(source, start, rows))
+                elif scales is None and added is None:
                     yield from reader.plain(source, start, rows)
                 else:
                     yield from reader.computed(source, scales, added, start, rows)
+
+
+def packed_chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor], is_int4: bool) -> Iterator[tuple[Array, Array]]:
+    """Codes and scales of a weight whose sources are packed, in order, some rows at a time.
+
+    Raises CheckpointError naming a tensor whose numbers the format cannot hold as they are.
+    """
+    with closing(_Reader()) as reader:
+        for piece in recipe.pieces:
+            packed = Unpacker(tensors[piece.source], reader.read)
+            packed.check_scales()
+            for start, rows in piece.strips():
+                for strip in _steps(tensors[piece.source], start, rows):
+                    yield packed.int4(*strip) if is_int4 else packed.int8(*strip), packed.scales(*strip)
+
+
+def _steps(source: StoredTensor, start: int, rows: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of parts of a strip that stay in the processor's cache."""
+    step = max(CHUNK // (4 * source.shape[-1]), 1)
+    for first in range(start, start + rows, step):
+        yield first, min(step, start + rows - first)
 
 
 def _counted_by(piece: Piece, source: StoredTensor) -> StoredTensor:
@@ -51,7 +79,7 @@ def one_run(recipe: Recipe, tensors: Mapping[str, StoredTensor], dtype: str) -> 
     end = 0
     for piece in recipe.pieces:
         source = tensors[piece.source]
-        if piece.scale or piece.halves or source.updates or source.dtype != dtype:
+        if piece.scale or piece.halves or source.updates or source.packed or source.dtype != dtype:
             return None
         row = source.nbytes // math.prod(source.shape[:-1])
         for start, rows in piece.strips():
@@ -94,7 +122,7 @@ class _Reader:
         at, end = start * row, (start + rows) * row
         while at < end:
             length = min(end - at, CHUNK)
-            yield np.frombuffer(self._read(source, at, length), dtype=numpy_dtype(source.dtype))
+            yield np.frombuffer(self.read(source, at, length), dtype=numpy_dtype(source.dtype))
             at += length
 
     def computed(
@@ -102,9 +130,7 @@ class _Reader:
     ) -> Iterator[Array]:
         """Rows of `source` in float32, its fp8 blocks of 128 x 128 multiplied by their scales, then `added` to it."""
         columns = source.shape[-1]
-        step = max(CHUNK // (4 * columns), 1)
-        for first in range(start, start + rows, step):
-            count = min(step, start + rows - first)
+        for first, count in _steps(source, start, rows):
             values = self._values(source, first * columns, count * columns).reshape(count, columns)
             with np.errstate(invalid="ignore", over="ignore"):  # export and validate say what is not finite
                 if scales is not None:
@@ -135,13 +161,13 @@ class _Reader:
     def _values(self, source: StoredTensor, at: int, count: int) -> Array:
         """`count` numbers of a tensor in float32, in memory of their own."""
         if source.dtype == FP8:
-            codes = np.frombuffer(self._read(source, at, count), dtype=np.uint8)
+            codes = np.frombuffer(self.read(source, at, count), dtype=np.uint8)
             return np.asarray(_FP8_VALUES[codes])
         dtype = np.dtype(_SCALE_DTYPES.get(source.dtype) or numpy_dtype(source.dtype))
-        data = self._read(source, at * dtype.itemsize, count * dtype.itemsize)
+        data = self.read(source, at * dtype.itemsize, count * dtype.itemsize)
         return np.frombuffer(data, dtype=dtype).astype(np.float32)
 
-    def _read(self, source: StoredTensor, at: int, length: int) -> bytes:
+    def read(self, source: StoredTensor, at: int, length: int) -> bytes:
         """Bytes of a tensor, `at` counted from its start."""
         if source.file != self._file or self._stream is None:
             self.close()

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-NO_NARROW_ENGINES = "TensorRT does not take narrow weights yet: run the bundle with ort, or export without --quantize"
+NO_NARROW_ENGINES = "TensorRT does not take narrow weights yet: run the bundle with ort, or export whole weights"
 GROUP = 32  # numbers along K that share a scale
 SCALE = "_scale"  # what the name of the scales adds to that of the codes
 SCALE_DTYPE = "float16"
 CODES: Literal["codes"] = "codes"
 SCALES: Literal["scales"] = "scales"
 ABSMAX, LEAST_SQUARES = "absmax", "least_squares"  # methods that find scales
+PUBLISHED: Literal["published"] = "published"  # codes and scales are the checkpoint's
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,24 @@ class Rule:
     pattern: str
     format: Literal["int8", "int4"]
     group: int
-    method: Literal["absmax", "least_squares"]
+    method: Literal["absmax", "least_squares", "published"]
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What an export narrows: of a weight's rules the first that matches holds. `name` is a preset's, or a file's."""
+    """What an export narrows: of a weight's rules the first that matches holds.
+
+    `name` is a preset's, a file's, or what people call the packing that a checkpoint is published in.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     is_preset: bool = True
+
+    @property
+    def is_published(self) -> bool:
+        """Whether codes and scales are the checkpoint's own."""
+        return any(rule.method == PUBLISHED for rule in self.rules)
 
 
 PRESETS = {

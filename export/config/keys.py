@@ -160,7 +160,12 @@ _TEXT = (
     _used("problem_type", Text(), "how logits become scores", "absent"),
 )
 _QUANTIZATION = (
-    _used("quantization_config", Object(), "fp8 with blocks of 128 x 128 is read, others are refused by name", "none"),
+    _used(
+        "quantization_config",
+        Object(),
+        "fp8 in blocks, compressed-tensors, GPTQ and AWQ are read, others refused by name",
+        "none",
+    ),
     *_refused("compressed-tensors is not supported; use the bfloat16 checkpoint", "compression_config"),
     *_refused("MLX's quantisation is not supported; use the bfloat16 checkpoint", "quantization"),
 )

@@ -14,6 +14,8 @@ from deepseek_trt.export.config.keys import NONE_OF_IT, SECTIONS, Key
 from deepseek_trt.export.config.quantization import FORMATS, FP8_KEYS
 from deepseek_trt.export.config.rope_keys import ROPE_KEYS, RopeKey
 from deepseek_trt.export.config.values import Anything, Kind
+from deepseek_trt.export.packed.methods import METHODS
+from deepseek_trt.export.packed.settings import ABSENT, Setting
 
 BEGIN = "<!-- begin: written by python -m deepseek_trt.export.config.keys_page docs/checkpoints.md -->"
 END = "<!-- end: config.json's keys -->"
@@ -31,15 +33,15 @@ Where both are there, rope_scaling counts, as in transformers, and a note says s
 must agree. A key that the rope type does not read is named in a note; null is as good as absent, but for `truncate`.
 `m(x)` is 0.1 x ln(factor) + 1, or 1 where factor is at most 1.
 """
-_FP8 = """### Inside quantization_config
+_QUANTIZATION = """### Inside quantization_config
 
-Only fp8 in blocks is read. Other keys beside these are named in a note.
+Keys that are in none of these tables are named in a note. Null is as good as absent.
 """
 
 
 def keys_part() -> str:
     """The whole part, with its marks."""
-    return "\n".join([BEGIN, "", _INTRODUCTION, *_sections(), _ROPE, *_rope_table(), _FP8, *_fp8_table(), END]) + "\n"
+    return "\n".join([BEGIN, "", _INTRODUCTION, *_sections(), _ROPE, *_rope_table(), *_quantization(), END]) + "\n"
 
 
 def with_part(page: str) -> str:
@@ -88,11 +90,30 @@ def _value(kind: Kind) -> str:
     return "" if isinstance(kind, Anything) else kind.expected
 
 
-def _fp8_table() -> Iterator[str]:
-    yield "| key | |\n|---|---|"
+def _quantization() -> Iterator[str]:
+    yield _QUANTIZATION
+    yield "#### fp8\n\n| key | |\n|---|---|"
     yield from (f"| `{name}` | {why} |" for name, why in FP8_KEYS.items())
+    for method in METHODS.values():
+        yield f"\n#### {method.label}\n\n| key | | value |\n|---|---|---|"
+        for place, table in method.keys.items():
+            yield from (_setting_row(place, names) for names in _settings_of_a_reason(table))
     formats = ", ".join(dict.fromkeys(FORMATS.values()))
     yield f"\nRefused by their names: {formats}.\n"
+
+
+def _settings_of_a_reason(table: Iterable[Setting]) -> Iterable[list[Setting]]:
+    groups: dict[tuple[str, str, str], list[Setting]] = {}
+    for setting in table:
+        groups.setdefault((setting.why, setting.kind.expected, repr(setting.only)), []).append(setting)
+    return groups.values()
+
+
+def _setting_row(place: str, settings: list[Setting]) -> str:
+    first = settings[0]
+    names = [f"{place}.{setting.name}".lstrip(".") for setting in settings]
+    value = _value(first.kind) if first.only is None else " or ".join(_json(value) for value in first.only)
+    return f"| {_code(names)} | {first.why} | {'nothing' if first.only == ABSENT else value} |"
 
 
 def _code(names: list[str]) -> str:

@@ -1,18 +1,16 @@
-"""quantization_config: fp8 in blocks of 128 x 128 is read, every other format is refused by its name."""
+"""quantization_config: fp8 in blocks of 128 x 128 and packed weights are read, other formats refused by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from deepseek_trt.export.packed.methods import method_of
 from deepseek_trt.export.text.wording import shown
 
 FP8_BLOCK = 128  # rows and columns that share a scale in fp8 checkpoints
 
-# quant_method: what people call the format.
+# quant_method: what people call the format; those that are read are packed/methods.py's and fp8.
 FORMATS: dict[str, str] = {
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
     "modelopt": "NVIDIA ModelOpt",
     "modelopt_fp4": "NVIDIA ModelOpt (NVFP4)",
@@ -67,7 +65,10 @@ FP8_KEYS: dict[str, str] = {
     "ignored_layers": "harmless: each tensor's dtype says it",
     "dequantize": "harmless: weights are dequantised at export",
 }
-_ADVICE = "use the bfloat16 checkpoint, or DeepSeek's own fp8 one"
+_ADVICE = (
+    "use the bfloat16 checkpoint, or DeepSeek's own fp8 one, or one in compressed-tensors (pack-quantized), GPTQ or "
+    "AWQ with 4 or 8 bits"
+)
 
 
 def unsupported_quantization(settings: dict[str, Any]) -> list[str]:
@@ -75,6 +76,14 @@ def unsupported_quantization(settings: dict[str, Any]) -> list[str]:
     if not settings:
         return []
     method = settings.get("quant_method") or _method_by_signs(settings)
+    packed = method_of({"quant_method": method})
+    if packed is not None and not settings.get("quant_method"):
+        return [
+            f"quantization_config is {packed.label}'s by its keys, and has no quant_method: write "
+            f'"quant_method": "{method}" into it, and keys as transformers names them, or {_ADVICE}'
+        ]
+    if packed is not None:
+        return [f"quantization_config says {packed.label}: {fault}" for fault in packed.faults(settings)]
     if method != "fp8":
         name = FORMATS.get(method, shown(method)) if isinstance(method, str) else shown(method)
         algorithm = settings.get("quant_algo")
@@ -107,7 +116,9 @@ def _method_by_signs(settings: dict[str, Any]) -> str:
 
 
 def quantization_notes(settings: dict[str, Any]) -> tuple[str, ...]:
-    """One sentence for each key that is not known of fp8."""
+    """One sentence for each key that is not known of the method."""
+    if packed := method_of(settings):
+        return tuple(packed.notes(settings))
     return tuple(
         f"config.json's key quantization_config.{shown(key)} is not known here: its value {shown(value)} is not read"
         for key, value in settings.items()

@@ -28,6 +28,11 @@ class Checkpoint:
     unindexed: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether there are tensors whose numbers are unpacked of others."""
+        return any(tensor.packed is not None for tensor in self.tensors.values())
+
     @classmethod
     def open(cls, root: Path) -> Checkpoint:
         """Read the header of every file that transformers would load.

@@ -10,18 +10,27 @@ from typing import Any
 from deepseek_trt.export.bundle.recipes import FP8, SCALE_SUFFIX
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.json_file import read_object
-from deepseek_trt.export.reading.tensors import StoredTensor
-from deepseek_trt.export.reading.weight_files import weights_in
+from deepseek_trt.export.packed.methods import method_of
+from deepseek_trt.export.reading.tensors import PACKED, StoredTensor
+from deepseek_trt.export.reading.weight_files import CONFIG_FILE, weights_in
 from deepseek_trt.export.text.wording import shown, some
 
 ADAPTER_CONFIG = "adapter_config.json"
-_MEND = f"use the bfloat16 checkpoint that it was made from, or one in fp8 with *{SCALE_SUFFIX}"
+_MEND = (
+    f"use the bfloat16 checkpoint that it was made from, or one in fp8 with *{SCALE_SUFFIX}, or one whose config.json "
+    "says compressed-tensors (pack-quantized), GPTQ or AWQ with 4 or 8 bits"
+)
 _BUNDLE_FILE = "manifest.json"  # of our own bundles; their description is no part of reading a checkpoint
 # Files without which no program would call the folder that; each beside tensors of its own format.
 _SIDE_FILES = {
     "hf_quant_config.json": "modelopt (NVFP4, FP8)",
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
+}
+# Keys of side files, and of quantization_config, that decide how packed numbers are read.
+_DECIDING = {
+    **{key: key for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "version", "zero_point")},
+    **{"w_bit": "bits", "q_group_size": "group_size"},
 }
 # Endings of files that hold weights, where there is no safetensors file; the first that is found gives the name.
 _OTHER_FILES = {
@@ -89,8 +98,8 @@ def check_folder(root: Path) -> None:
             f"{root} is split for DeepSeek's own inference code ({split}): use the checkpoint that it was made from"
         )
     for name, kind in _SIDE_FILES.items():
-        if name in names and (method := _quantized_by(root / name, kind)):
-            raise CheckpointError(f"{root} is quantized ({method}; {name}), which is not supported: {_MEND}")
+        if name in names:
+            _check_side_file(root / name, kind)
 
 
 def check_tensors(tensors: Mapping[str, StoredTensor]) -> None:
@@ -103,7 +112,7 @@ def check_tensors(tensors: Mapping[str, StoredTensor]) -> None:
                 f"the checkpoint is quantized ({kind}: tensor {shown(found)}), which is not supported: {_MEND}"
             )
     for name, tensor in tensors.items():
-        if tensor.dtype in _PACKED:
+        if is_packed_number(tensor):
             raise CheckpointError(
                 f"tensor {shown(name)} holds packed numbers ({tensor.dtype}): the checkpoint is quantized, "
                 f"which is not supported: {_MEND}"
@@ -114,12 +123,17 @@ def check_tensors(tensors: Mapping[str, StoredTensor]) -> None:
             raise CheckpointError(f"tensor {shown(name)} is {tensor.dtype}; of fp8, {FP8} is supported: {_MEND}")
 
 
-def fp8_notes(raw: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
-    """One sentence where config.json and the tensors do not agree on whether the weights are fp8."""
-    scaled, said = any(tensor.dtype == FP8 for tensor in tensors.values()), bool(raw.get("quantization_config"))
-    if scaled and not said:
+def is_packed_number(tensor: StoredTensor) -> bool:
+    """Whether its dtype is one that weights are packed in."""
+    return tensor.dtype in _PACKED
+
+
+def quantization_notes(raw: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """One sentence where config.json and the tensors do not agree on whether the weights are quantized."""
+    kinds, said = {tensor.dtype for tensor in tensors.values()}, bool(raw.get("quantization_config"))
+    if FP8 in kinds and not said:
         return (f"config.json has no quantization_config: fp8 tensors are multiplied by their *{SCALE_SUFFIX}",)
-    if said and not scaled:
+    if said and not kinds & {FP8, PACKED}:
         return ("config.json has a quantization_config, but no tensor is quantized: it is ignored",)
     return ()
 
@@ -156,6 +170,29 @@ def _other_files(names: list[str]) -> Iterator[tuple[str, str]]:
         for name in names:
             if name.endswith(ending) and (not ending.startswith(".bin") or name.startswith("pytorch_model")):
                 yield name, kind
+
+
+def _check_side_file(file: Path, kind: str) -> None:
+    """CheckpointError where it says that weights are quantized, and config.json does not say the same."""
+    settings = _object(file.with_name(CONFIG_FILE)).get("quantization_config")
+    method = method_of(settings) if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or method is None or method.label != kind:
+        if said := _quantized_by(file, kind):
+            raise CheckpointError(f"{file.parent} is quantized ({said}; {file.name}), which is not supported: {_MEND}")
+        return
+    mine, other = (_deciding(each) for each in (settings, _object(file)))
+    for key in mine.keys() & other.keys():
+        if mine[key] != other[key]:
+            raise CheckpointError(
+                f"{file} says {key} {shown(other[key])}, and config.json's quantization_config {shown(mine[key])}: "
+                "download both again from the same place"
+            )
+
+
+def _deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how packed numbers are read, by one name a setting."""
+    found = {_DECIDING[key]: value for key, value in settings.items() if key in _DECIDING and value is not None}
+    return {key: value.lower() if isinstance(value, str) else value for key, value in found.items()}
 
 
 def _quantized_by(file: Path, kind: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepseek_trt.export.bundle.narrow import ABSMAX, GROUP, LEAST_SQUARES, PRESETS, Quantization, Rule
+from deepseek_trt.export.bundle.narrow import ABSMAX, GROUP, LEAST_SQUARES, PRESETS, PUBLISHED, Quantization, Rule
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.files import read_file
 from deepseek_trt.export.json_file import value_of
@@ -35,6 +35,8 @@ def read_quantization(wanted: str) -> Quantization:
     for index, rule in enumerate(rules):
         if rule.group != GROUP:
             raise ConfigError(f"{shown(wanted)}: [{index}].group is {rule.group}: groups are of {GROUP} numbers")
+        if rule.method == PUBLISHED:
+            raise ConfigError(f"{shown(wanted)}: [{index}].method is {PUBLISHED!r}, which finds no scales: {_MEND}")
     return Quantization(path.name, rules, is_preset=False)
 
 

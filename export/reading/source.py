@@ -13,17 +13,21 @@ from deepseek_trt.export.bundle.narrow import Quantization
 from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD, too_large_for_tensorrt
 from deepseek_trt.export.config.model_config import ModelConfig, config_notes, read_config
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.packed.methods import packed_settings
+from deepseek_trt.export.packed.opening import open_checkpoint
+from deepseek_trt.export.packed.settings import PackedSettings
 from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import Classifier
-from deepseek_trt.export.reading.formats import ADAPTER_CONFIG, check_folder, check_tensors, fp8_notes
+from deepseek_trt.export.reading.formats import ADAPTER_CONFIG, check_folder, quantization_notes
 from deepseek_trt.export.reading.infer import config_of_tensors, task_of, written_keys
 from deepseek_trt.export.reading.narrow_recipe import read_quantization
 from deepseek_trt.export.reading.weight_files import CONFIG_FILE
 from deepseek_trt.export.text.reading import read_text
-from deepseek_trt.export.text.wording import some
+from deepseek_trt.export.text.wording import shown, some
 from deepseek_trt.export.writing.carried_files import check_carried
 from deepseek_trt.export.writing.narrow_plan import narrowed
+from deepseek_trt.export.writing.packed_plan import taken
 from deepseek_trt.export.writing.weight_plan import WeightPlan, main_dtype, plan_weights
 
 InterfaceOf = Callable[[str], Interface]  # by the task
@@ -67,7 +71,10 @@ def read_source(
     check_carried(folder)
     raw = read_config(folder / CONFIG_FILE)
     written = ModelConfig.from_hf(raw)  # before anything else looks at raw
-    base, merged = _open(folder, adapter)
+    packed = packed_settings(raw)
+    base, merged = _open(folder, packed, adapter)
+    if packed is not None and base.is_packed:
+        _check_alone(packed.label, adapter, quantize)
     checkpoint = merged.merged_into(base) if merged else base
     if not isinstance(interface, Interface):
         interface = (interface or _default_interface)(task_of(raw, checkpoint))
@@ -81,13 +88,16 @@ def read_source(
     plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, labels)
     plan = dataclasses.replace(plan, dtype=main_dtype(base))  # an adapter is often kept in float32
     large = _too_large(plan)
-    plan, narrow_notes = narrowed(plan, quantization) if quantization else (plan, ())
+    if packed is not None and base.is_packed:
+        plan, quantization, narrow_notes = taken(plan, base.tensors, packed.label)
+    else:
+        plan, narrow_notes = narrowed(plan, quantization) if quantization else (plan, ())
     notes = (
         *config_notes(raw),
         *notes,
         *_task_note(interface, raw, checkpoint),
         *base.notes,
-        *fp8_notes(raw, base.tensors),
+        *quantization_notes(raw, base.tensors),
         *(merged.notes(folder) if merged else ()),
         *large,
         *text_notes,
@@ -101,6 +111,11 @@ def export_dtype(source: Source, wanted: str | None, by_reference: bool) -> str:
     stored = source.plan.dtype
     if by_reference and source.adapter is not None:
         raise ConfigError("--by-reference and --adapter: merged weights lie in no checkpoint, so leave out one of them")
+    if by_reference and source.checkpoint.is_packed:
+        raise ConfigError(
+            "--by-reference: codes of the checkpoint lie in other shapes than graphs take them in: leave it out, the "
+            "bundle then holds them in as many bytes"
+        )
     if by_reference and wanted not in (None, stored):
         raise ConfigError(
             f"--by-reference keeps the checkpoint's dtype {stored}: leave out --dtype {wanted}, or export with weights"
@@ -108,10 +123,9 @@ def export_dtype(source: Source, wanted: str | None, by_reference: bool) -> str:
     return wanted or stored
 
 
-def _open(folder: Path, adapter: Path | None) -> tuple[Checkpoint, Adapter | None]:
+def _open(folder: Path, packed: PackedSettings | None, adapter: Path | None) -> tuple[Checkpoint, Adapter | None]:
     """The checkpoint as it is stored, and the adapter."""
-    checkpoint = Checkpoint.open(folder)
-    check_tensors(checkpoint.tensors)
+    checkpoint = open_checkpoint(folder, packed)
     own = (folder / ADAPTER_CONFIG).exists()
     if own and (adapter is None or adapter.resolve() != folder.resolve()):
         raise CheckpointError(
@@ -119,6 +133,20 @@ def _open(folder: Path, adapter: Path | None) -> tuple[Checkpoint, Adapter | Non
             f"merge it with --adapter {folder}, or take its files away"
         )
     return checkpoint, Adapter.open(adapter) if adapter else None
+
+
+def _check_alone(label: str, adapter: Path | None, quantize: str | None) -> None:
+    """Weights that are packed are taken as they are; ConfigError where an option asks for other numbers."""
+    if adapter is not None:
+        raise ConfigError(
+            f"--adapter {adapter}: the checkpoint is packed ({label}), and sums with codes would be rounded anew: "
+            "merge the adapter into the bfloat16 checkpoint that it was made from, and --quantize that"
+        )
+    if quantize is not None:
+        raise ConfigError(
+            f"--quantize {shown(quantize)}: the checkpoint is packed already ({label}), and its codes are taken as "
+            "they are: leave out --quantize, or give the bfloat16 checkpoint that it was made from"
+        )
 
 
 def _default_interface(task: str) -> Interface:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
@@ -12,13 +12,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deepseek_trt.export.arrays import Array
-from deepseek_trt.export.bundle.assemble import chunks
-from deepseek_trt.export.bundle.narrow import Narrow
+from deepseek_trt.export.bundle.assemble import chunks, packed_chunks
+from deepseek_trt.export.bundle.narrow import PUBLISHED, Narrow
 from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.numbers import Tally
 from deepseek_trt.export.reading.tensors import StoredTensor
-from deepseek_trt.export.writing.quantize import WORST, quantize
+from deepseek_trt.export.writing.quantize import WORST, Made, quantize
 from deepseek_trt.export.writing.written import Progress, WrittenTensor
 
 _ROUNDED = 1.05  # scales are rounded, too
@@ -51,24 +51,42 @@ def write_narrow(
 ) -> tuple[WrittenTensor, WrittenTensor]:
     """Both parts of the weight that `recipe` is the codes of; `out` stands behind them afterwards.
 
-    Raises CheckpointError, naming the weight, where float16 cannot hold its scales.
+    Raises CheckpointError, naming the weight, where float16 cannot hold its scales, or its format a packed one.
     """
     assert recipe.narrow is not None
     scales, codes, tally = _Growing(scales_at.offset), _Growing(codes_at.offset), Tally(recipe, tensors)
     squares = errors = 0.0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for chunk in chunks(recipe, tensors):
-            tally.add(chunk)
-            made = quantize(chunk, recipe.narrow, pool)
-            if tally.is_finite and not np.isfinite(made.scales).all():
-                raise CheckpointError(_too_large(recipe.name, chunk))
-            squares, errors = squares + made.squares, errors + made.errors
-            progress(scales.add(out, made.scales) + codes.add(out, made.codes))
+    for made in (_taken if recipe.narrow.method == PUBLISHED else _made)(recipe, recipe.narrow, tensors, tally):
+        squares, errors = squares + made.squares, errors + made.errors
+        progress(scales.add(out, made.scales) + codes.add(out, made.codes))
     relative = (errors / squares) ** 0.5 if squares > 0 else 0.0
     if tally.is_finite and relative > _ROUNDED * WORST[recipe.narrow.format]:
         raise CheckpointError(_too_small(recipe.name, relative, recipe.narrow))
     written = replace(scales_at, sha256=scales.digest.hexdigest())
     return written, replace(codes_at, sha256=codes.digest.hexdigest(), odd=tally.odd, error=relative)
+
+
+def _made(recipe: Recipe, narrow: Narrow, tensors: Mapping[str, StoredTensor], tally: Tally) -> Iterator[Made]:
+    """Codes and scales of whole numbers, a chunk at a time."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for chunk in chunks(recipe, tensors):
+            tally.add(chunk)
+            made = quantize(chunk, narrow, pool)
+            if tally.is_finite and not np.isfinite(made.scales).all():
+                raise CheckpointError(_too_large(recipe.name, chunk))
+            yield made
+
+
+def _taken(recipe: Recipe, narrow: Narrow, tensors: Mapping[str, StoredTensor], tally: Tally) -> Iterator[Made]:
+    """Codes and scales as a packed checkpoint has them."""
+    is_int4 = narrow.format == "int4"
+    zero = np.uint8(0x88 if is_int4 else 0)  # bytes of zeros
+    for codes, scales in packed_chunks(recipe, tensors, is_int4):
+        bytes_of_groups = codes.view(np.uint8).reshape(*scales.shape, -1)
+        nonfinite = int((~np.isfinite(scales)).sum())
+        is_zero = not ((scales != 0) & (bytes_of_groups != zero).any(axis=-1)).any()
+        tally.count(scales.size * narrow.group, nonfinite * narrow.group, is_zero and not nonfinite)
+        yield Made(codes, scales, 0.0, 0.0)
 
 
 def _too_large(name: str, chunk: Array) -> str:

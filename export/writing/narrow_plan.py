@@ -18,7 +18,7 @@ _LINEAR = (
     r"lm_head|.*\.(q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|o_proj)"
     r"|.*\.mlp\.(shared_experts\.)?(gate_proj|up_proj|down_proj)"
 )
-_NARROWED = re.compile(rf"({_LINEAR})\.weight|.*{re.escape(EXPERTS)}(gate_proj|up_proj|down_proj)")
+NARROWED = re.compile(rf"({_LINEAR})\.weight|.*{re.escape(EXPERTS)}(gate_proj|up_proj|down_proj)")
 _WHOLE = "embeddings, routers, norms, biases, kv_b_proj (w_uk, w_uv) and a classifier's score stay whole"
 
 
@@ -45,7 +45,7 @@ def narrowed(plan: WeightPlan, quantization: Quantization) -> tuple[WeightPlan, 
 
 def _rule_of(name: str, quantization: Quantization) -> Rule | None:
     """The first that matches a weight that can be narrow."""
-    if not _NARROWED.fullmatch(name):
+    if not NARROWED.fullmatch(name):
         return None
     return next((rule for rule in quantization.rules if fnmatchcase(name, rule.pattern)), None)
 
@@ -58,7 +58,7 @@ def _check_used(plan: WeightPlan, quantization: Quantization, wanted: Mapping[st
         where = f"{shown(quantization.name)}: [{index}].pattern {shown(rule.pattern)}"
         matched = [name for name in names if fnmatchcase(name, rule.pattern)]
         if not matched:
-            likely = next((name for name in names if _NARROWED.fullmatch(name)), names[0])
+            likely = next((name for name in names if NARROWED.fullmatch(name)), names[0])
             raise ConfigError(f"{where} matches no tensor of the graphs; they are called as {likely} is")
         if any(name in wanted for name in matched):
             raise ConfigError(f"{where} matches only what rules before it match, e.g. {matched[0]}: leave it out")

@@ -24,7 +24,7 @@ from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError, ConfigError
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import SCORE
-from deepseek_trt.export.reading.tensors import StoredTensor
+from deepseek_trt.export.reading.tensors import PACKED, StoredTensor
 from deepseek_trt.export.text.wording import some
 
 _UNINDEXED = "the index does not name it, and the model does not need it"
@@ -84,7 +84,7 @@ def _check_dtype(source: StoredTensor, piece: Piece) -> None:
         raise CheckpointError(
             f"tensor {some([source.name])} is fp8 without its *{SCALE_SUFFIX}; only block-scaled fp8 is supported"
         )
-    if source.dtype not in (*WEIGHT_DTYPES.values(), FP8):
+    if source.dtype not in (*WEIGHT_DTYPES.values(), FP8, PACKED):
         raise CheckpointError(f"tensor {some([source.name])} is {source.dtype}, which is not supported; use bfloat16")
 
 

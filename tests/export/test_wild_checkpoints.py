@@ -257,7 +257,7 @@ def test_experts_without_their_number(tmp_path, weights, save):
         ({"topk_method": "hash"}, "topk_method 'hash'"),
         ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope scaling 'longrope'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "says AWQ"),
         (
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 128]}},
             r"weight_block_size \[1, 128\]",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ class Made:
 def _shared(file: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"shared_{file.parent.name}_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -97,6 +99,12 @@ def _shared(file: Path) -> Any:
 @pytest.fixture(scope="session")
 def _export_tests() -> Any:
     return _shared(TESTS / "export" / "conftest.py")
+
+
+@pytest.fixture(scope="session")
+def packers() -> Any:
+    """tests/inputs/packers.py: checkpoints that are published packed."""
+    return _shared(TESTS / "inputs" / "packers.py")
 
 
 @pytest.fixture(scope="session")
@@ -153,3 +161,39 @@ def verdict(tmp_path: Path) -> Callable[..., Verdict]:
         return Verdict(accepted, check.output, export.output, out if accepted else None)
 
     return judge
+
+
+@pytest.fixture
+def packed(made, packers) -> Callable[..., Any]:
+    """packed(kind, base="v2", wanted=linear, settings={}, mutate=..., **changes of config.json)"""
+
+    def make(
+        kind: str | dict[str, Any],
+        base: str = "v2",
+        wanted: Callable[[str], bool] | None = None,
+        settings: dict[str, Any] | None = None,
+        mutate: Callable[[dict[str, torch.Tensor]], None] = lambda tensors: None,
+        **changes: Any,
+    ) -> tuple[Path, Any]:
+        packing = packers.Packing(**(packers.KINDS[kind] if isinstance(kind, str) else kind))
+        one = made(base, **{**packers.SIZES, **changes}, quantization_config=packing.config(**(settings or {})))
+        result = packers.pack(one.tensors, packing, wanted or packers.linear)
+        mutate(result.tensors)
+        save_file(result.tensors, one.path / "model.safetensors", metadata={"format": "pt"})
+        return one.path, result
+
+    return make
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Callable[..., Any]:
+    """exported(folder, *options): what the command said; the bundle is in tmp_path/out."""
+
+    def run(folder: Path, *options: str) -> Any:
+        out = tmp_path / "out"
+        done = CliRunner().invoke(main, ["export", str(folder), str(out), *options])
+        assert done.exception is None or isinstance(done.exception, SystemExit), repr(done.exception)
+        assert out.exists() == (done.exit_code == 0)
+        return done
+
+    return run

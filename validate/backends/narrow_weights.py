@@ -28,18 +28,21 @@ _MOST_OFF = {"int8": 1.1 * 32**0.5 / 254, "int4": 1.1 * 32**0.5 / 14}
 class NarrowReference:
     """Call it with a parameter's name: narrow weights in float32 as the bundle has them, others of `others`.
 
-    `formats` are those of narrow weights, by name.
+    `formats` are those of narrow weights, by name. Where `is_published`, the checkpoint holds the same codes.
     """
 
     file: Path
     formats: dict[str, str]
     others: Weights
+    is_published: bool = False
 
     @classmethod
     def of(cls, bundle: Bundle, others: Weights) -> NarrowReference:
         records = [weight.recipe for weight in bundle.manifest.weights]
         formats = {r.name: r.narrow.format for r in records if r.narrow is not None and r.narrow.part == "codes"}
-        return cls(bundle.path / WEIGHTS_FILE, formats, others)
+        quantization = bundle.manifest.quantization
+        is_published = quantization is not None and quantization.is_published
+        return cls(bundle.path / WEIGHTS_FILE, formats, others, is_published)
 
     def __call__(self, name: str) -> Tensor:
         if name not in self.formats:
@@ -57,7 +60,7 @@ class NarrowReference:
                 continue
             whole = published.unrounded(name)
             off = float(torch.linalg.vector_norm(self(name) - whole)) / (float(torch.linalg.vector_norm(whole)) or 1.0)
-            if not off <= _MOST_OFF[kind]:
+            if not off <= (0.0 if self.is_published else _MOST_OFF[kind]):
                 yield name, off
 
 

@@ -22,11 +22,13 @@ from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig, read_config
 from deepseek_trt.export.errors import BundleError, CheckpointError, RequestError
 from deepseek_trt.export.files import file_sha256
-from deepseek_trt.export.reading.checkpoint import Checkpoint
+from deepseek_trt.export.packed.methods import packed_settings
+from deepseek_trt.export.packed.opening import open_checkpoint
 from deepseek_trt.export.reading.infer import config_of_tensors
 from deepseek_trt.export.writing.weight_plan import plan_weights
 from deepseek_trt.validate.backends.published_adapter import PublishedAdapter
 from deepseek_trt.validate.backends.published_files import Place, published_files
+from deepseek_trt.validate.backends.published_packed import PublishedPacked
 
 _HALVES = ("w_uk", "w_uv")  # of each head's rows in kv_b_proj
 _ROTATED = {"q_proj", "q_b_proj", "kv_a_proj_with_mqa"}
@@ -38,7 +40,8 @@ class PublishedWeights:
     """Call it with a parameter's name; it holds no tensor itself.
 
     Tensors are float32, rounded to `dtype` (the bundle's) first, as every export rounds them; the correction bias is
-    kept as it is. `interleaved` is config.json's rope_interleave: the torch model rotates adjacent pairs always.
+    kept as it is, and parameters that are `exact`: what the bundle takes as codes of a packed checkpoint.
+    `interleaved` is config.json's rope_interleave: the torch model rotates adjacent pairs always.
     """
 
     root: Path
@@ -47,6 +50,8 @@ class PublishedWeights:
     dtype: str
     interleaved: bool = True
     adapter: PublishedAdapter | None = None
+    packed: PublishedPacked | None = None
+    exact: frozenset[str] = frozenset()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -61,9 +66,11 @@ class PublishedWeights:
 
     def unrounded(self, name: str) -> Tensor:
         """The parameter in float32, as it is published: what narrow weights are made of."""
-        return dataclasses.replace(self, dtype="float32")(name)
+        return dataclasses.replace(self, dtype="float32", exact=frozenset())(name)
 
     def __call__(self, name: str) -> Tensor:
+        if name in self.exact:
+            return self.unrounded(name)
         base, _, last = name.rpartition(".")
         if last in _HALVES:
             return self._half(f"{base}.kv_b_proj.weight", last)
@@ -114,6 +121,8 @@ class PublishedWeights:
         """As it is published, or as the adapter holds it whole; fp8 multiplied by its block scales."""
         if self.adapter is not None and name in self.adapter.whole:
             return self.adapter.tensor(self.adapter.whole[name])
+        if self.packed is not None and self.packed.has(name):
+            return self.packed.numbers(name, self._read)
         stored = self._read(name)
         if f"{name}{SCALE_SUFFIX}" not in self.places:
             return stored
@@ -140,7 +149,7 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
     if root is None:
         return None
     if checkpoint is not None:
-        _check_same_model(bundle, Checkpoint.open(checkpoint))
+        _check_same_model(bundle, checkpoint)
     merged = bundle.manifest.adapter
     if merged is not None and not _is_unchanged(merged):
         if checkpoint is None:
@@ -150,7 +159,10 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
     raw = json.loads((root / "config.json").read_text(encoding="utf-8"))  # its own reading
     interleaved = raw.get("rope_interleave", True)
     manifest, places = bundle.manifest, published_files(root)
-    return PublishedWeights(root, places, manifest.model, manifest.dtype, interleaved, adapter)
+    packed = PublishedPacked.of(root, places)
+    taken = manifest.weights if manifest.quantization and manifest.quantization.is_published else ()
+    exact = frozenset(weight.recipe.name for weight in taken if weight.recipe.narrow is not None)
+    return PublishedWeights(root, places, manifest.model, manifest.dtype, interleaved, adapter, packed, exact)
 
 
 def _recorded(bundle: Bundle) -> Path | None:
@@ -165,10 +177,12 @@ def _is_unchanged(adapter: AdapterRecord) -> bool:
     return all(file.is_file() and file_sha256(file) == adapter.files[name] for name, file in files.items())
 
 
-def _check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
+def _check_same_model(bundle: Bundle, root: Path) -> None:
     """Config and shapes; whether the numbers are the same is what validation finds out."""
-    raw = read_config(checkpoint.root / "config.json")
-    declared, _ = config_of_tensors(ModelConfig.from_hf(raw), checkpoint, raw.keys())
+    raw = read_config(root / "config.json")
+    written = ModelConfig.from_hf(raw)
+    checkpoint = open_checkpoint(root, packed_settings(raw))
+    declared, _ = config_of_tensors(written, checkpoint, raw.keys())
     config = dataclasses.replace(declared, num_hidden_layers=bundle.manifest.model.num_hidden_layers)
     if config != bundle.manifest.model:
         fields = [f.name for f in dataclasses.fields(config)]

@@ -19,6 +19,7 @@ from deepseek_trt.export.arrays import Array, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import unchanged_checkpoint
 from deepseek_trt.export.errors import BackendError
+from deepseek_trt.export.reading.tensors import StoredTensor
 
 MINIMUM = (5, 15)  # earlier versions leave out YaRN's factor on the softmax scale
 
@@ -76,7 +77,13 @@ def comparable_checkpoint(bundle: Bundle) -> Path:
     if version < MINIMUM:
         raise BackendError(f"transformers {transformers.__version__} computes YaRN models wrongly: use 5.15 or later")
     folder, adapter = unchanged_checkpoint(bundle), bundle.manifest.adapter
-    exact = ("float32",) if adapter else ("float32", _stored_dtype(folder))
+    stored = _stored(folder)
+    taken = {piece.source for weight in bundle.manifest.weights for piece in weight.recipe.pieces}
+    if adapter is None and not taken <= stored.keys():
+        raise BackendError(
+            "the checkpoint's weights are packed, and transformers has no experts of codes: leave it out"
+        )
+    exact = ("float32",) if adapter else ("float32", next(iter(stored.values())).dtype)
     if bundle.manifest.dtype not in exact:
         raise BackendError(
             f"export rounded the weights to {bundle.manifest.dtype}: compare with transformers after an export with "
@@ -112,7 +119,7 @@ def _merged(model: Any, adapter: Path, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(model, adapter, local_files_only=True).merge_and_unload()
 
 
-def _stored_dtype(folder: Path) -> str:
+def _stored(folder: Path) -> dict[str, StoredTensor]:
     from deepseek_trt.export.reading.checkpoint import Checkpoint
 
-    return next(iter(Checkpoint.open(folder).tensors.values())).dtype
+    return Checkpoint.open(folder).tensors

@@ -9,7 +9,7 @@ from pathlib import Path
 from deepseek_trt.export.arrays import Array
 from deepseek_trt.export.bundle.assemble import chunks
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle
-from deepseek_trt.export.bundle.narrow import FORMATS, Format
+from deepseek_trt.export.bundle.narrow import FORMATS, PUBLISHED, Format
 from deepseek_trt.export.bundle.recipes import Recipe
 from deepseek_trt.export.bundle.weights import WeightReader, unchanged_checkpoint
 from deepseek_trt.export.files import CHUNK, file_sha256
@@ -93,7 +93,9 @@ def _in_bundle(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWei
     for name in filter(wanted, reader.records):
         recipe = reader.records[name].recipe
         if recipe.narrow is not None and not recipe.is_scales:
-            yield _odd_codes(name, reader.view(name), FORMATS[recipe.narrow.format])
+            kind = FORMATS[recipe.narrow.format]
+            least = -128 if recipe.narrow.method == PUBLISHED else kind.least  # others' codes reach further
+            yield _odd_codes(name, reader.view(name), kind, least)
             continue
         flat = reader.view(name).reshape(-1)
         parts = [flat[start : start + CHUNK] for start in range(0, flat.size, CHUNK)]
@@ -104,11 +106,11 @@ def _in_bundle(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWei
         yield OddWeight(name, sum(nonfinite for nonfinite, _ in seen), is_zero, constant.holds)
 
 
-def _odd_codes(name: str, codes: Array, kind: Format) -> OddWeight:
+def _odd_codes(name: str, codes: Array, kind: Format, least: int) -> OddWeight:
     """Codes have no NaN; what their format does not have counts as such."""
     first = codes.reshape(-1)[0]
     constant = all(bool((rows == first).all()) for rows in codes)
-    beyond = 0 if kind.packed > 1 else sum(int((rows < kind.least).sum()) for rows in codes)
+    beyond = 0 if kind.packed > 1 else sum(int((rows < least).sum()) for rows in codes)
     return OddWeight(name, beyond, is_zero=constant and first in (0, 0x88), is_constant=constant)
 
 

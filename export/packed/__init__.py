@@ -1,0 +1,1 @@
+"""Published checkpoints whose weights are packed already: what their settings say, which tensors, and their numbers."""
