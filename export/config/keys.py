@@ -166,7 +166,7 @@ _QUANTIZATION = (
         "fp8 in blocks, compressed-tensors, GPTQ and AWQ are read, others refused by name",
         "none",
     ),
-    *_refused("compressed-tensors is not supported; use the bfloat16 checkpoint", "compression_config"),
+    *_refused("a former name of quantization_config: call it so", "compression_config"),
     *_refused("MLX's quantisation is not supported; use the bfloat16 checkpoint", "quantization"),
 )
 _HARMLESS = (
