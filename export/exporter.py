@@ -29,7 +29,6 @@ from deepseek_trt.export.bundle.proof import remember_weights
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256, stream_sha256
-from deepseek_trt.export.passes.narrow import NarrowWeights
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
@@ -247,7 +246,9 @@ def _write_weights(job: _Job, folder: Path, report: Reporter) -> tuple[tuple[Wri
 
 
 def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ...], folder: Path) -> None:
-    from deepseek_trt.export.trace import INV_FREQ, trace  # torch, and seconds to import
+    # torch, and seconds to import
+    from deepseek_trt.export.passes.narrow import NarrowWeights
+    from deepseek_trt.export.trace import INV_FREQ, trace
 
     source, places = job.source, {w.name: (w.offset, w.nbytes) for w in written}
     model = trace(source.config, graph, job.dtype, source.interface, source.num_labels)
