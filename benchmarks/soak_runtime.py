@@ -26,6 +26,7 @@ from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.export.errors import RequestError
 
 ROUND_SECONDS = 4.0
+SETTLED_SECONDS = 10.0  # a step takes milliseconds: what is held longer is lost
 THREADS, TASKS = 4, 8
 WORDS = ("the", "number", "of", "return", "a", "list", "if", "file", "does", "not", "exist")
 KNOWN = ("Return the number of", "If the file", "the list of names")  # whose greedy answers are looked at each time
@@ -127,6 +128,17 @@ def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
+def _held(llm: LLM) -> tuple[int, int]:
+    """Requests that run and pages that are taken, once the last caller's leaving took effect: with the next step."""
+    end = time.monotonic() + SETTLED_SECONDS
+    while True:
+        pool = llm.scheduler.pool
+        held = llm.scheduler.running, pool.pages - 1 - pool.free
+        if not any(held) or time.monotonic() > end:
+            return held
+        time.sleep(0.01)
+
+
 def soak(bundle: Path, seconds: float, seed: int) -> dict[str, Any]:
     """Counts of outcomes; memory after each round in MB; and what any round left."""
     limits = SchedulerLimits(max_running=8, token_budget=256, prefill_chunk=64)
@@ -138,8 +150,9 @@ def soak(bundle: Path, seconds: float, seed: int) -> dict[str, Any]:
         with LLM.open(bundle, threads=1, limits=limits, pages=80) as llm:
             one = Round(llm, wanted, min(end, time.monotonic() + ROUND_SECONDS), seed)
             one.run()
-            left["requests"] += llm.scheduler.running
-            left["pages"] += llm.scheduler.pool.pages - 1 - llm.scheduler.pool.free
+            requests, pages = _held(llm)
+            left["requests"] += requests
+            left["pages"] += pages
         left["threads"] += threading.active_count() - threads
         found += one.found
         memory.append(resident_mb())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,10 +20,6 @@ from deepseek_trt.cli.printing.output import (
     say_usage_error,
 )
 from deepseek_trt.export.errors import DeepseekTrtError
-
-# torch's threads spin while they wait for each other: on a busy machine validate took ten times as long.
-# Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _AS_JSON = "deepseek_trt.as_json"
 # Each command's line in --help; its file has its name.

@@ -18,6 +18,7 @@ from deepseek_trt.validate.report.provenance import collect_provenance
 from deepseek_trt.validate.report.report import AccuracyReport, Compared, Comparison
 from deepseek_trt.validate.report.scope import scope_of
 from deepseek_trt.validate.request import Progress, ValidateRequest
+from deepseek_trt.validate.threads import torch_threads
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def validate_bundle(request: ValidateRequest, progress: Progress = lambda text: 
         request = dataclasses.replace(request, checkpoint=checkpoint_folder(request.checkpoint))
     _check_limits(bundle, request)
     earlier = read_report(request.earlier) if request.earlier else None
-    found = _compare(bundle, request, progress)
+    with torch_threads(bundle.manifest.parameters, request.threads):
+        found = _compare(bundle, request, progress)
     report = AccuracyReport(
         passed=found.integrity.passed
         and found.independent.passed

@@ -1,7 +1,7 @@
 """Whole numbers and scales of floats: groups of 32 numbers that share a float16 scale, found by one of two methods.
 
 Groups are independent of each other, and sums over one are added in one order, so that the result depends neither on
-threads nor on how a weight is cut into chunks. Measured on 2 threads of a server's processor: docs/narrow.md.
+threads nor on how a weight is cut into chunks.
 """
 
 from __future__ import annotations

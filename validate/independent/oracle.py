@@ -20,11 +20,11 @@ from deepseek_trt.export.errors import BackendError, BundleError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.free_memory import available_memory
 from deepseek_trt.validate.independent.differences import known_differences
+from deepseek_trt.validate.threads import torch_threads
 
 MINIMUM = (5, 15)  # earlier versions leave out YaRN's factor on the softmax scale
 # To run it unasked: loading float32 weights and computing some hundred tokens then takes about five minutes at most.
 MOST_PARAMETERS = 20e9
-_ONE_THREAD = 50e6  # parameters below which threads wait for each other longer than they compute
 _SILENT = 50  # logging.CRITICAL
 _OVERHEAD, _ROOM = 1.2, 2**29  # of the weights in float32 while they are loaded, and bytes for what is computed
 _CLASSES = {
@@ -114,7 +114,7 @@ class Oracle:
 
         self.name = f"transformers {transformers.__version__}"
         self._torch, self._task = torch, bundle.manifest.task
-        self._is_small = bundle.manifest.parameters < _ONE_THREAD
+        self._parameters = bundle.manifest.parameters
         folder = checkpoint or unchanged_checkpoint(bundle)
         with self._ours():
             self._model, info = _load(folder, self._task, bundle.manifest.model.num_hidden_layers)
@@ -137,17 +137,13 @@ class Oracle:
     @contextlib.contextmanager
     def _ours(self) -> Iterator[None]:
         """Quiet, and whatever transformers raises is a BackendError with its first line."""
-        threads = self._torch.get_num_threads()
-        self._torch.set_num_threads(1 if self._is_small else threads)
-        with _quiet():
+        with torch_threads(self._parameters), _quiet():
             try:
                 yield
             except Exception as error:
                 reason = next(iter(str(error).splitlines()), "")[:300]
                 what = f"{type(error).__name__}: {reason}"
                 raise BackendError(f"{self.name} cannot run the checkpoint ({what})") from None
-            finally:
-                self._torch.set_num_threads(threads)
 
     def _check(self, bundle: Bundle, info: dict[str, Any]) -> None:
         """What it misses it has drawn at random, and what it leaves out the bundle has."""
