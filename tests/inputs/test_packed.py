@@ -189,7 +189,7 @@ def test_whole_numbers_are_rounded_once(packed, verdict, packers):
         ("GPTQ", {"modules_in_block_to_quantize": [["self_attn.o_proj"]]}, None, ["modules are packed that"]),
         ("GPTQ", {"modules_in_block_to_quantize": ["self_attn.o_proj"]}, lambda m: "o_proj" in m, []),
     ],
-    ids=str,
+    ids=lambda value: "of o_proj alone" if callable(value) else str(value),
 )
 def test_lists_of_modules_that_the_tensors_contradict_are_named(
     packed, verdict, kind, settings, wanted, words, packers
