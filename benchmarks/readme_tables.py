@@ -55,7 +55,12 @@ def speed_rows(text: str) -> Rows:
     return [["transformers", *transformers], ["llama.cpp, exact / fastest", *both], ["deepseek-trt", *ours]]
 
 
+def size_rows(text: str) -> Rows:
+    return list(_cells(text, "<!-- python benchmarks/sizes.py -->", "<!-- end -->"))[1:]
+
+
 TABLES = (
+    Table("docs/narrow.md", "| model | parameters | as published | bundle | int8 | int4 |", size_rows),
     Table("docs/accuracy.md", "| bundle | run by | computed in | logits | tolerance | top-1 |", accuracy_rows),
     Table("docs/performance.md", "| ms per token at context | 128 | 512 | 2048 | 8192 |", speed_rows),
 )

@@ -73,5 +73,6 @@ def _print_table(report: BenchReport) -> None:
         table.add_column(f"batch {point.batch_size}", justify="right")
     for name, cell in _ROWS:
         table.add_row(name, *map(cell, report.points))
-    measured = f"memory bandwidth, measured: {report.bandwidth / 1e9:.1f} GB/s; weights in {report.weights_dtype}"
+    kinds = ", ".join((*report.narrow_formats, report.weights_dtype))
+    measured = f"memory bandwidth, measured: {report.bandwidth / 1e9:.1f} GB/s; weights in {kinds}"
     print_rich(table, measured)

@@ -36,12 +36,12 @@ def command(folder: Path, as_json: bool) -> None:
                 if exit_.code:
                     sys.exit(exit_.code)
     say("")
-    say(f"The bundle, the engines, the report and the model repository lie in {folder}.")
+    say(f"The bundle, the engines, the report, the model repository and the bundle in 4 bits lie in {folder}.")
 
 
 def demo_steps(checkpoint: Path, folder: Path) -> tuple[tuple[str, ...], ...]:
     """The arguments of each command, in order."""
-    bundle, report, repository = (str(folder / name) for name in ("bundle", "report", "repository"))
+    bundle, report, repository, narrow = (str(folder / name) for name in ("bundle", "report", "repository", "int4"))
     return (
         ("export", str(checkpoint), bundle),
         ("validate", bundle, "--report", report),
@@ -49,4 +49,6 @@ def demo_steps(checkpoint: Path, folder: Path) -> tuple[tuple[str, ...], ...]:
         ("generate", bundle, "--prompt", PROMPT, "--max-new-tokens", "48"),
         ("bench", bundle, "--context", "64", "--new-tokens", "32"),
         ("model-repository", bundle, repository, "--backend", "ort"),  # serves without a GPU, too
+        ("export", str(checkpoint), narrow, "--quantize", "int4"),
+        ("generate", narrow, "--prompt", PROMPT, "--max-new-tokens", "48"),
     )

@@ -25,6 +25,7 @@ from deepseek_trt.engines.sessions.opening import (
     choose_backend,
     open_session,
 )
+from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import Device
 from deepseek_trt.engines.sessions.threads import check_threads
@@ -84,7 +85,10 @@ class Point:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """bandwidth is read on a CPU, read and written in a copy on a GPU, in bytes per second."""
+    """bandwidth is read on a CPU, read and written in a copy on a GPU, in bytes per second.
+
+    narrow_formats are those of weights that are read in fewer bits, the others being read as weights_dtype.
+    """
 
     bundle: str
     backend: str
@@ -93,6 +97,7 @@ class BenchReport:
     threads: int
     dtype: str
     weights_dtype: str
+    narrow_formats: tuple[str, ...]
     bandwidth: float
     points: tuple[Point, ...]
 
@@ -129,9 +134,15 @@ def bench(request: BenchRequest, say: Say = lambda line: None, progress: Progres
         threads=request.threads,
         dtype=bundle.manifest.dtype,
         weights_dtype=session.weights_dtype,
+        narrow_formats=() if _widens(session) else bundle.manifest.narrow_formats,
         bandwidth=bandwidth,
         points=tuple(points),
     )
+
+
+def _widens(session: Session) -> bool:
+    """Narrow weights lie in memory as float32: torch has no other way."""
+    return session.backend == "torch"
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, ba
     measured = _experts_hit(model, times)
     hit = distinct_experts(model, batch) if measured is None else measured
     lengths = [mean_length] * batch
-    traffic = decode_traffic(bundle.manifest, session.cache, lengths, session.weights_dtype, hit)
+    traffic = decode_traffic(bundle.manifest, session.cache, lengths, session.weights_dtype, hit, _widens(session))
     p50, p95, p99 = (float(np.quantile(times.steps, q)) for q in (0.5, 0.95, 0.99))
     return Point(
         batch_size=batch,

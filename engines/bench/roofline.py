@@ -11,7 +11,12 @@ from deepseek_trt.export.dtypes import dtype_bytes
 
 
 def decode_traffic(
-    manifest: Manifest, cache: CacheSpec, lengths: Sequence[int], weights_dtype: str, experts_hit: float
+    manifest: Manifest,
+    cache: CacheSpec,
+    lengths: Sequence[int],
+    weights_dtype: str,
+    experts_hit: float,
+    widens: bool = False,
 ) -> dict[str, int]:
     """Bytes that one decode step moves: one token a row after `lengths` cached tokens each, which hit `experts_hit`
     routed experts per layer.
@@ -19,13 +24,15 @@ def decode_traffic(
     weights: what every step reads whatever the tokens are. experts: of the routed experts that are hit. cache: the
     latents read and written.
 
-    `cache` and `weights_dtype` are what the session computes in, which may be wider than the bundle. Each weight counts
-    once however many rows use it, and of the embedding one row a token.
+    `cache` and `weights_dtype` are what the session computes in, which may be wider than the bundle; `widens` says
+    that it holds narrow weights in that dtype, too. Each weight counts once however many rows use it, and of the
+    embedding one row a token.
     """
     model, batch = manifest.model, len(lengths)
     routed = [w for w in manifest.weights if _is_routed(w)]
-    each = sum(_nbytes(w, weights_dtype) for w in routed) / max(model.n_routed_experts, 1)
-    always = sum(_nbytes(w, weights_dtype) for w in manifest.weights if not _is_routed(w) and not _is_table(w, model))
+    each = sum(_nbytes(w, weights_dtype, widens) for w in routed) / max(model.n_routed_experts, 1)
+    rest = (w for w in manifest.weights if not _is_routed(w) and not _is_table(w, model))
+    always = sum(_nbytes(w, weights_dtype, widens) for w in rest)
     embedded = batch * model.hidden_size * dtype_bytes(weights_dtype)
     return {
         "weights": always + embedded,
@@ -51,7 +58,8 @@ def _is_table(weight: WeightRecord, model: ModelConfig) -> bool:
     return weight.recipe.name == "model.embed_tokens.weight" and not model.tie_word_embeddings
 
 
-def _nbytes(weight: WeightRecord, dtype: str) -> int:
-    """Tensors that are float32 in any model stay so, and narrow ones are read as they are stored."""
-    kept = weight.dtype == "float32" or weight.recipe.narrow is not None
-    return weight.recipe.size * dtype_bytes(weight.dtype if kept else dtype)
+def _nbytes(weight: WeightRecord, dtype: str, widens: bool) -> int:
+    """Tensors that are float32 in any model stay so, and narrow ones are read as they are stored unless it widens."""
+    if weight.recipe.narrow is not None:
+        return weight.recipe.numbers * dtype_bytes(dtype) if widens else weight.recipe.size * dtype_bytes(weight.dtype)
+    return weight.recipe.size * dtype_bytes("float32" if weight.dtype == "float32" else dtype)

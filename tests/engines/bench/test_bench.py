@@ -16,6 +16,7 @@ from deepseek_trt.engines.sessions.opening import Choice, SessionRequest
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.plugins.cpu.library import ExpertsHit, cpu_library
 from deepseek_trt.validate.backends.exported import ExportedSession
 
@@ -43,6 +44,19 @@ def test_bytes_of_the_demo_model_by_hand(demo):
     assert traffic["cache"] == 5 * 80 * 2 * (130 + 2)
     wide = decode_traffic(demo.manifest, demo.manifest.cache, [100, 30], "float32", hit)
     assert wide == {**{name: 2 * traffic[name] for name in ("weights", "experts")}, "cache": traffic["cache"]}
+
+
+def test_narrow_weights_are_counted_as_they_are_read(demo, demo_checkpoint, tmp_path):
+    """8.5 bits of each number in int8, its share of a scale with them; torch holds all of them as float32."""
+    narrow = export_bundle(ExportRequest(demo_checkpoint, tmp_path / "int8", quantize="int8")).bundle
+    cache = demo.manifest.cache
+    stored, whole = (decode_traffic(b.manifest, cache, [9], "float32", 4) for b in (narrow, demo))
+    assert stored["experts"] == whole["experts"] * 8.5 / 32
+    assert stored["weights"] < whole["weights"]
+    assert decode_traffic(narrow.manifest, cache, [9], "float32", 4, widens=True) == whole
+    asked = {"context": 4, "new_tokens": 3, "threads": 1}
+    found = [bench(BenchRequest(narrow.path, backend, **asked)) for backend in ("ort", "torch")]
+    assert [report.narrow_formats for report in found] == [("int8",), ()]
 
 
 def test_expected_experts_are_those_of_draws(demo):
