@@ -351,6 +351,26 @@ def test_another_adapter_makes_another_bundle(made, tmp_path):
     assert published_weights(first.bundle, None) is None  # the adapter that it was made of is no more
 
 
+def test_merged_before_it_is_narrowed(made, verdict, tmp_path):
+    """The codes are those of the merged float32 weights, not of the base's; validate's own reader says so, too."""
+    one = made(hidden_size=64, q_lora_rank=32, v_head_dim=32)
+    merged = made(name="merged", hidden_size=64, q_lora_rank=32, v_head_dim=32)
+    added = lora(one.tensors, Q, O)
+    adapter = write(tmp_path / "adapter", added)
+    found = verdict(one.path, "--adapter", str(adapter), "--quantize", "int8")
+    for module in (Q, O):
+        a, b = (added[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "AB")
+        one.tensors[f"{module}.weight"] += 3 * b @ a  # alpha / r
+    save_file(one.tensors, merged.path / "model.safetensors")
+    theirs = export_bundle(ExportRequest(merged.path, tmp_path / "out", quantize="int8")).bundle.path
+    ours, wanted = written(found.bundle), written(theirs)
+    for name, tensor in wanted.items():  # a sum that is rounded otherwise moves a number by a step at most
+        assert (ours[name].float() - tensor.float()).abs().max() <= (1 if tensor.dtype == torch.int8 else 1e-3), name
+    assert sum(not torch.equal(ours[name], tensor) for name, tensor in wanted.items()) <= 4
+    report = validate_bundle(ValidateRequest(found.bundle, ("exported",), threads=1)).report
+    assert report.passed
+
+
 def test_validate_and_transformers_agree(made, verdict, tmp_path, trained):
     """The reference and peft's merge on transformers' model both stand beside the bundle."""
     one = made()
