@@ -205,7 +205,7 @@ def test_formats_are_refused_by_name(bases, method):
         ({"quantization_config": {"quant_algo": "NVFP4", "producer": {"name": "modelopt"}}}, "NVIDIA ModelOpt 'NVFP4'"),
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "NVIDIA ModelOpt 'FP8'"),
         ({"quantization_config": {"config_groups": {}, "format": "pack-quantized"}}, "compressed-tensors"),
-        ({"compression_config": {"config_groups": {}}}, "compressed-tensors"),
+        ({"compression_config": {"config_groups": {}}}, "a former name of quantization_config"),
         ({"quantization_config": {"group_size": 64, "bits": 4}}, "MLX"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
         ({"quantization_config": {"bits": 4, "group_size": 128, "desc_act": False}}, "GPTQ"),
