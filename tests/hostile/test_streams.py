@@ -39,9 +39,9 @@ def made(program, demo_checkpoint, bundle_of, tmp_path_factory) -> dict[str, lis
     }
 
 
-QUICK = ("check", "env as JSON", "help", "an error as JSON")
+QUICK = ("check", "env as JSON", "help", "usage", "an error as JSON")
 SLOW = ("env", "version", "help of a command", "generate", "generate as JSON", "two prompts", "bench", "export")
-SLOW += ("model-repository", "validate", "an error", "usage")
+SLOW += ("model-repository", "validate", "an error")
 commands = pytest.mark.parametrize("command", [*QUICK, *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW)])
 SILENT = ("an error", "usage")  # on stdout
 
