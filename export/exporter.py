@@ -39,7 +39,7 @@ from deepseek_trt.export.writing.numbers_seen import Allowed, judge_numbers
 from deepseek_trt.export.writing.partial import check_out, finish, partial_folder
 from deepseek_trt.export.writing.transformers_files import write_export_json
 from deepseek_trt.export.writing.weight_file import JOURNAL_FILE, write_weights
-from deepseek_trt.export.writing.working import remove_leftover
+from deepseek_trt.export.writing.working import clear, remove_leftover
 from deepseek_trt.export.writing.written import WrittenTensor
 
 _GRAPH_BYTES = 64 * 2**20  # room for graphs and manifest
@@ -225,6 +225,7 @@ def _existing(out: Path, fingerprint: str) -> Bundle | None:
 def _fill(folder: Path, job: _Job, report: Reporter) -> None:
     """Write all files of the bundle, its manifest last."""
     checkpoint = job.request.checkpoint
+    clear(folder, but=(WEIGHTS_FILE, JOURNAL_FILE))  # all else of a run that was killed is made anew
     carry_files(checkpoint, folder)
     written, seen = ((), (_UNREAD,)) if job.request.by_reference else _write_weights(job, folder, report)
     for graph in job.graphs:

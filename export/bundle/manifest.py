@@ -25,7 +25,7 @@ from deepseek_trt.export.reading.classifier import Classifier
 from deepseek_trt.export.trust.listing import AGAIN
 from deepseek_trt.export.trust.own_json import own_record, read_own
 from deepseek_trt.export.trust.real_files import open_real
-from deepseek_trt.export.writing.working import aside
+from deepseek_trt.export.writing.working import aside, remove_leftover
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
@@ -177,6 +177,7 @@ def list_added(folder: Path, names: Iterable[str]) -> Manifest:
         kept = {name: digest for name, digest in manifest.added.items() if (folder / name).is_file()}
         added = {**kept, **{name: _sha256(folder, name) for name in names}}
         if added == manifest.added:
+            remove_leftover(folder / MANIFEST_FILE)
             return manifest
         manifest = dataclasses.replace(manifest, added=dict(sorted(added.items())))
         write_manifest(folder, manifest)

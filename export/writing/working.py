@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,13 @@ def new_folder(claimed: Path, keep: bool = False) -> Path:
         _remove_tree(folder)
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def clear(folder: Path, but: Collection[str] = ()) -> None:
+    """Remove what is in the folder, except for what has these names."""
+    for path in folder.iterdir():
+        if path.name not in but:
+            _remove_tree(path)
 
 
 @contextmanager

@@ -15,10 +15,11 @@ import pytest
 from deepseek_trt.engines.model_repository.folder import replace_folder
 from deepseek_trt.engines.model_repository.writer import RepositoryRequest, write_model_repository
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE
+from deepseek_trt.export.bundle.manifest import Manifest, list_added
 from deepseek_trt.export.errors import BundleError, CheckpointError, DeepseekTrtError, OutputError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.export.writing.carried_files import carry_files
-from deepseek_trt.export.writing.partial import finish, partial_folder
+from deepseek_trt.export.writing.partial import INPUTS_FILE, finish, partial_folder
 from deepseek_trt.export.writing.working import (
     MARKER,
     aside,
@@ -128,6 +129,33 @@ def test_what_others_put_at_a_working_name_stays(tmp_path, contents, put, write)
     assert not (tmp_path / "out").exists()
     remove_leftover(tmp_path / "out")
     assert contents(tmp_path) == before
+
+
+def left_by_a_kill(target: Path) -> Path:
+    place = target.with_name(f".{target.name}.partial")
+    place.mkdir(mode=0o700)
+    (place / MARKER).touch(0o600)
+    return place
+
+
+def test_an_export_killed_before_its_last_step_is_continued(tmp_path, contents, demo_checkpoint, bundle_of):
+    """All lies there, the manifest and a half written one too, but not at its place."""
+    whole = bundle_of(demo_checkpoint)
+    place = left_by_a_kill(tmp_path / "out")
+    (place / INPUTS_FILE).write_text(whole.manifest.fingerprint)
+    shutil.copytree(whole.path, place / "new")
+    left_by_a_kill(place / "new" / "manifest.json")
+    assert export_bundle(ExportRequest(demo_checkpoint, tmp_path / "out")).fresh
+    assert contents(tmp_path / "out").keys() == contents(whole.path).keys()
+    assert not place.exists()
+
+
+def test_what_a_killed_run_left_goes_where_nothing_is_new(tmp_path, contents, demo_checkpoint, bundle_of):
+    bundle = Path(shutil.copytree(bundle_of(demo_checkpoint).path, tmp_path / "bundle"))
+    before = contents(bundle)
+    left_by_a_kill(bundle / "manifest.json")
+    assert list_added(bundle, ()) == Manifest.read(bundle)
+    assert contents(bundle) == before
 
 
 def test_links_inside_a_working_folder_are_not_followed(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -54,9 +55,19 @@ def job(name: str, work: Path, checkpoint: Path, bundle: Path) -> Job:
     return Job(("validate", own, "--report", work / "report", *options), work, "report", lambda name: "report" in name)
 
 
-def kept(contents, job: Job) -> dict[str, bytes | None]:
-    """What is made, its bytes where they are always the same."""
-    return {name: None if job.varies(name) else data for name, data in contents(job.folder).items()}
+def kept(contents, job: Job) -> dict[str, object]:
+    """What is made, its bytes where they are always the same; of a bundle's manifest what it says of such files."""
+    found = contents(job.folder).items()
+    return {
+        name: None if job.varies(name) else manifest(data, job) if name == "manifest.json" else data
+        for name, data in found
+    }
+
+
+def manifest(data: bytes, job: Job) -> dict[str, object]:
+    raw = json.loads(data)
+    changed = {name: None if job.varies(name) else digest for name, digest in raw["added"].items()}
+    return {**raw, "added": changed, "sha256": None if changed != raw["added"] else raw["sha256"]}
 
 
 ALL = ("model-repository", "export", "export by reference", "plugins", "build", "validate")
