@@ -30,7 +30,7 @@ KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [defa
 @click.option("--logits-to-keep", type=click.IntRange(0, MOST), help=KEEP_HELP)
 @click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA folder of peft to merge into the weights.")
-@click.option("--quantize", metavar="int8|int4|FILE", help=QUANTIZE_HELP)
+@click.option("--quantize", metavar="int8|int4|fp8|keep|FILE", help=QUANTIZE_HELP)
 @click.option("--num-layers", type=COUNT, help="Export so many of the first layers alone, to debug.  [default: all]")
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite; a note says which.")
 @click.option("--allow-zeros", is_flag=True, help="Go on where matrices or norms are zeros alone; a note says which.")
