@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
-from deepseek_trt.export.bundle.narrow import FORMATS, Quantization, Rule
+from deepseek_trt.export.bundle.narrow import FORMATS, KEEP, Quantization, Rule
 from deepseek_trt.export.bundle.recipes import EXPERTS, Recipe, narrow_pair
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.text.wording import shown, some
@@ -35,6 +35,7 @@ def narrowed(plan: WeightPlan, quantization: Quantization) -> tuple[WeightPlan, 
     chosen = {recipe.name: wanted[recipe.name] for recipe in plan.recipes if _fits(recipe, wanted)}
     chosen = {name: rule for name, rule in chosen.items() if _same_in_layer(name, chosen)}
     left = [name for name in wanted if name not in chosen]
+    again = [r.name for r in plan.recipes if _is_fp8_already(r, chosen.get(r.name))]
     spared = [r.name for r in plan.recipes if r.name not in wanted and NARROWED.fullmatch(r.name)]
     if left and not quantization.is_preset:
         raise ConfigError(_why_left(left[0], plan, wanted, quantization))
@@ -42,7 +43,7 @@ def narrowed(plan: WeightPlan, quantization: Quantization) -> tuple[WeightPlan, 
         raise ConfigError(f"--quantize {shown(quantization.name)}: no weight has rows of a multiple of 32 numbers")
     recipes = tuple(part for recipe in plan.recipes for part in _parts(recipe, chosen.get(recipe.name)))
     sizes = [sum(recipe.nbytes(plan.dtype) for recipe in some) for some in (plan.recipes, recipes)]
-    return dataclasses.replace(plan, recipes=recipes), tuple(_notes(quantization, chosen, left, spared, sizes))
+    return dataclasses.replace(plan, recipes=recipes), tuple(_notes(quantization, chosen, left, spared, again, sizes))
 
 
 def _rule_of(name: str, quantization: Quantization) -> Rule | None:
@@ -96,13 +97,24 @@ def _parts(recipe: Recipe, rule: Rule | None) -> tuple[Recipe, ...]:
     return (recipe,) if rule is None else narrow_pair(recipe, rule.format, rule.group, rule.method)
 
 
+def _is_fp8_already(recipe: Recipe, rule: Rule | None) -> bool:
+    return rule is not None and rule.format == "fp8" and any(piece.scale for piece in recipe.pieces)
+
+
 def _notes(
-    quantization: Quantization, chosen: Mapping[str, Rule], left: list[str], spared: list[str], sizes: list[int]
+    quantization: Quantization,
+    chosen: Mapping[str, Rule],
+    left: list[str],
+    spared: list[str],
+    again: list[str],
+    sizes: list[int],
 ) -> Iterator[str]:
     counts = Counter((rule.format, rule.method) for rule in chosen.values())
     said = ", ".join(f"{count} weights in {kind} ({method})" for (kind, method), count in sorted(counts.items()))
     whole, narrow = (f"{size / 1e9:,.3g} GB" for size in sizes)
     yield f"--quantize {shown(quantization.name)}: {said}, {narrow} in place of {whole}; {_WHOLE}"
+    if again:
+        yield f"{len(again)} weights are fp8 already, and rounded anew: --quantize {KEEP} holds their codes as they are"
     if spared:
         yield f"{len(spared)} weights stay whole, as no rule names them: {some(spared)}"
     if left:
