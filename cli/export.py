@@ -13,7 +13,7 @@ from deepseek_trt.cli.printing.output import dropped_lines, output_options, prin
 from deepseek_trt.export.bundle.interface import IOS, NATIVE, TASKS
 from deepseek_trt.export.config.model_config import DTYPES
 
-QUANTIZE_HELP = "Store weights in narrow formats: a preset, keep (fp8 as it is), or a JSON file of rules (docs/narrow.md)."
+QUANTIZE_HELP = "Store weights in narrow formats: a preset, keep (fp8 as it is), or a JSON file (docs/narrow.md)."
 KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [default: 1]"
 
 
