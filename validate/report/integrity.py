@@ -33,7 +33,9 @@ class OddWeight:
     @property
     def sentence(self) -> str:
         if self.off:
-            return f"weight {self.name} is not the checkpoint's in a narrow format: it is {self.off:.0%} off"
+            return (
+                f"weight {self.name} is not the checkpoint's in a narrow format: it is {self.off:.2g} of its size off"
+            )
         if self.is_zero:
             return f"weight {self.name} holds zeros alone"
         if self.is_constant:
