@@ -110,4 +110,4 @@ def _codes_fit(node: ir.Node) -> bool:
 
 
 def _types(values: Sequence[ir.Value | None]) -> list[ir.DataType | None]:
-    return [value and value.dtype for value in values]
+    return [None if value is None else value.dtype for value in values]
