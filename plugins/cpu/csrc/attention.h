@@ -325,7 +325,7 @@ private:
 
     const AttentionArgs& a;
     int64_t D;
-    bool first_, second_;  // whether narrow weights read the normed x, and the compressed query
+    bool first_, second_;  // whether the normed x, and the compressed query, become integers
     // What the phases hand on.
     float **compressed_, **query_, **latent_, **absorbed_, **value_;
     float *most_, *sums_, *totals_;  // [B, chunks, H] and [B, chunks, H, L]

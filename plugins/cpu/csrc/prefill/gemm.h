@@ -35,7 +35,7 @@ inline int64_t padded(int64_t width) {
     return (width + LANES - 1) / LANES * LANES + ((width - 1) / LANES % 2 ? LANES : 0);
 }
 
-// A table of such rows, with room for their integers where narrow weights read them.
+// A table of such rows, with room for their integers where products take those.
 inline float** take_padded(Scratch& scratch, int64_t rows, int64_t width, bool narrow = false) {
     return scratch.take_rows(rows, padded(narrow ? fixed_width(width) : width));
 }

@@ -385,7 +385,7 @@ private:
     const PrefillAttentionArgs& a;
     const Tokens tokens_;
     int64_t D, R, H;
-    bool first_, second_;  // whether narrow weights read x_ and compressed_
+    bool first_, second_;  // whether x_ and compressed_ become integers
     float **x_, **compressed_, **query_, **latent_, **value_;
     float **absorbed_, **attended_;  // [queries * H, D] and [queries * H, L] of an absorbed sequence
     float *keys_, **values_;         // [H * N, KEYS] and [H * KEYS, V] of a block

@@ -131,7 +131,7 @@ private:
         for (int64_t t = 0; t < item.count; ++t) gate_up(a.activation, work.to[t], work.part[t], width);
     }
 
-    // What narrow down projections read becomes integers.
+    // What down projections of whole numbers read becomes integers.
     void fix_inner(Team& team, const Chosen& chosen) const {
         const int64_t pairs = a.down.reads_integers() ? chosen.start[a.experts] : 0;
         const int64_t tokens = a.shared.down.reads_integers() ? tokens_.count : 0;
@@ -178,7 +178,7 @@ private:
     const Tokens tokens_;
     // What the phases hand on: normed tokens, where each goes and with which weight, and what the inner products give.
     float **x_, **routed_, **shared_;
-    bool narrow_;  // whether narrow weights read x_
+    bool narrow_;  // whether x_ becomes integers
     int64_t* ids_;
     float* weights_;
 };
