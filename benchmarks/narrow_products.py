@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 
 from deepseek_trt.plugins.cpu.operators import CPU_DOMAIN, FEED_FORWARD, PREFILL_FEED_FORWARD, Operator
 
-GROUP = 32
+GROUP, BLOCK = 32, 128
 Tensors = dict[str, ort.OrtValue]
 
 
@@ -46,11 +46,20 @@ def narrow(codes: npt.DTypeLike, bits: int, rng: np.random.Generator, name: str,
     return {n: ort.OrtValue.ortvalue_from_numpy(array) for n, array in arrays.items()}
 
 
+def fp8(rng: np.random.Generator, name: str, rows: int, columns: int) -> Tensors:
+    codes = rng.integers(0, 0x78, (rows, columns), dtype=np.uint8) | (
+        rng.integers(0, 2, (rows, columns), np.uint8) << 7
+    )
+    scales = np.full((-(-rows // BLOCK), -(-columns // BLOCK)), 1 / 60 / columns**0.5, np.float32)
+    return {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in {name: codes, f"{name}_scale": scales}.items()}
+
+
 FORMS: Mapping[str, Callable[..., Tensors]] = {
     "float32": whole,
     "bfloat16": bfloat16,
     "int8": functools.partial(narrow, np.int8, 8),
     "int4": functools.partial(narrow, np.uint8, 4),
+    "fp8": fp8,
 }
 
 

@@ -13,7 +13,7 @@ from deepseek_trt.cli.printing.output import dropped_lines, output_options, prin
 from deepseek_trt.export.bundle.interface import IOS, NATIVE, TASKS
 from deepseek_trt.export.config.model_config import DTYPES
 
-QUANTIZE_HELP = "Store weights in narrow formats: a preset, or a JSON file of rules (docs/narrow.md)."
+QUANTIZE_HELP = "Store weights in narrow formats: a preset, keep (fp8 as it is), or a JSON file (docs/narrow.md)."
 KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [default: 1]"
 
 
@@ -30,7 +30,7 @@ KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [defa
 @click.option("--logits-to-keep", type=click.IntRange(0, MOST), help=KEEP_HELP)
 @click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA folder of peft to merge into the weights.")
-@click.option("--quantize", metavar="int8|int4|FILE", help=QUANTIZE_HELP)
+@click.option("--quantize", metavar="int8|int4|fp8|keep|FILE", help=QUANTIZE_HELP)
 @click.option("--num-layers", type=COUNT, help="Export so many of the first layers alone, to debug.  [default: all]")
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite; a note says which.")
 @click.option("--allow-zeros", is_flag=True, help="Go on where matrices or norms are zeros alone; a note says which.")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Dtype:
     """A dtype by its name in torch and numpy (bfloat16: ml_dtypes').
 
-    nbytes are of one number; `onnx` is its number in TensorProto, `safetensors` its name in a shard's header.
+    nbytes are of one number; `onnx` is the number in TensorProto of what graphs hold it as, `safetensors` its name in a
+    shard's header.
     `computed_in` is the dtype that ONNX Runtime's CPU provider computes in where the graph says this one.
     """
 
@@ -30,6 +31,7 @@ _DTYPES = {
         Dtype("int32", 4, 6, "I32", "int32"),
         Dtype("int8", 1, 3, "I8", "int8"),
         Dtype("uint8", 1, 2, "U8", "uint8"),
+        Dtype("float8_e4m3fn", 1, 2, "F8_E4M3", "float8_e4m3fn"),  # as bytes: ONNX Runtime picks no rows of float8
     )
 }
 # Half the distance from 1 to the next larger number.

@@ -53,9 +53,9 @@ class ExportRequest:
 
     `checkpoint` is a folder, or a name on Hugging Face's hub that the local cache holds. `adapter` is a LoRA folder of
     peft to merge. allow_nonfinite goes on with weights that are NaN or infinite, allow_zeros with matrices and norms
-    of zeros alone; both make a note. `quantize` says what weights become narrow: "int8", "int4", or the path of a JSON
-    file of rules (docs/narrow.md). The options that Interface has too are explained there; all_logits is
-    logits_to_keep 0.
+    of zeros alone; both make a note. `quantize` says what weights become narrow: "int8", "int4", "fp8", "keep" (a
+    checkpoint's own fp8), or the path of a JSON file of rules (docs/narrow.md). The options that Interface has too are
+    explained there; all_logits is logits_to_keep 0.
     """
 
     checkpoint: Path
@@ -165,7 +165,7 @@ def _plan(request: ExportRequest) -> _Job:
     if request.by_reference and request.allowed != Allowed():
         raise ConfigError("--by-reference reads no numbers: leave out --allow-nonfinite and --allow-zeros")
     if request.by_reference and request.quantize is not None:
-        raise ConfigError("--quantize writes numbers of its own: leave out --by-reference")
+        raise ConfigError("--quantize writes codes and scales of its own: leave out --by-reference")
     if request.allow_nonfinite and request.quantize is not None:
         raise ConfigError("--quantize has no codes for NaN and infinities: leave out --allow-nonfinite")
     wanted = request.interface if request.task is None else request.interface(request.task)

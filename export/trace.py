@@ -164,7 +164,8 @@ def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
     def formal(arg: Any) -> onnx.defs.OpSchema.FormalParameter:
         return onnx.defs.OpSchema.FormalParameter(arg.name, names.get(arg.dtype, arg.dtype), arg.doc)
 
-    codes = [("codes", ["tensor(int8)", "tensor(uint8)"], "the format's")]
+    narrow = {"codes": ["tensor(int8)", "tensor(uint8)"], "scales": ["tensor(float16)", "tensor(float)"]}
+    given = {i.dtype for i in spec.inputs}
 
     return onnx.defs.OpSchema(
         spec.name,
@@ -175,7 +176,7 @@ def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
         outputs=[formal(o) for o in spec.outputs],
         type_constraints=[
             ("T", floats, "the model's dtype"),
-            *(codes if any(i.dtype == "codes" for i in spec.inputs) else []),
+            *((name, kinds, "the format's") for name, kinds in narrow.items() if name in given),
         ],
         attributes=[onnx.defs.OpSchema.Attribute(a.name, types[a.type], a.doc, required=True) for a in spec.attributes],
     )

@@ -29,7 +29,7 @@ from deepseek_trt.export.text.wording import some
 from deepseek_trt.export.writing.working import scratch_folder
 from deepseek_trt.plugins.cpu.library import CpuLibrary, ExpertsHit, cpu_library, experts_hit_counter
 
-ROUNDED = "tokens in 16 bits where weights are narrow"
+ROUNDED = "tokens in 16 bits where weights are int8 or int4"
 LIBRARIES = "install the CUDA and cuDNN that this ONNX Runtime names in its documentation, or use --backend tensorrt"
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -205,8 +205,7 @@ class OrtSession(_BoundSession):
         narrow = library.path is not None and not opened["decode"][1]  # compiled operators widen numbers as they go
         self._weights_dtype = bundle.manifest.dtype if narrow else self.cache.dtype
         left = [name for _, names in opened.values() for name in names]
-        narrow_left = {name for name in left if "Narrow" in name}
-        self.rounds_tokens = library.path is not None and len(narrow_left) < bundle.manifest.narrow_nodes
+        self.rounds_tokens = library.path is not None and bundle.manifest.rounds_tokens(left)
         as_exported = f"as exported, not compiled: {some(left)}" if left else ""
         words = (
             widening_note(bundle.manifest.dtype),

@@ -20,7 +20,7 @@ class Session(Protocol):
     Sessions have it as their base, which gives what most of them have in common. `note` says what a user should know
     about how it computes (e.g. another dtype than the bundle's), or is empty. `library` is the file of the compiled CPU
     operators, where whoever samples the logits finds the compiled sampler, and `threads` those that they run on.
-    `rounds_tokens` says that products with narrow weights take tokens as 16-bit integers, 32 of them by their largest.
+    `rounds_tokens` says that products with int8 or int4 take tokens as 16-bit integers, 32 of them by their largest.
     """
 
     backend: str

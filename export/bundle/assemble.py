@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from deepseek_trt.export.arrays import Array, numpy_dtype
+from deepseek_trt.export.arrays import E4M3, Array, numpy_dtype
 from deepseek_trt.export.bundle.recipes import FP8, Piece, Recipe
 from deepseek_trt.export.config.model_config import FP8_BLOCK
 from deepseek_trt.export.dtypes import dtype_bytes
@@ -26,7 +26,6 @@ from deepseek_trt.export.packed.unpack import Unpacker
 from deepseek_trt.export.reading.tensors import Factor, StoredTensor
 
 _SCALE_DTYPES = {"F8_E8M0": ml_dtypes.float8_e8m0fnu}  # powers of two, beside those that weights may be
-_FP8_VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[Array]:
@@ -58,6 +57,22 @@ def packed_chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor], is_int4: 
             for start, rows in piece.strips():
                 for strip in _steps(tensors[piece.source], start, rows):
                     yield packed.int4(*strip) if is_int4 else packed.int8(*strip), packed.scales(*strip)
+
+
+def kept_chunks(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[Array, Array]]:
+    """Codes [n, K] as bytes and scales [ceil(K / 128)] in float32 of a weight whose sources are fp8, in order: n rows
+    that share their scales at a time.
+    """
+    with closing(_Reader()) as reader:
+        for piece in recipe.pieces:
+            assert piece.scale is not None
+            source = tensors[piece.source]
+            rows, columns = source.shape
+            for block, scales in enumerate(reader.scales(tensors[piece.scale])):
+                first = block * FP8_BLOCK
+                count = min(FP8_BLOCK, rows - first)
+                data = reader.read(source, first * columns, count * columns)
+                yield np.frombuffer(data, dtype=np.uint8).reshape(count, columns), scales
 
 
 def _steps(source: StoredTensor, start: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -162,7 +177,7 @@ class _Reader:
         """`count` numbers of a tensor in float32, in memory of their own."""
         if source.dtype == FP8:
             codes = np.frombuffer(self.read(source, at, count), dtype=np.uint8)
-            return np.asarray(_FP8_VALUES[codes])
+            return np.asarray(E4M3[codes])
         dtype = np.dtype(_SCALE_DTYPES.get(source.dtype) or numpy_dtype(source.dtype))
         data = self.read(source, at * dtype.itemsize, count * dtype.itemsize)
         return np.frombuffer(data, dtype=dtype).astype(np.float32)

@@ -11,7 +11,7 @@ from typing import Any
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION
 from deepseek_trt.export.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, WeightRecord
-from deepseek_trt.export.bundle.narrow import CODES, FORMATS, GROUP, Quantization
+from deepseek_trt.export.bundle.narrow import CODES, FORMATS, PUBLISHED, Narrow, Quantization
 from deepseek_trt.export.bundle.recipes import Piece, Recipe, narrow_pair
 from deepseek_trt.export.config.family import ACTIVATIONS, DTYPES, TOPK_METHODS
 from deepseek_trt.export.config.keys import KEYS
@@ -149,14 +149,22 @@ def _flaws_of_narrow(manifest: Manifest) -> Iterator[str]:
         a, b = scales.narrow, codes.narrow
         if a is None or b is None or (a.format, a.group, a.method) not in kinds or b != replace(a, part=CODES):
             yield f"weights: {codes.name!r} is narrow in a way that quantization does not name"
-        elif a.format not in FORMATS or a.group != GROUP or not _are_pair(scales, codes):
+        elif not _is_known(a) or not _are_pair(scales, codes):
             yield f"weights: {codes.name!r} and {scales.name!r} do not fit together"
     if len(recipes) % 2:
         yield f"weights: {recipes[-1].name!r} lacks its other part"
 
 
+def _is_known(narrow: Narrow) -> bool:
+    """Whether there is such a format, of such groups, whose scales that method finds."""
+    kind = FORMATS.get(narrow.format)
+    return kind is not None and narrow.group == kind.group and narrow.method in (*kind.methods, PUBLISHED)
+
+
 def _are_pair(scales: Recipe, codes: Recipe) -> bool:
     whole = replace(codes, shape=codes.whole_shape)
+    if len(whole.shape) < 2 or codes.is_scales or not FORMATS[_kind(codes)[0]].fits(whole.shape):
+        return False
     return scales.is_scales and narrow_pair(whole, *_kind(codes)) == (scales, codes)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec
 from deepseek_trt.export.bundle.interface import Interface
-from deepseek_trt.export.bundle.narrow import Quantization
+from deepseek_trt.export.bundle.narrow import FORMATS, Quantization
 from deepseek_trt.export.bundle.recipes import EXPERTS, Dropped, Recipe
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import dtype_bytes
@@ -118,8 +118,16 @@ class Manifest:
         """Of the weights that are codes and scales."""
         return tuple(sorted({w.recipe.narrow.format for w in self.weights if w.recipe.narrow is not None}))
 
+    def rounds_tokens(self, left: Iterable[str]) -> bool:
+        """Whether compiled operators take tokens as integers, as they do beside codes that are whole numbers.
+
+        `left` names the nodes of a graph that they do not compute.
+        """
+        takes_integers = any(not FORMATS[name].is_blocks for name in self.narrow_formats)
+        return takes_integers and len({name for name in left if "Narrow" in name}) < self._narrow_nodes
+
     @property
-    def narrow_nodes(self) -> int:
+    def _narrow_nodes(self) -> int:
         """Nodes of each graph that take narrow weights: one a linear layer, one a layer of experts."""
         names = [w.recipe.name for w in self.weights if w.recipe.narrow is not None and not w.recipe.is_scales]
         stacks = sum(EXPERTS in name for name in names)

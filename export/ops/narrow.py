@@ -5,25 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deepseek_trt.export.bundle.narrow import FORMATS, GROUP
+from deepseek_trt.export.arrays import E4M3
+from deepseek_trt.export.bundle.narrow import BLOCK, FORMATS, GROUP
 from deepseek_trt.export.ops.spec import Attribute, TensorArg
 
 ATTRIBUTES = (
     Attribute("format", "string", f"of the codes: {' or '.join(FORMATS)} (docs/narrow.md)"),
-    Attribute("group", "int", f"numbers of a row that share a scale: {GROUP}"),
+    Attribute("group", "int", f"numbers of a row that share a scale: {GROUP}; of fp8 {BLOCK}, and as many rows"),
 )
-LIMITS = "no plugin exists yet, TensorRT refuses bundles with narrow weights; the last dim is a multiple of the group"
+LIMITS = (
+    "no plugin exists yet, TensorRT refuses bundles with narrow weights; the last dim is a multiple of the group, but "
+    "of fp8, whose last blocks may be smaller"
+)
 
 
 def arguments(name: str, dims: tuple[str, ...], doc: str) -> tuple[TensorArg, TensorArg]:
     """Codes and scales of a weight of these dims."""
     *rows, columns = dims
-    codes = TensorArg(name, "codes", (*rows, f"{columns} or {columns}/2"), f"{doc}: codes, int8 or two int4 in a uint8")
-    return codes, TensorArg(f"{name}_scale", "float16", (*rows, f"{columns}/group"), f"{doc}: scales")
+    said = f"{doc}: codes, int8, or two int4 or one fp8 in a uint8"
+    codes = TensorArg(name, "codes", (*rows, f"{columns} or {columns}/2"), said)
+    of_blocks = f"{doc}: scales; of fp8 float32 [.., {rows[-1]}/group, {columns}/group], rounded up"
+    return codes, TensorArg(f"{name}_scale", "scales", (*rows, f"{columns}/group"), of_blocks)
 
 
 def widened(codes: Tensor, scale: Tensor, format: str, group: int) -> Tensor:
-    """The numbers [.., N, K] in float32, each exact."""
+    """The numbers [.., N, K] in float32: of whole numbers each is exact, of fp8 rounded."""
+    if FORMATS[format].is_blocks:
+        rows, columns = codes.shape[-2:]
+        spread = scale.repeat_interleave(group, -2)[..., :rows, :].repeat_interleave(group, -1)[..., :columns]
+        return codes.view(torch.float8_e4m3fn).float() * spread
     if FORMATS[format].packed > 1:
         halves = torch.stack([codes & 15, codes >> 4], dim=-1)  # [.., N, K/2, 2], the low half first
         codes = halves.flatten(-2).short() - FORMATS[format].bias
@@ -33,6 +43,14 @@ def widened(codes: Tensor, scale: Tensor, format: str, group: int) -> Tensor:
 
 def constants(format: str, group: int) -> str:
     """The statements that `widen` relies on, once in a body."""
+    if FORMATS[format].is_blocks:
+        table = ", ".join(repr(float(number)) for number in E4M3)
+        return f"""
+    narrow_table = Constant <value = float[256] {{{table}}}> ()
+    narrow_zero = Constant <value = int64 {{0}}> ()
+    narrow_one = Constant <value = int64 {{1}}> ()
+    narrow_block = Constant <value = int64 {{{group}}}> ()
+    """
     text = f"""
     narrow_last = Constant <value_ints = [-1]> ()
     narrow_groups = Constant <value_ints = [0, -1, {group}]> ()
@@ -49,6 +67,14 @@ def constants(format: str, group: int) -> str:
 
 def widen(out: str, codes: str, scale: str, format: str) -> str:
     """Statements that make `out` [N, K] in float32 of the values `codes` and `scale`."""
+    if FORMATS[format].is_blocks:
+        return f"""
+        {out}_places = Cast <to = 6> ({codes})
+        {out}_codes = Gather <axis = 0> (narrow_table, {out}_places)
+        {_spread(f"{out}_of_rows", scale, codes, 0)}
+        {_spread(f"{out}_steps", f"{out}_of_rows", codes, 1)}
+        {out} = Mul ({out}_codes, {out}_steps)
+        """
     unpacked = f"{out}_codes = Cast <to = 1> ({codes})"
     if FORMATS[format].packed > 1:
         unpacked = f"""
@@ -67,4 +93,15 @@ def widen(out: str, codes: str, scale: str, format: str) -> str:
         {out}_scale_column = Unsqueeze ({out}_scale_f, narrow_last)
         {out}_numbers = Mul ({out}_grouped, {out}_scale_column)
         {out} = Reshape ({out}_numbers, narrow_rows)
+        """
+
+
+def _spread(out: str, scale: str, codes: str, axis: int) -> str:
+    """Statements that repeat a block's scale for each of its rows (axis 0) or columns (1)."""
+    return f"""
+        {out}_dim = Shape <start = {axis}, end = {axis + 1}> ({codes})
+        {out}_count = Squeeze ({out}_dim)
+        {out}_each = Range (narrow_zero, {out}_count, narrow_one)
+        {out}_blocks = Div ({out}_each, narrow_block)
+        {out} = Gather <axis = {axis}> ({scale}, {out}_blocks)
         """

@@ -14,11 +14,11 @@ OPSET = 23  # of the standard operators in graphs and bodies
 @dataclass(frozen=True)
 class TensorArg:
     """One input or output. dtype "T" is the model's (float32, float16 or bfloat16), the same wherever it stands;
-    "codes" are a narrow format's (int8 or uint8).
+    "codes" are a narrow format's (int8 or uint8), "scales" too (float16 or float32).
     """
 
     name: str
-    dtype: Literal["T", "float32", "float16", "int32", "codes"]
+    dtype: Literal["T", "float32", "float16", "int32", "codes", "scales"]
     dims: tuple[str, ...]
     doc: str
 

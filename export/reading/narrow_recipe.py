@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepseek_trt.export.bundle.narrow import ABSMAX, GROUP, LEAST_SQUARES, PRESETS, PUBLISHED, Quantization, Rule
+from deepseek_trt.export.bundle.narrow import FORMATS, KEEP, KEPT, PRESETS, Quantization, Rule
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.files import read_file
 from deepseek_trt.export.json_file import value_of
@@ -14,14 +14,14 @@ from deepseek_trt.export.trust.typed import typed
 
 _MOST = 2**20  # bytes of a file
 _MEND = "a rule is an object of pattern, format, group and method (docs/narrow.md)"
-_METHODS = {"int8": ABSMAX, "int4": LEAST_SQUARES}  # where a rule names none
+_NAMED = {**PRESETS, KEEP: KEPT}
 
 
 def read_quantization(wanted: str) -> Quantization:
-    """The preset of that name, or what the file there says. ConfigError, naming file and key, where it is none."""
-    if wanted in PRESETS:
-        return PRESETS[wanted]
-    path, choices = Path(wanted), ", ".join(PRESETS)
+    """What goes by that name, or what the file there says. ConfigError, naming file and key, where it is none."""
+    if wanted in _NAMED:
+        return _NAMED[wanted]
+    path, choices = Path(wanted), ", ".join(_NAMED)
     try:
         raw = _value(path)
     except FileNotFoundError:
@@ -33,10 +33,12 @@ def read_quantization(wanted: str) -> Quantization:
         raise ConfigError(f"{shown(wanted)} does not hold a list of rules: {_MEND}")
     rules = typed(tuple[Rule, ...], [_completed(rule) for rule in raw], shown(wanted), ConfigError, _MEND)
     for index, rule in enumerate(rules):
-        if rule.group != GROUP:
-            raise ConfigError(f"{shown(wanted)}: [{index}].group is {rule.group}: groups are of {GROUP} numbers")
-        if rule.method == PUBLISHED:
-            raise ConfigError(f"{shown(wanted)}: [{index}].method is {PUBLISHED!r}, which finds no scales: {_MEND}")
+        kind, where = FORMATS[rule.format], f"{shown(wanted)}: [{index}]"
+        if rule.group != kind.group:
+            raise ConfigError(f"{where}.group is {rule.group}: groups are of {kind.group} numbers in {kind.name}")
+        if rule.method not in kind.methods:
+            methods = " or ".join(kind.methods)
+            raise ConfigError(f"{where}.method is {rule.method!r}: scales of {kind.name} are found by {methods}")
     return Quantization(path.name, rules, is_preset=False)
 
 
@@ -51,6 +53,6 @@ def _completed(rule: Any) -> Any:
     """With the group and the method that a rule need not name."""
     if not isinstance(rule, dict):
         return rule
-    kind = rule.get("format")
-    method = _METHODS.get(kind, ABSMAX) if isinstance(kind, str) else ABSMAX
-    return {"group": GROUP, "method": method, **rule}
+    name = rule.get("format")
+    kind = FORMATS.get(name if isinstance(name, str) else "", FORMATS["int8"])
+    return {"group": kind.group, "method": kind.methods[0], **rule}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
-from deepseek_trt.export.bundle.narrow import Quantization
+from deepseek_trt.export.bundle.narrow import KEEP, KEPT, Quantization
 from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD, too_large_for_tensorrt
 from deepseek_trt.export.config.model_config import ModelConfig, config_notes, read_config
 from deepseek_trt.export.errors import CheckpointError, ConfigError
@@ -26,6 +26,7 @@ from deepseek_trt.export.reading.weight_files import CONFIG_FILE
 from deepseek_trt.export.text.reading import read_text
 from deepseek_trt.export.text.wording import shown, some
 from deepseek_trt.export.writing.carried_files import check_carried
+from deepseek_trt.export.writing.kept_plan import kept
 from deepseek_trt.export.writing.narrow_plan import narrowed
 from deepseek_trt.export.writing.packed_plan import taken
 from deepseek_trt.export.writing.weight_plan import WeightPlan, main_dtype, plan_weights
@@ -90,6 +91,8 @@ def read_source(
     large = _too_large(plan)
     if packed is not None and base.is_packed:
         plan, quantization, narrow_notes = taken(plan, base.tensors, packed.label)
+    elif quantization == KEPT:
+        plan, quantization, narrow_notes = kept(plan, checkpoint.tensors)
     else:
         plan, narrow_notes = narrowed(plan, quantization) if quantization else (plan, ())
     notes = (
@@ -142,7 +145,7 @@ def _check_alone(label: str, adapter: Path | None, quantize: str | None) -> None
             f"--adapter {adapter}: the checkpoint is packed ({label}), and sums with codes would be rounded anew: "
             "merge the adapter into the bfloat16 checkpoint that it was made from, and --quantize that"
         )
-    if quantize is not None:
+    if quantize is not None and quantize != KEEP:
         raise ConfigError(
             f"--quantize {shown(quantize)}: the checkpoint is packed already ({label}), and its codes are taken as "
             "they are: leave out --quantize, or give the bfloat16 checkpoint that it was made from"

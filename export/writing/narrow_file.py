@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
@@ -12,16 +12,19 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deepseek_trt.export.arrays import Array
-from deepseek_trt.export.bundle.assemble import chunks, packed_chunks
-from deepseek_trt.export.bundle.narrow import PUBLISHED, Narrow
+from deepseek_trt.export.bundle.assemble import chunks, kept_chunks, packed_chunks
+from deepseek_trt.export.bundle.narrow import FORMATS, PUBLISHED, Narrow
 from deepseek_trt.export.bundle.recipes import Recipe
+from deepseek_trt.export.bundle.widened import widened_block
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.numbers import Tally
 from deepseek_trt.export.reading.tensors import StoredTensor
 from deepseek_trt.export.writing.quantize import WORST, Made, quantize
+from deepseek_trt.export.writing.quantize_fp8 import quantize_blocks, rows_of_blocks
 from deepseek_trt.export.writing.written import Progress, WrittenTensor
 
 _ROUNDED = 1.05  # scales are rounded, too
+_Parts = Callable[[Recipe, Narrow, Mapping[str, StoredTensor], Tally], Iterator[Made]]
 _MEND = "export it whole, or leave it out of a file of rules"
 
 
@@ -56,7 +59,7 @@ def write_narrow(
     assert recipe.narrow is not None
     scales, codes, tally = _Growing(scales_at.offset), _Growing(codes_at.offset), Tally(recipe, tensors)
     squares = errors = 0.0
-    for made in (_taken if recipe.narrow.method == PUBLISHED else _made)(recipe, recipe.narrow, tensors, tally):
+    for made in _parts_of(recipe.narrow)(recipe, recipe.narrow, tensors, tally):
         squares, errors = squares + made.squares, errors + made.errors
         progress(scales.add(out, made.scales) + codes.add(out, made.codes))
     relative = (errors / squares) ** 0.5 if squares > 0 else 0.0
@@ -64,6 +67,12 @@ def write_narrow(
         raise CheckpointError(_too_small(recipe.name, relative, recipe.narrow))
     written = replace(scales_at, sha256=scales.digest.hexdigest())
     return written, replace(codes_at, sha256=codes.digest.hexdigest(), odd=tally.odd, error=relative)
+
+
+def _parts_of(narrow: Narrow) -> _Parts:
+    if FORMATS[narrow.format].is_blocks:
+        return _kept if narrow.method == PUBLISHED else _made_blocks
+    return _taken if narrow.method == PUBLISHED else _made
 
 
 def _made(recipe: Recipe, narrow: Narrow, tensors: Mapping[str, StoredTensor], tally: Tally) -> Iterator[Made]:
@@ -75,6 +84,26 @@ def _made(recipe: Recipe, narrow: Narrow, tensors: Mapping[str, StoredTensor], t
             if tally.is_finite and not np.isfinite(made.scales).all():
                 raise CheckpointError(_too_large(recipe.name, chunk))
             yield made
+
+
+def _made_blocks(recipe: Recipe, narrow: Narrow, tensors: Mapping[str, StoredTensor], tally: Tally) -> Iterator[Made]:
+    """fp8 codes and scales of whole numbers, a row of blocks at a time."""
+
+    def seen() -> Iterator[Array]:
+        for chunk in chunks(recipe, tensors):
+            tally.add(chunk)
+            yield chunk
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for rows in rows_of_blocks(seen(), *recipe.whole_shape[-2:]):
+            yield quantize_blocks(rows, pool)
+
+
+def _kept(recipe: Recipe, narrow: Narrow, tensors: Mapping[str, StoredTensor], tally: Tally) -> Iterator[Made]:
+    """fp8 codes and scales as the checkpoint has them."""
+    for codes, scales in kept_chunks(recipe, tensors):
+        tally.add(widened_block(codes, scales).reshape(-1))
+        yield Made(codes, scales, 0.0, 0.0)
 
 
 def _taken(recipe: Recipe, narrow: Narrow, tensors: Mapping[str, StoredTensor], tally: Tally) -> Iterator[Made]:

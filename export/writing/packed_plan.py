@@ -7,14 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from deepseek_trt.export.bundle.narrow import GROUP, PUBLISHED, Quantization, Rule
-from deepseek_trt.export.bundle.recipes import EXPERTS, Recipe, narrow_pair
+from deepseek_trt.export.bundle.recipes import Recipe, narrow_pair
 from deepseek_trt.export.errors import CheckpointError
 from deepseek_trt.export.reading.tensors import Packed, StoredTensor
 from deepseek_trt.export.text.wording import some
-from deepseek_trt.export.writing.narrow_plan import NARROWED
+from deepseek_trt.export.writing.narrow_plan import NARROWED, together
 from deepseek_trt.export.writing.weight_plan import WeightPlan
-
-_STACKS = ("gate_proj", "up_proj", "down_proj")
 
 
 def taken(
@@ -32,8 +30,8 @@ def taken(
         return plan, None, ()
     _check_alike(plan.recipes, packed, tensors)
     fitting = {r.name for r in plan.recipes if r.name in packed and _fits(r)}
-    narrow = {name for name in fitting if all(other in fitting for other in _together(name))}
-    formats = {name: _format(source for other in _together(name) for source in packed[other]) for name in narrow}
+    narrow = {name for name in fitting if all(other in fitting for other in together(name))}
+    formats = {name: _format(source for other in together(name) for source in packed[other]) for name in narrow}
     recipes = tuple(part for recipe in plan.recipes for part in _parts(recipe, formats.get(recipe.name)))
     rules = tuple(Rule("*", kind, GROUP, PUBLISHED) for kind in ("int4", "int8") if kind in formats.values())
     whole = [name for name in packed if name not in narrow]
@@ -57,7 +55,7 @@ def _check_alike(
         if recipe.name not in packed:
             continue
         whole = next((p.source for p in recipe.pieces if tensors[p.source].packed is None), None)
-        other = next((name for name in _together(recipe.name) if name in names and name not in packed), None)
+        other = next((name for name in together(recipe.name) if name in names and name not in packed), None)
         if whole or other:
             raise CheckpointError(
                 f"{recipe.name} is packed ({some([packed[recipe.name][0].codes.name])}), and {whole or other} beside "
@@ -67,12 +65,6 @@ def _check_alike(
 
 def _fits(recipe: Recipe) -> bool:
     return NARROWED.fullmatch(recipe.name) is not None and recipe.shape[-1] % GROUP == 0
-
-
-def _together(name: str) -> tuple[str, ...]:
-    """The graph tensors that an op takes with this one: a layer's experts."""
-    layer, experts, _ = name.rpartition(EXPERTS)
-    return tuple(f"{layer}{experts}{stack}" for stack in _STACKS) if experts else (name,)
 
 
 def _format(sources: Iterable[Packed]) -> str:

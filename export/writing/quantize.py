@@ -20,8 +20,8 @@ _BLOCK = 2048  # groups at a time: what a thread works on stays in its cache
 # By what the largest number of a group is divided to find scales that are tried.
 _DIVISORS = {"int4": tuple(7.0 + 0.3 * i for i in range(11)), "int8": (126.5, 127.0, 127.5)}
 # A group whose scale is right is that near to its numbers, whatever they are: half a step for each of them, relative to
-# the largest alone. What lies farther away has scales that float16 cannot hold.
-WORST = {"int8": 0.5 * 32**0.5 / 127, "int4": 0.5 * 32**0.5 / 7}
+# the largest alone. What lies farther away has scales that float16 cannot hold. Of fp8, half a step is a share of each.
+WORST = {"int8": 0.5 * 32**0.5 / 127, "int4": 0.5 * 32**0.5 / 7, "fp8": 2.0**-4}
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,20 @@ A linear's weight is whole (Gemm), or narrow: then its scales are found as NAME_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from deepseek_trt.plugins.cpu.patterns import Found, OneOf, Op, uncast
 
 LENGTHS = "sequence_lengths"  # an input of prefill, not of decode
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
-_GROUP = {"group": 32}
-_CODES = {"int8": ir.DataType.INT8, "int4": ir.DataType.UINT8}  # by a narrow node's format
+# By a narrow node's format: the group, and the types of codes and scales.
+_PARTS = {
+    "int8": (32, ir.DataType.INT8, ir.DataType.FLOAT16),
+    "int4": (32, ir.DataType.UINT8, ir.DataType.FLOAT16),
+    "fp8": (128, ir.DataType.UINT8, ir.DataType.FLOAT),
+}
 _CODE_INPUTS = {"LinearNarrow": (1,), "MoeExpertsNarrow": (3, 5, 7)}  # right behind each its scales, and no more
 _ADJACENT = {"interleaved": 1}
 
@@ -29,7 +35,7 @@ def _linear(x: str | Op | OneOf, name: str) -> OneOf:
 
 
 def _narrow(x: str | Op | OneOf, name: str) -> Op:
-    return Op("LinearNarrow", (x, name, f"{name}_scale"), _GROUP, name=f"{name}_codes")
+    return Op("LinearNarrow", (x, name, f"{name}_scale"), name=f"{name}_codes")
 
 
 def _norm(x: str | Op | OneOf, name: str) -> Op:
@@ -81,7 +87,7 @@ _STACKS = ("gate", "gate_scale", "up", "up_scale", "down", "down_scale")
 _MOE = OneOf(
     (
         Op("MoeExperts", (_X, _ROUTER, None, "gate", "up", "down"), name="experts"),
-        Op("MoeExpertsNarrow", (_X, _ROUTER, None, *_STACKS), _GROUP, name="experts"),
+        Op("MoeExpertsNarrow", (_X, _ROUTER, None, *_STACKS), name="experts"),
     )
 )
 FEED_FORWARD = Op("Add", ("x", OneOf((Op("Add", (_MOE, _MLP)), _MOE, _MLP))))
@@ -89,15 +95,19 @@ HEAD = _product(_X, "head")
 
 
 def formats_fit(f: Found) -> bool:
-    """Whether narrow nodes have the inputs of the contract, codes of the type that their format has."""
+    """Whether narrow nodes have the inputs of the contract, codes and scales of the types that their format has."""
     nodes = [uncast(value).producer() for name, value in f.items() if name == "experts" or name.endswith("_codes")]
     return all(_codes_fit(node) for node in nodes if node is not None and node.op_type in _CODE_INPUTS)
 
 
 def _codes_fit(node: ir.Node) -> bool:
-    wanted = _CODES.get(node.attributes["format"].as_string()) if "format" in node.attributes else None
+    given = {name: node.attributes[name].value for name in ("format", "group") if name in node.attributes}
+    group, *wanted = _PARTS.get(str(given.get("format")), (None, None, None))
     places = _CODE_INPUTS[node.op_type]
-    if wanted is None or len(node.inputs) != places[-1] + 2:
+    if group is None or given.get("group") != group or len(node.inputs) != places[-1] + 2:
         return False
-    codes = [node.inputs[place] for place in places]
-    return all(value is not None and value.dtype == wanted for value in codes)
+    return all(_types(node.inputs[place : place + 2]) == wanted for place in places)
+
+
+def _types(values: Sequence[ir.Value | None]) -> list[ir.DataType | None]:
+    return [None if value is None else value.dtype for value in values]

@@ -25,7 +25,8 @@ class Input:
     """One input of an operator; dtype "weights" is any of float32, float16 and bfloat16.
 
     "linear" is that, too; or codes, int8 [.., N, K] or of 4 bits uint8 [.., N, K / 2], and as one more input right
-    behind them their scales, float16 [.., N, K / 32].
+    behind them their scales, float16 [.., N, K / 32]; or fp8 codes, uint8 [.., N, K], whose scales are float32, of
+    blocks of 128 x 128.
 
     A node has it where all the attributes that `only_with` names are there and not 0.
     """

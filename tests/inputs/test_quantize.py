@@ -136,7 +136,7 @@ WRONG = {
     "an unknown key": ([{**OTHER, "bits": 4}], r"\[0\]\.bits is a key that nothing here knows"),
     "no format": ([{"pattern": "*"}], r"\[0\]\.format is missing"),
     "no pattern": ([{"format": "int4"}], r"\[0\]\.pattern is missing"),
-    "another format": ([{**OTHER, "format": "fp8"}], r"\[0\]\.format is 'fp8', where one of int8, int4 is needed"),
+    "another format": ([{**OTHER, "format": "fp4"}], r"\[0\]\.format is 'fp4', where one of int8, int4, fp8 is needed"),
     "a format that is a list": ([{**OTHER, "format": ["int4"]}], r"\[0\]\.format is "),
     "another method": ([{**OTHER, "method": "gptq"}], r"\[0\]\.method is 'gptq'"),
     "another group": ([{**OTHER, "group": 64}], r"\[0\]\.group is 64: groups are of 32 numbers"),
@@ -170,7 +170,7 @@ def test_files_that_are_wrong(made, tmp_path, what: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--quantize", "int5"], "--quantize 'int5': must be one of int8, int4, or a JSON file of rules"),
+        (["--quantize", "int5"], "--quantize 'int5': must be one of int8, int4, fp8, keep, or a JSON file of rules"),
         (["--quantize", "/"], "--quantize '/' cannot be read"),
         (["--quantize", "int4", "--by-reference"], "leave out --by-reference"),
         (["--quantize", "int4", "--allow-nonfinite"], "leave out --allow-nonfinite"),

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.export.bundle.folder import MANIFEST_FILE, WEIGHTS_FILE, Bundle
@@ -34,15 +36,17 @@ def validate(bundle: Bundle | Path, *args: Any) -> Any:
     return CliRunner().invoke(main, given, catch_exceptions=False)
 
 
-@pytest.mark.parametrize(("preset", "dtype"), [("int4", "bfloat16"), ("int8", "float16"), ("int4", "float32")])
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [("int4", "bfloat16"), ("int8", "float16"), ("int4", "float32"), ("fp8", "bfloat16")]
+)
 def test_right_bundles_pass_and_say_what_they_cost(narrow, tmp_path, preset: str, dtype: str) -> None:
     done = validate(narrow(preset, dtype), "--report", tmp_path)
     assert done.exit_code == 0, done.output
     brief = json.loads(done.stdout)
     assert brief["passed"] is True
     cost = brief["narrowing"]
-    assert cost["formats"] == sorted({preset, "int8"})
-    assert 0 < cost["kl_mean"] < (0.2 if preset == "int4" else 0.01)
+    assert cost["formats"] == ([preset] if preset == "fp8" else sorted({preset, "int8"}))
+    assert 0 < cost["kl_mean"] < (0.01 if preset == "int8" else 0.2)
     assert 0.5 < cost["same_experts"] < 1
     assert cost["weight_bytes"] < cost["whole_bytes"]
     assert cost["perplexity_increase"] is None  # without a tokenizer
@@ -132,3 +136,71 @@ def test_layers_are_compared_one_at_a_time(narrow, tmp_path) -> None:
     name, change = FAULTS["experts in another order"]
     wrong = changed(narrow("int4", "bfloat16"), tmp_path / "wrong", name, change)
     assert validate(wrong, "--layers", "1").exit_code == 3
+
+
+# fp8
+
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+
+
+@pytest.fixture(scope="session")
+def kept(small_v2, bundle_of, tmp_path_factory):
+    """A right bundle of a checkpoint in fp8 whose codes are kept, in bfloat16."""
+    folder = tmp_path_factory.mktemp("kept") / "checkpoint"
+    folder.mkdir()
+    tensors = {}
+    for file in sorted(small_v2.checkpoint.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            tensors[name] = tensor
+            if name.endswith("_proj.weight"):
+                scale = tensor.abs().max().float() / 300
+                tensors[name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+                blocks = [-(-size // 128) for size in tensor.shape]
+                tensors[f"{name}_scale_inv"] = torch.full(blocks, scale.item())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    raw = {**small_v2.raw, "torch_dtype": "bfloat16", "quantization_config": fp8}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return bundle_of(folder, dtype="bfloat16", page_size=PAGE, quantize="keep")
+
+
+def test_kept_codes_are_the_published_numbers(kept, tmp_path) -> None:
+    """They cost what rounding the dequantised ones to bfloat16 would; compiled operators meet float32's tolerance."""
+    done = validate(kept, "--backend", "ort", "--report", tmp_path)
+    assert done.exit_code == 0, done.output
+    brief = json.loads(done.stdout)
+    assert brief["narrowing"]["formats"] == ["fp8"]
+    assert 0 <= brief["narrowing"]["kl_mean"] < 1e-3
+    for backend in brief["backends"]:
+        assert backend["outputs"]["logits"]["tolerance"] < 1e-4
+    assert json.loads((tmp_path / "report.json").read_text())["independent"]["status"] in ("agrees", "absent")
+
+
+def one_bit(codes: Any) -> Any:
+    codes[-1, -1] ^= 1
+    return codes
+
+
+@pytest.mark.parametrize(("name", "change"), [(O_PROJ, one_bit), (f"{O_PROJ}_scale", one_bit)])
+def test_a_bit_of_a_kept_weight_fails_by_name(kept, tmp_path, name: str, change: Any) -> None:
+    done = validate(changed(kept, tmp_path / "wrong", name, change), "--backend", "torch")
+    assert done.exit_code == 3, done.output
+    assert any(O_PROJ in sentence for sentence in json.loads(done.stdout)["odd_weights"])
+
+
+FP8_FAULTS = {
+    "experts in another order": (STACK, lambda codes: codes[::-1]),
+    "a number that is NaN": (O_PROJ, lambda codes: codes | (np.arange(codes.size).reshape(codes.shape) == 5) * 0x7F),
+    "a number one step off": (O_PROJ, lambda codes: codes ^ (np.arange(codes.size).reshape(codes.shape) == 5) * 2),
+    "scales of 0": (f"{STACK}_scale", lambda scales: scales * 0),
+    "a sign": (O_PROJ, lambda codes: codes ^ 0x80),
+}
+
+
+@pytest.mark.parametrize("fault", FP8_FAULTS)
+def test_fp8_that_is_not_the_checkpoints_fails_by_name(narrow, tmp_path, fault: str) -> None:
+    name, change = FP8_FAULTS[fault]
+    done = validate(changed(narrow("fp8", "bfloat16"), tmp_path / "wrong", name, change), "--layers", "0-1")
+    assert done.exit_code == 3, done.output
+    weight = name.removesuffix("_scale")
+    assert any(weight in sentence for sentence in json.loads(done.stdout)["odd_weights"])

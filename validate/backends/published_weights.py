@@ -160,7 +160,7 @@ def published_weights(bundle: Bundle, checkpoint: Path | None) -> PublishedWeigh
     interleaved = raw.get("rope_interleave", True)
     manifest, places = bundle.manifest, published_files(root)
     packed = PublishedPacked.of(root, places)
-    taken = manifest.weights if manifest.quantization and manifest.quantization.is_published else ()
+    taken = manifest.weights if manifest.quantization and manifest.quantization.is_packed else ()
     exact = frozenset(weight.recipe.name for weight in taken if weight.recipe.narrow is not None)
     return PublishedWeights(root, places, manifest.model, manifest.dtype, interleaved, adapter, packed, exact)
 

@@ -54,7 +54,7 @@ def why_not(bundle: Bundle, checkpoint: Path | None, is_asked_for: bool) -> str:
     manifest = bundle.manifest
     if manifest.interface.inputs_embeds:
         return "the graphs take embeddings, not tokens"
-    if manifest.quantization is not None and manifest.quantization.is_published:
+    if manifest.quantization is not None and manifest.quantization.is_packed:
         return f"the checkpoint is packed ({manifest.quantization.name}), and transformers has no experts of codes"
     without = why_not_transformers()
     if without:

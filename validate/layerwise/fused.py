@@ -48,8 +48,7 @@ class FusedDecode:
         note = f"as exported, not compiled: {some(left)}" if left else ""
         traced = ir.serde.deserialize_model(onnx.load_model_from_string(bundle.traced_bytes("decode")))
         states = {name: value for name, value in inner_values(traced).items() if name.startswith("hidden.")}
-        narrow_left = {name for name in left if "Narrow" in name}
-        rounds = len(narrow_left) < bundle.manifest.narrow_nodes
+        rounds = bundle.manifest.rounds_tokens(left)
         note = "; ".join(filter(None, (ROUNDED if rounds else "", note)))
         return cls(data, library.path, note, {name: value.name or "" for name, value in states.items()}, rounds)
 

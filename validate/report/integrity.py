@@ -33,7 +33,9 @@ class OddWeight:
     @property
     def sentence(self) -> str:
         if self.off:
-            return f"weight {self.name} is not the checkpoint's in a narrow format: it is {self.off:.0%} off"
+            return (
+                f"weight {self.name} is not the checkpoint's in a narrow format: it is {self.off:.2g} of its size off"
+            )
         if self.is_zero:
             return f"weight {self.name} holds zeros alone"
         if self.is_constant:
@@ -94,6 +96,9 @@ def _in_bundle(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWei
         recipe = reader.records[name].recipe
         if recipe.narrow is not None and not recipe.is_scales:
             kind = FORMATS[recipe.narrow.format]
+            if kind.is_blocks:
+                yield _odd_fp8(name, reader.view(name))
+                continue
             least = -128 if recipe.narrow.method == PUBLISHED else kind.least  # others' codes reach further
             yield _odd_codes(name, reader.view(name), kind, least)
             continue
@@ -112,6 +117,14 @@ def _odd_codes(name: str, codes: Array, kind: Format, least: int) -> OddWeight:
     constant = all(bool((rows == first).all()) for rows in codes)
     beyond = 0 if kind.packed > 1 else sum(int((rows < least).sum()) for rows in codes)
     return OddWeight(name, beyond, is_zero=constant and first in (0, 0x88), is_constant=constant)
+
+
+def _odd_fp8(name: str, codes: Array) -> OddWeight:
+    """Codes as bytes: NaN is all ones but for the sign, and zeros have a sign, too."""
+    first, parts = codes.reshape(-1)[0], list(codes)
+    nonfinite = sum(int(((rows & 0x7F) == 0x7F).sum()) for rows in parts)
+    is_zero = not any((rows & 0x7F).any() for rows in parts)
+    return OddWeight(name, nonfinite, is_zero, is_constant=all(bool((rows == first).all()) for rows in parts))
 
 
 def _in_checkpoint(bundle: Bundle, wanted: Callable[[str], bool]) -> Iterator[OddWeight]:

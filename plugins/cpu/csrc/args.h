@@ -8,8 +8,9 @@
 #include "team.h"
 
 enum class Type : int { FLOAT32 = 1, FLOAT16 = 10, BFLOAT16 = 16 };  // ONNX's numbers
-// Of weights: numbers of a Type; or codes of 8 bits, or two of 4 bits a byte, of which 32 share a scale.
-enum class Format : int { WHOLE, INT8, INT4 };
+// Of weights: numbers of a Type; or codes of 8 bits, or two of 4 bits a byte, of which 32 share a scale; or float8
+// E4M3, of which blocks of 128 x 128 do.
+enum class Format : int { WHOLE, INT8, INT4, FP8 };
 
 // Counts over all calls: layers that had experts, and experts read in them, each once however many tokens chose it.
 struct ExpertsHit {
@@ -22,15 +23,17 @@ struct Matrix {
     Type type = Type::FLOAT32;  // where whole
     int64_t rows = 0, columns = 0;
     Format format = Format::WHOLE;
-    const char* scales = nullptr;  // of a narrow one: float16 [rows, columns / 32]
+    const char* scales = nullptr;  // float16 [rows, columns / 32]; of FP8 float32, of blocks of each matrix
     int64_t scale_rows = 0, scale_columns = 0;
+    int64_t each = 0;  // rows of one matrix of a stack
 
-    bool is_narrow() const { return format != Format::WHOLE; }
+    // Whether tokens become integers before they are multiplied with it.
+    bool reads_integers() const { return format == Format::INT8 || format == Format::INT4; }
 };
 
 template <class... Matrices>
-bool any_narrow(const Matrices&... all) {
-    return (all.is_narrow() || ...);
+bool any_reads_integers(const Matrices&... all) {
+    return (all.reads_integers() || ...);
 }
 
 // B tokens; H heads; N, R, V widths of a head's nope, rope and value part; L rank; D = L + R.

@@ -140,7 +140,7 @@ public:
         D = a.kv_a.rows;
         chunks_ = 1;
         for (int64_t b = 0; b < a.batch; ++b) chunks_ = std::max(chunks_, chunks_of_row(b));
-        first_ = any_narrow(a.q_a.data ? a.q_a : a.q, a.kv_a), second_ = a.q_a.data && a.q.is_narrow();
+        first_ = any_reads_integers(a.q_a.data ? a.q_a : a.q, a.kv_a), second_ = a.q_a.data && a.q.reads_integers();
         compressed_ = scratch.take_rows(a.batch, a.q_a.data ? a.q_a.rows : 0);
         query_ = scratch.take_rows(a.batch, a.q.rows);
         latent_ = scratch.take_rows(a.batch, D);
@@ -309,7 +309,7 @@ private:
     void output(Team& team, Scratch& own) const {
         float** part = own.take_rows(a.batch, BLOCK);
         float** x = value_;
-        if (a.o.is_narrow()) {  // each thread makes its own integers: that takes less than to wait for another's
+        if (a.o.reads_integers()) {  // each thread makes its own integers: that takes less than to wait for another's
             x = take_tokens(own, a.batch, a.o.columns, true);
             for (int64_t b = 0; b < a.batch; ++b) std::copy(value_[b], value_[b] + a.o.columns, x[b]);
             fix_all(x, a.batch, a.o.columns);
@@ -325,7 +325,7 @@ private:
 
     const AttentionArgs& a;
     int64_t D;
-    bool first_, second_;  // whether narrow weights read the normed x, and the compressed query
+    bool first_, second_;  // whether the normed x, and the compressed query, become integers
     // What the phases hand on.
     float **compressed_, **query_, **latent_, **absorbed_, **value_;
     float *most_, *sums_, *totals_;  // [B, chunks, H] and [B, chunks, H, L]

@@ -12,14 +12,20 @@ inline void require(bool fits, const char* what) {
     if (!fits) throw std::runtime_error(std::string(what) + " does not fit the other inputs");
 }
 
-// `m` has so many rows and columns; where it is narrow, a scale for each group.
+// `m` has so many rows and columns; where it is narrow, a scale for each group or block.
 inline void shape(const Matrix& m, int64_t rows, int64_t columns, const char* what) {
-    constexpr int64_t GROUP = 32;
+    constexpr int64_t GROUP = 32, BLOCK = 128;
     require(m.data != nullptr && m.rows == rows && m.columns == columns, what);
-    if (!m.is_narrow()) return;
-    require(m.columns % GROUP == 0, what);
-    require(
-        m.scales && m.scale_rows == rows && m.scale_columns == columns / GROUP, (std::string(what) + "_scale").c_str());
+    if (m.format == Format::WHOLE) return;
+    int64_t scale_rows = rows, scale_columns = columns / GROUP;
+    if (m.format == Format::FP8) {
+        require(m.each > 0 && rows % m.each == 0, what);
+        scale_rows = rows / m.each * ((m.each + BLOCK - 1) / BLOCK), scale_columns = (columns + BLOCK - 1) / BLOCK;
+    } else {
+        require(m.columns % GROUP == 0, what);
+    }
+    require(m.scales && m.scale_rows == scale_rows && m.scale_columns == scale_columns,
+        (std::string(what) + "_scale").c_str());
 }
 
 // `m`, where the model has it, holds so many numbers.

@@ -40,14 +40,14 @@ class FeedForward {
 public:
     FeedForward(const FeedForwardArgs& args, Scratch& scratch) : a(args) {
         logits_ = scratch.take_rows(a.tokens, a.experts);
-        routed_ = take_tokens(scratch, a.tokens * a.top_k, a.expert_width, a.down.is_narrow());
-        shared_ = take_tokens(scratch, a.tokens, a.shared.gate.rows, a.shared.down.is_narrow());
-        block_ = any_narrow(a.down, a.shared.down) ? LARGEST_INNER_BLOCK : INNER_BLOCK;
+        routed_ = take_tokens(scratch, a.tokens * a.top_k, a.expert_width, a.down.reads_integers());
+        shared_ = take_tokens(scratch, a.tokens, a.shared.gate.rows, a.shared.down.reads_integers());
+        block_ = any_reads_integers(a.down, a.shared.down) ? LARGEST_INNER_BLOCK : INNER_BLOCK;
     }
 
     void run(Team& team) const {
         Scratch& own = own_scratch();
-        const bool narrow = any_narrow(a.gate, a.up, a.shared.gate, a.shared.up);
+        const bool narrow = any_reads_integers(a.gate, a.up, a.shared.gate, a.shared.up);
         float** x = take_tokens(own, a.tokens, a.hidden, narrow);
         for (int64_t t = 0; t < a.tokens; ++t) rms_norm(a.x + t * a.hidden, a.norm, a.eps, a.hidden, x[t]);
         if (narrow) fix_all(x, a.tokens, a.hidden);
@@ -149,7 +149,7 @@ private:
         rows_times(m.up, base + from, base + last, x, tokens, up);
         add_bias(m.up_bias, from, last, tokens, up);
         for (int64_t t = 0; t < tokens; ++t) gate_up(a.activation, gate[t], up[t], last - from);
-        if (!m.down.is_narrow()) return;
+        if (!m.down.reads_integers()) return;
         for (int64_t t = 0; t < tokens; ++t) {
             fix_group(gate[t] - from, m.down.columns, from / GROUP);
             if (last == m.down.columns) fix_rest(gate[t] - from, m.down.columns);

@@ -23,10 +23,10 @@ void head(const HeadArgs& a, Pool& pool) {
     constexpr int64_t block = 64;
     pool.run([&](Team& team) {
         Scratch& own = own_scratch();
-        float** x = take_tokens(own, a.batch, a.hidden, a.head.is_narrow());
+        float** x = take_tokens(own, a.batch, a.hidden, a.head.reads_integers());
         float** to = own.take<float*>(a.batch);
         for (int64_t b = 0; b < a.batch; ++b) rms_norm(a.x + b * a.hidden, a.norm, a.eps, a.hidden, x[b]);
-        if (a.head.is_narrow()) fix_all(x, a.batch, a.hidden);
+        if (a.head.reads_integers()) fix_all(x, a.batch, a.hidden);
         team.share(0, (a.head.rows + block - 1) / block, [&](int64_t item) {
             const int64_t from = item * block, last = std::min(from + block, a.head.rows);
             for (int64_t b = 0; b < a.batch; ++b) to[b] = a.y + b * a.head.rows + from;

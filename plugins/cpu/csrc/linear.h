@@ -4,6 +4,7 @@
 // many rows or tokens are computed together.
 #pragma once
 
+#include "fp8.h"
 #include "narrow.h"
 #include "vec.h"
 
@@ -58,7 +59,8 @@ INLINE void dots_of(
 // y[t][r - first] = w[r] . x[t] for rows first..last and all tokens.
 __attribute__((noinline)) inline void rows_times(
     const Matrix& m, int64_t first, int64_t last, const float* const* x, int64_t tokens, float* const* y) {
-    if (m.is_narrow()) return narrow_times(m, first, last, x, tokens, y);
+    if (m.reads_integers()) return narrow_times(m, first, last, x, tokens, y);
+    if (m.format == Format::FP8) return fp8_times(m, first, last, x, tokens, y);
     with_type(m.data, m.type, [&](auto* data) {
         int64_t r = first;
         if (tokens > FEW)

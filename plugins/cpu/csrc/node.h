@@ -54,14 +54,18 @@ public:
         api_.call(ort::KernelContext_GetInputCount, context_, &count_);
     }
 
-    // The next input as floats; or as codes, int8 or two in a uint8, and right behind them their scales.
+    // The next input as floats; or as codes, int8, or two or one of fp8 in a uint8, and right behind them their scales,
+    // float16, or float32 of fp8.
     void read_linear(Tensor& t, const char* name) {
         const int type = read_any(t, name);
         if (type != ort::INT8 && type != ort::UINT8) return check(type, name, ort::UNDEFINED);
-        t.format = type == ort::INT8 ? Format::INT8 : Format::INT4;
-        if (t.format == Format::INT4) t.columns *= 2;
         Tensor scales;
-        read(scales, (std::string(name) + "_scale").c_str(), ort::FLOAT16);
+        const std::string scales_name = std::string(name) + "_scale";
+        const int scale_type = read_any(scales, scales_name.c_str());
+        const bool is_fp8 = type == ort::UINT8 && scale_type == ort::FLOAT;
+        if (!is_fp8) check(scale_type, scales_name.c_str(), ort::FLOAT16);
+        t.format = is_fp8 ? Format::FP8 : type == ort::INT8 ? Format::INT8 : Format::INT4;
+        if (t.format == Format::INT4) t.columns *= 2;
         t.scales = scales.data, t.scale_rows = scales.rows, t.scale_columns = scales.columns;
     }
 
@@ -102,6 +106,7 @@ private:
         t.rows = 1;
         for (size_t i = 0; i + 1 < rank; ++i) t.rows *= t.dims[i];
         t.columns = rank ? t.dims[rank - 1] : 1;
+        t.each = rank > 1 ? t.dims[rank - 2] : 1;
         return type;
     }
 

@@ -23,6 +23,8 @@ TOLERANCE = {"float32": 2e-6, "float16": 2e-3}
 
 def narrow(rng: np.random.Generator, format: str, *shape: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, scales, and the numbers, which are made the other way round: numbers first, then packed by hand."""
+    if format == "fp8":
+        return blocks(rng, *shape)
     low, high = (-127, 127) if format == "int8" else (-8, 7)
     numbers = rng.integers(low, high + 1, shape)
     numbers.flat[:2] = low, high
@@ -33,6 +35,21 @@ def narrow(rng: np.random.Generator, format: str, *shape: int) -> tuple[np.ndarr
         biased = (numbers + 8).astype(np.uint8)
         codes = biased[..., 0::2] + 16 * biased[..., 1::2]
     return codes, scale, numbers.astype(np.float32) * np.repeat(scale.astype(np.float32), 32, axis=-1)
+
+
+def blocks(rng: np.random.Generator, *shape: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every code of E4M3 but NaN, as torch widens it, and scales of blocks, of which some are 0 or subnormal."""
+    codes = rng.choice(np.delete(np.arange(256), [0x7F, 0xFF]), shape).astype(np.uint8)
+    *stack, rows, columns = shape
+    scale = (rng.random((*stack, -(-rows // 128), -(-columns // 128))) / 4480).astype(np.float32)
+    scale.flat[-1] = 0.0 if scale.size > 1 else scale.flat[-1]
+    numbers = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+    spread = np.repeat(np.repeat(scale, 128, axis=-2)[..., :rows, :], 128, axis=-1)[..., :columns]
+    return codes, scale, numbers * spread
+
+
+def group_of(format: str) -> int:
+    return 128 if format == "fp8" else 32
 
 
 def run_body(spec: OpSpec, attributes: dict[str, Any], feeds: dict[str, np.ndarray], dtype: str) -> np.ndarray:
@@ -59,13 +76,16 @@ def close(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", ["int8", "int4"])
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 1, 32), (5, 24, 96), (3, 7, 64)])
+@pytest.mark.parametrize(
+    ("format", "tokens", "rows", "columns"),
+    [(format, *sizes) for format in ("int8", "int4") for sizes in ((1, 1, 32), (5, 24, 96), (3, 7, 64))]
+    + [("fp8", *sizes) for sizes in ((1, 1, 1), (5, 24, 96), (3, 300, 130), (2, 128, 256))],
+)
 def test_linear(format: str, dtype: str, tokens: int, rows: int, columns: int) -> None:
     rng = np.random.default_rng(rows)
     codes, scale, numbers = narrow(rng, format, rows, columns)
     x = rng.standard_normal((tokens, columns)).astype(dtype)
-    attributes = {"format": format, "group": 32}
+    attributes = {"format": format, "group": group_of(format)}
     tensors = [torch.from_numpy(a) for a in (x, codes, scale)]
     reference = LINEAR_NARROW.reference(*tensors, *attributes.values()).numpy()
     assert reference.shape == LINEAR_NARROW.fake(*tensors, *attributes.values()).shape
@@ -75,17 +95,17 @@ def test_linear(format: str, dtype: str, tokens: int, rows: int, columns: int) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_experts(format: str, dtype: str, activation: str) -> None:
     rng = np.random.default_rng(3)
-    experts, hidden, inner, tokens, top = 6, 64, 32, 7, 2
+    experts, hidden, inner, tokens, top = 6, 64, 32 if format != "fp8" else 140, 7, 2
     x = rng.standard_normal((tokens, hidden)).astype(dtype)
     weights = rng.random((tokens, top)).astype(np.float32)
     ids = np.array([rng.choice(experts - 1, top, replace=False) for _ in range(tokens)], dtype=np.int32)
     stacks = [narrow(rng, format, experts, *shape) for shape in ((inner, hidden), (inner, hidden), (hidden, inner))]
     arrays = [x, weights, ids, *(part for codes, scale, _ in stacks for part in (codes, scale))]
-    attributes = {"activation": activation, "format": format, "group": 32}
+    attributes = {"activation": activation, "format": format, "group": group_of(format)}
     tensors = [torch.from_numpy(a) for a in arrays]
     reference = MOE_EXPERTS_NARROW.reference(*tensors, *attributes.values())
     gate, up, down = (torch.from_numpy(numbers) for _, _, numbers in stacks)
@@ -106,3 +126,15 @@ def test_bfloat16_reference_computes_in_float32() -> None:
     out = LINEAR_NARROW.reference(x, torch.from_numpy(codes), torch.from_numpy(scale), "int4", 32)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, (x.float() @ torch.from_numpy(numbers).T).bfloat16())
+
+
+def test_every_code_of_fp8_is_the_number_that_torch_says() -> None:
+    codes = np.arange(256, dtype=np.uint8)[None]
+    feeds = {"x": np.eye(256, dtype=np.float32), "weight": codes, "weight_scale": np.ones((1, 2), np.float32)}
+    usual = np.delete(np.arange(256), [0x7F, 0xFF])
+    body = run_body(LINEAR_NARROW, {"format": "fp8", "group": 128}, feeds, "float32")[:, 0]
+    assert np.isnan(body).all()  # a row with NaN
+    feeds["weight"] = np.where(np.isin(codes, usual), codes, 0).astype(np.uint8)
+    body = run_body(LINEAR_NARROW, {"format": "fp8", "group": 128}, feeds, "float32")[:, 0]
+    expected = torch.from_numpy(feeds["weight"]).view(torch.float8_e4m3fn).float().numpy()[0]
+    assert np.array_equal(body, expected)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -32,8 +33,8 @@ from deepseek_trt.plugins.cpu.fuse import FuseForCpu, fused_bytes
 from deepseek_trt.plugins.cpu.operators import CPU_DOMAIN
 
 Run = Callable[[Session], list[npt.NDArray[Any]]]
-GROUP = 32
-MOST = {"int8": 127, "int4": 8}
+GROUP, BLOCK = 32, 128
+MOST = {"int8": 127, "int4": 8, "fp8": 448}
 # Columns are whole groups, an odd number of them too; rows are what they may be.
 BASE: dict[str, Any] = {
     "model_type": "deepseek_v2",
@@ -69,12 +70,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         **{**GROUPS, "model_type": "deepseek_v3", "topk_method": "noaux_tc", "norm_topk_prob": True},
     },
     "int8, some columns no groups": {"intermediate_size": 100, "v_head_dim": 14, "q_lora_rank": 12},
+    "fp8, blocks that are not whole": {
+        **{"hidden_size": 144, "moe_intermediate_size": 136, "n_shared_experts": 2, "v_head_dim": 46},
+        **{"intermediate_size": 300, "q_lora_rank": 20, "attention_bias": True},
+    },
+    "fp8, bfloat16": {"torch_dtype": "bfloat16", "mlp_bias": True},
+    "fp8 experts, others int8": {"moe_intermediate_size": 160},
     "int4 experts, float16": {"torch_dtype": "float16", "norm_topk_prob": True},
     "int4 experts, bfloat16": {"torch_dtype": "bfloat16", "attention_bias": True},
 }
 # Of the largest logit. Each product with a narrow weight rounds tokens to 2^-16 of a group's largest, which adds some
 # 2e-5 (in root mean square) of its own size; a dozen follow each other here, which norms keep near one.
 TOLERANCE = 12 * 2e-5
+TOLERANCE_FP8 = 5e-6  # which takes tokens as they are
 # Exported bodies round what they compute to float16, which bodies of narrow weights do, too.
 TOLERANCE_FLOAT16 = 8 * 2.0**-11
 
@@ -82,14 +90,20 @@ TOLERANCE_FLOAT16 = 8 * 2.0**-11
 def form_of(variant: str, weight: str, shape: tuple[int, ...]) -> str | None:
     """The format of a weight of a traced graph or a checkpoint; None where it stays whole."""
     linear = weight.endswith("_proj.weight") or "kv_a_proj" in weight or ".experts." in weight or "lm_head" in weight
-    if not linear or "kv_b_proj" in weight or "norm" in weight or shape[-1] % GROUP:
+    if not linear or "kv_b_proj" in weight or "norm" in weight:
+        return None
+    if variant.startswith("fp8") and ("experts," not in variant or ".experts." in weight):
+        return "fp8"
+    if shape[-1] % GROUP:
         return None
     whole_int4 = variant.startswith("int4,")
     return "int4" if whole_int4 or ("int4" in variant and ".experts." in weight) else "int8"
 
 
 def drawn(rng: np.random.Generator, form: str, shape: tuple[int, ...], exact: bool) -> npt.NDArray[np.float32]:
-    """Numbers of codes and scales, one code of each group the largest; `exact`: in bfloat16, too."""
+    """Numbers of codes and scales, one code of each group the largest; `exact`: in bfloat16, too. Those of fp8 are."""
+    if form == "fp8":
+        return drawn_fp8(rng, shape)
     most = MOST[form]
     codes = rng.integers(-most, most, (*shape[:-1], shape[-1] // GROUP, GROUP))
     codes[..., rng.integers(GROUP)] = -most
@@ -100,8 +114,34 @@ def drawn(rng: np.random.Generator, form: str, shape: tuple[int, ...], exact: bo
     return (codes * scales[..., None].astype(np.float32)).astype(np.float32).reshape(shape)
 
 
-def taken_apart(form: str, numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16]]:
+def spread(scales: npt.NDArray[Any], rows: int, columns: int) -> npt.NDArray[Any]:
+    """The scale of each number's block."""
+    return np.repeat(np.repeat(scales, BLOCK, -2)[..., :rows, :], BLOCK, -1)[..., :columns]
+
+
+def drawn_fp8(rng: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """The first number of each block is the largest, and scales are powers of two."""
+    *stack, rows, columns = shape
+    codes = rng.choice(np.delete(np.arange(256), [0x7F, 0xFF]), shape).astype(np.uint8)
+    codes[..., ::BLOCK, ::BLOCK] = 0x7E
+    size = np.log2(1 / 448 / np.sqrt(columns)) + 1
+    scales = np.exp2(np.round(size + rng.uniform(-1, 1, (*stack, -(-rows // BLOCK), -(-columns // BLOCK)))))
+    numbers = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return (numbers * spread(scales, rows, columns)).astype(np.float32)
+
+
+def fp8_taken_apart(numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
+    numbers = numbers.astype(np.float32)
+    scales = np.abs(numbers[..., ::BLOCK, ::BLOCK]) / np.float32(448)
+    codes = (numbers / spread(scales, *numbers.shape[-2:])).astype(ml_dtypes.float8_e4m3fn)
+    np.testing.assert_array_equal(codes.astype(np.float32) * spread(scales, *numbers.shape[-2:]), numbers)
+    return codes.view(np.uint8), scales
+
+
+def taken_apart(form: str, numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The codes as they are stored, and the scales of what `drawn` gave."""
+    if form == "fp8":
+        return fp8_taken_apart(numbers)
     groups = numbers.astype(np.float32).reshape(*numbers.shape[:-1], -1, GROUP)
     scales = (np.abs(groups).max(axis=-1) / np.float32(MOST[form])).astype(np.float16)
     codes = np.rint(groups / scales[..., None].astype(np.float32))
@@ -163,7 +203,9 @@ class Narrow:
 
     def _node(self, kind: str, inputs: list[ir.Value], weight: str, more: dict[str, str]) -> ir.Node:
         form = "int8" if self.narrow[weight].dtype == np.int8 else "int4"
-        return ir.node(kind, inputs, {**more, "format": form, "group": GROUP}, domain=DOMAIN, name=f"{kind} {weight}")
+        form = "fp8" if self.narrow[f"{weight}_scale"].dtype == np.float32 else form
+        group = BLOCK if form == "fp8" else GROUP
+        return ir.node(kind, inputs, {**more, "format": form, "group": group}, domain=DOMAIN, name=f"{kind} {weight}")
 
     def _values(self, graph: ir.Graph, weight: ir.Value) -> list[ir.Value]:
         """Initializers of codes and scales; the first is the whole weight's, changed."""
@@ -212,8 +254,13 @@ def variant(weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return make
 
 
-def compare(wanted: OrtSession, got: OrtSession, run: Run, dtype: str, first_page: int) -> None:
-    tolerance = TOLERANCE_FLOAT16 if dtype == "float16" else TOLERANCE
+def tolerance_of(narrow: Narrow) -> float:
+    if narrow.bundle.manifest.dtype == "float16":
+        return TOLERANCE_FLOAT16
+    return TOLERANCE if any(a.dtype == np.float16 for a in narrow.narrow.values()) else TOLERANCE_FP8
+
+
+def compare(wanted: OrtSession, got: OrtSession, run: Run, tolerance: float, first_page: int) -> None:
     for a, b in zip(run(wanted), run(got), strict=True):
         assert np.isfinite(b).all()
         np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * np.abs(a).max())
@@ -228,7 +275,7 @@ def test_decode_is_right(
 ) -> None:
     narrow = variant(name)
     exported = OrtSession(narrow.bundle, 40, 1, compiled=False)
-    compare(exported, narrow.session(monkeypatch, 40, 2), decode_twice, narrow.bundle.manifest.dtype, 0)
+    compare(exported, narrow.session(monkeypatch, 40, 2), decode_twice, tolerance_of(narrow), 0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -238,10 +285,10 @@ def test_prefill_is_right(
     narrow = variant(name)
     exported = OrtSession(narrow.bundle, 460, 1, compiled=False)
     got = narrow.session(monkeypatch, 460, 2)
-    compare(exported, got, prefill_all, narrow.bundle.manifest.dtype, 1)  # page 0 is scratch
+    compare(exported, got, prefill_all, tolerance_of(narrow), 1)  # page 0 is scratch
 
 
-@pytest.mark.parametrize("name", ["int8", "int4, biases, query compression"])
+@pytest.mark.parametrize("name", ["int8", "int4, biases, query compression", "fp8, blocks that are not whole"])
 def test_threads_and_batch_change_no_bit(
     variant: Callable[[str], Narrow], prefill_all: Run, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from deepseek_trt.plugins.cpu.library import cpu_library
 from deepseek_trt.plugins.cpu.operators import CPU_DOMAIN, HEAD
 
-GROUP = 32
+GROUP, BLOCK = 32, 128
 EPS = 1e-6
 TYPES = {"int8": TensorProto.INT8, "int4": TensorProto.UINT8}
 Given = Mapping[str, npt.NDArray[Any]]
@@ -174,7 +174,7 @@ def shaped(name: str, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) ->
         (shaped("head_scale", lambda s: s[:, :-1]), "head_scale does not fit"),
         (shaped("head_scale", lambda s: s[:-1]), "head_scale does not fit"),
         (shaped("head_scale", lambda s: s.T), "head_scale does not fit"),
-        (shaped("head_scale", lambda s: s.astype(np.float32)), "head_scale is of another type, ONNX's number 1"),
+        (shaped("head_scale", lambda s: s.astype(np.int32)), "head_scale is of another type, ONNX's number 6"),
         (shaped("head", lambda codes: codes[:, :-1]), "head does not fit"),
         (shaped("head", lambda codes: codes[:, : codes.shape[1] // 2]), "head does not fit"),
         (lambda given: {k: v for k, v in given.items() if k != "head_scale"}, "input head_scale is missing"),
@@ -197,3 +197,94 @@ def test_columns_must_be_whole_groups() -> None:
 def test_whole_weights_with_a_scale_are_refused() -> None:
     with pytest.raises(Exception, match="it takes 3 inputs; the node has 4 inputs"):
         run(head_of(np.ones((2, 96), np.float32), np.ones((7, 96), np.float32), np.ones((7, 3), np.float16)))
+
+
+def test_scales_of_another_format_are_refused() -> None:
+    """What codes are, their scales say where both are bytes: with other scales, codes of 4 bits are half as many."""
+    for form, words in (("int8", "head_scale is of another type, ONNX's number 1"), ("int4", "head does not fit")):
+        codes, scales, _ = codes_of(np.random.default_rng(3), form, 7, 96)
+        with pytest.raises(Exception, match=words):
+            run(head_of(np.ones((2, 96), np.float32), codes, scales.astype(np.float32)))
+
+
+# fp8
+
+
+def blocks_of(rng: np.random.Generator, rows: int, columns: int) -> tuple[npt.NDArray[Any], ...]:
+    """Codes of all bits but NaN's, scales of blocks, and the numbers that they stand for."""
+    codes = rng.choice(np.delete(np.arange(256), [0x7F, 0xFF]), (rows, columns)).astype(np.uint8)
+    scales = rng.uniform(1e-5, 1e-3, (-(-rows // BLOCK), -(-columns // BLOCK))).astype(np.float32)
+    exponent, mantissa = codes >> 3 & 15, (codes & 7).astype(np.float64)
+    sizes = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * np.exp2(exponent.astype(np.float64) - 10))
+    spread = np.repeat(np.repeat(scales.astype(np.float64), BLOCK, 0)[:rows], BLOCK, 1)[:, :columns]
+    return codes, scales, np.where(codes & 128, -sizes, sizes) * spread
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.sampled_from([1, 5, 70, 127, 128, 129, 260]),
+    columns=st.sampled_from([1, 15, 16, 17, 100, 127, 128, 129, 144, 300, 513]),
+    tokens=st.integers(1, 21),
+    seed=st.integers(0, 2**31),
+)
+def test_fp8_products_are_right_at_every_shape(rows: int, columns: int, tokens: int, seed: int) -> None:
+    """Off by what float32 rounds: of each number once, of the norm, and of the sums of 32 lanes."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((tokens, columns)) * 10.0 ** rng.uniform(-4, 2, (tokens, columns))).astype(np.float32)
+    codes, scales, numbers = blocks_of(rng, rows, columns)
+    got, wide = run(head_of(x, codes, scales)), normed(x)
+    assert (np.abs(got - wide @ numbers.T) <= (columns / 32 + 16) * 2.0**-24 * np.abs(wide) @ np.abs(numbers).T).all()
+
+
+@pytest.mark.parametrize("columns", [33, 128, 1408])
+def test_a_row_of_fp8_depends_on_neither_batch_nor_threads(columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    x = rng.standard_normal((19, columns)).astype(np.float32)
+    codes, scales, _ = blocks_of(rng, 259, columns)
+    together = run(head_of(x, codes, scales), threads=2)
+    for first, count in ((0, 1), (3, 2), (5, 4), (1, 7), (2, 17)):
+        np.testing.assert_array_equal(run(head_of(x[first : first + count], codes, scales)), together[first:][:count])
+    np.testing.assert_array_equal(run(head_of(x, codes[128:], scales[1:])), together[:, 128:])
+
+
+def test_subnormal_codes_zeros_of_both_signs_and_scales_of_zero() -> None:
+    codes, scales = np.zeros((130, 130), np.uint8), np.ones((2, 2), np.float32)
+    codes[0, :8] = codes[129, :8] = np.arange(8)  # 0 to 7 * 2^-9
+    codes[1, :2], codes[2] = 0x80, 0x7E
+    scales[0, 1] = 0.0
+    got = run(head_of(np.ones((1, 130), np.float32), codes, scales))[0] * np.sqrt(1 + EPS)
+    np.testing.assert_allclose(got[[0, 1, 2, 129]], [28 / 512, 0, 128 * 448, 28 / 512], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [2.0**-127, 2.0**110])
+def test_scales_at_both_ends_of_float32(scale: float) -> None:
+    codes = np.full((3, 128), 0x38, np.uint8)  # 1.0
+    got = run(head_of(np.ones((2, 128), np.float32), codes, np.full((1, 1), scale, np.float32)))
+    np.testing.assert_allclose(got, 128 * np.float64(scale), rtol=1e-6)
+
+
+def test_what_is_not_finite_in_fp8_is_not_hidden() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((4, 200)).astype(np.float32)
+    x[1, 40], x[2, 199] = np.nan, np.inf
+    codes, scales, _ = blocks_of(rng, 130, 200)
+    codes[codes & 0x7F == 0] = 1
+    assert np.isfinite(run(head_of(x, codes, scales))).all(axis=1).tolist() == [True, False, False, True]
+    scales[1, 1] = np.nan
+    assert np.isfinite(run(head_of(x[:1], codes, scales)))[0].tolist() == [True] * 128 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("mend", "words"),
+    [
+        (shaped("head_scale", lambda s: s[:, :-1]), "head_scale does not fit"),
+        (shaped("head_scale", lambda s: s[:-1]), "head_scale does not fit"),
+        (shaped("head_scale", lambda s: s.astype(np.float16)), "head does not fit"),
+        (shaped("head_scale", lambda s: s.astype(np.float64)), "head_scale is of another type, ONNX's number 11"),
+        (shaped("head", lambda codes: codes[:, :-1]), "head does not fit"),
+    ],
+)
+def test_fp8_that_does_not_fit_is_refused_by_name(mend: Callable[[Given], Given], words: str) -> None:
+    codes, scales, _ = blocks_of(np.random.default_rng(3), 130, 300)
+    with pytest.raises(Exception, match=words):
+        run(mend(head_of(np.ones((2, 300), np.float32), codes, scales)))

@@ -33,7 +33,11 @@ from deepseek_trt.plugins.cxx import find_compiler
 
 RECORDING = Path(__file__).parent / "csrc" / "recording_kernels.cpp"
 DTYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "weights": np.float32, "linear": np.float32}
-FORMATS = {"int8": 1, "uint8": 2}  # args.h's numbers
+FORMATS = {
+    ("int8", "float16"): 1,
+    ("uint8", "float16"): 2,
+    ("uint8", "float32"): 3,
+}  # args.h's numbers, of codes and scales
 WIDTH = 80  # room for all that a kernel records
 # What recording_kernels.cpp writes: numbers of these inputs, then (number, rows, columns) of those, then sizes and
 # attributes.
@@ -155,14 +159,13 @@ def expected(operator: Operator, attributes: Attributes, given: Tensors) -> list
 def matrix(t: np.ndarray[Any, Any] | None, scale: np.ndarray[Any, Any] | None) -> list[float]:
     if t is None:
         return [0.0] * 3
-    row = [float(t.flat[0]), t.size // t.shape[-1], t.shape[-1] * (2 if t.dtype == np.uint8 else 1)]
-    if scale is None:
-        return row
-    return [*row, FORMATS[t.dtype.name], *matrix(scale, None)]
+    form = 0 if scale is None else FORMATS[t.dtype.name, scale.dtype.name]
+    row = [float(t.flat[0]), t.size // t.shape[-1], t.shape[-1] * (2 if form == 2 else 1)]
+    return row if scale is None else [*row, form, *matrix(scale, None)]
 
 
 def narrowed(operator: Operator, given: Tensors, place: int) -> Tensors:
-    """Every linear's weight as codes, of int4 where its place among them and `place` are both odd or both even."""
+    """Every linear's weight as codes, of int8, int4 or fp8 as its place among them says, counted from `place` on."""
     linears = [i.name for i in operator.inputs if i.dtype == "linear" and i.name in given]
     out: dict[str, np.ndarray[Any, Any]] = {}
     for name, tensor in given.items():
@@ -170,8 +173,9 @@ def narrowed(operator: Operator, given: Tensors, place: int) -> Tensors:
             out[name] = tensor
             continue
         k = linears.index(name)
-        out[name] = tensor.astype(np.uint8 if k % 2 == place % 2 else np.int8)
-        out[f"{name}_scale"] = np.full((3 + k, 2, 1), 0.5 + k, np.float16)
+        codes, scales = ((np.uint8, np.float16), (np.int8, np.float16), (np.uint8, np.float32))[(k + place) % 3]
+        out[name] = tensor.astype(codes)
+        out[f"{name}_scale"] = np.full((3 + k, 2, 1), 0.5 + k, scales)
     return out
 
 
@@ -180,8 +184,8 @@ def narrowed(operator: Operator, given: Tensors, place: int) -> Tensors:
 def test_every_linear_may_be_narrow(recording: Build, table: str, place: int) -> None:
     operator = TABLES[table][place]
     attributes = list(combinations(operator))[-1]
-    for odd in (0, 1):
-        given = narrowed(operator, tensors_of(operator, attributes), odd)
+    for first in range(3):
+        given = narrowed(operator, tensors_of(operator, attributes), first)
         wanted = expected(operator, attributes, given)
         assert run(recording(table), operator, attributes, given)[: len(wanted)] == wanted
 

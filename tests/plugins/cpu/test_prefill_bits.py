@@ -31,4 +31,4 @@ def test_tiles_and_threads_change_no_bit(tmp_path: Path) -> None:
             command = [tmp_path / name, *["more"] * (threads - 1)]
             found.add(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
     assert len(found) == 1
-    assert len(set(found.pop().splitlines())) == 19
+    assert len(set(found.pop().splitlines())) == 24

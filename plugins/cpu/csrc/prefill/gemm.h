@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "fp8.h"
 #include "narrow.h"
 #include "scratch.h"
 #include "vec.h"
@@ -34,7 +35,7 @@ inline int64_t padded(int64_t width) {
     return (width + LANES - 1) / LANES * LANES + ((width - 1) / LANES % 2 ? LANES : 0);
 }
 
-// A table of such rows, with room for their integers where narrow weights read them.
+// A table of such rows, with room for their integers where products take those.
 inline float** take_padded(Scratch& scratch, int64_t rows, int64_t width, bool narrow = false) {
     return scratch.take_rows(rows, padded(narrow ? fixed_width(width) : width));
 }
@@ -112,6 +113,16 @@ INLINE v4 load4(const _Float16* p) {
     std::memcpy(&x, p, sizeof x);
     return __builtin_convertvector(x, v4);
 }
+INLINE v4 load4(const Fp8* p) {
+    typedef int8_t b4 __attribute__((vector_size(4)));
+    typedef int16_t wide4 __attribute__((vector_size(8)));
+    typedef uint16_t h4 __attribute__((vector_size(8)));
+    typedef _Float16 f16x4 __attribute__((vector_size(8)));
+    b4 x;
+    std::memcpy(&x, p, sizeof x);
+    const h4 half = (reinterpret_cast<h4>(__builtin_convertvector(x, wide4)) << 7) & static_cast<uint16_t>(0xbfff);
+    return __builtin_convertvector(reinterpret_cast<f16x4>(half), v4);
+}
 INLINE v4 load4(const Bfloat16* p) {
     typedef uint16_t h4 __attribute__((vector_size(8)));
     typedef uint32_t u4 __attribute__((vector_size(16)));
@@ -151,8 +162,31 @@ inline void pack_panel(const W* const* rows, int64_t depth, float* to, int64_t a
         for (int i = 0; i < LANES; ++i) to[k * LANES + i] = one(rows[i] + k);
 }
 
+// What `pack` does, of codes: they are multiplied by their scales once they lie in the panel.
+inline void pack_fp8(const Fp8Rows& w, int64_t first, int64_t last, int64_t from, int64_t depth, float* to) {
+    static_assert(K_BLOCK % FP8_BLOCK == 0, "a panel begins where a block does");
+    static const Fp8 zeros[K_BLOCK] = {};
+    static const float none[K_BLOCK / FP8_BLOCK] = {};
+    for (int64_t r = first; r < last; r += LANES, to += depth * LANES) {
+        const Fp8* rows[LANES];
+        const float* scales[LANES];
+        for (int64_t i = 0; i < LANES; ++i) {
+            rows[i] = r + i < last ? w.at(r + i) + from : zeros;
+            scales[i] = r + i < last ? w.scales_of(r + i) + from / FP8_BLOCK : none;
+        }
+        pack_panel(rows, depth, to, LANES * w.columns);
+        for (int64_t k = 0; k < depth; k += FP8_BLOCK) {
+            v16 factors;
+            for (int i = 0; i < LANES; ++i) factors[i] = scales[i][k / FP8_BLOCK] * FP8_FACTOR;
+            for (int64_t c = k; c < std::min(k + FP8_BLOCK, depth); ++c)
+                store(to + c * LANES, load(to + c * LANES) * factors);
+        }
+    }
+}
+
 // Columns from..from + depth of rows first..last, as panels; rows that fill up the last panel are zero.
 inline void pack(const Matrix& m, int64_t first, int64_t last, int64_t from, int64_t depth, float* to) {
+    if (m.format == Format::FP8) return pack_fp8(Fp8Rows(m), first, last, from, depth, to);
     static const float zeros[K_BLOCK] = {};
     with_type(m.data, m.type, [&](auto* data) {
         for (int64_t r = first; r < last; r += LANES, to += depth * LANES) {
@@ -170,7 +204,7 @@ inline float* take_panels(Scratch& scratch) { return scratch.take(ROW_BLOCK * K_
 // y[t][r - first] = w[r] . x[t] for at most ROW_BLOCK outputs first..last; rows of y have room for whole panels.
 inline void gemm(const Matrix& m, int64_t first, int64_t last, const float* const* x, int64_t tokens, float* const* y,
     float* packed) {
-    if (m.is_narrow()) return narrow_times(m, first, last, x, tokens, y);
+    if (m.reads_integers()) return narrow_times(m, first, last, x, tokens, y);
     for (int64_t k = 0; k < m.columns; k += K_BLOCK) {
         const int64_t depth = std::min(K_BLOCK, m.columns - k);
         pack(m, first, last, k, depth, packed);

@@ -52,12 +52,12 @@ public:
         : a(args), tokens_(args.sequence_lengths, args.batch, args.sequence, scratch) {
         D = a.kv_a.rows, R = D - a.rank, H = a.heads;
         const int64_t count = tokens_.count;
-        first_ = any_narrow(a.q_a.data ? a.q_a : a.q, a.kv_a), second_ = a.q_a.data && a.q.is_narrow();
+        first_ = any_reads_integers(a.q_a.data ? a.q_a : a.q, a.kv_a), second_ = a.q_a.data && a.q.reads_integers();
         x_ = take_padded(scratch, count, a.hidden, first_);
         compressed_ = take_padded(scratch, count, a.q_a.data ? a.q_a.rows : 0, second_);
         query_ = take_padded(scratch, count, a.q.rows);
         latent_ = take_padded(scratch, count, D);
-        value_ = take_padded(scratch, count, H * a.value, a.o.is_narrow());
+        value_ = take_padded(scratch, count, H * a.value, a.o.reads_integers());
         int64_t absorbed = 0, expands = 0, most = 0;
         for (int64_t b = 0; b < a.batch; ++b) {
             most = std::max(most, tokens_.length(b) * H);
@@ -94,7 +94,7 @@ public:
         team.barrier();
         for (int64_t b = 0; b < a.batch; ++b)
             if (tokens_.length(b)) attend(team, b, work);
-        if (a.o.is_narrow()) {
+        if (a.o.reads_integers()) {
             share_blocks(team, FIX, tokens_.count, TOGETHER,
                 [&](int64_t from, int64_t last) { fix_all(value_ + from, last - from, a.o.columns); });
             team.barrier();
@@ -385,7 +385,7 @@ private:
     const PrefillAttentionArgs& a;
     const Tokens tokens_;
     int64_t D, R, H;
-    bool first_, second_;  // whether narrow weights read x_ and compressed_
+    bool first_, second_;  // whether x_ and compressed_ become integers
     float **x_, **compressed_, **query_, **latent_, **value_;
     float **absorbed_, **attended_;  // [queries * H, D] and [queries * H, L] of an absorbed sequence
     float *keys_, **values_;         // [H * N, KEYS] and [H * KEYS, V] of a block

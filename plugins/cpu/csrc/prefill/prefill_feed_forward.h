@@ -10,12 +10,12 @@ class PrefillFeedForward {
 public:
     PrefillFeedForward(const PrefillFeedForwardArgs& args, Scratch& scratch)
         : a(args), tokens_(args.sequence_lengths, args.batch, args.tokens / args.batch, scratch) {
-        narrow_ = any_narrow(a.gate, a.up, a.shared.gate, a.shared.up);
+        narrow_ = any_reads_integers(a.gate, a.up, a.shared.gate, a.shared.up);
         x_ = take_padded(scratch, tokens_.count, a.hidden, narrow_);
         ids_ = scratch.take<int64_t>(tokens_.count * a.top_k);
         weights_ = scratch.take(tokens_.count * a.top_k);
-        routed_ = take_padded(scratch, tokens_.count * a.top_k, a.expert_width, a.down.is_narrow());
-        shared_ = take_padded(scratch, tokens_.count, a.shared.gate.rows, a.shared.down.is_narrow());
+        routed_ = take_padded(scratch, tokens_.count * a.top_k, a.expert_width, a.down.reads_integers());
+        shared_ = take_padded(scratch, tokens_.count, a.shared.gate.rows, a.shared.down.reads_integers());
     }
 
     void run(Team& team) const {
@@ -35,7 +35,7 @@ public:
         const Chosen chosen = sort(own);
         inner(team, chosen, work);
         team.barrier();
-        if (any_narrow(a.down, a.shared.down)) {
+        if (any_reads_integers(a.down, a.shared.down)) {
             fix_inner(team, chosen);
             team.barrier();
         }
@@ -131,10 +131,10 @@ private:
         for (int64_t t = 0; t < item.count; ++t) gate_up(a.activation, work.to[t], work.part[t], width);
     }
 
-    // What narrow down projections read becomes integers.
+    // What down projections of whole numbers read becomes integers.
     void fix_inner(Team& team, const Chosen& chosen) const {
-        const int64_t pairs = a.down.is_narrow() ? chosen.start[a.experts] : 0;
-        const int64_t tokens = a.shared.down.is_narrow() ? tokens_.count : 0;
+        const int64_t pairs = a.down.reads_integers() ? chosen.start[a.experts] : 0;
+        const int64_t tokens = a.shared.down.reads_integers() ? tokens_.count : 0;
         share_blocks(team, 4, pairs, TOGETHER,
             [&](int64_t from, int64_t last) { fix_all(routed_ + from, last - from, a.down.columns); });
         share_blocks(team, 5, tokens, TOGETHER,
@@ -178,7 +178,7 @@ private:
     const Tokens tokens_;
     // What the phases hand on: normed tokens, where each goes and with which weight, and what the inner products give.
     float **x_, **routed_, **shared_;
-    bool narrow_;  // whether narrow weights read x_
+    bool narrow_;  // whether x_ becomes integers
     int64_t* ids_;
     float* weights_;
 };

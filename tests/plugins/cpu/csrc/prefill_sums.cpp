@@ -35,9 +35,23 @@ Matrix matrix(int64_t rows, int64_t columns, Type type) {
     return m;
 }
 
-// Codes that all bits stand for, where the columns are whole groups.
-Matrix linear(int64_t rows, int64_t columns, Type type, Format format) {
+// fp8 codes and scales of matrices of `each` rows.
+Matrix blocks(int64_t rows, int64_t columns, int64_t each) {
+    const auto count = [](int64_t size) { return (size + 127) / 128; };
+    Matrix m;
+    m.rows = rows, m.columns = columns, m.each = each, m.format = Format::FP8;
+    m.scale_rows = rows / each * count(each), m.scale_columns = count(columns);
+    m.scales = reinterpret_cast<char*>(numbers(m.scale_rows * m.scale_columns, 2e-3f));
+    auto* codes = new std::vector<char>(rows * columns);
+    for (char& code : *codes) code = static_cast<char>(255.0f * drawn());
+    m.data = codes->data();
+    return m;
+}
+
+// Codes that all bits stand for, where the columns are whole groups; `each` rows are a matrix of a stack, 0: all.
+Matrix linear(int64_t rows, int64_t columns, Type type, Format format, int64_t each = 0) {
     constexpr int64_t GROUP = 32;
+    if (format == Format::FP8) return blocks(rows, columns, each ? each : rows);
     if (format == Format::WHOLE || columns % GROUP) return matrix(rows, columns, type);
     Matrix m = matrix(rows, columns / GROUP, Type::FLOAT16);
     auto* scales = reinterpret_cast<_Float16*>(const_cast<char*>(m.data));
@@ -90,9 +104,9 @@ void run(const Sizes& z, Type type, Format format, Pool& pool) {
     f.hidden = z.hidden, f.experts = z.experts, f.expert_width = z.inner, f.eps = 1e-6f, f.norm = a.norm;
     f.shared = {linear(2 * z.inner, z.hidden, type, format), linear(2 * z.inner, z.hidden, type, format),
         linear(z.hidden, 2 * z.inner, type, format), {}, {}, {}};
-    f.router = matrix(z.experts, z.hidden, type), f.gate = linear(z.experts * z.inner, z.hidden, type, format);
-    f.up = linear(z.experts * z.inner, z.hidden, type, format);
-    f.down = linear(z.experts * z.hidden, z.inner, type, format);
+    f.router = matrix(z.experts, z.hidden, type), f.gate = linear(z.experts * z.inner, z.hidden, type, format, z.inner);
+    f.up = linear(z.experts * z.inner, z.hidden, type, format, z.inner);
+    f.down = linear(z.experts * z.hidden, z.inner, type, format, z.hidden);
     f.top_k = 3, f.groups = f.top_groups = 1, f.factor = 1.0f;
     kernels_v3.prefill_attention(a, pool);
     kernels_v3.prefill_feed_forward(f, pool);
@@ -111,6 +125,10 @@ int main(int count, char**) {
             state = 1;
             run(z, type, Format::WHOLE, pool);
         }
+    for (const Sizes& z : sizes) {
+        state = 1;
+        run(z, Type::FLOAT32, Format::FP8, pool);
+    }
     for (const Format format : {Format::INT8, Format::INT4})
         for (const Sizes& z : {Sizes{96, 3, 8, 32, 10, 6, 32, 24}, Sizes{512, 8, 9, 80, 128, 64, 128, 512}}) {
             state = 1;

@@ -18,14 +18,17 @@ struct Row {
     void add(const Matrix& m) {
         if (m.format == Format::INT8)
             first(reinterpret_cast<const int8_t*>(m.data));
-        else if (m.format == Format::INT4)
+        else if (m.format != Format::WHOLE)
             first(reinterpret_cast<const uint8_t*>(m.data));
         else
             first(reinterpret_cast<const float*>(m.data));
         all(m.rows, m.columns);
-        if (!m.is_narrow()) return;
+        if (m.format == Format::WHOLE) return;
         add(static_cast<int>(m.format));
-        first(reinterpret_cast<const _Float16*>(m.scales));
+        if (m.format == Format::FP8)
+            first(reinterpret_cast<const float*>(m.scales));
+        else
+            first(reinterpret_cast<const _Float16*>(m.scales));
         all(m.scale_rows, m.scale_columns);
     }
     template <class... Values>
