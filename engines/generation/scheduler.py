@@ -255,7 +255,7 @@ class Scheduler:
         if not work:
             return ()
         ids = np.array([[w.request.tokens[-1]] for w in work], dtype=np.int64)
-        return self._session.decode(ids, *self._cached(work))
+        return self._session.decode(ids, np.ones(len(work), dtype=np.int32), *self._cached(work))[:, 0]
 
     def _cached(self, work: list[Work]) -> tuple[Int32s, Int32s]:
         """past_lengths [B] and page_table [B, M] of the pages that this step reaches: prefill expands all it gets."""

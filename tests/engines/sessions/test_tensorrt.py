@@ -225,7 +225,8 @@ def test_weights_go_up_in_the_order_of_the_file(world, monkeypatch):
 def decode_once(session, rows, pages_a_row=1):
     owned = [list(range(1 + r * pages_a_row, 1 + (r + 1) * pages_a_row)) for r in range(rows)]
     ids = np.full((rows, 1), 7, dtype=np.int64)
-    return session.decode(ids, np.zeros(rows, dtype=np.int32), page_table(owned))
+    ones, none = np.ones(rows, dtype=np.int32), np.zeros(rows, dtype=np.int32)
+    return session.decode(ids, ones, none, page_table(owned))[:, 0]
 
 
 def test_a_bucket_is_captured_once_and_used_again(world):
