@@ -21,7 +21,8 @@ from deepseek_trt.export.errors import BuildError
 def profile_of(graph: GraphSpec, cache: CacheSpec, spec: BuildSpec) -> Profile:
     """Every dynamic input's smallest, likeliest and largest shape.
 
-    Prefill is tuned for one full prompt, decode for one token of a full batch. Raises BuildError where a size contradicts another.
+    Prefill is tuned for one full prompt, decode for one token of a full batch. Raises BuildError where a size
+    contradicts another.
     """
     if min(spec.max_batch_size, spec.max_input_len, spec.max_seq_len) < 1:
         raise BuildError("--max-batch-size, --max-input-len and --max-seq-len must be at least 1")

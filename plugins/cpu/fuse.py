@@ -182,7 +182,7 @@ def _epsilon(norm: ir.Value) -> float:
 
 
 def _lengths(graph: ir.Graph) -> Found:
-    return {halves.LENGTHS: value for value in graph.inputs if value.name == halves.LENGTHS}
+    return {value.name: value for value in graph.inputs if value.name == halves.LENGTHS}
 
 
 def _routing(router: ir.Node) -> dict[str, float | int]:

@@ -62,9 +62,7 @@ def latent_write(
     tl.store(pool + target[:, None] * D + offs_d[None, :], values, mask=mask)
 
 
-def write(
-    pool: Tensor, latent: Tensor, page_table: Tensor, past_lengths: Tensor, sequence_lengths: Tensor
-) -> Tensor:
+def write(pool: Tensor, latent: Tensor, page_table: Tensor, past_lengths: Tensor, sequence_lengths: Tensor) -> Tensor:
     """A copy of `pool` [P, page, D] with `latent` [B, S, D] written."""
     batch, steps, width = latent.shape
     present = pool.clone().contiguous()

@@ -84,7 +84,7 @@ def mla_decode_split(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
-    """One split of one sequence for BLOCK_H queries: partial [B, Q, splits, LAT], partial_lse [B, Q, splits], base 2."""
+    """One split of a sequence for BLOCK_H queries: partial [B, Q, splits, LAT], partial_lse [B, Q, splits], base 2."""
     D: tl.constexpr = LAT + ROPE
     split = tl.program_id(1)
     row = tl.program_id(2)

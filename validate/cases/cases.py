@@ -1,9 +1,9 @@
 """Scripts: the steps of one comparison, fed alike to every runner.
 
 A case is a ragged batch of four sequences: a right-padded prefill, a second chunk on top of it, then teacher-forced
-decode steps, of one token a row and then of several. Lengths lie around the page size, so that a page boundary is crossed inside the prefill (row 0), by the
-second chunk (row 1) and while decoding (row 2); row 3 starts with one token and has no second chunk. Longer cases are
-made by long_cases.py.
+decode steps, of one token a row and then of several. Lengths lie around the page size, so that a page boundary is
+crossed inside the prefill (row 0), by the second chunk (row 1) and while decoding (row 2); row 3 starts with one token
+and has no second chunk. Longer cases are made by long_cases.py.
 """
 
 from __future__ import annotations

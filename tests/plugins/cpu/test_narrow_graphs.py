@@ -254,9 +254,7 @@ def test_threads_and_batch_change_no_bit(
     together = one.decode(ids, np.ones_like(lengths), lengths, table)
     several.fill(0.25)
     for row in range(5):
-        alone = several.decode(
-            ids[row : row + 1], np.ones(1, np.int32), lengths[row : row + 1], table[row : row + 1]
-        )
+        alone = several.decode(ids[row : row + 1], np.ones(1, np.int32), lengths[row : row + 1], table[row : row + 1])
         np.testing.assert_array_equal(alone[0], together[row])
 
 

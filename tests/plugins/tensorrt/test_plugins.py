@@ -115,7 +115,11 @@ def test_types_formats_and_aliases_follow_the_contract(drive: Drive, plugin_libr
 @pytest.mark.parametrize(
     ("changes", "command", "message"),
     [
-        ({"query": "in f16 1 2 3 4 48"}, "types", "input query is float16, but this plugin library takes bfloat16; run"),
+        (
+            {"query": "in f16 1 2 3 4 48"},
+            "types",
+            "input query is float16, but this plugin library takes bfloat16; run",
+        ),
         ({"page_table": "in i64 4 2 3"}, "types", "input page_table is int64, but this plugin library takes int32"),
         ({"past_lengths": ""}, "types", "takes 6 inputs and gives 2 outputs, all of them wired; the node has 5 and 2"),
         ({"past_lengths": ""}, "configure", "takes 6 inputs and gives 2 outputs"),
