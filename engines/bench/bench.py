@@ -71,7 +71,8 @@ class Point:
     acceptance: the share of proposed tokens that were picked, 0 without speculation. bytes_a_step: weights that every
     step reads, weights of the routed experts hit, cache; at the mean length. experts_hit: distinct routed experts of a
     layer in a step, the mean; `experts` says whether they were counted in these steps or are what equally likely
-    experts would give. bandwidth_fraction: the sum of the bytes over the median step's time, as a share of the measured bandwidth.
+    experts would give. bandwidth_fraction: the sum of the bytes over the median step's time, as a share of the
+    measured bandwidth.
     """
 
     batch_size: int
