@@ -245,7 +245,7 @@ def test_profiles_come_from_the_three_sizes(bundle):
     assert shapes["input_ids"] == ((1, 1), (1, 128), (4, 128))
     assert shapes["page_table"] == ((1, 1), (1, 8), (4, 8))
     assert shapes["past_key_values.0.latent"][2] == (33, 64, cache.latent_dim)
-    assert profile_of(decode, cache, SPEC).shapes["input_ids"] == ((1, 1), (4, 1), (4, 1))
+    assert profile_of(decode, cache, SPEC).shapes["input_ids"] == ((1, 1), (4, 1), (4, 8))
 
 
 def test_a_missing_or_damaged_record_is_named(bundle_of, demo_checkpoint, tmp_path):

@@ -255,6 +255,21 @@ def test_graphs_give_the_same_bits(world, make_world):
         np.testing.assert_array_equal(decode_once(graphs, rows), decode_once(plain, rows))
 
 
+def test_several_tokens_give_what_they_give_one_by_one(world):
+    """Three tokens are padded to four, three rows to four: padding is written to the scratch page, and cut off."""
+    several, single = world.session(), world.session()
+    ids, new = np.arange(9, dtype=np.int64).reshape(3, 3) + 5, np.array([3, 1, 2], dtype=np.int32)
+    table, ones = page_table([[1], [2], [3]]), np.ones(3, dtype=np.int32)
+    logits = several.decode(ids, new, np.zeros(3, dtype=np.int32), table)
+    assert logits.shape == (3, 3, several.vocab_size)
+    for at in range(3):
+        alone = single.decode(ids[:, at : at + 1], ones, np.full(3, at, dtype=np.int32), table)
+        rows = np.flatnonzero(new > at)
+        np.testing.assert_allclose(logits[rows, at], alone[rows, 0], rtol=0, atol=1e-4)
+    with pytest.raises(RequestError, match=r"\[1, 9\]: decode takes at most 8 tokens a row"):
+        several.decode(np.zeros((1, 9), dtype=np.int64), ones[:1], ones[:1], table[:1])
+
+
 @pytest.mark.parametrize("flavour", ["rtx", "tensorrt"])
 def test_shapes_that_take_turns(make_world, bundle, flavour):
     """A, B, A, B, A: each is captured after a run of its own shapes, on a context that the other does not touch."""
