@@ -446,7 +446,8 @@ def demo(demo_checkpoint, bundle_of):
     return bundle_of(demo_checkpoint, page_size=8)
 
 
-def test_demo_model_under_pressure_equals_alone(demo):
+@pytest.mark.parametrize("speculate", ["off", "lookup"])
+def test_demo_model_under_pressure_equals_alone(demo, speculate):
     """Through ONNX Runtime: short prompts, few pages, shared prefixes; each token as in a batch of one."""
     from deepseek_trt.engines.sessions.ort import OrtSession
     from deepseek_trt.engines.text.text import Text
@@ -458,11 +459,12 @@ def test_demo_model_under_pressure_equals_alone(demo):
     params = SamplingParams(20)
     alone = LLM(session, config, limits=SchedulerLimits.for_batch(1))
     expected = [list(alone.generate([prompt], params)[0].token_ids) for prompt in prompts]
-    scheduler = Scheduler(session, config, SchedulerLimits(4, 16, 6))
+    scheduler = Scheduler(session, config, SchedulerLimits(4, 16, 6, speculate=speculate))
     made = {scheduler.add(prompt, params): [] for prompt in prompts}
     while scheduler.busy:
         for event in scheduler.step():
             made[event.request].append(event.token)
         fake.check_pages(scheduler)
     assert list(made.values()) == expected
+    assert (scheduler.counters.drafted > 0) == (speculate == "lookup")
     assert scheduler.counters.preemptions > 0
