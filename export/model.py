@@ -355,14 +355,12 @@ class DeepseekV2(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """input_ids int64 [B, S], right-padded, from position past_lengths of each row on. Logits [B, S, vocab]."""
         x, present = self.model.decode(input_ids, sequence_lengths, past_lengths, page_table, latents)
-        return self.logits(x), present
+        return self.logits(x.flatten(0, 1)).view(*x.shape[:2], -1), present
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of x [T, hidden] or [B, S, hidden], whose tokens the product sees side by side."""
-        if x.dim() == 3:
-            return self.logits(x.flatten(0, 1)).view(*x.shape[:2], -1)
+        x = self.model.norm(x)
         head = cast(nn.Embedding, self.model.embed_tokens) if self.lm_head is None else self.lm_head
-        return F.linear(self.model.norm(x), head.weight).float()
+        return F.linear(x, head.weight).float()
 
 
 def last_tokens(x: Tensor, lengths: Tensor, count: int = 1) -> Tensor:
