@@ -441,7 +441,7 @@ def test_failed_launch_is_said(drive: Drive, plugin_config: ModelConfig) -> None
 
 
 def test_cache_must_be_updated_in_place(drive: Drive, plugin_config: ModelConfig) -> None:
-    shapes = tensors(SPECS["MlaDecode"], plugin_config, {"B": 1, "P": 9, "page": 64, "M": 2})
+    shapes = tensors(SPECS["MlaDecode"], plugin_config, {"B": 1, "S": 1, "P": 9, "page": 64, "M": 2})
     shapes[-1] = shapes[-1].replace(f"{address_of(SPECS['MlaDecode'], 'past_latent'):x}", "abc000")
     output = drive([create("MlaDecode"), *shapes, "attach", "reshape", "enqueue"])
     assert "output present_latent must be the memory of input past_latent" in output[-2]
