@@ -252,7 +252,7 @@ def test_a_missing_or_damaged_record_is_named(bundle_of, demo_checkpoint, tmp_pa
     own = Bundle.open(Path(shutil.copytree(bundle_of(demo_checkpoint).path, tmp_path / "bundle")))
     with pytest.raises(BundleError, match="deepseek-trt build"):
         PlanRecord.of(own, "prefill")
-    (own.path / "prefill.plan.json").write_text('{"schema_version": 1}')
+    (own.path / "prefill.plan.json").write_text('{"schema_version": 2}')
     with pytest.raises(BundleError, match="does not list it: make it with deepseek-trt build"):
         PlanRecord.of(own, "prefill")
     list_added(own.path, ["prefill.plan.json"])
