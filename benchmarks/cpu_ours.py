@@ -53,9 +53,10 @@ class Restored(Session):
             logits[index, self._prompts[row, end]] = 1
         return logits
 
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, table: Int32s) -> Floats:
-        self.decoded = self._session.decode(input_ids, past_lengths, table)
-        return self.decoded
+    def decode(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, table: Int32s) -> Floats:
+        logits = self._session.decode(input_ids, sequence_lengths, past_lengths, table)
+        self.decoded = logits[:, -1]
+        return logits
 
 
 def open_session(files: Files, threads: int) -> tuple[Session, Bundle]:

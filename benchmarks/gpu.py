@@ -175,8 +175,9 @@ def _decode_call(heads: int, context: int, batch: int, device: str) -> Callable[
     table = (torch.randperm(batch * entries) + 1).int().view(batch, entries).to(device)
     pool = torch.randn(pages, PAGE, WIDTH, device=device, dtype=DTYPE)
     past = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
-    query = torch.randn(batch, heads, WIDTH, device=device, dtype=DTYPE)
-    attended = torch.empty(batch, heads, RANK, device=device, dtype=DTYPE)
+    new = torch.ones_like(past)
+    query = torch.randn(batch, 1, heads, WIDTH, device=device, dtype=DTYPE)
+    attended = torch.empty(batch, 1, heads, RANK, device=device, dtype=DTYPE)
     sm, constants = chips.chip_of(query), decode_constants(heads, RANK, ROPE)
     tile, combine = decode_tile("bfloat16", heads, sm, capacity), decode_combine_tile(RANK, sm)
     head_tiles = cdiv(heads, tile["BLOCK_H"])
@@ -187,11 +188,11 @@ def _decode_call(heads: int, context: int, batch: int, device: str) -> Callable[
 
     def run() -> None:
         mla_decode.mla_decode_split[(head_tiles, splits, batch)](
-            query, pool, table, past, partial, lse, scale, splits, entries, PAGE, pages, **constants.split,
+            query, pool, table, past, new, partial, lse, scale, 1, splits, entries, PAGE, pages, **constants.split,
             **tile.launch_options(),
         )  # fmt: skip
         mla_decode.mla_decode_combine[(batch * heads, cdiv(RANK, combine["BLOCK_D"]))](
-            partial, lse, past, attended, splits, capacity, **constants.combine, BLOCK_N=tile["BLOCK_N"],
+            partial, lse, past, new, attended, 1, splits, capacity, **constants.combine, BLOCK_N=tile["BLOCK_N"],
             **combine.launch_options(),
         )  # fmt: skip
 

@@ -33,7 +33,8 @@ def measure(bundle: Path, mapped: bool, threads: int) -> dict[str, float]:
     times = {MEASURED[0]: time.perf_counter() - start}
     for position, name in enumerate(MEASURED[1:3]):
         start = time.perf_counter()
-        session.decode(np.array([[5]]), np.array([position], np.int32), np.array([[1]], np.int32))
+        one = np.ones(1, np.int32)
+        session.decode(np.array([[5]]), one, np.array([position], np.int32), one[None])
         times[name] = time.perf_counter() - start
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {**times, MEASURED[3]: int(status["RssAnon"].split()[0]) / 1e3}

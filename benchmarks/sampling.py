@@ -96,7 +96,7 @@ class Decode:
         self.ids = self.prompts[:, -1:].copy()
 
     def step(self) -> np.ndarray:
-        return self.session.decode(self.ids, self.past, self.table)
+        return self.session.decode(self.ids, np.ones(BATCH, dtype=np.int32), self.past, self.table)[:, 0]
 
 
 class _Mode:

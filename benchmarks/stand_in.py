@@ -43,8 +43,8 @@ class OrtSession(Session):
     def prefill(self, input_ids: Any, sequence_lengths: Any, past_lengths: Any, page_table: Any) -> Any:
         return self._step(len(input_ids))
 
-    def decode(self, input_ids: Any, past_lengths: Any, page_table: Any) -> Any:
-        return self._step(len(input_ids))
+    def decode(self, input_ids: Any, sequence_lengths: Any, past_lengths: Any, page_table: Any) -> Any:
+        return self._step(input_ids.size).reshape(*input_ids.shape, -1)
 
     def pool(self, layer: int) -> Any:
         return np.zeros((self.pages, self.cache.page_size, self.cache.latent_dim), dtype=np.float32)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import COUNT, MOST, backend_option, threads_option, verify_option
+from deepseek_trt.cli.options import COUNT, MOST, backend_option, speculate_option, threads_option, verify_option
 from deepseek_trt.cli.printing.output import output_options, print_json, print_rich, step
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ _ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
     *((f"time per token, {q}, ms", lambda p, q=q: f"{_MS * p.time_per_token[q]:.2f}") for q in ("p50", "p95", "p99")),
     *((f"MB a step, {k}", lambda p, k=k: f"{p.bytes_a_step[k] / _MB:.2f}") for k in ("weights", "experts", "cache")),
     ("experts hit a layer", lambda p: f"{p.experts_hit:.1f} ({p.experts})"),
+    ("tokens a step", lambda p: f"{p.tokens_a_step:.2f}"),
+    ("proposed tokens that were picked", lambda p: f"{100 * p.acceptance:.0f} %"),
     ("of memory bandwidth", lambda p: f"{100 * p.bandwidth_fraction:.1f} %"),
 )
 
@@ -44,6 +46,7 @@ _ROWS: tuple[tuple[str, Callable[[Point], str]], ...] = (
     "--new-tokens", type=click.IntRange(3, MOST), default=64, show_default=True, help="Tokens of each answer."
 )
 @threads_option
+@speculate_option
 @verify_option
 @output_options("Print the report as JSON.")
 def command(as_json: bool, bundle: Path, **options: Any) -> None:
@@ -63,7 +66,7 @@ def command(as_json: bool, bundle: Path, **options: Any) -> None:
 
 
 def _print_table(report: BenchReport) -> None:
-    """Print a column a batch size; a step gives every row one token."""
+    """Print a column a batch size; without speculation a step gives every row one token."""
     from rich.table import Table
 
     first = report.points[0]

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from deepseek_trt.cli.options import backend_option, sampling_options, threads_option, verify_option
+from deepseek_trt.cli.options import (
+    backend_option,
+    sampling_options,
+    speculate_option,
+    threads_option,
+    verify_option,
+)
 from deepseek_trt.cli.printing.output import output_options, print_json, say, step, write, write_model_text
 from deepseek_trt.cli.prompting.prompts import Prompts, prompt_options
 from deepseek_trt.cli.prompting.speed import Speed
@@ -31,9 +38,18 @@ _CHAT_CACHE_MIB = 1024
 @backend_option
 @sampling_options
 @threads_option
+@speculate_option
 @verify_option
 @output_options("Print one JSON object a prompt instead of streaming.")
-def command(bundle: Path, prompts: Prompts, backend: str, params: SamplingParams, threads: int, as_json: bool) -> None:
+def command(
+    bundle: Path,
+    prompts: Prompts,
+    backend: str,
+    params: SamplingParams,
+    threads: int,
+    speculate: str,
+    as_json: bool,
+) -> None:
     """Continue each prompt with the model in BUNDLE, or chat with it on a terminal where no prompt is given.
 
     On a terminal, control characters in an answer are shown escaped; into a pipe or file it goes as it is.
@@ -44,14 +60,23 @@ def command(bundle: Path, prompts: Prompts, backend: str, params: SamplingParams
     if params.logprobs is not None and not as_json:
         raise click.UsageError("--logprobs are printed with --json only")
     if not prompts.interactive:
-        _answer(bundle, prompts, params, backend, threads, as_json)
+        _answer(bundle, prompts, params, Engine(backend, threads, speculate), as_json)
     elif as_json:
         raise click.UsageError("--json is for prompts: give one")
     else:
-        _chat(bundle, prompts, params, backend, threads)
+        _chat(bundle, prompts, params, Engine(backend, threads, speculate))
 
 
-def _answer(path: Path, prompts: Prompts, params: SamplingParams, backend: str, threads: int, as_json: bool) -> None:
+@dataclass(frozen=True)
+class Engine:
+    """What runs the model, and how."""
+
+    backend: str
+    threads: int
+    speculate: str
+
+
+def _answer(path: Path, prompts: Prompts, params: SamplingParams, engine: Engine, as_json: bool) -> None:
     """Print the answers to all prompts, run as one batch, and on stderr how fast they came."""
     from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
     from deepseek_trt.engines.generation.scheduler import SchedulerLimits
@@ -60,7 +85,7 @@ def _answer(path: Path, prompts: Prompts, params: SamplingParams, backend: str, 
     ids = prompts.encode(text)
     lengths = answer_lengths(bundle.manifest.model, ids, params.max_new_tokens)
     pages = pages_needed(bundle.manifest.cache, lengths)
-    with _llm(bundle, text, pages, SchedulerLimits.for_batch(len(ids)), backend, threads) as llm:
+    with _llm(bundle, text, pages, SchedulerLimits.for_batch(len(ids), engine.speculate), engine) as llm:
         speed = Speed()
         if len(ids) == 1 and not as_json:
             for piece in llm.stream(ids[0], params):
@@ -71,9 +96,11 @@ def _answer(path: Path, prompts: Prompts, params: SamplingParams, backend: str, 
             for result in llm.generate(ids, params, on_token=speed.tick):
                 _print(result, as_json)
         say(speed.line)
+        if engine.speculate != "off":
+            say(llm.scheduler.counters.line)
 
 
-def _chat(path: Path, prompts: Prompts, params: SamplingParams, backend: str, threads: int) -> None:
+def _chat(path: Path, prompts: Prompts, params: SamplingParams, engine: Engine) -> None:
     """Chat until the terminal ends; the cache holds the model's whole length, as far as it fits."""
     from deepseek_trt.cli.prompting.chat import Chat
     from deepseek_trt.engines.generation.pages import pages_needed, pages_within
@@ -84,7 +111,7 @@ def _chat(path: Path, prompts: Prompts, params: SamplingParams, backend: str, th
     cache = bundle.manifest.cache
     longest = pages_needed(cache, [bundle.manifest.model.max_position_embeddings])
     pages = max(2, min(longest, pages_within(cache, _CHAT_CACHE_MIB)))
-    with _llm(bundle, text, pages, SchedulerLimits(max_running=1), backend, threads) as llm:
+    with _llm(bundle, text, pages, SchedulerLimits(max_running=1, speculate=engine.speculate), engine) as llm:
         Chat(llm, text, params, prompts.chat).run()
 
 
@@ -100,9 +127,7 @@ def _bundle_and_text(path: Path, wants_text: bool) -> tuple[Bundle, Text | None]
 
 
 @contextmanager
-def _llm(
-    bundle: Bundle, text: Text | None, pages: int, limits: SchedulerLimits, backend: str, threads: int
-) -> Iterator[LLM]:
+def _llm(bundle: Bundle, text: Text | None, pages: int, limits: SchedulerLimits, engine: Engine) -> Iterator[LLM]:
     """Give an LLM with so many pages; say on stderr what runs it, and why."""
     from deepseek_trt.cli.printing.progress import weight_progress
     from deepseek_trt.engines.generation.llm import LLM
@@ -110,7 +135,7 @@ def _llm(
 
     step("loading the weights", shown=False)
     with weight_progress() as progress:
-        started = open_session(SessionRequest(bundle, pages, threads, progress=progress), backend)
+        started = open_session(SessionRequest(bundle, pages, engine.threads, progress=progress), engine.backend)
     step(started.line)
     with LLM(started.session, bundle.manifest.model, text, limits, started.choice) as llm:
         yield llm

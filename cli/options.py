@@ -47,6 +47,15 @@ threads_option = click.option(
     help="Of the processor; 0 lets the backend choose.",
 )
 
+# Spelled out: nothing of the engines is imported for a help text.
+speculate_option = click.option(
+    "--speculate",
+    type=click.Choice(["off", "lookup", "auto"]),
+    default="off",
+    show_default=True,
+    help="Propose tokens that followed the last ones before; the same answers. auto: while it pays.",
+)
+
 
 def _opened(context: click.Context, parameter: click.Parameter, path: Path) -> Path:
     from deepseek_trt.export.bundle.folder import Bundle
@@ -106,6 +115,7 @@ _SIZE_OPTIONS = (
         show_default=True,
         help="Take defaults of sampling from the bundle's generation_config.json.",
     ),
+    speculate_option,
 )
 
 

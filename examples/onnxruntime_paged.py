@@ -37,7 +37,7 @@ def generate(folder: str, prompts: list[list[int]], steps: int) -> np.ndarray:
         out = dict(zip(names, graphs[graph].run(names, {**feeds, "page_table": table, **cache}), strict=True))
         for name in cache:
             cache[name] = out[name.replace("past_key_values", "present")]
-        return out["logits"].argmax(-1)
+        return out["logits"].argmax(-1).reshape(-1)  # of decode they are [B, 1, vocab]
 
     ids = np.zeros((len(prompts), int(lengths.max())), dtype=np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -46,7 +46,8 @@ def generate(folder: str, prompts: list[list[int]], steps: int) -> np.ndarray:
     tokens = [run("prefill", input_ids=ids, sequence_lengths=lengths, past_lengths=past)]
     for step in range(steps - 1):
         past = lengths + np.int32(step)
-        tokens.append(run("decode", input_ids=tokens[-1][:, None], past_lengths=past))
+        one = np.ones_like(lengths)
+        tokens.append(run("decode", input_ids=tokens[-1][:, None], sequence_lengths=one, past_lengths=past))
     return np.stack(tokens, axis=1)
 
 

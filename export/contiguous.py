@@ -24,7 +24,7 @@ def run_masked(
     """
     batch, seq = tokens.shape[:2]
     slots = past[0].shape[2] if past else 0
-    cos, sin = backbone.rope(position_ids, position_ids.amax(1) + 1)
+    cos, sin = backbone.rope(position_ids, position_ids.amax(1, keepdim=True) + 1)
     sees = visible(attention_mask, slots, seq)
     pairs = [past[2 * index : 2 * index + 2] for index in range(len(backbone.layers))]
     x, present = backbone.through(tokens, pairs, lambda attention, x, pair: attend(attention, x, cos, sin, pair, sees))

@@ -60,11 +60,16 @@ class Features(nn.Module):
         return self.features(x), present
 
     def decode(
-        self, input_ids: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]
+        self,
+        input_ids: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """last_hidden_state [B, 1, hidden]"""
-        x, present = self.model.decode(input_ids, past_lengths, page_table, latents)
-        return self.features(x).unsqueeze(1), present
+        """last_hidden_state [B, S, hidden]; padding's rows mean nothing."""
+        x, present = self.model.decode(input_ids, sequence_lengths, past_lengths, page_table, latents)
+        return self.features(x), present
 
     def whole(self, tokens: Tensor, sequence_lengths: Tensor) -> Tensor:
         """Without a cache: last_hidden_state of right-padded rows."""

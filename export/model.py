@@ -63,7 +63,10 @@ class Rope(nn.Module):
         self.dynamic = config.rope if config.rope.kind == "dynamic" else None
 
     def forward(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Give cos and sin [B, S, R/2] at positions [B, S] of rows that hold lengths [B] tokens with the new ones."""
+        """Give cos and sin [B, S, R/2] at positions [B, S] of rows that hold lengths [B, 1] tokens with the new ones.
+
+        lengths [B, S] gives each new token its own.
+        """
         frequencies = self.inv_freq if self.dynamic is None else self.stretched(lengths, self.dynamic)
         angles = positions.unsqueeze(2).float() * frequencies  # [B, S, R/2]
         cos, sin = angles.cos(), angles.sin()
@@ -72,12 +75,14 @@ class Rope(nn.Module):
     def stretched(self, lengths: Tensor, rope: RopeConfig) -> Tensor:
         """Dynamic NTK's frequencies [B, 1, R/2] of each row by its own length; what is cached keeps its rotation.
 
+        Of lengths [B, S] they are [B, S, R/2].
+
         theta becomes theta * ratio^(R/(R-2)) for ratio = factor * length / trained - (factor - 1), at least 1.
         """
         trained, half = rope.original_max_position_embeddings, self.inv_freq.shape[0]
-        ratio = lengths.float().clamp(min=trained) * (rope.factor / trained) - (rope.factor - 1.0)  # [B]
+        ratio = lengths.float().clamp(min=trained) * (rope.factor / trained) - (rope.factor - 1.0)  # [B, 1]
         exponents = torch.arange(half, device=lengths.device).float() * (-2.0 / (2 * half - 2))  # [R/2]
-        return self.inv_freq * ratio[:, None, None] ** exponents
+        return self.inv_freq * ratio[:, :, None] ** exponents
 
 
 class Attention(nn.Module):
@@ -141,14 +146,25 @@ class Attention(nn.Module):
         return self.o_proj(attended.flatten(0, 1)), present
 
     def decode(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: Tensor, page_table: Tensor, past_lengths: Tensor
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        past: Tensor,
+        page_table: Tensor,
+        past_lengths: Tensor,
+        sequence_lengths: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Absorbed: W_UK moves to the query and W_UV to the output, so that attention reads latents only."""
         q_nope, q_rope, latent = self.project(x, cos, sin)
-        absorbed = torch.bmm(q_nope.squeeze(1).transpose(0, 1), self.w_uk)  # [H, B, L]
-        query = torch.cat([absorbed.transpose(0, 1), q_rope.squeeze(1)], dim=-1)  # [B, H, D]
-        attended, present = mla_decode(query, latent, past, page_table, past_lengths, self.scale, self.rank)
-        value = torch.bmm(attended.transpose(0, 1), self.w_uv.transpose(1, 2))  # [H, B, V]
+        absorbed = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), self.w_uk)  # [H, T, L]
+        query = torch.cat([absorbed.transpose(0, 1), q_rope.flatten(0, 1)], dim=-1).view(
+            *cos.shape[:2], self.heads, self.rank + self.rope_dim
+        )  # [B, S, H, D]
+        attended, present = mla_decode(
+            query, latent, past, page_table, past_lengths, sequence_lengths, self.scale, self.rank
+        )  # [B, S, H, L]
+        value = torch.bmm(attended.flatten(0, 1).transpose(0, 1), self.w_uv.transpose(1, 2))  # [H, T, V]
         return self.o_proj(value.transpose(0, 1).flatten(1)), present
 
 
@@ -273,7 +289,7 @@ class Backbone(nn.Module):
         """The last layer's output [B, S, hidden], before the norm, and the pools with the new tokens."""
         batch, seq = tokens.shape[:2]
         positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=tokens.device)  # [B, S]
-        cos, sin = self.rope(positions, past_lengths + sequence_lengths)
+        cos, sin = self.rope(positions, (past_lengths + sequence_lengths).unsqueeze(1))
 
         def attend(attention: Attention, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
             return attention.prefill(x, cos, sin, past, page_table, past_lengths, sequence_lengths)
@@ -282,15 +298,23 @@ class Backbone(nn.Module):
         return x.view(batch, seq, -1), present
 
     def decode(
-        self, tokens: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]
+        self,
+        tokens: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """The last layer's output [B, hidden] for one token a row, before the norm, and the pools with it."""
-        cos, sin = self.rope(past_lengths.unsqueeze(1), past_lengths + 1)
+        """As prefill, for few tokens a row, each rotated as if it came alone."""
+        batch, seq = tokens.shape[:2]
+        positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=tokens.device)  # [B, S]
+        cos, sin = self.rope(positions, positions + 1)
 
         def attend(attention: Attention, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-            return attention.decode(x, cos, sin, past, page_table, past_lengths)
+            return attention.decode(x, cos, sin, past, page_table, past_lengths, sequence_lengths)
 
-        return self.through(tokens, latents, attend)
+        x, present = self.through(tokens, latents, attend)
+        return x.view(batch, seq, -1), present
 
 
 class DeepseekV2(nn.Module):
@@ -322,11 +346,16 @@ class DeepseekV2(nn.Module):
         return x if self.all_logits else last_tokens(x, lengths)[:, 0]
 
     def decode(
-        self, input_ids: Tensor, past_lengths: Tensor, page_table: Tensor, latents: Sequence[Tensor]
+        self,
+        input_ids: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
-        """input_ids int64 [B, 1], at position past_lengths of each row. Logits [B, vocab]."""
-        x, present = self.model.decode(input_ids, past_lengths, page_table, latents)
-        return self.logits(x), present
+        """input_ids int64 [B, S], right-padded, from position past_lengths of each row on. Logits [B, S, vocab]."""
+        x, present = self.model.decode(input_ids, sequence_lengths, past_lengths, page_table, latents)
+        return self.logits(x.flatten(0, 1)).view(*x.shape[:2], -1), present
 
     def logits(self, x: Tensor) -> Tensor:
         x = self.model.norm(x)

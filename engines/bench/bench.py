@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,8 @@ from deepseek_trt.engines.bench.bandwidth import copy_bandwidth, read_bandwidth
 from deepseek_trt.engines.bench.roofline import decode_traffic, distinct_experts
 from deepseek_trt.engines.generation.pages import pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Counters, Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.speculation import OFF, check_speculate
 from deepseek_trt.engines.sessions.huge_pages import Progress
 from deepseek_trt.engines.sessions.opening import (
     AUTO,
@@ -49,9 +50,11 @@ class BenchRequest:
     context: int = 512
     new_tokens: int = 64
     threads: int = 0
+    speculate: str = OFF
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
+        check_speculate(self.speculate)
         for name, least in (("context", 1), ("new_tokens", 3)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} {getattr(self, name)}: must be at least {least}")
@@ -64,10 +67,12 @@ class Point:
     """One batch size. Times are in seconds, sizes in bytes.
 
     time_to_first_token: from the request to the token, the mean of all rows. time_per_token: of decode steps with all
-    rows and no prefill, each of which gives every row a token. bytes_a_step: weights that every step reads, weights of
-    the routed experts hit, cache; at the mean length. experts_hit: distinct routed experts of a layer in a step, the
-    mean; `experts` says whether they were counted in these steps or are what equally likely experts would give.
-    bandwidth_fraction: the sum of the bytes over the median step's time, as a share of the measured bandwidth.
+    rows and no prefill, each over the tokens that it gave a row: one, or with speculation tokens_a_step on average.
+    acceptance: the share of proposed tokens that were picked, 0 without speculation. bytes_a_step: weights that every
+    step reads, weights of the routed experts hit, cache; at the mean length. experts_hit: distinct routed experts of a
+    layer in a step, the mean; `experts` says whether they were counted in these steps or are what equally likely
+    experts would give. bandwidth_fraction: the sum of the bytes over the median step's time, as a share of the
+    measured bandwidth.
     """
 
     batch_size: int
@@ -81,6 +86,8 @@ class Point:
     experts_hit: float
     experts: Literal["measured", "expected"]
     bandwidth_fraction: float
+    tokens_a_step: float = 1.0
+    acceptance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,61 +154,73 @@ def _widens(session: Session) -> bool:
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds to each row's first token, and of every decode step that had all rows; what all steps hit, if counted."""
+    """Seconds to each row's first token, and of every decode step that had all rows; the tokens that each such step
+    gave a row; what all steps hit, if counted.
+    """
 
     first: tuple[float, ...]
     steps: tuple[float, ...]
+    tokens: tuple[float, ...]
     hit: ExpertsHit
+    counters: Counters
 
 
 def _point(opened: Opened, bundle: Bundle, request: BenchRequest, batch: int, bandwidth: float) -> Point:
     session, model = opened.session, bundle.manifest.model
     prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, request.context)).tolist()
     _run(opened, bundle, prompts, WARM_TOKENS)
-    times = _run(opened, bundle, prompts, request.new_tokens)
-    mean_length = request.context + len(times.steps) // 2
+    times = _run(opened, bundle, prompts, request.new_tokens, request.speculate)
+    mean_length = request.context + int(sum(times.tokens)) // 2
     measured = _experts_hit(model, times)
     hit = distinct_experts(model, batch) if measured is None else measured
     lengths = [mean_length] * batch
     traffic = decode_traffic(bundle.manifest, session.cache, lengths, session.weights_dtype, hit, _widens(session))
-    p50, p95, p99 = (float(np.quantile(times.steps, q)) for q in (0.5, 0.95, 0.99))
+    each = np.array(times.steps) / times.tokens
+    p50, p95, p99 = (float(np.quantile(each, q)) for q in (0.5, 0.95, 0.99))
     return Point(
         batch_size=batch,
         context=request.context,
         new_tokens=request.new_tokens,
-        tokens_per_second=batch / float(np.mean(times.steps)),
+        tokens_per_second=batch * sum(times.tokens) / sum(times.steps),
         prefill_tokens_per_second=batch * request.context / max(times.first),
         time_to_first_token=float(np.mean(times.first)),
         time_per_token={"p50": p50, "p95": p95, "p99": p99},
         bytes_a_step=traffic,
         experts_hit=hit,
         experts="expected" if measured is None else "measured",
-        bandwidth_fraction=sum(traffic.values()) / p50 / bandwidth,
+        bandwidth_fraction=sum(traffic.values()) / float(np.median(times.steps)) / bandwidth,
+        tokens_a_step=times.counters.tokens_a_step,
+        acceptance=times.counters.acceptance,
     )
 
 
-def _run(opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_tokens: int) -> _Times:
+def _run(
+    opened: Opened, bundle: Bundle, prompts: Sequence[Sequence[int]], new_tokens: int, speculate: str = OFF
+) -> _Times:
     rows = len(prompts)
-    scheduler = Scheduler(opened.session, bundle.manifest.model, SchedulerLimits.for_batch(rows))
+    scheduler = Scheduler(opened.session, bundle.manifest.model, SchedulerLimits.for_batch(rows, speculate))
+    counters = scheduler.counters
     start = time.perf_counter()
     for prompt in prompts:
         scheduler.add(prompt, SamplingParams(new_tokens, ignore_eos=True))
     first: dict[int, float] = {}
     steps: list[float] = []
+    tokens: list[float] = []
     hit_before = opened.session.experts_hit()
     while scheduler.busy:
-        before, decoded = time.perf_counter(), scheduler.counters.decoded
-        prefilled = scheduler.counters.prefilled
+        before, done = time.perf_counter(), replace(counters)
         events = scheduler.step()
         now = time.perf_counter()
         for event in events:
             if event.error is not None:
                 raise event.error
             first.setdefault(event.request, now - start)
-        if scheduler.counters.decoded - decoded == rows and scheduler.counters.prefilled == prefilled:
+        made = counters.decoded - done.decoded
+        if made - (counters.accepted - done.accepted) == rows and counters.prefilled == done.prefilled:
             steps.append(now - before)
+            tokens.append(made / rows)
     layers, experts = (after - before for after, before in zip(opened.session.experts_hit(), hit_before, strict=True))
-    return _Times(tuple(first.values()), tuple(steps), ExpertsHit(layers, experts))
+    return _Times(tuple(first.values()), tuple(steps), tuple(tokens), ExpertsHit(layers, experts), counters)
 
 
 def _experts_hit(model: ModelConfig, times: _Times) -> float | None:

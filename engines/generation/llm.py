@@ -75,6 +75,7 @@ class LLM:
         backend: str = AUTO,
         threads: int = 0,
         limits: SchedulerLimits | None = None,
+        speculate: str | None = None,
         cache_mib: int = 1024,
         pages: int | None = None,
         generation_config: bool = True,
@@ -83,13 +84,16 @@ class LLM:
         """The bundle at this path, with a session of its own.
 
         Its generation_config.json gives `defaults`, unless generation_config is False: then they are greedy.
+        `speculate` stands in for limits.speculate.
 
         `pages` sets the cache's size, else `cache_mib` bounds it (in the bundle's dtype) where limits.max_running
         sequences of full length would take more. `verify` hashes all files of the bundle, the weights among them, which
         are otherwise hashed once and again when they change.
         """
         check_backend(backend)
-        found, limits = Bundle.open(Path(bundle), verify), limits or SchedulerLimits()
+        limits = limits or SchedulerLimits()
+        limits = limits if speculate is None else dataclasses.replace(limits, speculate=speculate)
+        found = Bundle.open(Path(bundle), verify)
         check_generates(found)
         defaults = SamplingDefaults.of_bundle(found) if generation_config else _NO_DEFAULTS
         if pages is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.sampling import Sampler
+from deepseek_trt.engines.generation.speculation import Lookup
 
 FinishReason = Literal["stop", "length"]
 
@@ -41,6 +43,7 @@ class Request:
     stops: frozenset[int]
     keys: PrefixKeys
     id: int = -1
+    lookup: Lookup = field(default_factory=Lookup)
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     named: int = 0  # pages that the pool knows by key
@@ -62,7 +65,8 @@ class Request:
 
 
 class Work(NamedTuple):
-    """A row of a graph's batch: the request and how many of its tokens this step computes."""
+    """A row of a graph's batch: the request and how many of its tokens this step computes, those drafted last."""
 
     request: Request
     new: int
+    draft: Sequence[int] = ()

@@ -14,6 +14,7 @@ from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.request import Event, Request, Work
 from deepseek_trt.engines.generation.sampling import Choice, Sampler, sample_rows
+from deepseek_trt.engines.generation.speculation import AUTO, MOST_DRAFTED, OFF, Payoff, check_speculate
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config.model_config import ModelConfig
@@ -29,14 +30,18 @@ class SchedulerLimits:
     max_running: requests that own pages. token_budget: tokens computed in a step, one a decoding request and the rest
     for prefill, padding counted. prefill_chunk: tokens of one prompt at once (an engine's --max-input-len).
     prefix_reuse: full pages with the same tokens before and in them are computed once and shared.
+    speculate: "lookup" has every decode step without prefill compute what followed the last tokens where they stood
+    before, too, within the budget; "auto" while that gives more tokens a second; "off". Answers stay the same.
     """
 
     max_running: int = 32
     token_budget: int = 1024
     prefill_chunk: int = 512
     prefix_reuse: bool = True
+    speculate: str = OFF
 
     def __post_init__(self) -> None:
+        check_speculate(self.speculate)
         if self.max_running < 1:
             raise RequestError(f"max_running {self.max_running}: must be at least 1")
         if self.prefill_chunk < 1:
@@ -45,19 +50,41 @@ class SchedulerLimits:
             raise RequestError(f"token_budget {self.token_budget}: must be at least max_running, {self.max_running}")
 
     @classmethod
-    def for_batch(cls, rows: int) -> SchedulerLimits:
+    def for_batch(cls, rows: int, speculate: str = OFF) -> SchedulerLimits:
         """For `rows` requests that come together: a chunk of every prompt in one step, and nothing used again."""
-        return cls(max(rows, 1), max(rows, 1) * cls.prefill_chunk, prefix_reuse=False)
+        return cls(max(rows, 1), max(rows, 1) * cls.prefill_chunk, prefix_reuse=False, speculate=speculate)
 
 
 @dataclass
 class Counters:
-    """What a scheduler has done so far, in tokens but for `preemptions`."""
+    """What a scheduler has done so far, in tokens but for `preemptions`.
+
+    decoded: tokens of answers that decode steps gave; accepted: those of them that were drafted, which took no step of
+    their own. So a row got decoded / (decoded - accepted) tokens a step.
+    """
 
     prefilled: int = 0
     decoded: int = 0
+    drafted: int = 0
+    accepted: int = 0
     reused: int = 0
     preemptions: int = 0
+
+    @property
+    def tokens_a_step(self) -> float:
+        """Of a row in a decode step."""
+        return self.decoded / max(self.decoded - self.accepted, 1)
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that were picked; 0 where none was drafted."""
+        return self.accepted / max(self.drafted, 1)
+
+    @property
+    def line(self) -> str:
+        """What speculation gave."""
+        share = f"{self.accepted} of {self.drafted} proposed tokens were picked ({100 * self.acceptance:.0f} %)"
+        return f"speculation: {share}, {self.tokens_a_step:.2f} tokens a step"
 
 
 class Scheduler:
@@ -81,6 +108,7 @@ class Scheduler:
         self.counters = Counters()
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
+        self._payoff = Payoff()
         self._native = load_sampler(session.library, session.threads) if session.library else None
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in order of arrival, all earlier than those waiting
@@ -161,22 +189,82 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Compute one step: the next token of every decoding request, and prefill within the budget.
 
-        Events come in order of arrival, at most one a request; one whose logits are not finite ends with an error, and
-        the others go on. When the session raises, no request has moved, and the step can be tried again.
+        Events come in order of arrival, one a request, and then those of tokens that were drafted; one whose logits are
+        not finite ends with an error, and the others go on. When the session raises, no request has moved, and the step
+        can be tried again.
         """
         self._grow()
         self._admit()
         decoding = [Work(request, 1) for request in self._running if request.decodes]
-        all_decode = len(decoding) == len(self._running)
-        prefilling = [] if all_decode else self._chunks(self.limits.token_budget - len(decoding))
+        if len(decoding) == len(self._running):
+            return self._decode_all(self._with_drafts(decoding))
+        prefilling = self._chunks(self.limits.token_budget - len(decoding))
         prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
         self._advance(prefilling, decoding)
-        if not prefilling:
-            return self._sample([w.request for w in decoding], decoded)
-        work = zip([*prefilling, *decoding], [*prefilled, *decoded], strict=True)
+        work = zip([*prefilling, *decoding], [*prefilled, *(row[0] for row in decoded)], strict=True)
         rows = {w.request.id: row for w, row in work}
         ready = [request for request in self._running if request.id in rows and not request.left]
         return self._sample(ready, [rows[request.id] for request in ready])
+
+    def _decode_all(self, work: list[Work]) -> list[Event]:
+        """A step without prefill: the tokens that every row's logits give, as far as they are what was drafted."""
+        if not work:
+            return []
+        start = self._payoff.clock()
+        try:
+            logits = self._decode(work)
+        except BaseException:
+            for w in work:
+                self._cut(w.request)
+            raise
+        seconds = self._payoff.clock() - start
+        self._advance([], work)
+        events = latest = self._sample([w.request for w in work], np.ascontiguousarray(logits[:, 0]))
+        going, at = [row for row, w in enumerate(work) if w.draft], 0
+        if not going:
+            self._payoff.plain(len(work), seconds)
+            return events
+        while going := _agreeing(work, going, at, latest):
+            at += 1
+            for row in going:
+                self._take(work[row].request, 1)
+            self.counters.accepted += len(going)
+            self.counters.decoded += len(going)
+            latest = self._sample([work[row].request for row in going], logits[going, at])
+            events += latest
+        for w in work:
+            self._cut(w.request)
+        self._payoff.drafted(len(work), len(events), seconds)
+        return events
+
+    def _with_drafts(self, work: list[Work]) -> list[Work]:
+        """The rows with what may come after their next tokens, within the budget and where pages are free."""
+        way = self.limits.speculate
+        if way == OFF or (way == AUTO and not self._payoff.wants(len(work))):
+            return work
+        room, rows = self.limits.token_budget - len(work), []
+        for request, _, _ in work:
+            left = request.limit - request.sampler.made - 1
+            most = min(MOST_DRAFTED, left, room)
+            draft = request.lookup.draft(request.tokens, most) if most > 0 else []
+            draft = draft[: self._reach(request, len(draft))]
+            rows.append(Work(request, 1 + len(draft), draft))
+            room -= len(draft)
+        self.counters.drafted += sum(len(w.draft) for w in rows)
+        return rows
+
+    def _reach(self, request: Request, more: int) -> int:
+        """For how many of so many tokens after its next one the request has pages: free ones are taken for them."""
+        missing = self._session.cache.pages_for(len(request.tokens) + more) - len(request.pages)
+        if missing > 0:
+            request.pages += self.pool.take(min(missing, self.pool.free))
+        return len(request.pages) * self._session.cache.page_size - len(request.tokens)
+
+    def _cut(self, request: Request) -> None:
+        """Give back pages behind what is cached: they held drafts that were not picked."""
+        held = self._session.cache.pages_for(request.cached)
+        self.pool.give_back(request.pages[held:])
+        del request.pages[held:]
 
     def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         return min(params.max_new_tokens, self._config.max_position_embeddings - len(prompt))
@@ -251,11 +339,14 @@ class Scheduler:
             return [logits[row, w.new - 1] for row, w in enumerate(work)]
         return logits
 
-    def _decode(self, work: list[Work]) -> Sequence[Floats] | Floats:
+    def _decode(self, work: list[Work]) -> Floats:
+        """Logits [B, S, vocab] after each row's last token and its drafts."""
         if not work:
-            return ()
-        ids = np.array([[w.request.tokens[-1]] for w in work], dtype=np.int64)
-        return self._session.decode(ids, *self._cached(work))
+            return np.empty((0, 1, self._config.vocab_size), dtype=np.float32)
+        longest = max(w.new for w in work)
+        ids = [[w.request.tokens[-1], *w.draft, *[0] * (longest - w.new)] for w in work]
+        new = _int32([w.new for w in work])
+        return self._session.decode(np.array(ids, dtype=np.int64), new, *self._cached(work))
 
     def _cached(self, work: list[Work]) -> tuple[Int32s, Int32s]:
         """past_lengths [B] and page_table [B, M] of the pages that this step reaches: prefill expands all it gets."""
@@ -266,10 +357,16 @@ class Scheduler:
     def _advance(self, prefilling: list[Work], decoding: list[Work]) -> None:
         self.counters.prefilled += sum(w.new for w in prefilling)
         self.counters.decoded += len(decoding)
-        for w in (*prefilling, *decoding):
-            w.request.cached += w.new
-            if self.limits.prefix_reuse:
-                self._name_full_pages(w.request)
+        for w in prefilling:
+            self._take(w.request, w.new)
+        for w in decoding:
+            self._take(w.request, 1)
+
+    def _take(self, request: Request, count: int) -> None:
+        """So many more of the request's tokens are cached."""
+        request.cached += count
+        if self.limits.prefix_reuse:
+            self._name_full_pages(request)
 
     def _name_full_pages(self, request: Request) -> None:
         full = request.cached // self._session.cache.page_size
@@ -333,6 +430,14 @@ class Scheduler:
             f"{self._session.cache.dtype}): weights are NaN or infinite, or numbers outgrow the dtype; `deepseek-trt "
             "validate --bisect` finds where, and an export with --dtype bfloat16 has more room than float16"
         )
+
+
+def _agreeing(work: list[Work], rows: list[int], at: int, picked: list[Event]) -> list[int]:
+    """Those of `rows` that drafted one more token, number `at`, and for which it was picked; their answers go on."""
+    tokens = {event.request: event.token for event in picked if event.finished is None and event.error is None}
+    return [
+        row for row in rows if at < len(work[row].draft) and tokens.get(work[row].request.id) == work[row].draft[at]
+    ]
 
 
 def _int32(values: list[int]) -> Int32s:

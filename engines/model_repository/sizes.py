@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from deepseek_trt.engines.generation.pages import MIB, pages_needed, pages_within, sequence_pages
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+from deepseek_trt.engines.generation.speculation import OFF
 from deepseek_trt.engines.plans.check import Limits, limits_of, read_plans
 from deepseek_trt.engines.plans.plan import has_plan
 from deepseek_trt.engines.serving.settings import ServingSettings
@@ -30,6 +31,7 @@ class SizeRequest:
     threads: int = 0
     prefix_reuse: bool = True
     generation_config: bool = True
+    speculate: str = OFF
 
 
 def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
@@ -54,6 +56,7 @@ def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
         threads=request.threads,
         prefix_reuse=request.prefix_reuse,
         generation_config=request.generation_config,
+        speculate=request.speculate,
     )
 
 

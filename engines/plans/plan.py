@@ -15,7 +15,7 @@ from deepseek_trt.export.text.wording import shown
 from deepseek_trt.export.trust.own_json import own_object, own_record
 from deepseek_trt.export.trust.real_files import flaw_of_name
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 MEND = "make it with deepseek-trt build"
 Weights = Literal["shared", "embedded"]
 Shape = tuple[int, ...]

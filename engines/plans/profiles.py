@@ -5,6 +5,7 @@ from __future__ import annotations
 from deepseek_trt.engines.plans.plan import BuildSpec, Profile
 from deepseek_trt.export.bundle.graph import (
     BATCH,
+    MOST_NEW_TOKENS,
     PAGES,
     PAST,
     SEQUENCE,
@@ -20,7 +21,8 @@ from deepseek_trt.export.errors import BuildError
 def profile_of(graph: GraphSpec, cache: CacheSpec, spec: BuildSpec) -> Profile:
     """Every dynamic input's smallest, likeliest and largest shape.
 
-    Prefill is tuned for one full prompt, decode for a full batch. Raises BuildError where a size contradicts another.
+    Prefill is tuned for one full prompt, decode for one token of a full batch. Raises BuildError where a size
+    contradicts another.
     """
     if min(spec.max_batch_size, spec.max_input_len, spec.max_seq_len) < 1:
         raise BuildError("--max-batch-size, --max-input-len and --max-seq-len must be at least 1")
@@ -31,9 +33,10 @@ def profile_of(graph: GraphSpec, cache: CacheSpec, spec: BuildSpec) -> Profile:
     if pages > cache.most_pages:
         raise BuildError(f"{_too_large(cache, spec)}: lower --max-seq-len or --max-batch-size to that")
     likely_batch = 1 if graph.name == "prefill" else spec.max_batch_size
+    steps = (1, 1, MOST_NEW_TOKENS) if graph.name == "decode" else (1, spec.max_input_len, spec.max_input_len)
     sizes = {
         BATCH: (1, likely_batch, spec.max_batch_size),
-        SEQUENCE: (1, spec.max_input_len, spec.max_input_len),
+        SEQUENCE: steps,
         TABLE: (1, table, table),
         PAGES: (2, pages, pages),
         PAST: (0, spec.max_seq_len - 1, spec.max_seq_len),

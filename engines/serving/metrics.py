@@ -52,6 +52,9 @@ HEARTBEATS = MetricSpec(
     "deepseek_trt_heartbeats_total", "counter", "Steps of the engine, and seconds without one while it is idle"
 )
 PREEMPTIONS = MetricSpec("deepseek_trt_preemptions_total", "counter", "Requests put back for want of pages")
+DECODED_TOKENS = MetricSpec("deepseek_trt_decoded_tokens_total", "counter", "Tokens that decode steps gave")
+DRAFTED_TOKENS = MetricSpec("deepseek_trt_drafted_tokens_total", "counter", "Tokens proposed by speculation")
+ACCEPTED_TOKENS = MetricSpec("deepseek_trt_accepted_tokens_total", "counter", "Proposed tokens that were picked")
 CANCELLATIONS = MetricSpec("deepseek_trt_cancellations_total", "counter", "Requests whose client went away")
 
 METRICS = (
@@ -71,6 +74,9 @@ METRICS = (
     ENGINE_UP,
     HEARTBEATS,
     PREEMPTIONS,
+    DECODED_TOKENS,
+    DRAFTED_TOKENS,
+    ACCEPTED_TOKENS,
     CANCELLATIONS,
 )
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+from deepseek_trt.engines.generation.speculation import OFF, check_speculate
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.errors import RequestError
 
@@ -18,6 +19,7 @@ class ServingSettings:
     max_running: those of them that own cache pages. max_model_len: tokens of a prompt and its answer together.
     pages: of the cache, the scratch page counted. threads: of ONNX Runtime, 0 for its own choice.
     generation_config: whether requests take defaults from the bundle's generation_config.json.
+    speculate: SchedulerLimits'.
     drain_ms: how long running answers may go on after an unload or SIGTERM before they are ended with an error.
     """
 
@@ -32,12 +34,14 @@ class ServingSettings:
     prefix_reuse: bool = True
     drain_ms: int = 5000
     generation_config: bool = True
+    speculate: str = OFF
 
     def __post_init__(self) -> None:
         for name in ("max_inflight", "max_running", "max_model_len", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} {getattr(self, name)}: must be at least 1")
         check_threads(self.threads)
+        check_speculate(self.speculate)
         if self.drain_ms < 0:
             raise RequestError(f"drain_ms {self.drain_ms}: must not be negative")
         if self.pages < 2:
@@ -45,7 +49,8 @@ class ServingSettings:
 
     @property
     def limits(self) -> SchedulerLimits:
-        return SchedulerLimits(self.max_running, self.token_budget, self.prefill_chunk, self.prefix_reuse)
+        sizes = self.max_running, self.token_budget, self.prefill_chunk
+        return SchedulerLimits(*sizes, self.prefix_reuse, self.speculate)
 
     def to_parameters(self) -> dict[str, str]:
         """As config.pbtxt holds them: JSON's spelling of each value."""
@@ -62,7 +67,7 @@ def _parsed(name: str, parameters: Mapping[str, str]) -> str | int | bool:
     value = parameters.get(name)
     if value is None:
         raise RequestError(f"parameter {name} is missing in config.pbtxt: write the repository again")
-    if name == "backend":
+    if name in ("backend", "speculate"):
         return value
     if name in ("prefix_reuse", "generation_config"):
         if value not in ("true", "false"):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from deepseek_trt.engines.sessions.loading import check_memory
 from deepseek_trt.export.arrays import Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.graph import CacheSpec
+from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS, CacheSpec
 from deepseek_trt.export.errors import RequestError
 
 _MOST_PAGES = 2**31 - 1  # a page table holds int32
@@ -29,7 +29,8 @@ class Door:
     pages: int
     page_size: int
     vocab_size: int
-    _decoded: tuple[tuple[int, ...], bytes, list[int]] | None = None  # table and written columns that decode had last
+    # What decode had last that had room: page table, and the first and last column that each row writes.
+    _decoded: tuple[tuple[int, ...], bytes, list[int], list[int]] | None = None
 
     @classmethod
     def of(cls, bundle: Bundle, pages: int) -> Door:
@@ -43,7 +44,7 @@ class Door:
         self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
     ) -> None:
         """A row of length 0 rests: it writes nothing, and its logits mean nothing. Some row must have a token."""
-        self._check_shapes(input_ids, past_lengths, page_table, sequence_lengths)
+        self._check_shapes(input_ids, sequence_lengths, past_lengths, page_table)
         steps = input_ids.shape[1]
         longest = int(sequence_lengths.view(np.uint32).max())
         if longest > steps:
@@ -52,17 +53,25 @@ class Door:
             raise RequestError("sequence_lengths are all 0: give at least one token")
         self._check_numbers(input_ids, past_lengths, page_table, sequence_lengths)
 
-    def check_decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> None:
-        self._check_shapes(input_ids, past_lengths, page_table)
-        if input_ids.shape[1] != 1:
-            raise RequestError(f"input_ids has shape {list(input_ids.shape)}: decode takes one token a row, [B, 1]")
-        ids = input_ids.ravel().tolist()
-        known = (page_table.shape, page_table.tobytes(), [past // self.page_size for past in past_lengths.tolist()])
+    def check_decode(
+        self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
+    ) -> None:
+        """Every row has a token; what its padding holds is a token id, too."""
+        self._check_shapes(input_ids, sequence_lengths, past_lengths, page_table)
+        shape, steps = list(input_ids.shape), input_ids.shape[1]
+        if steps > MOST_NEW_TOKENS:
+            raise RequestError(f"input_ids has shape {shape}: decode takes at most {MOST_NEW_TOKENS} tokens a row")
+        ids, new, past = input_ids.ravel().tolist(), sequence_lengths.tolist(), past_lengths.tolist()
+        if min(new) < 1 or max(new) > steps:
+            _refuse("sequence_lengths", sequence_lengths, (sequence_lengths < 1) | (sequence_lengths > steps), steps, 1)
+        page = self.page_size
+        written = [p // page for p in past], [(p + n - 1) // page for p, n in zip(past, new, strict=True)]
+        known = (page_table.shape, page_table.tobytes(), *written)
         if known != self._decoded or min(ids) < 0 or max(ids) >= self.vocab_size:
-            self._check_numbers(input_ids, past_lengths, page_table, 1)
+            self._check_numbers(input_ids, past_lengths, page_table, sequence_lengths)
             self._decoded = known
 
-    def _check_shapes(self, input_ids: Any, past_lengths: Any, page_table: Any, sequence_lengths: Any = None) -> None:
+    def _check_shapes(self, input_ids: Any, sequence_lengths: Any, past_lengths: Any, page_table: Any) -> None:
         _check_array("input_ids", input_ids, np.int64, 2)
         _check_array("past_lengths", past_lengths, np.int32, 1)
         _check_array("page_table", page_table, np.int32, 2)
@@ -72,12 +81,11 @@ class Door:
                 f"input_ids has {rows} rows, past_lengths {len(past_lengths)}, page_table {len(page_table)}: give each "
                 "as many"
             )
-        if sequence_lengths is not None:
-            _check_array("sequence_lengths", sequence_lengths, np.int32, 1)
-            if len(sequence_lengths) != rows:
-                raise RequestError(f"input_ids has {rows} rows, sequence_lengths {len(sequence_lengths)}: give as many")
+        _check_array("sequence_lengths", sequence_lengths, np.int32, 1)
+        if len(sequence_lengths) != rows:
+            raise RequestError(f"input_ids has {rows} rows, sequence_lengths {len(sequence_lengths)}: give as many")
 
-    def _check_numbers(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s, new: Int32s | int) -> None:
+    def _check_numbers(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s, new: Int32s) -> None:
         if int(input_ids.view(np.uint64).max()) >= self.vocab_size:
             _refuse("input_ids", input_ids, (input_ids < 0) | (input_ids >= self.vocab_size), self.vocab_size - 1)
         room = page_table.shape[1] * self.page_size
@@ -86,7 +94,9 @@ class Door:
         ends += new
         if lowest < 0 or int(ends.max()) > room:
             wrong = (past_lengths < 0) | (ends > room)
-            _refuse("past_lengths", past_lengths, wrong, room - 1, f" for the {page_table.shape[1]} pages of a row")
+            more = int(new[wrong][0])
+            why = f" for {more} more in the {page_table.shape[1]} pages of a row"
+            _refuse("past_lengths", past_lengths, wrong, room - more, why=why)
         self._check_pages(page_table, past_lengths, ends)
 
     def _check_pages(self, page_table: Int32s, past_lengths: Int32s, ends: npt.NDArray[np.int64]) -> None:
@@ -98,7 +108,7 @@ class Door:
         written = reached & (columns >= (past_lengths // self.page_size)[:, None])
         pages, own = np.sort(page_table[reached]), page_table[written]
         if pages[0] == 0:
-            _refuse("page_table", page_table, reached & (page_table == 0), self.pages - 1, least=1)
+            _refuse("page_table", page_table, reached & (page_table == 0), self.pages - 1, 1)
         if (pages.searchsorted(own, "right") - pages.searchsorted(own) != 1).any():
             self._refuse_shared(page_table, reached, written)
 
@@ -125,6 +135,6 @@ def _check_array(name: str, array: Any, dtype: type[np.generic], dims: int) -> N
         raise RequestError(f"{name} has shape {list(array.shape)}: give {wanted}, with at least one row")
 
 
-def _refuse(name: str, array: npt.NDArray[Any], wrong: _Bools, most: int, why: str = "", least: int = 0) -> None:
+def _refuse(name: str, array: npt.NDArray[Any], wrong: _Bools, most: int, least: int = 0, why: str = "") -> None:
     place = tuple(int(index) for index in np.argwhere(wrong)[0])
     raise RequestError(f"{name}{list(place)} is {array[place]}: must lie between {least} and {most}{why}")

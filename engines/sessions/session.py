@@ -42,8 +42,11 @@ class Session(Protocol):
         RequestError for numbers that no graph may see: door.py says which. So does decode.
         """
 
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        """Cache one token a row, input_ids [B, 1], at position past_lengths [B]; float32 logits [B, vocab]."""
+    def decode(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        """As prefill, at most MOST_NEW_TOKENS a row and at least one; float32 logits [B, S, vocab], one a token.
+
+        Where rows are shorter than S, logits of padding are finite and mean nothing.
+        """
 
     def pool(self, layer: int) -> Array:
         """The layer's page pool [P, page, D] as it is now; a view where it can be one."""
@@ -69,17 +72,25 @@ class GraphPair(Session):
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
         self.door.check_prefill(input_ids, sequence_lengths, past_lengths, page_table)
-        feeds: Arrays = {"input_ids": input_ids, "sequence_lengths": sequence_lengths}
-        return self.compute("prefill", feeds | {"past_lengths": past_lengths, "page_table": page_table})
+        return self.compute("prefill", feeds_of(input_ids, sequence_lengths, past_lengths, page_table))
 
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        self.door.check_decode(input_ids, past_lengths, page_table)
-        feeds: Arrays = {"input_ids": input_ids, "past_lengths": past_lengths, "page_table": page_table}
-        return self.compute("decode", feeds)
+    def decode(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        self.door.check_decode(input_ids, sequence_lengths, past_lengths, page_table)
+        return self.compute("decode", feeds_of(input_ids, sequence_lengths, past_lengths, page_table))
 
     def compute(self, graph: str, feeds: Arrays) -> Floats:
         """Run the graph "prefill" or "decode" on its inputs by name, in its order."""
         raise NotImplementedError
+
+
+def feeds_of(input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Arrays:
+    """The inputs of either graph by name, in its order."""
+    return {
+        "input_ids": input_ids,
+        "sequence_lengths": sequence_lengths,
+        "past_lengths": past_lengths,
+        "page_table": page_table,
+    }
 
 
 def row_latents(session: Session, layer: int, pages: Int32s, length: int) -> Floats:

@@ -14,6 +14,7 @@ from deepseek_trt.export.dtypes import computed_in, dtype_bytes
 GraphName = Literal["prefill", "decode", "model"]
 Dim = int | str
 DEFAULT_PAGE_SIZE = 64
+MOST_NEW_TOKENS = 8  # of a row, that decode takes at once
 DOMAIN = "deepseek_trt"  # of the custom ops, in torch and ONNX alike
 
 # Symbolic dims, and their names in ONNX.
@@ -109,20 +110,20 @@ def graphs_of(
     past = [TensorSpec(past_name(i), cache.dtype, pool) for i in layers]
     present = [TensorSpec(present_name(i), cache.dtype, pool) for i in layers]
 
-    def graph(name: GraphName, steps: Dim, *places: TensorSpec) -> GraphSpec:
-        inputs = (_tokens(config, cache, interface, steps), *places, *past)
-        return GraphSpec(name, inputs, (*_outputs(config, interface, num_labels, steps), *present))
+    def graph(name: GraphName, *places: TensorSpec) -> GraphSpec:
+        inputs = (_tokens(config, cache, interface), *places, *past)
+        return GraphSpec(name, inputs, (*_outputs(name, config, interface, num_labels), *present))
 
     if not interface.cache:
-        return (graph("model", SEQUENCE, lengths),)
+        return (graph("model", lengths),)
     cached = (TensorSpec("past_lengths", "int32", (BATCH,)), TensorSpec("page_table", "int32", (BATCH, TABLE)))
-    return graph("prefill", SEQUENCE, lengths, *cached), graph("decode", 1, *cached)
+    return graph("prefill", lengths, *cached), graph("decode", lengths, *cached)
 
 
 def _masked(config: ModelConfig, cache: CacheSpec, interface: Interface, num_labels: int) -> GraphSpec:
     """The one graph of --io transformers, for prompts and single tokens alike."""
-    tokens = _tokens(config, cache, interface, SEQUENCE)
-    outputs = _outputs(config, interface, num_labels, SEQUENCE)
+    tokens = _tokens(config, cache, interface)
+    outputs = _outputs("model", config, interface, num_labels)
     if not interface.cache:
         return GraphSpec("model", (tokens, TensorSpec("attention_mask", "int64", (BATCH, SEQUENCE))), outputs)
     parts = {"key": config.kv_lora_rank, "value": config.qk_rope_head_dim}  # the latents, the rotated rope parts
@@ -140,29 +141,29 @@ def _masked(config: ModelConfig, cache: CacheSpec, interface: Interface, num_lab
     return GraphSpec("model", (tokens, mask, positions, *past), (*outputs, *pools("present", TOTAL)))
 
 
-def _tokens(config: ModelConfig, cache: CacheSpec, interface: Interface, steps: Dim) -> TensorSpec:
+def _tokens(config: ModelConfig, cache: CacheSpec, interface: Interface) -> TensorSpec:
     if interface.inputs_embeds:
-        return TensorSpec("inputs_embeds", cache.dtype, (BATCH, steps, config.hidden_size))
-    return TensorSpec("input_ids", "int64", (BATCH, steps))
+        return TensorSpec("inputs_embeds", cache.dtype, (BATCH, SEQUENCE, config.hidden_size))
+    return TensorSpec("input_ids", "int64", (BATCH, SEQUENCE))
 
 
-def _outputs(config: ModelConfig, interface: Interface, num_labels: int, steps: Dim) -> tuple[TensorSpec, ...]:
-    """The head's outputs for `steps` tokens a row; they are float32 in any model, as numpy has no bfloat16."""
+def _outputs(name: GraphName, config: ModelConfig, interface: Interface, num_labels: int) -> tuple[TensorSpec, ...]:
+    """The head's outputs; they are float32 in any model, as numpy has no bfloat16."""
     if interface.task == CLASSIFICATION:
         return (TensorSpec("logits", "float32", (BATCH, num_labels)),)
     if interface.task == FEATURES:
-        dims = (BATCH, steps, config.hidden_size)
+        dims = (BATCH, SEQUENCE, config.hidden_size)
         count = config.num_hidden_layers + 1 if interface.hidden_states else 0
         hidden = tuple(TensorSpec(hidden_name(i), "float32", dims) for i in range(count))
         return (TensorSpec("last_hidden_state", "float32", dims), *hidden)
-    return (TensorSpec("logits", "float32", (BATCH, *_kept(interface, steps), config.vocab_size)),)
+    return (TensorSpec("logits", "float32", (BATCH, *_kept(name, interface), config.vocab_size)),)
 
 
-def _kept(interface: Interface, steps: Dim) -> tuple[Dim, ...]:
-    """The tokens of a row that get logits, as dims."""
+def _kept(name: GraphName, interface: Interface) -> tuple[Dim, ...]:
+    """The tokens of a row that get logits, as dims: all that decode takes."""
     keep = interface.logits_to_keep
     if interface.io == TRANSFORMERS:
-        return (KEPT,) if keep else (steps,)
-    if steps == 1 or keep is None:
-        return ()
-    return (keep or steps,)
+        return (KEPT,) if keep else (SEQUENCE,)
+    if name == "decode":
+        return (SEQUENCE,)
+    return () if keep is None else (keep or SEQUENCE,)

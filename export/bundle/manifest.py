@@ -29,7 +29,7 @@ from deepseek_trt.export.writing.working import aside, remove_leftover
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 _OWN = "sha256"  # the key of the manifest's own
 
 

@@ -56,7 +56,7 @@ def _body(attributes: Mapping[str, Any]) -> str:
     return f"""
     {paging.CONSTANTS_BODY}
     new = Cast <to = 7> (sequence_lengths)
-    {paging.WRITE_BODY.format(real_page=paging.PADDING_TO_PAGE_0)}
+    {paging.WRITE_BODY}
     {paging.READ_BODY}
     rank = Shape <start = 2> (w_uk)
     nope = Shape <start = 1, end = 2> (w_uk)

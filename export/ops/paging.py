@@ -40,7 +40,7 @@ CONSTANTS_BODY = """
     lowest = Constant <value_float = -3.0e38> ()
 """
 
-# From past_latent, latent, page_table, past_lengths to present_latent; also table, past, positions.
+# From past_latent, latent, page_table, past_lengths, new [B] to present_latent; also table, past, positions.
 WRITE_BODY = """
     table = Cast <to = 7> (page_table)
     past = Cast <to = 7> (past_lengths)
@@ -55,19 +55,17 @@ WRITE_BODY = """
     page_wanted = Div (positions, page_dim)
     page_listed = Min (page_wanted, last_entry)
     page_found = GatherElements <axis = 1> (table, page_listed)
-    {real_page}
+    new_column = Unsqueeze (new, axis_1)
+    is_real = Less (steps, new_column)
+    page_real = Where (is_real, page_found, zero)
     offset = Mod (positions, page_dim)
     page_index = Unsqueeze (page_real, last_axis)
     offset_index = Unsqueeze (offset, last_axis)
     slots = Concat <axis = -1> (page_index, offset_index)
     present_latent = ScatterND (past_latent, slots, latent)
 """
-NO_PADDING = "page_real = Identity (page_found)"
-PADDING_TO_PAGE_0 = """new_column = Unsqueeze (new, axis_1)
-    is_real = Less (steps, new_column)
-    page_real = Where (is_real, page_found, zero)"""
 
-# From present_latent, table, past and new [B] or [1] to latents [B, T, D] and is_cached [B, T].
+# From present_latent, table, past and new [B] to latents [B, T, D] and is_cached [B, T].
 READ_BODY = """
     pages = Gather <axis = 0> (present_latent, table)
     latent_dim = Shape <start = 2> (past_latent)

@@ -23,8 +23,12 @@ _WRITE = (
     "page_size i32, pages i32"
 )
 _SPLIT = (
-    "query *T, pool *T, page_table *i32, past_lengths *i32, partial *fp32, partial_lse *fp32, scale_log2 fp32, "
-    "num_splits i32, table_width i32, page_size i32, pages i32"
+    "query *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, partial *fp32, partial_lse *fp32, "
+    "scale_log2 fp32, steps i32, num_splits i32, table_width i32, page_size i32, pages i32"
+)
+_COMBINE = (
+    "partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T, steps i32, "
+    "num_splits i32, capacity i32"
 )
 _EXPAND = (
     "pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T, w_uv *T, k_nope *T, value *T, "
@@ -47,9 +51,7 @@ class KernelSource:
 KERNELS = {
     "latent_write": KernelSource("latent_write", _WRITE),
     "mla_decode_split": KernelSource("mla_decode", _SPLIT),
-    "mla_decode_combine": KernelSource(
-        "mla_decode", "partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T, num_splits i32, capacity i32"
-    ),
+    "mla_decode_combine": KernelSource("mla_decode", _COMBINE),
     "mla_prefill_expand": KernelSource("mla_prefill", _EXPAND),
     "mla_prefill_attend": KernelSource("mla_prefill", _ATTEND),
     "moe_router": KernelSource("moe_router", "logits *fp32, weights *fp32, ids *i32, tokens i32, scale fp32"),
@@ -100,10 +102,10 @@ def _mla_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
     combine = {**decode.combine, "BLOCK_N": split["BLOCK_N"]}
     write = tiles.write_tile(1, sm)
     return (
-        _row("MlaDecode", "latent_write", dtype, constants.write_constants(config.latent_dim, False), write),
+        _row("MlaDecode", "latent_write", dtype, constants.write_constants(config.latent_dim), write),
         _row("MlaDecode", "mla_decode_split", dtype, decode.split, split),
         _row("MlaDecode", "mla_decode_combine", dtype, combine, tiles.decode_combine_tile(rank, sm)),
-        _row("MlaPrefill", "latent_write", dtype, constants.write_constants(config.latent_dim, True), write),
+        _row("MlaPrefill", "latent_write", dtype, constants.write_constants(config.latent_dim), write),
         _row("MlaPrefill", "mla_prefill_expand", dtype, prefill.expand, tiles.prefill_expand_tile(dtype, rank, 0, sm)),
         _row("MlaPrefill", "mla_prefill_attend", dtype, prefill.attend, tiles.prefill_attend_tile(dtype, 0, 0, sm)),
     )

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from deepseek_trt.export.bundle.graph import DOMAIN
+from deepseek_trt.export.bundle.graph import DOMAIN, SEQUENCE
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.plugins.cpu import halves
 from deepseek_trt.plugins.cpu.operators import (
@@ -56,9 +56,10 @@ class FuseForCpu(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
+        decodes = any(node.op_type == "MlaDecode" for node in graph)
         for node in list(graph):
             if node.op_type == "Add":
-                self._fuse_half(graph, node)
+                self._fuse_half(graph, node, FEED_FORWARD if decodes else PREFILL_FEED_FORWARD)
         self._fuse_head(graph)
         if self.fused:
             graph.opset_imports[CPU_DOMAIN] = 1
@@ -66,13 +67,13 @@ class FuseForCpu(ir.passes.InPlacePass):
         self.left = [node.name or node.op_type for node in graph if node.domain == DOMAIN]
         return ir.passes.PassResult(model, modified=self.fused > 0)
 
-    def _fuse_half(self, graph: ir.Graph, node: ir.Node) -> None:
+    def _fuse_half(self, graph: ir.Graph, node: ir.Node, feed_forward: Operator) -> None:
         out = node.outputs[0]
         for pattern, operators in ((halves.ATTENTION, _ATTENTIONS), (halves.PREFILL_ATTENTION, _PREFILL_ATTENTIONS)):
             if (found := match(pattern, out)) and found["past"].dtype in operators and _same_dims(found):
                 return self._attention(graph, node, operators[found["past"].dtype], found)
         if (found := match(halves.FEED_FORWARD, out)) and _routed_together(found):
-            self._feed_forward(graph, node, found)
+            self._feed_forward(graph, node, feed_forward, found)
 
     def _attention(self, graph: ir.Graph, at: ir.Node, operator: Operator, f: Found) -> None:
         mla = _producer(f["attended"])
@@ -86,7 +87,7 @@ class FuseForCpu(ir.passes.InPlacePass):
         if node is not None:
             _move(mla.outputs[1], node.outputs[1])
 
-    def _feed_forward(self, graph: ir.Graph, at: ir.Node, f: Found) -> None:
+    def _feed_forward(self, graph: ir.Graph, at: ir.Node, operator: Operator, f: Found) -> None:
         attributes: dict[str, float | int] = {"eps": _epsilon(f["norm"]), "shared": int("shared_down" in f)}
         activations = {name for name in ACTIVATIONS if name in f}
         if "experts" in f:
@@ -94,18 +95,21 @@ class FuseForCpu(ir.passes.InPlacePass):
             attributes |= _routing(_producer(f["routed"]))
         if len(activations) == 1:
             attributes["activation"] = ACTIVATIONS.index(activations.pop())
-            lengths = {value.name: value for value in graph.inputs if value.name == halves.LENGTHS}
-            self._insert(graph, at, PREFILL_FEED_FORWARD if lengths else FEED_FORWARD, {**f, **lengths}, attributes)
+            self._insert(graph, at, operator, {**f, **_lengths(graph)}, attributes)
 
     def _fuse_head(self, graph: ir.Graph) -> None:
-        found = match(halves.HEAD, graph.outputs[0])
+        out = logits = graph.outputs[0]
+        if (reshaped := _producer(out)).op_type == "Reshape" and reshaped.inputs[0] is not None:
+            logits = reshaped.inputs[0]
+        padded = out.shape is not None and out.shape.rank() == 3 and out.shape[1] == SEQUENCE
+        found = match(halves.HEAD, logits)
         if found is None or not halves.formats_fit(found):
             return
-        at = _producer(graph.outputs[0])
-        node = _node(graph, at, HEAD, found, {"eps": _epsilon(found["norm"])})
+        attributes: Attributes = {"padded": int(padded), "eps": _epsilon(found["norm"])}
+        node = _node(graph, _producer(logits), HEAD, {**found, **_lengths(graph)}, attributes)
         node.outputs[0].dtype = ir.DataType.FLOAT
-        graph.insert_after(at, node)
-        _move(graph.outputs[0], node.outputs[0])
+        graph.insert_after(_producer(logits), node)
+        _move(logits, node.outputs[0])
         self.fused += 1
 
     def _insert(
@@ -175,6 +179,10 @@ def _producer(value: ir.Value) -> ir.Node:
 
 def _epsilon(norm: ir.Value) -> float:
     return _producer(norm).attributes["epsilon"].as_float()
+
+
+def _lengths(graph: ir.Graph) -> Found:
+    return {value.name: value for value in graph.inputs if value.name == halves.LENGTHS}
 
 
 def _routing(router: ir.Node) -> dict[str, float | int]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from deepseek_trt.plugins.cpu.patterns import Found, OneOf, Op, uncast
 
-LENGTHS = "sequence_lengths"  # an input of prefill, not of decode
+LENGTHS = "sequence_lengths"  # an input of both graphs
 _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 # By a narrow node's format: the group, and the types of codes and scales.
 _PARTS = {
@@ -47,9 +47,10 @@ _COMPRESSED = _norm(_linear(_X, "q_a"), "q_norm")
 _QUERY = Op("Reshape", (_product(OneOf((_COMPRESSED, _X)), "q"), None), name="query")
 _Q_NOPE = Op("Slice", (_QUERY, None, None, None, None), name="q_nope")
 _Q_ROPE = Op("Slice", (_QUERY, None, None, None, None), name="q_rope")
-_ABSORBED = Op("Transpose", (Op("MatMul", (Op("Transpose", (Op("Squeeze", (_Q_NOPE, None)),)), "w_uk")),))
+_ABSORBED = Op("Transpose", (Op("MatMul", (Op("Transpose", (Op("Reshape", (_Q_NOPE, None)),)), "w_uk")),))
 _ROTATED = Op("RotaryEmbedding", (Op("Reshape", (_Q_ROPE, None)), "cos", "sin"), _ADJACENT)
-_ABSORBED_QUERY = Op("Concat", (_ABSORBED, Op("Squeeze", (Op("Reshape", (_ROTATED, None)), None))), {"axis": -1})
+_Q_ROTATED = Op("Reshape", (Op("Reshape", (_ROTATED, None)), None))
+_ABSORBED_QUERY = Op("Reshape", (Op("Concat", (_ABSORBED, _Q_ROTATED), {"axis": -1}), None))
 _KV = Op("Reshape", (_linear(_X, "kv_a"), None))
 _LATENT = Op(
     "Concat",
@@ -59,8 +60,9 @@ _LATENT = Op(
     ),
     {"axis": -1},
 )
-_MLA = Op("MlaDecode", (_ABSORBED_QUERY, _LATENT, "past", "page_table", "past_lengths"), name="attended")
-_VALUE = Op("MatMul", (Op("Transpose", (_MLA,), {"perm": (1, 0, 2)}), Op("Transpose", ("w_uv",), {"perm": (0, 2, 1)})))
+_MLA = Op("MlaDecode", (_ABSORBED_QUERY, _LATENT, "past", "page_table", "past_lengths", LENGTHS), name="attended")
+_BY_HEAD = Op("Transpose", (Op("Reshape", (_MLA, None)),), {"perm": (1, 0, 2)})
+_VALUE = Op("MatMul", (_BY_HEAD, Op("Transpose", ("w_uv",), {"perm": (0, 2, 1)})))
 ATTENTION = Op("Add", ("x", _linear(Op("Reshape", (Op("Transpose", (_VALUE,), {"perm": (1, 0, 2)}), None)), "o")))
 _EXPANDED_QUERY = Op("Concat", (_Q_NOPE, Op("Reshape", (_ROTATED, None))), {"axis": -1})
 _MLA_PREFILL = Op(

@@ -75,11 +75,11 @@ def _attributes(names: str, type: Literal["int", "float"] = "int", *only_with: s
     return tuple(Attribute(name, type, only_with) for name in names.split(", "))
 
 
-def _attention(name: str, cache: DType, lengths: str = "past_lengths") -> Operator:
+def _attention(name: str, cache: DType) -> Operator:
     inputs = (
         *_inputs("x, cos, sin", "float32"),
         Input("past", cache),
-        *_inputs(f"page_table, {lengths}", "int32"),
+        *_inputs("page_table, past_lengths, sequence_lengths", "int32"),
         Input("norm_weight"),
         Input("kv_a", "linear"),
         *_inputs("kv_norm_weight, w_uk, w_uv"),
@@ -95,15 +95,15 @@ def _attention(name: str, cache: DType, lengths: str = "past_lengths") -> Operat
 
 ATTENTION = _attention("Attention", "float32")
 ATTENTION_FLOAT16 = _attention("AttentionFloat16", "float16")
-# The same for many new tokens a sequence, of which each has its own number.
-PREFILL_ATTENTION = _attention("PrefillAttention", "float32", "past_lengths, sequence_lengths")
-PREFILL_ATTENTION_FLOAT16 = _attention("PrefillAttentionFloat16", "float16", "past_lengths, sequence_lengths")
+# The same for many new tokens a sequence.
+PREFILL_ATTENTION = _attention("PrefillAttention", "float32")
+PREFILL_ATTENTION_FLOAT16 = _attention("PrefillAttentionFloat16", "float16")
 
 
-def _feed_forward(name: str, *more: Input) -> Operator:
+def _feed_forward(name: str) -> Operator:
     inputs = (
         Input("x", "float32"),
-        *more,
+        Input("sequence_lengths", "int32"),
         Input("norm_weight"),
         Input("router", only_with=("experts",)),
         *_inputs("gate, up, down", "linear", ("experts",)),
@@ -122,11 +122,17 @@ def _feed_forward(name: str, *more: Input) -> Operator:
 
 
 FEED_FORWARD = _feed_forward("FeedForward")
-PREFILL_FEED_FORWARD = _feed_forward("PrefillFeedForward", Input("sequence_lengths", "int32"))
+PREFILL_FEED_FORWARD = _feed_forward("PrefillFeedForward")
+# padded: x holds all tokens of right-padded sequences, else those alone that get logits.
 HEAD = Operator(
     "Head",
-    (Input("x", "float32"), Input("norm_weight"), Input("head", "linear")),
-    (Attribute("eps", "float"),),
+    (
+        Input("x", "float32"),
+        Input("sequence_lengths", "int32", ("padded",)),
+        Input("norm_weight"),
+        Input("head", "linear"),
+    ),
+    (Attribute("padded"), Attribute("eps", "float")),
 )
 
 PREFILL_OPERATORS = (PREFILL_ATTENTION, PREFILL_ATTENTION_FLOAT16, PREFILL_FEED_FORWARD)

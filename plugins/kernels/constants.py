@@ -18,9 +18,9 @@ from deepseek_trt.plugins.kernels.launches import (
 Constants = dict[str, int]
 
 
-def write_constants(latent_dim: int, padded: bool) -> Constants:
-    """Constants of latent_write. padded: whether rows beyond sequence_lengths go to page 0."""
-    return {"D": latent_dim, "PADDED": int(padded), "BLOCK_D": next_power_of_2(latent_dim)}
+def write_constants(latent_dim: int) -> Constants:
+    """Constants of latent_write."""
+    return {"D": latent_dim, "BLOCK_D": next_power_of_2(latent_dim)}
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,7 @@ Launch, on memory that already holds past_latent (where the output is not past_l
 
     latent_write   grid (cdiv(S, BLOCK_S), B, 1)
         pool *T [P, page, D], latent *T [B, S, D], page_table *i32 [B, M], past_lengths *i32 [B],
-        sequence_lengths *i32 [B] (not read when PADDED is 0: pass null), steps i32 = S, table_width i32 = M,
-        page_size i32 = page, pages i32 = P
-    MlaPrefill takes the variant with PADDED = 1, MlaDecode (S = 1, every row real) the one with PADDED = 0.
+        sequence_lengths *i32 [B], steps i32 = S, table_width i32 = M, page_size i32 = page, pages i32 = P
     No workspace.
 """
 
@@ -42,7 +40,6 @@ def latent_write(
     page_size,
     pages,
     D: tl.constexpr,
-    PADDED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -52,13 +49,8 @@ def latent_write(
     offs_d = tl.arange(0, BLOCK_D)
     mask_s = offs_s < steps
     capacity = table_width * page_size
-    past = tl.load(past_lengths + row)
-    if PADDED:
-        past = clamp_int(past, capacity)
-        real_s = offs_s < clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
-    else:
-        past = clamp_int(past, capacity - 1)
-        real_s = mask_s
+    past = clamp_int(tl.load(past_lengths + row), capacity)
+    real_s = offs_s < clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
 
     position = past + offs_s
     page = page_of(page_table, row, position // page_size, table_width, pages, real_s)
@@ -70,10 +62,8 @@ def latent_write(
     tl.store(pool + target[:, None] * D + offs_d[None, :], values, mask=mask)
 
 
-def write(
-    pool: Tensor, latent: Tensor, page_table: Tensor, past_lengths: Tensor, sequence_lengths: Tensor | None
-) -> Tensor:
-    """A copy of `pool` [P, page, D] with `latent` [B, S, D] written; sequence_lengths None: every row is real."""
+def write(pool: Tensor, latent: Tensor, page_table: Tensor, past_lengths: Tensor, sequence_lengths: Tensor) -> Tensor:
+    """A copy of `pool` [P, page, D] with `latent` [B, S, D] written."""
     batch, steps, width = latent.shape
     present = pool.clone().contiguous()
     tile = write_tile(steps, chip_of(pool))
@@ -82,12 +72,12 @@ def write(
         latent.contiguous(),
         page_table.contiguous(),
         past_lengths,
-        past_lengths if sequence_lengths is None else sequence_lengths,
+        sequence_lengths,
         steps,
         page_table.shape[1],
         pool.shape[1],
         pool.shape[0],
-        **write_constants(width, sequence_lengths is not None),
+        **write_constants(width),
         **tile.launch_options(),
     )
     return present

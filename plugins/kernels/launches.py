@@ -31,9 +31,9 @@ def dot_size(n: int) -> int:
     return max(16, next_power_of_2(n))
 
 
-def decode_splits(batch: int, head_tiles: int, capacity: int, block_n: int) -> int:
-    """Into how many pieces each sequence's cache (capacity = M * page tokens) is split at most."""
-    wanted = cdiv(DECODE_PROGRAMS, batch * head_tiles)
+def decode_splits(batch: int, tiles: int, capacity: int, block_n: int) -> int:
+    """Into how many pieces each sequence's cache (capacity = M * page tokens) is split at most, by its query tiles."""
+    wanted = cdiv(DECODE_PROGRAMS, batch * tiles)
     useful = cdiv(capacity, DECODE_MIN_TILES * block_n)
     return max(1, min(wanted, useful, DECODE_MAX_SPLITS))
 

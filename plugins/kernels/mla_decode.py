@@ -1,25 +1,27 @@
-"""MlaDecode: split-KV attention of one token a sequence over the paged latents, absorbed, then a combine.
+"""MlaDecode: split-KV attention of few new tokens a sequence over the paged latents, absorbed, then a combine.
 
 All heads share one key row (kv_lora_rank latents and the rotated rope part), whose latent part is the value too: a tile
-of heads reads each cached row once (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Long sequences are cut into splits
-so that a small batch fills the chip; a split's result is normalised by its own sum and carries that sum's logarithm.
+of queries, one a new token and head, reads each cached row once (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Long
+sequences are cut into splits so that a small batch fills the chip; a split's result is normalised by its own sum and
+carries that sum's logarithm. Where a new token sees nothing of a split, that is minus infinity.
 
-Launches, after latent_write (PADDED = 0) on the present pool. BLOCK_H, BLOCK_N, BLOCK_D from the variants;
-head_tiles = cdiv(H, BLOCK_H); splits = launches.decode_splits(B, head_tiles, M * page, BLOCK_N)
-    = max(1, min(cdiv(256, B * head_tiles), cdiv(M * page, 4 * BLOCK_N), 128)):
+Launches, after latent_write on the present pool. BLOCK_H, BLOCK_N, BLOCK_D from the variants; Q = S * H;
+tiles = cdiv(Q, BLOCK_H); splits = launches.decode_splits(B, tiles, M * page, BLOCK_N)
+    = max(1, min(cdiv(256, B * tiles), cdiv(M * page, 4 * BLOCK_N), 128)):
 
-    mla_decode_split    grid (head_tiles, splits, B)
-        query *T [B, H, D], pool *T (present), page_table *i32, past_lengths *i32,
+    mla_decode_split    grid (tiles, splits, B)
+        query *T [B, S, H, D], pool *T (present), page_table *i32, past_lengths *i32, sequence_lengths *i32,
         partial *fp32 (workspace 1), partial_lse *fp32 (workspace 2),
-        scale_log2 fp32 = scale * log2(e) (product in double, then rounded), num_splits i32 = splits,
+        scale_log2 fp32 = scale * log2(e) (product in double, then rounded), steps i32 = S, num_splits i32 = splits,
         table_width i32 = M, page_size i32 = page, pages i32 = P
-    mla_decode_combine  grid (B * H, cdiv(L, BLOCK_D), 1)
-        partial *fp32, partial_lse *fp32, past_lengths *i32, attended *T [B, H, L], num_splits i32 = splits,
-        capacity i32 = M * page
+    mla_decode_combine  grid (B * Q, cdiv(L, BLOCK_D), 1)
+        partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T [B, S, H, L],
+        steps i32 = S, num_splits i32 = splits, capacity i32 = M * page
 
-    workspace 1: B * H * splits * L * 4 bytes; workspace 2: B * H * splits * 4 bytes, each rounded up to 256.
-    At build time, B * splits is at most 256 / head_tiles rounded up, plus B, and at most 128 * B.
-Parts of the workspace of splits that a short sequence does not use are neither written nor read.
+    workspace 1: B * Q * splits * L * 4 bytes; workspace 2: B * Q * splits * 4 bytes, each rounded up to 256.
+    At build time, B * splits is at most 256 / tiles rounded up, plus B, and at most 128 * B, for each S.
+Parts of the workspace of splits that a short sequence does not use are neither written nor read. Queries that are
+padding get finite numbers.
 """
 
 # Triton gives kernels' arguments their types.
@@ -51,14 +53,24 @@ def tiles_a_split(length, num_splits, BLOCK_N: tl.constexpr, MIN_TILES: tl.const
 
 
 @triton.jit
+def tokens_of(past_lengths, sequence_lengths, row, steps, capacity):
+    """The row's tokens before the new ones, and in all: at least one, so that a row without any has a result."""
+    past = clamp_int(tl.load(past_lengths + row), capacity)
+    new = clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
+    return past, tl.maximum(past + new, 1)
+
+
+@triton.jit
 def mla_decode_split(
     query,
     pool,
     page_table,
     past_lengths,
+    sequence_lengths,
     partial,
     partial_lse,
     scale_log2,
+    steps,
     num_splits,
     table_width,
     page_size,
@@ -72,28 +84,29 @@ def mla_decode_split(
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
-    """One split of one sequence for BLOCK_H heads: partial [B, H, splits, LAT], partial_lse [B, H, splits], base 2."""
+    """One split of a sequence for BLOCK_H queries: partial [B, Q, splits, LAT], partial_lse [B, Q, splits], base 2."""
     D: tl.constexpr = LAT + ROPE
     split = tl.program_id(1)
     row = tl.program_id(2)
-    length = clamp_int(tl.load(past_lengths + row), table_width * page_size - 1) + 1
+    past, length = tokens_of(past_lengths, sequence_lengths, row, steps, table_width * page_size)
     tiles = tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES)
     start = split * tiles * BLOCK_N
     end = tl.minimum(start + tiles * BLOCK_N, length)
     if start >= length:
         return
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)  # of S * H
     offs_l = tl.arange(0, BLOCK_L)
     offs_r = tl.arange(0, BLOCK_R)
-    mask_h = offs_h < H
+    mask_h = offs_h < steps * H
+    last = tl.minimum(past + offs_h // H, length - 1)  # that each query sees
     mask_l = offs_l < LAT
     mask_r = offs_r < ROPE
-    head = row.to(tl.int64) * H + offs_h
+    head = row.to(tl.int64) * steps * H + offs_h
     q_ptrs = query + head[:, None] * D
     q_latent = tl.load(q_ptrs + offs_l[None, :], mask=mask_h[:, None] & mask_l[None, :], other=0.0)
     q_rope = tl.load(q_ptrs + LAT + offs_r[None, :], mask=mask_h[:, None] & mask_r[None, :], other=0.0)
 
-    top = tl.full((BLOCK_H,), -float("inf"), tl.float32)
+    top = tl.full((BLOCK_H,), -3.0e38, tl.float32)  # finite: a query may see nothing here
     total = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
     for first in range(start, end, BLOCK_N):
@@ -105,7 +118,8 @@ def mla_decode_split(
         k_rope = tl.load(k_ptrs + LAT + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
         scores = tl.dot(q_latent, latent.T, input_precision="ieee")
         scores = tl.dot(q_rope, k_rope.T, scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
-        scores = tl.where(mask_n[None, :], scores * scale_log2, -float("inf"))
+        seen = mask_n[None, :] & (offs_n[None, :] <= last[:, None])
+        scores = tl.where(seen, scores * scale_log2, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - new_top)
         weights = tl.exp2(scores - new_top[:, None])
@@ -115,7 +129,8 @@ def mla_decode_split(
 
     slot = head * num_splits + split
     mask_out = mask_h[:, None] & mask_l[None, :]
-    tl.store(partial + slot[:, None] * LAT + offs_l[None, :], acc / total[:, None], mask=mask_out)
+    share = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(partial + slot[:, None] * LAT + offs_l[None, :], share, mask=mask_out)
     tl.store(partial_lse + slot, top + tl.log2(total), mask=mask_h)
 
 
@@ -124,7 +139,9 @@ def mla_decode_combine(
     partial,
     partial_lse,
     past_lengths,
+    sequence_lengths,
     attended,
+    steps,
     num_splits,
     capacity,
     H: tl.constexpr,
@@ -135,11 +152,11 @@ def mla_decode_combine(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_D numbers of one head's output: its splits' results, weighted by their softmax sums."""
-    head = tl.program_id(0).to(tl.int64)  # of all B * H
+    """BLOCK_D numbers of one query's output: its splits' results, weighted by their softmax sums."""
+    head = tl.program_id(0).to(tl.int64)  # of all B * S * H
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < LAT
-    length = clamp_int(tl.load(past_lengths + head // H), capacity - 1) + 1
+    _, length = tokens_of(past_lengths, sequence_lengths, head // (steps * H), steps, capacity)
     used = tl.cdiv(tl.cdiv(length, BLOCK_N), tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES))
     offs_all = tl.arange(0, MAX_SPLITS)
     lse = tl.load(partial_lse + head * num_splits + offs_all, mask=offs_all < used, other=-float("inf"))
@@ -165,30 +182,33 @@ def run(
     past_latent: Tensor,
     page_table: Tensor,
     past_lengths: Tensor,
+    sequence_lengths: Tensor,
     scale: float,
     kv_lora_rank: int,
 ) -> tuple[Tensor, Tensor]:
-    """What export.ops.mla_decode.mla_decode computes, by the kernels: attended [B, H, L] and the present pool."""
+    """What export.ops.mla_decode.mla_decode computes, by the kernels: attended [B, S, H, L] and the present pool."""
     import torch
 
-    present = write(past_latent, latent, page_table, past_lengths, None)
-    batch, heads, width = query.shape
+    present = write(past_latent, latent, page_table, past_lengths, sequence_lengths)
+    batch, steps, heads, width = query.shape
     constants = decode_constants(heads, kv_lora_rank, width - kv_lora_rank)
     capacity = page_table.shape[1] * past_latent.shape[1]
     sm = chip_of(query)
     tile = decode_tile(dtype_name(query), heads, sm, capacity)
-    head_tiles = cdiv(heads, tile["BLOCK_H"])
-    splits = decode_splits(batch, head_tiles, capacity, tile["BLOCK_N"])
-    partial = query.new_empty((batch, heads, splits, kv_lora_rank), dtype=torch.float32)
-    partial_lse = query.new_empty((batch, heads, splits), dtype=torch.float32)
-    mla_decode_split[(head_tiles, splits, batch)](
+    tiles = cdiv(steps * heads, tile["BLOCK_H"])
+    splits = decode_splits(batch, tiles, capacity, tile["BLOCK_N"])
+    partial = query.new_empty((batch, steps * heads, splits, kv_lora_rank), dtype=torch.float32)
+    partial_lse = query.new_empty((batch, steps * heads, splits), dtype=torch.float32)
+    mla_decode_split[(tiles, splits, batch)](
         query.contiguous(),
         present,
         page_table.contiguous(),
         past_lengths,
+        sequence_lengths,
         partial,
         partial_lse,
         scale * math.log2(math.e),
+        steps,
         splits,
         page_table.shape[1],
         past_latent.shape[1],
@@ -196,13 +216,15 @@ def run(
         **constants.split,
         **tile.launch_options(),
     )
-    attended = query.new_empty((batch, heads, kv_lora_rank))
+    attended = query.new_empty((batch, steps, heads, kv_lora_rank))
     combine = decode_combine_tile(kv_lora_rank, sm)
-    mla_decode_combine[(batch * heads, cdiv(kv_lora_rank, combine["BLOCK_D"]))](
+    mla_decode_combine[(batch * steps * heads, cdiv(kv_lora_rank, combine["BLOCK_D"]))](
         partial,
         partial_lse,
         past_lengths,
+        sequence_lengths,
         attended,
+        steps,
         splits,
         capacity,
         **constants.combine,

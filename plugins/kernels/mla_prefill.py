@@ -4,7 +4,7 @@ Expanded scores cost 2 (N + R + V) flops a query, key and head, absorbed ones 2 
 128 and 512. Expansion costs 2 L (N + V) flops a key and head, once; absorbed wins only where fewer than about
 170 new tokens meet a long cache, and the workspace is the price. Heads are expanded a chunk at a time to bound it.
 
-Launches, after latent_write (PADDED = 1) on the present pool. BLOCK_T, BLOCK_M from the variants; T = M * page;
+Launches, after latent_write on the present pool. BLOCK_T, BLOCK_M from the variants; T = M * page;
 chunk = launches.prefill_chunk_heads = max(1, min(H, 2**30 / (B * T * (N + V) * sizeof(T)))); for each first = 0, chunk,
 2 * chunk, ... below H, with heads = min(chunk, H - first), both kernels after each other on one stream:
 

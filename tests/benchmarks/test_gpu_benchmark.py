@@ -88,7 +88,7 @@ def test_every_copy_is_computed(monkeypatch):
         query, pool, table, past, attended = call.operands
         newest = pool[table[:, -1].long(), int(past[0]) % gpu.PAGE][:, None]
         wide = (t.float() for t in (query, newest, pool))
-        expected, _ = decode_reference(*wide, table, past, gpu.WIDTH**-0.5, gpu.RANK)
+        expected, _ = decode_reference(*wide, table, past, torch.ones_like(past), gpu.WIDTH**-0.5, gpu.RANK)
         torch.testing.assert_close(attended.float(), expected, atol=2e-2, rtol=2e-2)
     small = gpu.Experts("small", 4, 64, 32, 8, 2)
     work = gpu.experts_work(small, 5, gpu.expert_stacks(small, "cpu"), copies=2, device="cpu")

@@ -18,7 +18,9 @@ def demo(demo_checkpoint, bundle_of):
 
 
 def test_table(demo):
-    result = CliRunner().invoke(main, ["bench", demo, *SMALL, "--batch-size", "1", "--batch-size", "2"])
+    result = CliRunner().invoke(
+        main, ["bench", demo, *SMALL, "--batch-size", "1", "--batch-size", "2", "--speculate", "lookup"]
+    )
     assert result.exit_code == 0, result.output
     assert "batch 1" in result.stdout
     assert "batch 2" in result.stdout
@@ -28,6 +30,8 @@ def test_table(demo):
         "p99",
         "MB a step, experts",
         "experts hit a layer",
+        "tokens a step",
+        "proposed tokens that were picked",
         "of memory bandwidth",
     ):
         assert row in result.stdout

@@ -79,7 +79,19 @@ class FakeSession(Session):
         self.failures = 0
 
     def prefill(self, input_ids, sequence_lengths, past_lengths, page_table):
-        self.calls.append(("prefill", input_ids.shape))
+        rows = self._rows("prefill", input_ids, sequence_lengths, past_lengths, page_table)
+        return np.stack([row[-1] for row in rows])
+
+    def decode(self, input_ids, sequence_lengths, past_lengths, page_table):
+        rows = self._rows("decode", input_ids, sequence_lengths, past_lengths, page_table)
+        logits = np.full((*input_ids.shape, VOCAB), 64, dtype=np.float32)  # of padding: more than any other
+        for row, found in zip(logits, rows, strict=True):
+            row[: len(found)] = found
+        return logits
+
+    def _rows(self, name, input_ids, sequence_lengths, past_lengths, page_table):
+        """Each row's logits after every new token."""
+        self.calls.append((name, input_ids.shape))
         assert input_ids.dtype == np.int64
         assert sequence_lengths.dtype == past_lengths.dtype == page_table.dtype == np.int32
         assert (sequence_lengths > 0).all()
@@ -88,20 +100,17 @@ class FakeSession(Session):
             raise OSError("the device is gone")
         self._assert_rows_apart(sequence_lengths, past_lengths, page_table)
         rows = zip(input_ids, sequence_lengths, past_lengths, page_table, strict=True)
-        return np.stack([self._row(ids[:count], int(past), table) for ids, count, past, table in rows])
-
-    def decode(self, input_ids, past_lengths, page_table):
-        logits = self.prefill(input_ids, np.ones(len(input_ids), dtype=np.int32), past_lengths, page_table)
-        self.calls[-1] = ("decode", input_ids.shape)
-        return logits
+        return [self._row(ids[:count], int(past), table) for ids, count, past, table in rows]
 
     def _row(self, ids, past, table):
+        logits = []
         for position, token in enumerate(ids.tolist(), past):
             before = self._values(position, table)[-1] if position else 0
             page = table[position // PAGE]
             assert page != 0, "a token is written to the scratch page"
             self.slots[page, position % PAGE] = value_after(before, token, position)
-        return logits_of(self._values(past + len(ids), table))
+            logits.append(logits_of(self._values(position + 1, table)))
+        return logits
 
     def _values(self, length, table):
         return self.slots[table].reshape(-1)[:length].tolist()

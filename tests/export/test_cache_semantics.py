@@ -68,13 +68,16 @@ def test_ragged_batch_equals_single_rows(make_session):
     padded = np.where(np.arange(23) < lengths[:, None], ids, 0)
     batch = make_session()
     logits = batch.prefill(padded, lengths, int32(0, 0, 0), TABLE)
-    step = batch.decode(ids[:, :1], lengths, TABLE)
+    new, again = int32(1, 5, 3), ids[:, :5]
+    step = batch.decode(again, new, lengths, TABLE)
     for row in range(3):
         alone = make_session()
         own = TABLE[row : row + 1]
         expected = alone.prefill(ids[row : row + 1, : lengths[row]], lengths[row : row + 1], int32(0), own)
         assert close(logits[row : row + 1], expected)
-        assert close(step[row : row + 1], alone.decode(ids[row : row + 1, :1], lengths[row : row + 1], own))
+        for at in range(new[row]):
+            token, past = again[row : row + 1, at : at + 1], lengths[row : row + 1] + np.int32(at)
+            assert close(step[row, at], alone.decode(token, int32(1), past, own)[0, 0])
 
 
 def test_unused_pages_and_table_entries_change_nothing(make_session):
@@ -84,18 +87,19 @@ def test_unused_pages_and_table_entries_change_nothing(make_session):
     expected = tight.prefill(ids, int32(9), int32(0), TABLE[:1, :2])
     wide = np.array([[1, 4, 16, 17, 18, 19]], dtype=np.int32)
     assert close(loose.prefill(ids, int32(9), int32(0), wide), expected)
-    expected = tight.decode(ids[:, :1], int32(9), TABLE[:1, :2])
-    assert close(loose.decode(ids[:, :1], int32(9), wide), expected)
+    expected = tight.decode(ids[:, :3], int32(3), int32(9), TABLE[:1, :2])
+    assert close(loose.decode(ids[:, :3], int32(3), int32(9), wide), expected)
 
 
 def test_padding_is_written_to_page_0_only(make_session):
     session = make_session()
     padded = np.where(np.arange(20) < 3, tokens(1, 20), 0)
     session.prefill(padded, int32(3), int32(0), TABLE[:1])
+    session.decode(padded[:, :6], int32(2), int32(3), TABLE[:1])
     for layer in range(session.cache.layers):
         written = np.isfinite(session.pool(layer)).all(axis=-1)  # [P, page]
-        assert written[1, :3].all()
-        assert written[1:].sum() == 3
+        assert written[1, :5].all()
+        assert written[1:].sum() == 5
 
 
 def test_empty_row_stays_finite(make_session):
@@ -109,7 +113,7 @@ def test_pools_are_updated_in_place(small, bundle_of):
     addresses = [session.pool(layer).ctypes.data for layer in range(session.cache.layers)]
     session.prefill(tokens(1, 9), int32(9), int32(0), TABLE[:1])
     before = session.pool(0)[1].copy()
-    session.decode(tokens(1, 1), int32(9), TABLE[:1])
+    session.decode(tokens(1, 1), int32(1), int32(9), TABLE[:1])
     assert [session.pool(layer).ctypes.data for layer in range(session.cache.layers)] == addresses
     assert np.array_equal(session.pool(0)[1], before)
     assert session.pool(0)[4, 1].any()

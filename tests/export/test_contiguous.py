@@ -127,7 +127,8 @@ def answers(small_v2, bundle_of) -> tuple[list[list[int]], list[list[int]]]:
         logits = session.prefill(np.array([prompt]), np.array([len(prompt)], np.int32), np.zeros(1, np.int32), table)
         tokens = [int(logits.argmax())]
         for length in range(len(prompt), len(prompt) + 11):
-            logits = session.decode(np.array([tokens[-1:]]), np.array([length], np.int32), table)
+            one = np.ones(1, np.int32)
+            logits = session.decode(np.array([tokens[-1:]]), one, np.array([length], np.int32), table)
             tokens.append(int(logits.argmax()))
         made.append(tokens)
     return prompts, made

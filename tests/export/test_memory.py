@@ -27,7 +27,7 @@ session = BACKENDS[backend](SessionRequest(bundle, table.size + 1, 2, mapped))
 session.fill(0.1)
 ids = np.zeros((1, {CHUNK}), dtype=np.int64)
 session.prefill(ids, np.array([{CHUNK}], np.int32), np.zeros(1, np.int32), table)
-session.decode(ids[:, :1], np.array([{CHUNK}], np.int32), table)
+session.decode(ids[:, :1], np.ones(1, np.int32), np.array([{CHUNK}], np.int32), table)
 """
 
 

@@ -128,7 +128,8 @@ ROPES: dict[str, dict[str, Any]] = {
     "none": {"rope_scaling": None, "rope_theta": 700},
 }
 
-FIRST, SECOND, STEPS = (11, 4), (3, 6), 2  # tokens a row: prefilled, prefilled as a second chunk, decoded
+# Tokens a row: prefilled, prefilled as a second chunk, decoded.
+FIRST, SECOND, STEPS = (11, 4), (3, 6), ((1, 1), (1, 3), (2, 1))
 TABLE = np.array([[3, 1, 9, 5, 7], [2, 8, 4, 6, 10]], dtype=np.int32)  # pages of 4 tokens
 
 
@@ -147,22 +148,22 @@ def check(tmp_path, reference, weights_of, save, float64_of, bundle_of):
 
 def assert_equals_reference(session: OrtSession, reference: Any, raw: dict[str, Any], weights: dict[str, Any]) -> None:
     """Ragged prefill, a second chunk, then decode steps, each against the whole sequence in float64."""
-    total = [a + b + STEPS for a, b in zip(FIRST, SECOND, strict=True)]
+    total = [sum(new) for new in zip(FIRST, SECOND, *STEPS, strict=True)]
     ids = np.random.default_rng(1).integers(0, raw["vocab_size"], (2, max(total)))
     expected = []
     for row in range(2):
-        cuts = np.cumsum([FIRST[row], SECOND[row], *[1] * STEPS])
+        cuts = np.cumsum([FIRST[row], SECOND[row], *[1] * sum(step[row] for step in STEPS)])
         lengths = np.array([cuts[cuts > s][0] for s in range(total[row])])
         expected.append(reference.logits(raw, weights, ids[row, : total[row]], lengths))
     past = np.zeros(2, np.int32)
-    for call in (FIRST, SECOND, *[(1, 1)] * STEPS):
+    for call in (FIRST, SECOND, *STEPS):
         new = np.array(call, np.int32)
-        if call == (1, 1):
-            found = session.decode(ids[[0, 1], past][:, None], past, TABLE)
+        padded = np.zeros((2, max(call)), np.int64)
+        for row in range(2):
+            padded[row, : new[row]] = ids[row, past[row] : past[row] + new[row]]
+        if call in STEPS:
+            found = session.decode(padded, new, past, TABLE)[[0, 1], new - 1]
         else:
-            padded = np.zeros((2, max(call)), np.int64)
-            for row in range(2):
-                padded[row, : new[row]] = ids[row, past[row] : past[row] + new[row]]
             found = session.prefill(padded, new, past, TABLE)
         past = past + new
         for row in range(2):

@@ -111,7 +111,7 @@ def test_other_batches_lengths_and_prompts_agree_with_torch(bundle, rows, length
     lengths = np.full(rows, length, np.int32)
     for run in (
         lambda s: s.prefill(ids[:, :length], lengths, np.zeros(rows, np.int32), table),
-        lambda s: s.decode(ids[:, length:], lengths, table),
+        lambda s: s.decode(ids[:, length:], np.ones_like(lengths), lengths, table),
     ):
         ours, theirs = run(ort_session), run(reference)
         # two float32 computations of the same sums: see RELATIVE in test_cache_semantics

@@ -130,7 +130,7 @@ def decode_steps(session, batch, tokens):
     """Logits of each step; every session is given the same tokens."""
     past, logits = batch.lengths.copy(), []
     for ids in tokens:
-        logits.append(session.decode(ids, past, batch.table))
+        logits.append(session.decode(ids, np.ones_like(past), past, batch.table)[:, 0])
         past += 1
     return logits
 

@@ -58,19 +58,21 @@ def seeded(gpu):
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=NAMES.get)
 @pytest.mark.parametrize("model", ["v2-lite", "v2"])
+@pytest.mark.parametrize("new", [1, 5, 8])
 @pytest.mark.parametrize("lengths", [(0,), (1, 63, 64, 65), (4095, 0, 700), (20_000,)], ids=str)
-def test_mla_decode(model, dtype, lengths, config_of, use_kernels):
+def test_mla_decode(model, dtype, lengths, new, config_of, use_kernels):
     config = config_of(model)
     use_kernels(config, NAMES[dtype], "MlaDecode")
-    pool, table, past = paged(lengths, max(lengths) + 1, config.latent_dim, dtype)
-    query = random(len(lengths), config.num_attention_heads, config.latent_dim, dtype=dtype)
-    latent = random(len(lengths), 1, config.latent_dim, dtype=dtype)
-    scale = config.softmax_scale
-    attended, present = KERNEL_OPS["MlaDecode"](query, latent, pool, table, past, scale, config.kv_lora_rank)
-    wide = widened(query, latent, pool, table, past)
-    expected, expected_pool = decode_reference(*wide, scale, config.kv_lora_rank)
-    assert_close(attended, expected, dtype)
-    assert torch.equal(present.float().nan_to_num(9.0), expected_pool.nan_to_num(9.0))
+    pool, table, past = paged(lengths, max(lengths) + new, config.latent_dim, dtype)
+    query = random(len(lengths), new, config.num_attention_heads, config.latent_dim, dtype=dtype)
+    latent = random(len(lengths), new, config.latent_dim, dtype=dtype)
+    counts = torch.tensor([1 + row * 3 % new for row in range(len(lengths))], dtype=torch.int32, device="cuda")
+    given, numbers = (query, latent, pool, table, past, counts), (config.softmax_scale, config.kv_lora_rank)
+    attended, present = KERNEL_OPS["MlaDecode"](*given, *numbers)
+    expected, expected_pool = decode_reference(*widened(*given), *numbers)
+    for row, count in enumerate(counts.tolist()):
+        assert_close(attended[row, :count], expected[row, :count], dtype)
+    assert torch.equal(present[1:].float().nan_to_num(9.0), expected_pool[1:].nan_to_num(9.0))
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=NAMES.get)

@@ -24,6 +24,9 @@ INPUTS = {
     "negative length": {"past_lengths": np.int32([-1, 0])},
     "rows": {"page_table": np.int32([[1, 2]])},
     "lengths": {"past_lengths": np.int32([0])},
+    "new tokens": {"sequence_lengths": np.int32([1, 4])},
+    "new tokens beyond the table": {"past_lengths": np.int32([14, 0]), "sequence_lengths": np.int32([3, 1])},
+    "negative new tokens": {"sequence_lengths": np.int32([-1, 1])},
     "nothing": {},
 }
 
@@ -38,7 +41,8 @@ def main(path: str, what: str) -> None:
     session = open_graph(bundle, "decode", 1, model=data, shared=weights, library=cpu_library(bundle).path, memory=LEAN)
     cache = bundle.manifest.cache
     feeds: dict[str, Any] = {
-        "input_ids": np.full((2, 1), 7, np.int64),
+        "input_ids": np.full((2, 3), 7, np.int64),
+        "sequence_lengths": np.int32([3, 1]),
         "past_lengths": np.int32([0, 0]),
         "page_table": np.int32([[1, 2], [3, 4]]),
         **INPUTS.get(what, {}),

@@ -56,17 +56,10 @@ PREFILL = {
     "a flat table": ("table=np.int32([1, 2])", "page_table"),
     "flat ids": ("ids=np.int64([7, 7])", "input_ids"),
 }
-DECODE = {
-    name: (
-        change.replace("(2, 3)", "(2, 1)").replace("np.int64([[7, 7, 7], [7, 7, 999]])", "np.int64([[7], [999]])"),
-        w,
-    )
-    for name, (change, w) in PREFILL.items()
-    if "new=" not in change
+DECODE = PREFILL | {
+    "nine tokens a row": ("ids=np.full((2, 9), 7, np.int64)", "input_ids"),
+    "a row without tokens": ("new=np.int32([3, 0])", "sequence_lengths"),
 }
-DECODE["past beyond the table"] = ("past=np.int32([16, 0])", "past_lengths")
-DECODE["two tokens a row"] = ("ids=np.full((2, 2), 7, np.int64)", "input_ids")
-DECODE.pop("no columns")
 OPEN = {
     "no pages": ("pages=0", "pages"),
     "one page": ("pages=1", "pages"),
@@ -106,19 +99,19 @@ def prefill(ids, new, past, table):
     return session.prefill(ids, new, past, table)
 
 def decode(ids, new, past, table):
-    return session.decode(ids, past, table)
+    return session.decode(ids, new, past, table)
 
 def right(call):
     session.fill(0.0)
     good = eval(GOOD)
-    return call(**(good if call is prefill else {**good, "ids": good["ids"][:, :1].copy()})).tolist()
+    return call(**good).tolist()
 
 def attempt(call, change):
     try:
         if call == "open":
             KINDS[kind](**eval(f"dict({change})"))
         else:
-            good = eval(GOOD) if call == "prefill" else {**eval(GOOD), "ids": np.full((2, 1), 7, np.int64)}
+            good = eval(GOOD)
             {"prefill": prefill, "decode": decode}[call](**{**good, **eval(f"dict({change})")})
     except DeepseekTrtError as error:
         return str(error)
@@ -173,20 +166,30 @@ def test_arrays_that_are_not_contiguous_are_read_as_they_are(bundle):
 def test_the_door_lets_in_what_is_right():
     door = Door(PAGES, PAGE, VOCAB)
     ids, table = np.full((2, 1), 7, np.int64), np.int32([[1, 2, 0], [1, 3, 0]])  # page 1 is full, and shared
+    new = np.int32([1, 1])
     for past in range(8, 16):
-        door.check_decode(ids, np.int32([past, 8]), table)
+        door.check_decode(ids, new, np.int32([past, 8]), table)
     with pytest.raises(RequestError, match=r"page_table\[0, 2\] is 0"):
-        door.check_decode(ids, np.int32([16, 8]), table)
+        door.check_decode(ids, new, np.int32([16, 8]), table)
     with pytest.raises(RequestError, match="page 1 is written"):
-        door.check_decode(ids, np.int32([7, 8]), table)
-    door.check_decode(ids, np.int32([15, 8]), table)
+        door.check_decode(ids, new, np.int32([7, 8]), table)
+    door.check_decode(ids, new, np.int32([15, 8]), table)
+    several = np.full((2, 8), 7, np.int64)
+    door.check_decode(several, np.int32([8, 1]), np.int32([8, 8]), table)
+    with pytest.raises(RequestError, match=r"page_table\[0, 2\] is 0"):  # the pages of the last call, one token more
+        door.check_decode(several, np.int32([8, 1]), np.int32([9, 8]), table)
+    with pytest.raises(RequestError, match=r"past_lengths\[0\] is 17: must lie between 0 and 16 for 8 more in the 3"):
+        door.check_decode(several, np.int32([8, 1]), np.int32([17, 8]), table)
     with pytest.raises(RequestError, match=r"input_ids\[1, 0\] is 256"):  # on pages that are known to be right
-        door.check_decode(np.int64([[7], [256]]), np.int32([15, 8]), table)
+        door.check_decode(np.int64([[7], [256]]), new, np.int32([15, 8]), table)
     for past in (9, 0):  # of a row that rests
         door.check_prefill(np.full((2, 4), 7, np.int64), np.int32([4, 0]), np.int32([8, past]), table)
 
 
-@pytest.mark.parametrize("change", ["page_table", "negative", "past_lengths", "negative length", "rows", "lengths"])
+CHANGES = ["page_table", "negative", "past_lengths", "negative length", "rows", "lengths"]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "new tokens", "new tokens beyond the table", "negative new tokens"])
 def test_the_compiled_operators_check_once_more(bundle, change):
     """As whoever runs the graph without our session meets them."""
     script = Path(__file__).with_name("raw_graph.py")

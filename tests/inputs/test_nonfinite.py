@@ -211,20 +211,21 @@ class Broken(fake.FakeSession):
     after = 0
 
     def _row(self, ids, past, table):
-        logits = super()._row(ids, past, table)
-        first = self._values(1, table)[0]
-        is_bad = first == fake.value_after(0, 9, 0) and past + len(ids) > self.after
-        return logits * np.nan if is_bad else logits
+        rows = super()._row(ids, past, table)
+        if self._values(1, table)[0] != fake.value_after(0, 9, 0):
+            return rows
+        return [row * np.nan if past + at > self.after else row for at, row in enumerate(rows, 1)]
 
 
 PARAMS = SamplingParams(6, ignore_eos=True)
 
 
+@pytest.mark.parametrize("speculate", ["off", "lookup"])
 @pytest.mark.parametrize(("after", "number"), [(0, 1), (3, 1), (4, 2), (6, 4)])
-def test_a_row_without_numbers_is_an_error_and_the_others_go_on(after, number):
+def test_a_row_without_numbers_is_an_error_and_the_others_go_on(after, number, speculate):
     session = Broken(30)
     session.after = after
-    scheduler = Scheduler(session, fake.Config, SchedulerLimits(3, 16, 8))
+    scheduler = Scheduler(session, fake.Config, SchedulerLimits(3, 16, 8, speculate=speculate))
     ids = [scheduler.add(prompt, PARAMS) for prompt in ((3, 4, 5), (9, 2, 2, 7), (2, 2, 9))]
     made = {request: [] for request in ids}
     while scheduler.busy:

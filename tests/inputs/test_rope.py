@@ -43,7 +43,8 @@ def exported_logits(bundle, ids, prefilled: int) -> np.ndarray:
     lengths = np.array([prefilled], np.int32)
     found = [session.prefill(ids[None, :prefilled], lengths, np.zeros(1, np.int32), table)[0]]
     for at in range(prefilled, len(ids)):
-        found.append(session.decode(ids[None, at : at + 1], np.array([at], np.int32), table)[0])
+        one = np.ones(1, np.int32)
+        found.append(session.decode(ids[None, at : at + 1], one, np.array([at], np.int32), table)[0, 0])
     return np.stack(found)
 
 
@@ -60,8 +61,9 @@ def eager_logits(folder, ids, prefilled: int) -> np.ndarray:
     logits, pools = model.prefill(ids[:, :prefilled], length, torch.zeros_like(length), table, pools)
     found = [logits[0]]
     for at in range(prefilled, ids.shape[1]):
-        logits, pools = model.decode(ids[:, at : at + 1], torch.tensor([at], dtype=torch.int32), table, pools)
-        found.append(logits[0])
+        past = torch.tensor([at], dtype=torch.int32)
+        logits, pools = model.decode(ids[:, at : at + 1], torch.ones_like(past), past, table, pools)
+        found.append(logits[0, 0])
     return torch.stack(found).numpy()
 
 

@@ -42,6 +42,5 @@ def poison(session: Session) -> bool:
 
 def run_step(session: Session, step: Step, feeds: Arrays) -> Floats:
     """Logits of the step, fed with `feeds`."""
-    if step.graph == "decode":
-        return session.decode(feeds["input_ids"], feeds["past_lengths"], feeds["page_table"])
-    return session.prefill(feeds["input_ids"], feeds["sequence_lengths"], feeds["past_lengths"], feeds["page_table"])
+    run = session.decode if step.graph == "decode" else session.prefill
+    return run(feeds["input_ids"], feeds["sequence_lengths"], feeds["past_lengths"], feeds["page_table"])

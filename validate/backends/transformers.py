@@ -45,18 +45,16 @@ class TransformersSession(Session):
         raise IndexError(f"no pool {layer}: transformers keeps no latents")
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        every = self.decode(input_ids, sequence_lengths, past_lengths, page_table)
+        return every if self._all_logits else every[np.arange(len(every)), sequence_lengths - 1]
+
+    def decode(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
         rows = zip(input_ids, sequence_lengths, past_lengths, page_table[:, 0], strict=True)
         found = [self._row(ids[:new].tolist(), int(past), int(page)) for ids, new, past, page in rows]
-        if not self._all_logits:
-            return np.stack([logits[-1] for logits in found])
         every = np.zeros((*input_ids.shape, found[0].shape[-1]), dtype=np.float32)
         for row, (logits, past) in enumerate(zip(found, past_lengths, strict=True)):
             every[row, : len(logits) - past] = logits[past:]
         return every
-
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        logits = self.prefill(input_ids, np.ones_like(past_lengths), past_lengths, page_table)
-        return logits[:, 0] if self._all_logits else logits
 
     @torch.inference_mode()
     def _row(self, new: list[int], past: int, page: int) -> Floats:

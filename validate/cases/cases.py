@@ -1,9 +1,9 @@
 """Scripts: the steps of one comparison, fed alike to every runner.
 
 A case is a ragged batch of four sequences: a right-padded prefill, a second chunk on top of it, then teacher-forced
-decode steps. Lengths lie around the page size, so that a page boundary is crossed inside the prefill (row 0), by the
-second chunk (row 1) and while decoding (row 2); row 3 starts with one token and has no second chunk. Longer cases are
-made by long_cases.py.
+decode steps, of one token a row and then of several. Lengths lie around the page size, so that a page boundary is
+crossed inside the prefill (row 0), by the second chunk (row 1) and while decoding (row 2); row 3 starts with one token
+and has no second chunk. Longer cases are made by long_cases.py.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from deepseek_trt.validate.numbers.loss import IGNORED
 from deepseek_trt.validate.steps import Slots, Step
 
 DECODE_STEPS = 16
+SEVERAL = ((1, 7, 5, 2), (2, 3, 8, 4))  # tokens of each row in the decode steps of several
 ROWS = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tokens that each row of a case takes in its one or two prefills, and the decode steps after them."""
+    """Tokens that each row of a case takes in its one or two prefills, the decode steps of one token a row after them,
+    and what each row takes in decode steps of several.
+    """
 
     prefills: tuple[tuple[int, ...], ...]
     decode_steps: int
+    several: tuple[tuple[int, ...], ...] = ()
 
     @property
     def tokens(self) -> list[int]:
         """Tokens that each row reads, the target of the last step included."""
-        return [sum(row) + self.decode_steps + 1 for row in zip(*self.prefills, strict=True)]
+        given = zip(*self.prefills, *self.several, strict=True)
+        return [sum(row) + self.decode_steps + 1 for row in given]
 
     def pages(self, cache: CacheSpec) -> int:
         """Scratch, each row's pages, and poison."""
@@ -44,7 +49,8 @@ class Plan:
 def case_plan(page_size: int, decode_steps: int = DECODE_STEPS) -> Plan:
     """The plan of a case."""
     near = max(page_size - 9, 2)
-    return Plan(((page_size + 5, max(page_size - 2, 1), near, 1), (7, 5, 1, 0)), decode_steps)
+    prefills = ((page_size + 5, max(page_size - 2, 1), near, 1), (7, 5, 1, 0))
+    return Plan(prefills, decode_steps, SEVERAL if decode_steps else ())
 
 
 def build_case(
@@ -60,6 +66,7 @@ def build_case(
     prefills = zip(("prefill", "chunk"), plan.prefills, strict=False)
     calls = [(name, np.array(row, dtype=np.int32)) for name, row in prefills]
     calls += [(f"decode {i}", ones) for i in range(plan.decode_steps)]
+    calls += [(f"decode of up to {max(row)}", np.array(row, dtype=np.int32)) for row in plan.several]
     steps = []
     for index, (name, new) in enumerate(calls):
         ids, targets = _windows(tokens, past, new)

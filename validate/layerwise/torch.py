@@ -70,16 +70,15 @@ class TorchPart:
         table, past_lengths = torch.from_numpy(step.page_table), torch.from_numpy(step.past_lengths)
         lengths = torch.from_numpy(step.sequence_lengths)
         positions = past_lengths.unsqueeze(1) + torch.arange(step.input_ids.shape[1])  # [B, S]
-        cos, sin = self._rope(positions, past_lengths + lengths)
-        attention = self._layer.self_attn
-        if step.graph == "decode":
-            return attention.decode(x, cos, sin, past, table, past_lengths)
-        return attention.prefill(x, cos, sin, past, table, past_lengths, lengths)
+        decodes, attention = step.graph == "decode", self._layer.self_attn
+        cos, sin = self._rope(positions, positions + 1 if decodes else (past_lengths + lengths).unsqueeze(1))
+        run = attention.decode if decodes else attention.prefill
+        return run(x, cos, sin, past, table, past_lengths, lengths)
 
     def _logits(self, step: Step, x: Tensor) -> Tensor:
         """[B, vocab] of each row's last token, or [B, S, vocab]; in float32."""
         x = x.view(*step.input_ids.shape, -1)
-        if not (self._all_logits and step.graph == "prefill"):
+        if not (self._all_logits or step.graph == "decode"):
             last = torch.from_numpy(step.sequence_lengths).long().sub(1).clamp(min=0)  # [B]
             x = x[torch.arange(len(x)), last]
         return F.linear(self._norm(x), self._rows).float()

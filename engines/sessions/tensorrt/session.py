@@ -21,7 +21,7 @@ from deepseek_trt.engines.plans.check import (
 from deepseek_trt.engines.plans.flavour import open_flavour
 from deepseek_trt.engines.plans.plan import Plan
 from deepseek_trt.engines.sessions.door import Door
-from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.sessions.session import Session, feeds_of
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import Device, aligned
 from deepseek_trt.engines.sessions.tensorrt.engine import Engine
@@ -30,7 +30,7 @@ from deepseek_trt.engines.sessions.tensorrt.staging import Staging, given_inputs
 from deepseek_trt.engines.sessions.tensorrt.weight_upload import UploadProgress, upload_weights
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.graph import past_name, present_name
+from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS, past_name, present_name
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.library import cpu_library
@@ -42,8 +42,9 @@ _log = logging.getLogger(__name__)
 class TrtSession(Session):
     """Both engines over one set of page pools and one copy of the weights, on one stream.
 
-    Decode is padded to powers of two of rows and of table width, so that a few CUDA graphs serve all: a bucket that
-    comes back is captured after its run, and replayed from the third time on. Padding rows write to the scratch page.
+    Decode is padded to powers of two of rows, of new tokens and of table width, so that a few CUDA graphs serve all: a
+    bucket that comes back is captured after its run, and replayed from the third time on. Padding writes to the scratch
+    page.
     One thread at a time.
 
     `limits` says what the engines were built for: more rows at once, or longer ones, are refused by name.
@@ -121,7 +122,7 @@ class TrtSession(Session):
         device.zero(pools, slot * self.cache.layers)
         self.pool_addresses = tuple(pools + slot * layer for layer in range(self.cache.layers))
         self._staging = Staging(device, [plan.record for plan in plans])
-        rows = self.limits.batch * (self.limits.input_len if self._all_logits else 1)
+        rows = self.limits.batch * max(self.limits.input_len if self._all_logits else 1, MOST_NEW_TOKENS)
         logits_bytes = rows * self.vocab_size * 4
         self._logits = device.allocate(logits_bytes, "the logits")
         self._pinned_logits = device.pin(logits_bytes)
@@ -172,12 +173,8 @@ class TrtSession(Session):
             if not rows.size:
                 break
             ids = input_ids[rows, start : start + self.limits.input_len]
-            feeds: Arrays = {
-                "input_ids": ids,
-                "sequence_lengths": np.clip(sequence_lengths[rows] - start, 0, ids.shape[1]),
-                "past_lengths": past_lengths[rows] + start,
-                "page_table": page_table[rows],
-            }
+            lengths = np.clip(sequence_lengths[rows] - start, 0, ids.shape[1])
+            feeds = feeds_of(ids, lengths, past_lengths[rows] + start, page_table[rows])
             part = self._run("prefill", feeds, self._logits_rows(*ids.shape))
             if self._all_logits:
                 logits[rows, start : start + ids.shape[1]] = part
@@ -188,18 +185,20 @@ class TrtSession(Session):
     def _logits_rows(self, batch: int, steps: int) -> tuple[int, ...]:
         return (batch, steps) if self._all_logits else (batch,)
 
-    def decode(self, input_ids: Int64s, past_lengths: Int32s, page_table: Int32s) -> Floats:
-        self.door.check_decode(input_ids, past_lengths, page_table)
+    def decode(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        self.door.check_decode(input_ids, sequence_lengths, past_lengths, page_table)
         self._check_sizes(input_ids, page_table)
-        rows, width = page_table.shape
+        (rows, steps), width = input_ids.shape, page_table.shape[1]
         more = (0, bucket(rows, self.limits.batch) - rows)
+        longer = (0, bucket(steps, MOST_NEW_TOKENS) - steps)
         wider = (0, bucket(width, self.limits.table) - width)
-        feeds: Arrays = {
-            "input_ids": np.pad(input_ids, (more, (0, 0))),
-            "past_lengths": np.pad(past_lengths, more),
-            "page_table": np.pad(page_table, (more, wider)),  # with page 0: scratch
-        }
-        return self._run("decode", feeds, (rows + more[1],))[:rows]
+        feeds = feeds_of(
+            np.pad(input_ids, (more, longer)),
+            np.pad(sequence_lengths, more, constant_values=1),
+            np.pad(past_lengths, more),
+            np.pad(page_table, (more, wider)),  # with page 0: scratch
+        )
+        return self._run("decode", feeds, feeds["input_ids"].shape)[:rows, :steps]
 
     def pool(self, layer: int) -> Array:
         """A copy of the layer's pool."""

@@ -36,15 +36,17 @@ bool any_reads_integers(const Matrices&... all) {
     return (all.reads_integers() || ...);
 }
 
-// B tokens; H heads; N, R, V widths of a head's nope, rope and value part; L rank; D = L + R.
+// B sequences of S new tokens, right-padded; H heads; N, R, V widths of a head's nope, rope and value part; L rank;
+// D = L + R.
 struct AttentionArgs {
-    const float *x, *cos, *sin;  // [B, hidden], [B, R/2], [B, R/2]
+    const float *x, *cos, *sin;  // [B * S, hidden], [B, S, R/2], [B, S, R/2]
     char* pool;                  // [P, page, D], written in place
     Type pool_type;
-    const int32_t *page_table, *past_lengths;  // [B, M], [B]
-    float* y;                                  // [B, hidden]
-    int64_t batch, hidden, pages, page, table_width, heads, nope, value, rank;
-    int64_t latent, rope_rows, rope, table_rows, lengths;  // D, B (prefill: B * S), R/2, B, B as the inputs have them
+    const int32_t *page_table, *past_lengths, *sequence_lengths;  // [B, M], [B], [B]: real ones among the S
+    float* y;                                                     // [B * S, hidden]
+    int64_t batch, sequence, hidden, pages, page, table_width, heads, nope, value, rank;
+    // D, B * S, R/2, B, B, B * S, B as the inputs have them
+    int64_t latent, rope_rows, rope, table_rows, lengths, tokens, sequences;
     float eps, latent_eps, scale;
     Matrix norm, q_a, q_norm, q, kv_a, kv_norm, w_uk, w_uv, o;  // q_a and q_norm only with query compression
     Matrix q_a_bias, kv_a_bias, o_bias;
@@ -54,10 +56,12 @@ struct Mlp {
     Matrix gate, up, down, gate_bias, up_bias, down_bias;
 };
 
+// T = B * S tokens, right-padded.
 struct FeedForwardArgs {
-    const float* x;  // [T, hidden]
-    float* y;        // [T, hidden]
-    int64_t tokens, hidden, experts, expert_width;
+    const float* x;                   // [T, hidden]
+    const int32_t* sequence_lengths;  // [B]
+    float* y;                         // [T, hidden]
+    int64_t batch, tokens, hidden, experts, expert_width;
     float eps;
     Activation activation;
     Matrix norm;
@@ -73,21 +77,11 @@ struct FeedForwardArgs {
     ExpertsHit* hit;  // counts this call, too; null where it is not to be counted
 };
 
-// Many new tokens a sequence, right-padded: x and y are [B * S, hidden], cos and sin [B, S, R/2].
-struct PrefillAttentionArgs : AttentionArgs {
-    const int32_t* sequence_lengths;      // [B]: real tokens among the S of each sequence
-    int64_t sequence, tokens, sequences;  // S, B * S, B as the inputs have them
-};
-
-struct PrefillFeedForwardArgs : FeedForwardArgs {
-    const int32_t* sequence_lengths;
-    int64_t batch;
-};
-
 struct HeadArgs {
-    const float* x;  // [B, hidden]
-    float* y;        // [B, vocab]
-    int64_t batch, hidden;
+    const float* x;                   // [T, hidden]
+    const int32_t* sequence_lengths;  // [B] where tokens are right-padded, else null: every token is real
+    float* y;                         // [T, vocab]
+    int64_t batch, tokens, hidden;
     float eps;
     Matrix norm, head;
 };
@@ -96,8 +90,8 @@ struct Kernels {
     void (*attention)(const AttentionArgs&, Pool&);
     void (*feed_forward)(const FeedForwardArgs&, Pool&);
     void (*head)(const HeadArgs&, Pool&);
-    void (*prefill_attention)(const PrefillAttentionArgs&, Pool&);
-    void (*prefill_feed_forward)(const PrefillFeedForwardArgs&, Pool&);
+    void (*prefill_attention)(const AttentionArgs&, Pool&);
+    void (*prefill_feed_forward)(const FeedForwardArgs&, Pool&);
 };
 
 extern const Kernels kernels_v3;  // AVX2 and FMA

@@ -1,10 +1,13 @@
-// The attention half of a decoder layer for one new token a sequence, absorbed: from the residual stream to itself.
+// The attention half of a decoder layer for few new tokens a sequence, absorbed: from the residual stream to itself.
+//
+// Every token attends by itself to what lies before it: what comes out is what it would be if it had come alone.
 #pragma once
 
 #include <algorithm>
 
 #include "linear.h"
 #include "scratch.h"
+#include "tokens.h"
 
 namespace ISA {
 
@@ -136,27 +139,29 @@ inline void attend(const AttentionArgs& a, const P* pool, int64_t row, int64_t f
 
 class Attention {
 public:
-    Attention(const AttentionArgs& args, Scratch& scratch) : a(args) {
+    Attention(const AttentionArgs& args, Scratch& scratch)
+        : a(args), tokens_(args.sequence_lengths, args.batch, args.sequence, scratch), T(tokens_.count) {
         D = a.kv_a.rows;
         chunks_ = 1;
-        for (int64_t b = 0; b < a.batch; ++b) chunks_ = std::max(chunks_, chunks_of_row(b));
+        for (int64_t t = 0; t < T; ++t) chunks_ = std::max(chunks_, chunks_of(t));
         first_ = any_reads_integers(a.q_a.data ? a.q_a : a.q, a.kv_a), second_ = a.q_a.data && a.q.reads_integers();
-        compressed_ = scratch.take_rows(a.batch, a.q_a.data ? a.q_a.rows : 0);
-        query_ = scratch.take_rows(a.batch, a.q.rows);
-        latent_ = scratch.take_rows(a.batch, D);
-        absorbed_ = scratch.take_rows(a.batch * a.heads, D);
-        value_ = scratch.take_rows(a.batch, a.heads * a.value);
-        most_ = scratch.take(a.batch * chunks_ * a.heads);
-        sums_ = scratch.take(a.batch * chunks_ * a.heads);
-        totals_ = scratch.take(a.batch * chunks_ * a.heads * a.rank);
+        compressed_ = scratch.take_rows(T, a.q_a.data ? a.q_a.rows : 0);
+        query_ = scratch.take_rows(T, a.q.rows);
+        latent_ = scratch.take_rows(T, D);
+        absorbed_ = scratch.take_rows(T * a.heads, D);
+        value_ = scratch.take_rows(T, a.heads * a.value);
+        most_ = scratch.take(T * chunks_ * a.heads);
+        sums_ = scratch.take(T * chunks_ * a.heads);
+        totals_ = scratch.take(T * chunks_ * a.heads * a.rank);
     }
 
     void run(Team& team) const {
         Scratch& own = own_scratch();
         const int64_t widest = std::max(a.hidden, a.q_a.data ? a.q_a.rows : 0);
-        float** x = take_tokens(own, a.batch, widest, first_ || second_);
-        for (int64_t b = 0; b < a.batch; ++b) rms_norm(a.x + b * a.hidden, a.norm, a.eps, a.hidden, x[b]);
-        if (first_) fix_all(x, a.batch, a.hidden);
+        float** x = take_tokens(own, T, widest, first_ || second_);
+        for (int64_t t = 0; t < T; ++t) rms_norm(a.x + tokens_.rows[t] * a.hidden, a.norm, a.eps, a.hidden, x[t]);
+        if (first_) fix_all(x, T, a.hidden);
+        copy_padding(tokens_, team, a.tokens, a.hidden, a.x, a.y);
         project(team, x);
         team.barrier();
         absorb(team, own);
@@ -169,11 +174,15 @@ public:
     }
 
 private:
-    int64_t length(int64_t row) const { return a.past_lengths[row] + 1; }
-    int64_t chunks_of_row(int64_t row) const {
-        const int64_t chunk = chunk_of(length(row));
-        return (length(row) + chunk - 1) / chunk;
+    int64_t row(int64_t t) const { return tokens_.rows[t] / a.sequence; }
+    // What the token sees, itself included.
+    int64_t length(int64_t t) const { return a.past_lengths[row(t)] + tokens_.rows[t] % a.sequence + 1; }
+    int64_t chunks_of(int64_t t) const {
+        const int64_t chunk = chunk_of(length(t));
+        return (length(t) + chunk - 1) / chunk;
     }
+    const float* cos(int64_t t) const { return a.cos + tokens_.rows[t] * a.rope; }
+    const float* sin(int64_t t) const { return a.sin + tokens_.rows[t] * a.rope; }
 
     // Rows of two matrices, of the same tokens, shared out in blocks.
     void project(Team& team, float** x) const {
@@ -182,94 +191,93 @@ private:
         products(team, 0, first, a.q_a_bias, &a.kv_a, &a.kv_a_bias, x, to, latent_);
         if (a.q_a.data == nullptr) return;
         team.barrier();
-        for (int64_t b = 0; b < a.batch; ++b) rms_norm(compressed_[b], a.q_norm, a.latent_eps, a.q_a.rows, x[b]);
-        if (second_) fix_all(x, a.batch, a.q_a.rows);
+        for (int64_t t = 0; t < T; ++t) rms_norm(compressed_[t], a.q_norm, a.latent_eps, a.q_a.rows, x[t]);
+        if (second_) fix_all(x, T, a.q_a.rows);
         products(team, 1, a.q, Matrix{}, nullptr, nullptr, x, query_, nullptr);
     }
 
     void products(Team& team, int phase, const Matrix& m, const Matrix& bias, const Matrix* m2, const Matrix* bias2,
         float** x, float** y, float** y2) const {
         const int64_t blocks = (m.rows + BLOCK - 1) / BLOCK, more = m2 ? (m2->rows + BLOCK - 1) / BLOCK : 0;
-        std::vector<float*> at(a.batch);
+        std::vector<float*> at(T);
         team.share(phase, blocks + more, [&](int64_t item) {
             const bool second = item >= blocks;
             const Matrix& w = second ? *m2 : m;
             const int64_t from = (second ? item - blocks : item) * BLOCK, to = std::min(from + BLOCK, w.rows);
-            for (int64_t b = 0; b < a.batch; ++b) at[b] = (second ? y2 : y)[b] + from;
-            rows_times(w, from, to, x, a.batch, at.data());
-            add_bias(second ? *bias2 : bias, from, to, a.batch, at.data());
+            for (int64_t t = 0; t < T; ++t) at[t] = (second ? y2 : y)[t] + from;
+            rows_times(w, from, to, x, T, at.data());
+            add_bias(second ? *bias2 : bias, from, to, T, at.data());
         });
     }
 
-    // The new token's latent goes to its page; each head's query is multiplied by W_UK and rotated.
+    // Each new token's latent goes to its page; each head's query is multiplied by W_UK and rotated.
     void absorb(Team& team, Scratch& own) const {
         const int64_t R = D - a.rank, width = a.nope + R;
-        for (int64_t b = team.thread; b < a.batch; b += team.count) write_latent(b, R, own);
+        for (int64_t t = team.thread; t < T; t += team.count) write_latent(t, R, own);
         const int64_t parts = a.heads >= 2 * team.count ? 1 : 2 * team.count;
         const int64_t columns = (a.rank / LANES / parts + 1) * LANES;
-        std::vector<const float*> q(a.batch);
-        std::vector<float*> to(a.batch);
+        std::vector<const float*> q(T);
+        std::vector<float*> to(T);
         team.share(2, a.heads * parts, [&](int64_t item) {
             const int64_t h = item / parts, first = std::min(item % parts * columns, a.rank);
             const int64_t last = parts == 1 ? a.rank : std::min(first + columns, a.rank);
-            for (int64_t b = 0; b < a.batch; ++b) {
-                q[b] = query_[b] + h * width;
-                to[b] = absorbed_[b * a.heads + h];
-                if (first == 0) rotate(q[b] + a.nope, a.cos + b * R / 2, a.sin + b * R / 2, R, to[b] + a.rank);
+            for (int64_t t = 0; t < T; ++t) {
+                q[t] = query_[t] + h * width;
+                to[t] = absorbed_[t * a.heads + h];
+                if (first == 0) rotate(q[t] + a.nope, cos(t), sin(t), R, to[t] + a.rank);
             }
             with_type(a.w_uk.data, a.w_uk.type, [&](auto* w) {
-                columns_times(w + h * a.nope * a.rank, a.nope, a.rank, first, last, q.data(), a.batch, to.data());
+                columns_times(w + h * a.nope * a.rank, a.nope, a.rank, first, last, q.data(), T, to.data());
             });
         });
     }
 
-    void write_latent(int64_t b, int64_t R, Scratch& own) const {
+    void write_latent(int64_t t, int64_t R, Scratch& own) const {
         float* c = own.take(a.rank);
-        rms_norm(latent_[b], a.kv_norm, a.latent_eps, a.rank, c);
-        const int64_t t = a.past_lengths[b];
-        const int64_t slot =
-            a.page_table[b * a.table_width + std::min(t / a.page, a.table_width - 1)] * a.page + t % a.page;
+        rms_norm(latent_[t], a.kv_norm, a.latent_eps, a.rank, c);
+        const int64_t slot = slot_of(t, length(t) - 1);
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             auto* row = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(pool)>>*>(pool) + slot * D;
             for (int64_t i = 0; i < a.rank; ++i) put(row + i, c[i]);
-            rotate(latent_[b] + a.rank, a.cos + b * R / 2, a.sin + b * R / 2, R, row + a.rank);
+            rotate(latent_[t] + a.rank, cos(t), sin(t), R, row + a.rank);
         });
     }
 
     void attend_all(Team& team, Scratch& own) const {
         float* scores = own.take(LARGEST_CHUNK * WIDEST_GROUP);
         const int64_t groups = (a.heads + WIDEST_GROUP - 1) / WIDEST_GROUP;
-        team.share(3, a.batch * chunks_ * groups, [&](int64_t item) {
-            const int64_t group = item % groups, chunk = item / groups % chunks_, b = item / groups / chunks_;
-            const int64_t size = chunk_of(length(b)), first = chunk * size;
-            if (first >= length(b)) return;
-            const int64_t last = std::min(first + size, length(b));
+        team.share(3, T * chunks_ * groups, [&](int64_t item) {
+            const int64_t group = item % groups, chunk = item / groups % chunks_, t = item / groups / chunks_;
+            const int64_t size = chunk_of(length(t)), first = chunk * size;
+            if (first >= length(t)) return;
+            const int64_t last = std::min(first + size, length(t));
             for (int64_t h = group * WIDEST_GROUP, end = std::min(h + WIDEST_GROUP, a.heads); h < end;) {
-                const int64_t at = (b * chunks_ + chunk) * a.heads + h;
-                h += attend_group(b, first, last, h, end - h, at, scores, slot_of(b, first + size * team.count));
+                const int64_t at = (t * chunks_ + chunk) * a.heads + h;
+                h += attend_group(t, first, last, h, end - h, at, scores, slot_of(t, first + size * team.count));
             }
         });
     }
 
-    // The place of a cached token in the pool; -1 beyond the sequence.
-    int64_t slot_of(int64_t b, int64_t t) const {
-        return t < length(b) ? a.page_table[b * a.table_width + t / a.page] * a.page + t % a.page : -1;
+    // The place in the pool of what is cached at a position of the token's sequence; -1 beyond what it sees.
+    int64_t slot_of(int64_t t, int64_t at) const {
+        if (at >= length(t)) return -1;
+        return a.page_table[row(t) * a.table_width + at / a.page] * a.page + at % a.page;
     }
 
     // Attend with as many heads at a time as fit; returns how many.
-    int64_t attend_group(int64_t b, int64_t first, int64_t last, int64_t h, int64_t left, int64_t at, float* scores,
+    int64_t attend_group(int64_t t, int64_t first, int64_t last, int64_t h, int64_t left, int64_t at, float* scores,
         int64_t next) const {
-        const float* q = absorbed_[b * a.heads + h];
+        const float* q = absorbed_[t * a.heads + h];
         float *most = most_ + at, *sums = sums_ + at, *total = totals_ + at * a.rank;
         const int heads = left >= WIDEST_GROUP ? WIDEST_GROUP : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             switch (heads) {
 #ifdef __AVX512F__
-            case 8: return attend<8>(a, pool, b, first, last, q, most, sums, total, scores, next);
+            case 8: return attend<8>(a, pool, row(t), first, last, q, most, sums, total, scores, next);
 #endif
-            case 4: return attend<4>(a, pool, b, first, last, q, most, sums, total, scores, next);
-            case 2: return attend<2>(a, pool, b, first, last, q, most, sums, total, scores, next);
-            default: return attend<1>(a, pool, b, first, last, q, most, sums, total, scores, next);
+            case 4: return attend<4>(a, pool, row(t), first, last, q, most, sums, total, scores, next);
+            case 2: return attend<2>(a, pool, row(t), first, last, q, most, sums, total, scores, next);
+            default: return attend<1>(a, pool, row(t), first, last, q, most, sums, total, scores, next);
             }
         });
         return heads;
@@ -279,23 +287,23 @@ private:
     void values(Team& team, Scratch& own) const {
         const int64_t parts = a.heads >= 2 * team.count ? 1 : 2 * team.count;
         const int64_t rows = (a.value + parts - 1) / parts;
-        float** attended = own.take_rows(a.batch, a.rank);
-        std::vector<float*> to(a.batch);
+        float** attended = own.take_rows(T, a.rank);
+        std::vector<float*> to(T);
         team.share(4, a.heads * parts, [&](int64_t item) {
             const int64_t h = item / parts, first = std::min(item % parts * rows, a.value);
             const int64_t last = std::min(first + rows, a.value);
             if (first == last) return;
-            for (int64_t b = 0; b < a.batch; ++b) {
-                put_together(b, h, attended[b]);
-                to[b] = value_[b] + h * a.value + first;
+            for (int64_t t = 0; t < T; ++t) {
+                put_together(t, h, attended[t]);
+                to[t] = value_[t] + h * a.value + first;
             }
-            rows_times(a.w_uv, h * a.value + first, h * a.value + last, attended, a.batch, to.data());
+            rows_times(a.w_uv, h * a.value + first, h * a.value + last, attended, T, to.data());
         });
     }
 
-    void put_together(int64_t b, int64_t h, float* y) const {
-        const int64_t chunks = chunks_of_row(b);
-        auto at = [&](int64_t chunk) { return (b * chunks_ + chunk) * a.heads + h; };
+    void put_together(int64_t t, int64_t h, float* y) const {
+        const int64_t chunks = chunks_of(t);
+        auto at = [&](int64_t chunk) { return (t * chunks_ + chunk) * a.heads + h; };
         float most = -INFINITY, total = 0.0f;
         for (int64_t i = 0; i < chunks; ++i) most = std::max(most, most_[at(i)]);
         for (int64_t i = 0; i < chunks; ++i) total += sums_[at(i)] * std::exp(most_[at(i)] - most);
@@ -307,29 +315,32 @@ private:
     }
 
     void output(Team& team, Scratch& own) const {
-        float** part = own.take_rows(a.batch, BLOCK);
+        float** part = own.take_rows(T, BLOCK);
         float** x = value_;
         if (a.o.reads_integers()) {  // each thread makes its own integers: that takes less than to wait for another's
-            x = take_tokens(own, a.batch, a.o.columns, true);
-            for (int64_t b = 0; b < a.batch; ++b) std::copy(value_[b], value_[b] + a.o.columns, x[b]);
-            fix_all(x, a.batch, a.o.columns);
+            x = take_tokens(own, T, a.o.columns, true);
+            for (int64_t t = 0; t < T; ++t) std::copy(value_[t], value_[t] + a.o.columns, x[t]);
+            fix_all(x, T, a.o.columns);
         }
         team.share(5, (a.o.rows + BLOCK - 1) / BLOCK, [&](int64_t item) {
             const int64_t from = item * BLOCK, to = std::min(from + BLOCK, a.o.rows);
-            rows_times(a.o, from, to, x, a.batch, part);
-            add_bias(a.o_bias, from, to, a.batch, part);
-            for (int64_t b = 0; b < a.batch; ++b)
-                for (int64_t i = from; i < to; ++i) a.y[b * a.hidden + i] = a.x[b * a.hidden + i] + part[b][i - from];
+            rows_times(a.o, from, to, x, T, part);
+            add_bias(a.o_bias, from, to, T, part);
+            for (int64_t t = 0; t < T; ++t)
+                for (int64_t i = from, at = tokens_.rows[t] * a.hidden; i < to; ++i)
+                    a.y[at + i] = a.x[at + i] + part[t][i - from];
         });
     }
 
     const AttentionArgs& a;
+    const Tokens tokens_;
+    const int64_t T;  // real ones
     int64_t D;
     bool first_, second_;  // whether the normed x, and the compressed query, become integers
     // What the phases hand on.
     float **compressed_, **query_, **latent_, **absorbed_, **value_;
-    float *most_, *sums_, *totals_;  // [B, chunks, H] and [B, chunks, H, L]
-    int64_t chunks_;                 // most of any row
+    float *most_, *sums_, *totals_;  // [T, chunks, H] and [T, chunks, H, L]
+    int64_t chunks_;                 // most of any token
 };
 
 }  // namespace ISA

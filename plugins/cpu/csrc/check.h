@@ -39,12 +39,19 @@ inline void number(int64_t value, int64_t from, int64_t to, const char* what) {
         + ".." + std::to_string(to - 1));
 }
 
-// Of the inputs; `rows` of x, cos and sin.
-inline void attention(const AttentionArgs& a, int64_t rows) {
+// The pages of row `b` up to its last token; `made` new ones come after the cached.
+inline void pages(const AttentionArgs& a, int64_t b, int64_t made) {
+    number(a.past_lengths[b], 0, a.table_width * a.page - made + 1, "past_lengths holds");
+    const int64_t reached = (a.past_lengths[b] + made + a.page - 1) / a.page;
+    for (int64_t i = 0; i < reached; ++i) number(a.page_table[b * a.table_width + i], 0, a.pages, "page_table holds");
+}
+
+inline void args(const AttentionArgs& a) {
     const int64_t D = a.kv_a.rows, R = D - a.rank, inner = a.q_a.data ? a.q_a.rows : a.hidden;
+    require(a.sequence > 0 && a.tokens == a.batch * a.sequence && a.sequences == a.batch, "x or sequence_lengths");
     require(a.batch > 0 && a.hidden > 0 && a.heads > 0 && a.nope > 0 && a.value > 0 && a.rank > 0, "a shape");
     require(R > 0 && R % 2 == 0 && a.latent == D && a.page > 0 && a.pages > 0, "past");
-    require(a.rope_rows == rows && a.rope == R / 2, "cos or sin");
+    require(a.rope_rows == a.tokens && a.rope == R / 2, "cos or sin");
     require(a.table_rows == a.batch && a.table_width > 0 && a.lengths == a.batch, "page_table or past_lengths");
     shape(a.kv_a, D, a.hidden, "kv_a");
     if (a.q_a.data) shape(a.q_a, inner, a.hidden, "q_a");
@@ -58,27 +65,16 @@ inline void attention(const AttentionArgs& a, int64_t rows) {
     vector(a.q_a_bias, inner, "q_a_bias");
     vector(a.kv_a_bias, D, "kv_a_bias");
     vector(a.o_bias, a.hidden, "o_bias");
-}
-
-// The pages of row `b` up to its last token; `made` new ones come after the cached.
-inline void pages(const AttentionArgs& a, int64_t b, int64_t made) {
-    number(a.past_lengths[b], 0, a.table_width * a.page - made + 1, "past_lengths holds");
-    const int64_t reached = (a.past_lengths[b] + made + a.page - 1) / a.page;
-    for (int64_t i = 0; i < reached; ++i) number(a.page_table[b * a.table_width + i], 0, a.pages, "page_table holds");
-}
-
-inline void args(const AttentionArgs& a) {
-    attention(a, a.batch);
-    for (int64_t b = 0; b < a.batch; ++b) pages(a, b, 1);
-}
-
-inline void args(const PrefillAttentionArgs& a) {
-    require(a.sequence > 0 && a.tokens == a.batch * a.sequence && a.sequences == a.batch, "x or sequence_lengths");
-    attention(a, a.tokens);
     for (int64_t b = 0; b < a.batch; ++b) {
         number(a.sequence_lengths[b], 0, a.sequence + 1, "sequence_lengths holds");
         pages(a, b, a.sequence_lengths[b]);
     }
+}
+
+// Real tokens among those of each of `batch` sequences.
+inline void lengths(const int32_t* of, int64_t batch, int64_t tokens) {
+    require(batch > 0 && tokens > 0 && tokens % batch == 0, "sequence_lengths");
+    for (int64_t b = 0; b < batch; ++b) number(of[b], 0, tokens / batch + 1, "sequence_lengths holds");
 }
 
 inline void mlp(const Mlp& m, int64_t width, int64_t hidden) {
@@ -91,7 +87,8 @@ inline void mlp(const Mlp& m, int64_t width, int64_t hidden) {
 }
 
 inline void args(const FeedForwardArgs& a) {
-    require(a.tokens > 0 && a.hidden > 0, "x");
+    require(a.hidden > 0, "x");
+    lengths(a.sequence_lengths, a.batch, a.tokens);
     shape(a.norm, 1, a.hidden, "norm_weight");
     number(static_cast<int64_t>(a.activation), 0, ACTIVATIONS, "activation");
     if (a.shared.gate.data) mlp(a.shared, a.shared.gate.rows, a.hidden);
@@ -108,15 +105,9 @@ inline void args(const FeedForwardArgs& a) {
     number(a.top_k, 1, a.experts + 1, "top_k");
 }
 
-inline void args(const PrefillFeedForwardArgs& a) {
-    args(static_cast<const FeedForwardArgs&>(a));
-    require(a.batch > 0 && a.tokens % a.batch == 0, "sequence_lengths");
-    for (int64_t b = 0; b < a.batch; ++b)
-        number(a.sequence_lengths[b], 0, a.tokens / a.batch + 1, "sequence_lengths holds");
-}
-
 inline void args(const HeadArgs& a) {
-    require(a.batch > 0 && a.hidden > 0 && a.head.rows > 0, "x");
+    require(a.tokens > 0 && a.hidden > 0 && a.head.rows > 0, "x");
+    if (a.sequence_lengths) lengths(a.sequence_lengths, a.batch, a.tokens);
     shape(a.norm, 1, a.hidden, "norm_weight");
     shape(a.head, a.head.rows, a.hidden, "head");
 }

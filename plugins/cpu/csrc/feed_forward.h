@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "routing.h"
 #include "scratch.h"
+#include "tokens.h"
 
 namespace ISA {
 
@@ -38,19 +39,21 @@ inline void gate_up(Activation kind, float* gate, const float* up, int64_t n) {
 
 class FeedForward {
 public:
-    FeedForward(const FeedForwardArgs& args, Scratch& scratch) : a(args) {
-        logits_ = scratch.take_rows(a.tokens, a.experts);
-        routed_ = take_tokens(scratch, a.tokens * a.top_k, a.expert_width, a.down.reads_integers());
-        shared_ = take_tokens(scratch, a.tokens, a.shared.gate.rows, a.shared.down.reads_integers());
+    FeedForward(const FeedForwardArgs& args, Scratch& scratch)
+        : a(args), tokens_(args.sequence_lengths, args.batch, args.tokens / args.batch, scratch), T(tokens_.count) {
+        logits_ = scratch.take_rows(T, a.experts);
+        routed_ = take_tokens(scratch, T * a.top_k, a.expert_width, a.down.reads_integers());
+        shared_ = take_tokens(scratch, T, a.shared.gate.rows, a.shared.down.reads_integers());
         block_ = any_reads_integers(a.down, a.shared.down) ? LARGEST_INNER_BLOCK : INNER_BLOCK;
     }
 
     void run(Team& team) const {
         Scratch& own = own_scratch();
         const bool narrow = any_reads_integers(a.gate, a.up, a.shared.gate, a.shared.up);
-        float** x = take_tokens(own, a.tokens, a.hidden, narrow);
-        for (int64_t t = 0; t < a.tokens; ++t) rms_norm(a.x + t * a.hidden, a.norm, a.eps, a.hidden, x[t]);
-        if (narrow) fix_all(x, a.tokens, a.hidden);
+        float** x = take_tokens(own, T, a.hidden, narrow);
+        for (int64_t t = 0; t < T; ++t) rms_norm(a.x + tokens_.rows[t] * a.hidden, a.norm, a.eps, a.hidden, x[t]);
+        if (narrow) fix_all(x, T, a.hidden);
+        copy_padding(tokens_, team, a.tokens, a.hidden, a.x, a.y);
         Chosen chosen;
         if (a.experts) {
             score(team, x);
@@ -72,23 +75,22 @@ private:
     };
 
     void score(Team& team, float** x) const {
-        std::vector<float*> at(a.tokens);
+        std::vector<float*> at(T);
         team.share(0, (a.experts + 7) / 8, [&](int64_t item) {
             const int64_t from = item * 8, to = std::min(from + 8, a.experts);
-            for (int64_t t = 0; t < a.tokens; ++t) at[t] = logits_[t] + from;
-            rows_times(a.router, from, to, x, a.tokens, at.data());
+            for (int64_t t = 0; t < T; ++t) at[t] = logits_[t] + from;
+            rows_times(a.router, from, to, x, T, at.data());
         });
     }
 
     Chosen choose(Scratch& own) const {
-        int64_t* ids = own.take<int64_t>(a.tokens * a.top_k + a.groups);
-        float* weights = own.take(a.tokens * a.top_k + a.groups);
+        int64_t* ids = own.take<int64_t>(T * a.top_k + a.groups);
+        float* weights = own.take(T * a.top_k + a.groups);
         float *scores = own.take(a.experts), *work = own.take(a.experts);
-        for (int64_t t = 0; t < a.tokens; ++t)
-            route(a, logits_[t], scores, work, ids + t * a.top_k, weights + t * a.top_k);
+        for (int64_t t = 0; t < T; ++t) route(a, logits_[t], scores, work, ids + t * a.top_k, weights + t * a.top_k);
         int64_t* counts = own.take<int64_t>(a.experts);
         std::fill(counts, counts + a.experts, 0);
-        const int64_t pairs = a.tokens * a.top_k;
+        const int64_t pairs = T * a.top_k;
         for (int64_t i = 0; i < pairs; ++i) ++counts[ids[i]];
         Chosen chosen;
         chosen.tokens.resize(pairs);
@@ -120,15 +122,15 @@ private:
         const int64_t blocks = (a.expert_width + block_ - 1) / block_;
         const int64_t routed = static_cast<int64_t>(chosen.experts.size()) * blocks;
         const int64_t shared = (a.shared.gate.rows + block_ - 1) / block_;
-        float** up = own.take_rows(a.tokens, block_);
-        const float** some = own.take<const float*>(a.tokens);
-        float** to = own.take<float*>(a.tokens);
+        float** up = own.take_rows(T, block_);
+        const float** some = own.take<const float*>(T);
+        float** to = own.take<float*>(T);
         team.share(1, routed + shared, [&](int64_t item) {
             if (item >= routed) {
                 const int64_t from = (item - routed) * block_;
-                for (int64_t t = 0; t < a.tokens; ++t) to[t] = shared_[t] + from;
+                for (int64_t t = 0; t < T; ++t) to[t] = shared_[t] + from;
                 const int64_t last = std::min(from + block_, a.shared.gate.rows);
-                return inner_block(a.shared, 0, from, last, x, a.tokens, to, up);
+                return inner_block(a.shared, 0, from, last, x, T, to, up);
             }
             const int64_t i = item / blocks, from = item % blocks * block_, start = chosen.start[i];
             const int64_t count = chosen.start[i + 1] - start;
@@ -158,11 +160,11 @@ private:
 
     // The down projections, weighted and summed in the order of expert ids, then the shared ones, then the residual.
     void outer(Team& team, const Chosen& chosen, Scratch& own) const {
-        float** total = own.take_rows(a.tokens, OUTER_BLOCK);
-        float** part = own.take_rows(a.tokens, OUTER_BLOCK);
+        float** total = own.take_rows(T, OUTER_BLOCK);
+        float** part = own.take_rows(T, OUTER_BLOCK);
         team.share(2, (a.hidden + OUTER_BLOCK - 1) / OUTER_BLOCK, [&](int64_t item) {
             const int64_t from = item * OUTER_BLOCK, last = std::min(from + OUTER_BLOCK, a.hidden);
-            for (int64_t t = 0; t < a.tokens; ++t) std::fill(total[t], total[t] + OUTER_BLOCK, 0.0f);
+            for (int64_t t = 0; t < T; ++t) std::fill(total[t], total[t] + OUTER_BLOCK, 0.0f);
             for (size_t i = 0; i < chosen.experts.size(); ++i) {
                 const int64_t start = chosen.start[i], count = chosen.start[i + 1] - start;
                 const int64_t base = chosen.experts[i] * a.hidden;
@@ -174,18 +176,20 @@ private:
                 }
             }
             if (a.shared.down.data) {
-                rows_times(a.shared.down, from, last, shared_, a.tokens, part);
-                add_bias(a.shared.down_bias, from, last, a.tokens, part);
-                for (int64_t t = 0; t < a.tokens; ++t)
+                rows_times(a.shared.down, from, last, shared_, T, part);
+                add_bias(a.shared.down_bias, from, last, T, part);
+                for (int64_t t = 0; t < T; ++t)
                     for (int64_t r = 0; r < last - from; ++r) total[t][r] += part[t][r];
             }
-            for (int64_t t = 0; t < a.tokens; ++t)
-                for (int64_t r = from; r < last; ++r)
-                    a.y[t * a.hidden + r] = a.x[t * a.hidden + r] + total[t][r - from];
+            for (int64_t t = 0; t < T; ++t)
+                for (int64_t r = from, row = tokens_.rows[t] * a.hidden; r < last; ++r)
+                    a.y[row + r] = a.x[row + r] + total[t][r - from];
         });
     }
 
     const FeedForwardArgs& a;
+    const Tokens tokens_;
+    const int64_t T;  // real ones
     float **logits_, **routed_, **shared_;
     int64_t block_;
 };

@@ -21,16 +21,22 @@ void run(const Args& args, Pool& pool) {
 void head(const HeadArgs& a, Pool& pool) {
     check::args(a);
     constexpr int64_t block = 64;
+    const bool padded = a.sequence_lengths != nullptr;
+    const Tokens tokens = padded ? Tokens(a.sequence_lengths, a.batch, a.tokens / a.batch, shared_scratch())
+                                 : Tokens(a.tokens, shared_scratch());
     pool.run([&](Team& team) {
         Scratch& own = own_scratch();
-        float** x = take_tokens(own, a.batch, a.hidden, a.head.reads_integers());
-        float** to = own.take<float*>(a.batch);
-        for (int64_t b = 0; b < a.batch; ++b) rms_norm(a.x + b * a.hidden, a.norm, a.eps, a.hidden, x[b]);
-        if (a.head.reads_integers()) fix_all(x, a.batch, a.hidden);
+        float** x = take_tokens(own, tokens.count, a.hidden, a.head.reads_integers());
+        float** to = own.take<float*>(tokens.count);
+        for (int64_t t = 0; t < tokens.count; ++t)
+            rms_norm(a.x + tokens.rows[t] * a.hidden, a.norm, a.eps, a.hidden, x[t]);
+        if (a.head.reads_integers()) fix_all(x, tokens.count, a.hidden);
+        each_padding(
+            tokens, team, a.tokens, [&](int64_t row) { std::fill_n(a.y + row * a.head.rows, a.head.rows, 0.0f); });
         team.share(0, (a.head.rows + block - 1) / block, [&](int64_t item) {
             const int64_t from = item * block, last = std::min(from + block, a.head.rows);
-            for (int64_t b = 0; b < a.batch; ++b) to[b] = a.y + b * a.head.rows + from;
-            rows_times(a.head, from, last, x, a.batch, to);
+            for (int64_t t = 0; t < tokens.count; ++t) to[t] = a.y + tokens.rows[t] * a.head.rows + from;
+            rows_times(a.head, from, last, x, tokens.count, to);
         });
     });
 }

@@ -48,14 +48,16 @@ struct Call {
     Pool& pool() const { return Pool::of(node.threads); }
 };
 
-template <class Args, class Op>
-Args attention_args(const Call<Op>& call) {
+template <class Op>
+AttentionArgs attention_args(const Call<Op>& call) {
     const auto& node = call.attributes;
     const auto& in = call.in;
-    Args a{};
+    AttentionArgs a{};
     a.x = in.x.template as<float>();
     a.cos = in.cos.template as<float>(), a.sin = in.sin.template as<float>();
     a.batch = in.past_lengths.dims[0], a.hidden = in.x.columns;
+    a.sequence_lengths = in.sequence_lengths.template as<int32_t>();
+    a.sequence = in.cos.dims[1], a.tokens = in.x.rows, a.sequences = in.sequence_lengths.dims[0];
     a.pool_type = in.past.type, a.pages = in.past.dims[0], a.page = in.past.dims[1];
     a.page_table = in.page_table.template as<int32_t>();
     a.table_rows = in.page_table.dims[0], a.table_width = in.page_table.dims[1];
@@ -76,23 +78,21 @@ Args attention_args(const Call<Op>& call) {
 
 template <class Op>
 void attention(const Call<Op>& call) {
-    kernels().attention(attention_args<AttentionArgs>(call), call.pool());
+    kernels().attention(attention_args(call), call.pool());
 }
 
 template <class Op>
 void prefill_attention(const Call<Op>& call) {
-    auto a = attention_args<PrefillAttentionArgs>(call);
-    a.sequence_lengths = call.in.sequence_lengths.template as<int32_t>();
-    a.sequence = call.in.cos.dims[1], a.tokens = call.in.x.rows, a.sequences = call.in.sequence_lengths.dims[0];
-    kernels().prefill_attention(a, call.pool());
+    kernels().prefill_attention(attention_args(call), call.pool());
 }
 
-template <class Args, class Op>
-Args feed_forward_args(const Call<Op>& call) {
+template <class Op>
+FeedForwardArgs feed_forward_args(const Call<Op>& call) {
     const auto& node = call.attributes;
     const auto& in = call.in;
-    Args a{};
+    FeedForwardArgs a{};
     a.x = in.x.template as<float>();
+    a.sequence_lengths = in.sequence_lengths.template as<int32_t>(), a.batch = in.sequence_lengths.dims[0];
     a.tokens = in.x.dims[0], a.hidden = in.x.dims[1];
     a.norm = in.norm_weight;
     a.experts = in.router.dims[0], a.expert_width = in.gate.dims[1];
@@ -108,26 +108,24 @@ Args feed_forward_args(const Call<Op>& call) {
 }
 
 void feed_forward(const Call<operators::FeedForward>& call) {
-    auto a = feed_forward_args<FeedForwardArgs>(call);
+    auto a = feed_forward_args(call);
     a.hit = &experts_hit;
     kernels().feed_forward(a, call.pool());
 }
 
 void prefill_feed_forward(const Call<operators::PrefillFeedForward>& call) {
-    auto a = feed_forward_args<PrefillFeedForwardArgs>(call);
-    a.sequence_lengths = call.in.sequence_lengths.as<int32_t>();
-    a.batch = call.in.sequence_lengths.dims[0];
-    kernels().prefill_feed_forward(a, call.pool());
+    kernels().prefill_feed_forward(feed_forward_args(call), call.pool());
 }
 
 void head(const Call<operators::Head>& call) {
     const auto& in = call.in;
     HeadArgs a{};
     a.x = in.x.as<float>();
-    a.batch = in.x.dims[0], a.hidden = in.x.dims[1];
+    a.sequence_lengths = in.sequence_lengths.as<int32_t>(), a.batch = in.sequence_lengths.dims[0];
+    a.tokens = in.x.dims[0], a.hidden = in.x.dims[1];
     a.norm = in.norm_weight, a.head = in.head;
     a.eps = call.attributes.eps;
-    a.y = reinterpret_cast<float*>(call.output(0, {a.batch, a.head.rows}));
+    a.y = reinterpret_cast<float*>(call.output(0, {a.tokens, a.head.rows}));
     kernels().head(a, call.pool());
 }
 

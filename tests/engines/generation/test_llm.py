@@ -276,6 +276,11 @@ def test_demo_model(demo_checkpoint, bundle_of):
             return "".join([piece.text async for piece in llm.astream("Return the name of", SamplingParams(12))])
 
         assert asyncio.run(read()) == first.text
+    with pytest.raises(RequestError, match="speculate 'often': must be one of off, lookup, auto"):
+        LLM.open(bundle.path, speculate="often")
+    with LLM.open(bundle.path, threads=1, cache_mib=8, speculate="lookup") as llm:
+        again = llm.generate(["Return the name of", "The number of"], SamplingParams(12))
+        assert [result.token_ids for result in again] == [first.token_ids, second.token_ids]
 
 
 @pytest.mark.parametrize("prompts", ["abc", 5, None, [5], [None], [[1.5]], [["a"]]])

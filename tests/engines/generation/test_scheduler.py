@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.speculation import MOST_DRAFTED, SPECULATE
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.plugins.cpu.sampling_row import unpack
 
@@ -241,7 +243,91 @@ def test_requests_that_can_never_run_are_refused(prompt, params, words):
     assert not scheduler.busy
 
 
-@pytest.mark.parametrize("limits", [{"max_running": 0}, {"token_budget": 3}, {"prefill_chunk": 0}])
+@pytest.mark.parametrize("speculate", ["lookup", "auto"])
+@pytest.mark.parametrize("pages", [9, 12, 40])
+def test_speculation_changes_no_answer(pages, speculate):
+    """Sampled, penalised, with log-probabilities and stops: token for token what the model gives alone."""
+    scheduler = scheduler_of(pages, speculate=speculate)
+    ids = {scheduler.add(p, k): (p, k) for k in KINDS for p in PROMPTS if len(p) < 20 or k.max_new_tokens <= 10}
+    made = answers(drain(scheduler))
+    assert made == {request: alone(*wanted) for request, wanted in ids.items()}
+    assert scheduler.pool.free == pages - 1
+    assert scheduler.counters.drafted > 0 or speculate == "auto"
+
+
+class Periodic(fake.FakeSession):
+    """After token t comes t + 1, after 9 comes 2."""
+
+    @staticmethod
+    def after(token):
+        return 2 if token == 9 else token + 1
+
+    def _rows(self, name, input_ids, sequence_lengths, *given):
+        rows = super()._rows(name, input_ids, sequence_lengths, *given)
+        for ids, row in zip(input_ids, rows, strict=True):
+            for token, logits in zip(ids.tolist(), row, strict=False):
+                logits[self.after(token)] += 1000
+        return rows
+
+
+PERIOD = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3)
+
+
+def test_what_repeats_takes_a_call_for_eight_tokens():
+    session = Periodic(30)
+    scheduler = scheduler_of(session=session, speculate="lookup", prefill_chunk=16)
+    request = scheduler.add(PERIOD, SamplingParams(17, ignore_eos=True))
+    (made, reason) = answers(drain(scheduler))[request]
+    assert [token for token, *_ in made] == [4, 5, 6, 7, 8, 9, 2, 3] * 2 + [4]
+    assert reason == "length"
+    assert [shape for name, shape in session.calls if name == "decode"] == [(1, 8), (1, 8)]
+    counters = scheduler.counters
+    assert (counters.decoded, counters.drafted, counters.accepted) == (16, 14, 14)
+    assert (counters.tokens_a_step, counters.acceptance) == (8.0, 1.0)
+
+
+def test_drafts_are_no_longer_than_the_answer_and_the_budget():
+    session = Periodic(30)
+    scheduler = scheduler_of(session=session, speculate="lookup", max_running=2, token_budget=6, prefill_chunk=16)
+    for _ in range(2):
+        scheduler.add(PERIOD, SamplingParams(6, ignore_eos=True))
+    assert all(len(made) == 6 for made, _ in answers(drain(scheduler)).values())
+    decodes = [shape for name, shape in session.calls if name == "decode"]
+    assert max(rows + steps - 1 for rows, steps in decodes) <= 6
+
+
+def test_a_stop_among_drafts_ends_the_answer():
+    scheduler = scheduler_of(session=Periodic(30), speculate="lookup", prefill_chunk=16)
+    request = scheduler.add(PERIOD, SamplingParams(30, stop_token_ids=(7,)))
+    made, reason = answers(drain(scheduler))[request]
+    assert ([token for token, *_ in made], reason) == ([4, 5, 6, 7], "stop")
+    assert scheduler.pool.free == 29
+
+
+def test_drafts_take_free_pages_alone_and_give_them_back():
+    class Broken(Periodic):
+        def decode(self, *feeds):
+            if self.failures:
+                self.failures -= 1
+                raise OSError("the device is gone")
+            return super().decode(*feeds)
+
+    session = Broken(6)
+    scheduler = scheduler_of(session=session, speculate="lookup", prefill_chunk=16)
+    scheduler.add((*PERIOD, 4), SamplingParams(8, ignore_eos=True))
+    scheduler.step()
+    session.failures, held = 1, scheduler.pool.free
+    with pytest.raises(OSError, match="gone"):
+        scheduler.step()
+    assert scheduler.pool.free == held
+    fake.check_pages(scheduler)
+    assert len(drain(scheduler)) == 7
+    assert scheduler.counters.preemptions == 0
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_running": 0}, {"token_budget": 3}, {"prefill_chunk": 0}, {"speculate": "often"}]
+)
 def test_limits_that_cannot_work_are_refused(limits):
     with pytest.raises(RequestError, match=next(iter(limits))):
         scheduler_of(**limits)
@@ -255,6 +341,18 @@ PROMPT = st.builds(
 )
 
 
+def check_order(requests, speculate):
+    """Every request at most once, in order of arrival; then in rounds of the same kind those that drafted well."""
+    rounds = [[]]
+    for request in requests:
+        if rounds[-1] and request <= rounds[-1][-1]:
+            rounds.append([])
+        rounds[-1].append(request)
+    assert len(rounds) == 1 or speculate != "off"
+    assert len(rounds) <= 1 + MOST_DRAFTED
+    assert all(set(later) <= set(before) for before, later in pairwise(rounds))
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests arrive, are cancelled and preempted at any time; each must get what it gets alone."""
 
@@ -266,11 +364,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(5, 30),
         chunk=st.integers(1, 7),
         reuse=st.booleans(),
+        speculate=st.sampled_from(SPECULATE),
     )
-    def open(self, pages, running, budget, chunk, reuse):
+    def open(self, pages, running, budget, chunk, reuse, speculate):
         self.wanted, self.made = {}, {}
         limits = {"max_running": running, "token_budget": budget, "prefill_chunk": chunk, "prefix_reuse": reuse}
-        self.scheduler = scheduler_of(pages, **limits)
+        self.scheduler = scheduler_of(pages, **limits, speculate=speculate)
 
     @rule(prompt=PROMPT, kind=st.sampled_from(KINDS))
     def arrive(self, prompt, kind):
@@ -295,7 +394,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def take(self, events):
         self.seen["steps"] += 1
-        assert [e.request for e in events] == sorted({e.request for e in events})
+        check_order([e.request for e in events], self.scheduler.limits.speculate)
         for event in events:
             own = self.made[event.request]
             own.append((event.token, event.logprob, unpack(event.likeliest)))
@@ -316,7 +415,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.take_all()
             self.seen["preempted"] += self.scheduler.counters.preemptions
-            self.seen["reused"] += self.scheduler.counters.reused
+            counters = self.scheduler.counters
+            self.seen["reused"] += counters.reused
+            self.seen["accepted"] += counters.accepted
+            self.seen["rejected"] += counters.drafted - counters.accepted
             assert not self.wanted
             assert self.scheduler.pool.free == self.scheduler.pool.pages - 1
 
@@ -335,7 +437,8 @@ def test_thousands_of_steps_under_arrival_cancellation_and_preemption():
     run_state_machine_as_test(SchedulerMachine, settings=often)
     seen = SchedulerMachine.seen
     assert seen["steps"] > 3000, seen
-    assert min(seen[what] for what in ("preempted", "reused", "cancelled running", "cancelled waiting")) > 0, seen
+    rare = ("preempted", "reused", "cancelled running", "cancelled waiting", "accepted", "rejected")
+    assert min(seen[what] for what in rare) > 0, seen
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +446,8 @@ def demo(demo_checkpoint, bundle_of):
     return bundle_of(demo_checkpoint, page_size=8)
 
 
-def test_demo_model_under_pressure_equals_alone(demo):
+@pytest.mark.parametrize("speculate", ["off", "lookup"])
+def test_demo_model_under_pressure_equals_alone(demo, speculate):
     """Through ONNX Runtime: short prompts, few pages, shared prefixes; each token as in a batch of one."""
     from deepseek_trt.engines.sessions.ort import OrtSession
     from deepseek_trt.engines.text.text import Text
@@ -355,11 +459,12 @@ def test_demo_model_under_pressure_equals_alone(demo):
     params = SamplingParams(20)
     alone = LLM(session, config, limits=SchedulerLimits.for_batch(1))
     expected = [list(alone.generate([prompt], params)[0].token_ids) for prompt in prompts]
-    scheduler = Scheduler(session, config, SchedulerLimits(4, 16, 6))
+    scheduler = Scheduler(session, config, SchedulerLimits(4, 16, 6, speculate=speculate))
     made = {scheduler.add(prompt, params): [] for prompt in prompts}
     while scheduler.busy:
         for event in scheduler.step():
             made[event.request].append(event.token)
         fake.check_pages(scheduler)
     assert list(made.values()) == expected
+    assert (scheduler.counters.drafted > 0) == (speculate == "lookup")
     assert scheduler.counters.preemptions > 0

@@ -245,14 +245,14 @@ def test_profiles_come_from_the_three_sizes(bundle):
     assert shapes["input_ids"] == ((1, 1), (1, 128), (4, 128))
     assert shapes["page_table"] == ((1, 1), (1, 8), (4, 8))
     assert shapes["past_key_values.0.latent"][2] == (33, 64, cache.latent_dim)
-    assert profile_of(decode, cache, SPEC).shapes["input_ids"] == ((1, 1), (4, 1), (4, 1))
+    assert profile_of(decode, cache, SPEC).shapes["input_ids"] == ((1, 1), (4, 1), (4, 8))
 
 
 def test_a_missing_or_damaged_record_is_named(bundle_of, demo_checkpoint, tmp_path):
     own = Bundle.open(Path(shutil.copytree(bundle_of(demo_checkpoint).path, tmp_path / "bundle")))
     with pytest.raises(BundleError, match="deepseek-trt build"):
         PlanRecord.of(own, "prefill")
-    (own.path / "prefill.plan.json").write_text('{"schema_version": 1}')
+    (own.path / "prefill.plan.json").write_text('{"schema_version": 2}')
     with pytest.raises(BundleError, match="does not list it: make it with deepseek-trt build"):
         PlanRecord.of(own, "prefill")
     list_added(own.path, ["prefill.plan.json"])

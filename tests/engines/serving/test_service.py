@@ -67,9 +67,9 @@ class GatedSession(fake.FakeSession):
         self.gate = threading.Event()
         self.gate.set()
 
-    def prefill(self, *arguments):
+    def _rows(self, *arguments):
         assert self.gate.wait(WAIT)
-        return super().prefill(*arguments)
+        return super()._rows(*arguments)
 
 
 class Channel:

@@ -50,11 +50,13 @@ def test_runs_by_name(bundle, session):
         assert list(pool.shape) == [SIZES.get(dim, dim) for dim in spec.dims]
     first = session.prefill(**feeds_of(prefill))
     second = session.decode(**feeds_of(decode) | {"past_lengths": np.array([5, 5], dtype=np.int32)})
-    for logits in (first, second):
-        assert (logits.dtype, logits.shape) == (np.float32, (2, bundle.manifest.model.vocab_size))
+    vocab = bundle.manifest.model.vocab_size
+    for logits, shape in ((first, (2, vocab)), (second, (2, 5, vocab))):
+        assert (logits.dtype, logits.shape) == (np.float32, shape)
         np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)  # of values near 1, summed in another order in torch
-    assert np.abs(session.pool(0)[[1, 3], :6]).min(axis=-1).max() > 0  # six tokens of both rows
-    assert not session.pool(0)[[2, 4]].any()
+    assert np.abs(session.pool(0)[[1, 3]]).min(axis=-1).max() > 0  # ten tokens of both rows
+    assert np.abs(session.pool(0)[[2, 4], :2]).min(axis=-1).max() > 0
+    assert not session.pool(0)[[2, 4], 2:].any()
 
 
 def test_pools_are_written_in_place(bundle):

@@ -225,7 +225,8 @@ def test_weights_go_up_in_the_order_of_the_file(world, monkeypatch):
 def decode_once(session, rows, pages_a_row=1):
     owned = [list(range(1 + r * pages_a_row, 1 + (r + 1) * pages_a_row)) for r in range(rows)]
     ids = np.full((rows, 1), 7, dtype=np.int64)
-    return session.decode(ids, np.zeros(rows, dtype=np.int32), page_table(owned))
+    ones, none = np.ones(rows, dtype=np.int32), np.zeros(rows, dtype=np.int32)
+    return session.decode(ids, ones, none, page_table(owned))[:, 0]
 
 
 def test_a_bucket_is_captured_once_and_used_again(world):
@@ -252,6 +253,21 @@ def test_graphs_give_the_same_bits(world, make_world):
     graphs, plain = world.session(), world.session(cuda_graphs=False)
     for rows in (1, 3, 3, 3, 2, 3, 1, 1):
         np.testing.assert_array_equal(decode_once(graphs, rows), decode_once(plain, rows))
+
+
+def test_several_tokens_give_what_they_give_one_by_one(world):
+    """Three tokens are padded to four, three rows to four: padding is written to the scratch page, and cut off."""
+    several, single = world.session(), world.session()
+    ids, new = np.arange(9, dtype=np.int64).reshape(3, 3) + 5, np.array([3, 1, 2], dtype=np.int32)
+    table, ones = page_table([[1], [2], [3]]), np.ones(3, dtype=np.int32)
+    logits = several.decode(ids, new, np.zeros(3, dtype=np.int32), table)
+    assert logits.shape == (3, 3, several.vocab_size)
+    for at in range(3):
+        alone = single.decode(ids[:, at : at + 1], ones, np.full(3, at, dtype=np.int32), table)
+        rows = np.flatnonzero(new > at)
+        np.testing.assert_allclose(logits[rows, at], alone[rows, 0], rtol=0, atol=1e-4)
+    with pytest.raises(RequestError, match=r"\[1, 9\]: decode takes at most 8 tokens a row"):
+        several.decode(np.zeros((1, 9), dtype=np.int64), ones[:1], ones[:1], table[:1])
 
 
 @pytest.mark.parametrize("flavour", ["rtx", "tensorrt"])

@@ -31,13 +31,16 @@ def weights() -> ModuleType:
 @pytest.fixture(scope="session")
 def decode_twice() -> Callable[[OrtSession], Logits]:
     def run(session: OrtSession) -> Logits:
-        """Two steps of three rows whose caches hold random latents."""
+        """A step of one token and one of several, of three rows whose caches hold random latents: their logits."""
         rng = np.random.default_rng(0)
         for layer in range(session.cache.layers):
             session.pool(layer)[:] = rng.standard_normal(session.pool(layer).shape) * 0.5
         table = rng.permutation(np.arange(1, 40, dtype=np.int32))[:36].reshape(3, 12)
         lengths = np.array([0, 9, 40], dtype=np.int32)
-        return [session.decode(rng.integers(0, 60, (3, 1)), lengths + step, table) for step in range(2)]
+        ids, new = rng.integers(0, 60, (3, 5)), np.array([5, 1, 3], dtype=np.int32)
+        one = session.decode(ids[:, :1], np.ones_like(new), lengths, table)
+        several = session.decode(ids, new, lengths + 1, table)
+        return [one[:, 0], *(row[:count] for row, count in zip(several, new, strict=True))]
 
     return run
 
@@ -59,7 +62,7 @@ def prefill_all() -> Callable[[Session], Logits]:
             session.pool(layer)[table] = latents.reshape(5, 80, 4, -1)
         # The last page of a row is full of NaN and may be named beyond its end.
         wide = np.concatenate([table, np.full((5, 3), 451, np.int32)], axis=1)
-        out = [session.prefill(ids, new, past, wide), session.decode(ids[:, :1], past + new, wide)]
+        out = [session.prefill(ids, new, past, wide), session.decode(ids[:, :1], new // new, past + new, wide)[:, 0]]
         return [*out, session.prefill(ids[2:4], new[2:4], past[2:4] + new[2:4] + 1, wide[2:4, :80])]
 
     return run

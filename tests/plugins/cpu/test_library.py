@@ -42,7 +42,7 @@ def decode_after_prefill(session: OrtSession, rows: int, tokens: int = 21, steps
     out = []
     for step in range(steps):
         new = np.array([[g.integers(0, vocab)] for g in rng], dtype=np.int64)
-        out.append(session.decode(new, lengths + step, table))
+        out.append(session.decode(new, np.ones_like(lengths), lengths + step, table)[:, 0])
     return out
 
 
@@ -61,6 +61,54 @@ def test_a_row_does_not_depend_on_the_batch_or_the_threads(bundle: Bundle) -> No
     alone = decode_after_prefill(OrtSession(bundle, 64, 2), 1, first=3)
     for several, one in zip(together, alone, strict=True):
         np.testing.assert_array_equal(several[3], one[0])
+
+
+NEW = (8, 1, 5, 3, 8)  # tokens of each row in a call of several
+PAST = (21, 0, 1022, 63, 300)  # around the sizes at which a sequence is cut into larger chunks
+
+
+def decode_rows(session: OrtSession, rows: list[int], calls: list[tuple[int, int]]) -> Decoded:
+    """Logits of each row's tokens first..first + count - 1, call by call; what a row lacks is left out."""
+    width = -(-(max(PAST) + max(NEW)) // session.cache.page_size)
+    table = 1 + np.arange(len(NEW) * width, dtype=np.int32).reshape(len(NEW), width)
+    pools = np.random.default_rng(0)
+    for layer in range(session.cache.layers):
+        session.pool(layer)[:] = pools.standard_normal(session.pool(layer).shape)
+    ids = np.random.default_rng(1).integers(0, session.vocab_size, (len(NEW), max(NEW)))
+    found: list[list[np.ndarray[Any, Any]]] = [[] for _ in rows]
+    for first, count in calls:
+        new = np.minimum(np.array(NEW, dtype=np.int32)[rows] - first, count)
+        (there,) = np.nonzero(new > 0)
+        if not there.size:
+            continue
+        some = np.array(rows)[there]
+        given = ids[some, first : first + new[there].max()]
+        past = np.array(PAST, dtype=np.int32)[some] + np.int32(first)
+        logits = session.decode(given, new[there], past, table[some])
+        for place, row in enumerate(there):
+            found[row] += list(logits[place, : new[row]])
+            assert not logits[place, new[row] :].any()  # padding
+    return [np.stack(row) for row in found]
+
+
+@pytest.fixture(scope="module", params=["float32", "float16", "bfloat16"])
+def typed_bundle(request: pytest.FixtureRequest, small_v2: Any, bundle_of: Callable[..., Bundle]) -> Bundle:
+    return bundle_of(small_v2.checkpoint, dtype=request.param, page_size=8)
+
+
+ONE_BY_ONE = [(at, 1) for at in range(8)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_tokens_give_the_bits_of_one_after_the_other(typed_bundle: Bundle, threads: int) -> None:
+    session = OrtSession(typed_bundle, 1 + 5 * 129, threads)
+    rows = list(range(len(NEW)))
+    together = decode_rows(session, rows, [(0, 8)])
+    for calls in (ONE_BY_ONE, [(0, 2), (2, 5), (7, 1)]):
+        for several, one in zip(together, decode_rows(session, rows, calls), strict=True):
+            np.testing.assert_array_equal(several, one)
+    for row in rows:
+        np.testing.assert_array_equal(decode_rows(session, [row], ONE_BY_ONE)[0], together[row])
 
 
 LENGTHS = (37, 3, 300, 1, 64)

@@ -42,11 +42,9 @@ WIDTH = 80  # room for all that a kernel records
 # What recording_kernels.cpp writes: numbers of these inputs, then (number, rows, columns) of those, then sizes and
 # attributes.
 SCALARS: dict[str, tuple[str, ...]] = {
-    "Attention": ("x", "cos", "sin", "past", "page_table", "past_lengths"),
-    "FeedForward": ("x", "correction"),
-    "Head": ("x",),
-    "PrefillAttention": ("x", "cos", "sin", "past", "page_table", "past_lengths", "sequence_lengths"),
-    "PrefillFeedForward": ("x", "correction", "sequence_lengths"),
+    "Attention": ("x", "cos", "sin", "past", "page_table", "past_lengths", "sequence_lengths"),
+    "FeedForward": ("x", "correction", "sequence_lengths"),
+    "Head": ("x", "sequence_lengths"),
 }
 MATRICES = {
     "Attention": "norm_weight kv_a kv_norm_weight w_uk w_uv o q q_a q_norm_weight kv_a_bias o_bias q_a_bias",
@@ -58,19 +56,17 @@ MATRICES = {
 SIZES: dict[str, tuple[tuple[str, int], ...]] = {
     "Attention": (
         *(("past_lengths", 0), ("x", 1), ("past", 0), ("past", 1), ("page_table", 1)),
-        *(("w_uk", 0), ("w_uk", 1), ("w_uv", 1), ("w_uk", 2)),
+        *(("w_uk", 0), ("w_uk", 1), ("w_uv", 1), ("w_uk", 2), ("cos", 1)),
     ),
-    "FeedForward": (("x", 0), ("x", 1), ("router", 0), ("gate", 1)),
-    "Head": (("x", 0), ("x", 1)),
+    "FeedForward": (("x", 0), ("x", 1), ("router", 0), ("gate", 1), ("sequence_lengths", 0)),
+    "Head": (("x", 0), ("x", 1), ("sequence_lengths", 0)),
 }
-SIZES["PrefillAttention"] = (*SIZES["Attention"], ("cos", 1))
-SIZES["PrefillFeedForward"] = (*SIZES["FeedForward"], ("sequence_lengths", 0))
 ATTRIBUTES = {
     "Attention": ("scale", "eps", "latent_eps"),
     "FeedForward": ("eps", "activation", "top_k", "groups", "top_groups", "normalised", "factor"),
     "Head": ("eps",),
 }
-for values in (MATRICES, ATTRIBUTES):
+for values in (SCALARS, SIZES, MATRICES, ATTRIBUTES):
     values |= {f"Prefill{kind}": values[kind] for kind in ("Attention", "FeedForward")}
 SHAPES = {
     "sequence_lengths": (2,),
@@ -207,10 +203,10 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
 @pytest.mark.parametrize(
     ("operator", "mend", "words"),
     [
-        (ATTENTION, without("q_a_bias"), "Attention: input q_a_bias is missing; the node has 17 inputs"),
-        (ATTENTION, without("kv_a"), "Attention: input q_a_bias is missing; the node has 17 inputs"),
+        (ATTENTION, without("q_a_bias"), "Attention: input q_a_bias is missing; the node has 18 inputs"),
+        (ATTENTION, without("kv_a"), "Attention: input q_a_bias is missing; the node has 18 inputs"),
         (ATTENTION, without("past"), "Attention: input past is of another type, ONNX's number 6"),
-        (FEED_FORWARD, lambda g: {**g, "more": g["x"]}, "FeedForward: it takes 13 inputs; the node has 14 inputs"),
+        (FEED_FORWARD, lambda g: {**g, "more": g["x"]}, "FeedForward: it takes 14 inputs; the node has 15 inputs"),
         (PREFILL_FEED_FORWARD, without("sequence_lengths"), "PrefillFeedForward: input sequence_lengths is of another"),
         (HEAD, lambda g: {**g, "x": g["x"].astype(np.float16)}, "Head: input x is of another type, ONNX's number 10"),
         (HEAD, lambda g: {**g, "head": g["head"].astype(np.int32)}, "Head: input head is of another type"),

@@ -49,9 +49,9 @@ WILD = pytest.mark.parametrize(
 @CASES
 @WILD
 def test_decode(garbage, wild):
-    table, past, _ = with_garbage(garbage, *wild)
+    given = with_garbage(garbage, *wild)
     attended, present = KERNEL_OPS["MlaDecode"](
-        torch.randn(2, 3, 12), torch.randn(2, 1, 12), torch.randn(POOL), table, past, 0.4, 8
+        torch.randn(2, 5, 3, 12), torch.randn(2, 5, 12), torch.randn(POOL), *given, 0.4, 8
     )
     assert attended.isfinite().all()
     assert present.isfinite().all()
@@ -119,5 +119,6 @@ def test_the_watch_sees_a_stray_load():
     from deepseek_trt.plugins.kernels.latent_write import latent_write
 
     given = [torch.randn(2, 4, 12), torch.randn(1, 1, 12), torch.tensor([[5]]).int(), torch.tensor([0]).int()]
+    given.append(torch.tensor([1]).int())
     with pytest.raises(Exception, match="out of bounds"):
-        latent_write[(1, 1)](*given, given[3], 1, 1, 4, 6, D=12, PADDED=0, BLOCK_S=1, BLOCK_D=16)
+        latent_write[(1, 1)](*given, 1, 1, 4, 6, D=12, BLOCK_S=1, BLOCK_D=16)

@@ -28,10 +28,10 @@ def test_writes_what_the_reference_writes(dtype, width, page, past, new, steps, 
     assert torch.equal(present[1:].nan_to_num(9.0), expected[1:].nan_to_num(9.0))
 
 
-def test_without_lengths_every_row_is_real(device, make_pages):
+def test_without_padding_scratch_stays(device, make_pages):
     pages = make_pages(torch.float32, (2, 0), (1, 1), 8, 4, device)
     latent = torch.randn(2, 1, 8, device=device)
-    present = latent_write.write(pages.pool, latent, pages.table, pages.past, None)
+    present = latent_write.write(pages.pool, latent, pages.table, pages.past, torch.ones_like(pages.past))
     for row, past in enumerate(pages.lengths):
         assert torch.equal(pages.read(present, row, past + 1)[-1], latent[row, 0].cpu().double())
     assert present[0].isnan().all(), "the scratch page was written"

@@ -34,15 +34,16 @@ def operands(name):
     torch.manual_seed(0)
     table = torch.tensor([[3, 1, 0], [2, 4, 5]], dtype=torch.int32)
     pool, past = torch.randn(6, 4, 12), torch.tensor([0, 6], dtype=torch.int32)
+    new = torch.tensor([5, 2], dtype=torch.int32)
     return {
-        "MlaDecode": (torch.randn(2, 3, 12), torch.randn(2, 1, 12), pool, table, past, 0.4, 8),
+        "MlaDecode": (torch.randn(2, 5, 3, 12), torch.randn(2, 5, 12), pool, table, past, new, 0.4, 8),
         "MlaPrefill": (
             torch.randn(2, 5, 3, 10),
             torch.randn(2, 5, 12),
             pool,
             table,
             past,
-            torch.tensor([5, 2], dtype=torch.int32),
+            new,
             torch.randn(3, 6, 8),
             torch.randn(3, 5, 8),
             0.4,
@@ -66,8 +67,6 @@ def test_gives_what_the_reference_gives(op, device):
     args = [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in operands(op.name)]
     actual, expected = KERNEL_OPS[op.name](*args), op.reference(*args)
     if op.name.startswith("Mla"):
-        real = torch.tensor([5, 2] if op.name == "MlaPrefill" else [1, 1], device=device)
-        rows = torch.arange(actual[0].shape[1], device=device) < real[:, None]
-        kept = rows if op.name == "MlaPrefill" else slice(None)
+        kept = torch.arange(actual[0].shape[1], device=device) < torch.tensor([5, 2], device=device)[:, None]
         actual, expected = ((a[kept], pool[1:]) for a, pool in (actual, expected))  # padding and page 0 mean nothing
     torch.testing.assert_close(actual, expected, check_stride=False)

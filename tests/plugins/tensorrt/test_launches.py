@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.spec import OpSpec
@@ -132,20 +133,21 @@ class Expected:
 
 def decode(e: Expected, n: Sizes) -> None:
     heads, rank, capacity = n["H"], n["L"], n["M"] * n["page"]
-    tiles = cdiv(heads, e.tile("mla_decode_split", "BLOCK_H"))
+    queries = n["S"] * heads
+    tiles = cdiv(queries, e.tile("mla_decode_split", "BLOCK_H"))
     splits = launches.decode_splits(n["B"], tiles, capacity, e.tile("mla_decode_split", "BLOCK_N"))
-    partial = e.take(n["B"] * heads * splits * rank * 4)
-    lse = e.take(n["B"] * heads * splits * 4)
+    partial = e.take(n["B"] * queries * splits * rank * 4)
+    lse = e.take(n["B"] * queries * splits * 4)
     paging = [n["M"], n["page"], n["P"]]
-    written: list[int | str] = ["present_latent", "latent", "page_table", "past_lengths", 0, 1, *paging]
-    e.launch("latent_write", [cdiv(1, e.tile("latent_write", "BLOCK_S")), n["B"]], written)
-    cached: list[int | str] = ["query", "present_latent", "page_table", "past_lengths"]
+    lengths = ["past_lengths", "sequence_lengths"]
+    rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
+    e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", "page_table", *lengths, n["S"], *paging])
+    cached = ["query", "present_latent", "page_table", *lengths]
     scale = SCALE * math.log2(math.e)
-    e.launch("mla_decode_split", [tiles, splits, n["B"]], [*cached, partial, lse, scale, splits, *paging])
+    e.launch("mla_decode_split", [tiles, splits, n["B"]], [*cached, partial, lse, scale, n["S"], splits, *paging])
     columns = cdiv(rank, e.tile("mla_decode_combine", "BLOCK_D"))
-    e.launch(
-        "mla_decode_combine", [n["B"] * heads, columns], [partial, lse, "past_lengths", "attended", splits, capacity]
-    )
+    args = [partial, lse, *lengths, "attended", n["S"], splits, capacity]
+    e.launch("mla_decode_combine", [n["B"] * queries, columns], args)
 
 
 def prefill(e: Expected, n: Sizes) -> None:
@@ -204,10 +206,12 @@ WRITERS = {
     "MoeExperts": experts,
 }
 CASES: list[tuple[str, Sizes]] = [
-    ("MlaDecode", {"B": 1, "P": 40, "page": 64, "M": 4}),
-    ("MlaDecode", {"B": 1, "P": 5000, "page": 64, "M": 2000}),
-    ("MlaDecode", {"B": 8, "P": 300, "page": 64, "M": 32}),
-    ("MlaDecode", {"B": 512, "P": 2000, "page": 16, "M": 3}),
+    ("MlaDecode", {"B": 1, "S": 1, "P": 40, "page": 64, "M": 4}),
+    ("MlaDecode", {"B": 1, "S": 1, "P": 5000, "page": 64, "M": 2000}),
+    ("MlaDecode", {"B": 8, "S": 1, "P": 300, "page": 64, "M": 32}),
+    ("MlaDecode", {"B": 512, "S": 1, "P": 2000, "page": 16, "M": 3}),
+    ("MlaDecode", {"B": 1, "S": 8, "P": 5000, "page": 64, "M": 2000}),
+    ("MlaDecode", {"B": 3, "S": 5, "P": 300, "page": 64, "M": 32}),
     ("MlaPrefill", {"B": 1, "S": 1, "P": 9, "page": 64, "M": 1}),
     ("MlaPrefill", {"B": 8, "S": 300, "P": 300, "page": 64, "M": 32}),
     ("MlaPrefill", {"B": 8, "S": 77, "P": 300, "page": 64, "M": 10000}),  # heads in chunks
@@ -319,7 +323,8 @@ def test_all_loading_is_over_before_enqueue(drive: Drive, plugin_config: ModelCo
 @pytest.mark.parametrize("name", OF_V2)
 def test_workspace_covers_all_smaller_sizes(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
     """The plan's workspace is sized once, for the largest shapes; no smaller shape may need more."""
-    op, largest = SPECS[name], {"B": 9, "S": 70, "P": 99, "page": 64, "M": 7000, "T": 700}
+    steps = MOST_NEW_TOKENS if name == "MlaDecode" else 70
+    op, largest = SPECS[name], {"B": 9, "S": steps, "P": 99, "page": 64, "M": 7000, "T": 700}
     smaller = [{k: max(1, v * part // 100) for k, v in largest.items()} for part in (1, 2, 5, 11, 12, 13, 34, 67, 100)]
     smaller += [{**largest, "B": 1}, {**largest, "M": 1}, {**largest, "B": 2, "M": 6000}]
     output = drive([create(name), *tensors(op, plugin_config, largest), "workspace"])
@@ -438,7 +443,7 @@ def test_failed_launch_is_said(drive: Drive, plugin_config: ModelConfig) -> None
 
 
 def test_cache_must_be_updated_in_place(drive: Drive, plugin_config: ModelConfig) -> None:
-    shapes = tensors(SPECS["MlaDecode"], plugin_config, {"B": 1, "P": 9, "page": 64, "M": 2})
+    shapes = tensors(SPECS["MlaDecode"], plugin_config, {"B": 1, "S": 1, "P": 9, "page": 64, "M": 2})
     shapes[-1] = shapes[-1].replace(f"{address_of(SPECS['MlaDecode'], 'past_latent'):x}", "abc000")
     output = drive([create("MlaDecode"), *shapes, "attach", "reshape", "enqueue"])
     assert "output present_latent must be the memory of input past_latent" in output[-2]

@@ -88,7 +88,7 @@ def test_every_op_builds(
 @pytest.mark.tensorrt
 def test_errors_reach_tensorrts_logger(play: Play, plugin_library: PluginLibrary, plugin_config: ModelConfig) -> None:
     wrong = {
-        "MlaDecode: input query, axis 1 (H) is 8, but this plugin library was made for a model where it is 4": case(
+        "MlaDecode: input query, axis 2 (H) is 8, but this plugin library was made for a model where it is 4": case(
             "MlaDecode", plugin_library, plugin_config, H=8
         ),
         "MlaDecode: input query is float16, but this plugin library takes bfloat16": case(

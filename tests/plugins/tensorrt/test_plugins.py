@@ -86,12 +86,13 @@ def test_creators_declare_the_contract(drive: Drive) -> None:
 def decode_tensors(**changes: str) -> list[str]:
     """The commands for MlaDecode's tensors, some of them changed."""
     tensors = {
-        "query": "in bf16 1 2 4 48",
-        "latent": "in bf16 2 2 1 48",
+        "query": "in bf16 1 2 3 4 48",
+        "latent": "in bf16 2 2 3 48",
         "past_latent": "in bf16 3 9 64 48",
         "page_table": "in i32 4 2 3",
         "past_lengths": "in i32 5 2",
-        "attended": "out bf16 6 2 4 32",
+        "sequence_lengths": "in i32 6 2",
+        "attended": "out bf16 7 2 3 4 32",
         "present_latent": "out bf16 3 9 64 48",
     }
     return ["create MlaDecode build scale:f:1:1 kv_lora_rank:i:1:32"] + [
@@ -105,7 +106,7 @@ def test_types_formats_and_aliases_follow_the_contract(drive: Drive, plugin_libr
     assert output == [
         "create ok",
         "types 0 7 7",
-        "formats 10 10 10 10 10 10 10",
+        "formats 10 10 10 10 10 10 10 10",
         "configure 0",
         f"aliases -1 2 | {what} | {what}",
     ]
@@ -114,19 +115,23 @@ def test_types_formats_and_aliases_follow_the_contract(drive: Drive, plugin_libr
 @pytest.mark.parametrize(
     ("changes", "command", "message"),
     [
-        ({"query": "in f16 1 2 4 48"}, "types", "input query is float16, but this plugin library takes bfloat16; run"),
-        ({"page_table": "in i64 4 2 3"}, "types", "input page_table is int64, but this plugin library takes int32"),
-        ({"past_lengths": ""}, "types", "takes 5 inputs and gives 2 outputs, all of them wired; the node has 4 and 2"),
-        ({"past_lengths": ""}, "configure", "takes 5 inputs and gives 2 outputs"),
         (
-            {"query": "in bf16 1 2 8 48"},
+            {"query": "in f16 1 2 3 4 48"},
+            "types",
+            "input query is float16, but this plugin library takes bfloat16; run",
+        ),
+        ({"page_table": "in i64 4 2 3"}, "types", "input page_table is int64, but this plugin library takes int32"),
+        ({"past_lengths": ""}, "types", "takes 6 inputs and gives 2 outputs, all of them wired; the node has 5 and 2"),
+        ({"past_lengths": ""}, "configure", "takes 6 inputs and gives 2 outputs"),
+        (
+            {"query": "in bf16 1 2 3 8 48"},
             "configure",
-            "input query, axis 1 (H) is 8, but this plugin library was made for",
+            "input query, axis 2 (H) is 8, but this plugin library was made for",
         ),
         ({"past_latent": "in bf16 3 9 64 576"}, "configure", "input past_latent, axis 2 (D) is 576, but this plugin"),
-        ({"query": "in bf16 1 2 192"}, "configure", "input query must have 3 dimensions, not 2"),
-        ({"query": "in bf16 1 2 8 48"}, "reshape", "where it is 4; run `deepseek-trt plugins` for this model"),
-        ({"latent": "in bf16 2 2 2 48"}, "reshape", "input latent, axis 1 (1) is 2, but"),
+        ({"query": "in bf16 1 2 3 192"}, "configure", "input query must have 4 dimensions, not 3"),
+        ({"query": "in bf16 1 2 3 8 48"}, "reshape", "where it is 4; run `deepseek-trt plugins` for this model"),
+        ({"latent": "in bf16 2 2 2 48"}, "reshape", "input latent, axis 1 (S) is 2, but another input's is 3"),
         ({"page_table": "in i32 4 3 3"}, "reshape", "input page_table, axis 0 (B) is 3, but another input's is 2"),
     ],
 )

@@ -33,8 +33,8 @@ def test_kernels_compute_what_torch_computes(good, calls):
     lengths, none = np.array([13, 6], dtype=np.int32), np.zeros(2, np.int32)
     for run in (
         lambda s: s.prefill(ids, lengths, none, TABLE),
-        lambda s: s.decode(ids[:, :1], lengths, TABLE),
-        lambda s: s.decode(ids[:, 1:2], lengths + 1, TABLE),
+        lambda s: s.decode(ids[:, :1], np.ones_like(lengths), lengths, TABLE),
+        lambda s: s.decode(ids[:, 1:3], np.full_like(lengths, 2), lengths + 1, TABLE),
     ):
         ours, theirs = run(kernels), run(reference)
         # float32 sums in another order: some hundred roundings of 2**-24 on the way through three layers
@@ -47,7 +47,7 @@ def test_kernels_compute_what_torch_computes(good, calls):
 def test_elsewhere_the_references_run(good, calls):
     import deepseek_trt.validate.backends.kernels  # noqa: F401 (registers the kernels)
 
-    TorchSession(good("float32"), 8).decode(np.array([[5]]), np.array([0], np.int32), TABLE[:1])
+    TorchSession(good("float32"), 8).decode(np.array([[5]]), np.ones(1, np.int32), np.zeros(1, np.int32), TABLE[:1])
     assert calls == []
     assert set(KERNEL_OPS) <= set(TORCH_OPS)
 

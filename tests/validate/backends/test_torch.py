@@ -18,7 +18,7 @@ def test_streamed_weights_change_nothing(small_v2, bundle_of, by_reference, dtyp
     given = ids, np.array([10], np.int32), np.zeros(1, np.int32), np.array([[1, 2]], np.int32)
     whole, streamed = (kind(bundle, 4, dtype) for kind in (TorchSession, StreamedTorchSession))
     assert (whole.prefill(*given) == streamed.prefill(*given)).all()
-    step = np.array([[7]]), np.array([10], np.int32), given[3]
+    step = np.array([[7]]), np.ones(1, np.int32), np.array([10], np.int32), given[3]
     assert (whole.decode(*step) == streamed.decode(*step)).all()
     assert all((whole.pool(layer) == streamed.pool(layer)).all() for layer in range(3))
     assert all(p.is_meta for p in streamed.model.model.layers.parameters())

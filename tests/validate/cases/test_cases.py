@@ -11,6 +11,7 @@ from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.errors import RequestError
 from deepseek_trt.validate.cases.cases import (
     DECODE_STEPS,
+    SEVERAL,
     build_case,
     case_plan,
     seeded_tokens,
@@ -28,10 +29,12 @@ def steps():
 
 
 def test_a_prefill_a_chunk_then_decode_steps(steps):
-    assert [s.graph for s in steps] == ["prefill"] * 2 + ["decode"] * DECODE_STEPS
+    assert [s.graph for s in steps] == ["prefill"] * 2 + ["decode"] * (DECODE_STEPS + len(SEVERAL))
     assert [s.starts_case for s in steps] == [True] + [False] * (len(steps) - 1)
     assert steps[0].sequence_lengths.tolist() == [13, 6, 2, 1]  # ragged, around the page size of 8
     assert steps[1].sequence_lengths.tolist() == [7, 5, 1, 0]  # the last row takes no part
+    assert [tuple(s.sequence_lengths) for s in steps[-len(SEVERAL) :]] == list(SEVERAL)
+    assert len({s.label for s in steps}) == len(steps)
     for before, after in pairwise(steps):
         assert (after.past_lengths == before.past_lengths + before.sequence_lengths).all()
 

@@ -12,6 +12,7 @@ from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.validate.accuracy import validate_bundle
 from deepseek_trt.validate.backends.backends import BACKENDS, make_reference
+from deepseek_trt.validate.backends.sessions import run_step
 from deepseek_trt.validate.cases.inputs import read_inputs
 from deepseek_trt.validate.cases.long_cases import GREEDY, GREEDY_STEPS, PROMPTS, greedy_case, greedy_plan, window_cases
 from deepseek_trt.validate.numbers.loss import IGNORED, token_losses
@@ -63,7 +64,7 @@ def test_greedy_steps_are_what_the_reference_generates(good):
     logits = reference.prefill(first.input_ids, first.sequence_lengths, first.past_lengths, first.page_table)
     for step in steps[1:]:
         assert logits.argmax(-1).tolist() == step.input_ids[:, 0].tolist()
-        logits = reference.decode(step.input_ids, step.past_lengths, step.page_table)
+        logits = run_step(reference, step, step.feeds)[:, 0]
     last = steps[-1]
     assert np.isfinite(reference.pool(0)[last.slots.index]).all()
 
@@ -74,7 +75,8 @@ def free_run(session, steps):
     given = first.input_ids, first.sequence_lengths, first.past_lengths, first.page_table
     choices = [session.prefill(*given).argmax(-1)]
     for step in rest:
-        choices.append(session.decode(choices[-1][:, None], step.past_lengths, step.page_table).argmax(-1))
+        logits = run_step(session, step, {**step.feeds, "input_ids": choices[-1][:, None]})
+        choices.append(logits[:, 0].argmax(-1))
     return np.stack(choices, axis=1)
 
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "attention.h"
-#include "tokens.h"
+#include "blocks.h"
 
 namespace ISA {
 
@@ -48,7 +48,7 @@ inline void weigh_block(float* scores, int64_t live, int64_t panels, float scale
 
 class PrefillAttention {
 public:
-    PrefillAttention(const PrefillAttentionArgs& args, Scratch& scratch)
+    PrefillAttention(const AttentionArgs& args, Scratch& scratch)
         : a(args), tokens_(args.sequence_lengths, args.batch, args.sequence, scratch) {
         D = a.kv_a.rows, R = D - a.rank, H = a.heads;
         const int64_t count = tokens_.count;
@@ -382,7 +382,7 @@ private:
         });
     }
 
-    const PrefillAttentionArgs& a;
+    const AttentionArgs& a;
     const Tokens tokens_;
     int64_t D, R, H;
     bool first_, second_;  // whether x_ and compressed_ become integers

@@ -1,14 +1,14 @@
 // The other half of a decoder layer for many tokens: those of an expert together, with blocks of its weights.
 #pragma once
 
+#include "blocks.h"
 #include "feed_forward.h"
-#include "tokens.h"
 
 namespace ISA {
 
 class PrefillFeedForward {
 public:
-    PrefillFeedForward(const PrefillFeedForwardArgs& args, Scratch& scratch)
+    PrefillFeedForward(const FeedForwardArgs& args, Scratch& scratch)
         : a(args), tokens_(args.sequence_lengths, args.batch, args.tokens / args.batch, scratch) {
         narrow_ = any_reads_integers(a.gate, a.up, a.shared.gate, a.shared.up);
         x_ = take_padded(scratch, tokens_.count, a.hidden, narrow_);
@@ -174,7 +174,7 @@ private:
 
     float* y(int64_t t) const { return a.y + tokens_.rows[t] * a.hidden; }
 
-    const PrefillFeedForwardArgs& a;
+    const FeedForwardArgs& a;
     const Tokens tokens_;
     // What the phases hand on: normed tokens, where each goes and with which weight, and what the inner products give.
     float **x_, **routed_, **shared_;

@@ -23,37 +23,42 @@ struct Op {
         check_attribute("kv_lora_rank", attributes.kv_lora_rank, Sizes::L);
     }
 
-    // Room for `rows` = B * splits pieces of all heads.
+    // Room for `rows` = B * S * splits pieces of all heads.
     static Workspace lay_out(Arena& arena, int64_t rows) {
         auto partial = arena.take<float>(rows * Sizes::H * Sizes::L * int64_t{sizeof(float)});
         return {partial, arena.take<float>(rows * Sizes::H * int64_t{sizeof(float)})};
     }
 
-    static int64_t head_tiles(MlaDecodeSplit::Constants const& tile) { return ceil_div(Sizes::H, tile.BLOCK_H); }
+    // Of the queries of `steps` new tokens.
+    static int64_t tiles(int64_t steps, MlaDecodeSplit::Constants const& tile) {
+        return ceil_div(steps * Sizes::H, tile.BLOCK_H);
+    }
 
     // Host-known sizes only: the lengths are on the device.
     static int64_t splits(Sizes const& sizes, MlaDecodeSplit::Constants const& tile) {
-        int64_t const wanted = ceil_div(kDecodePrograms, sizes.B * head_tiles(tile));
+        int64_t const wanted = ceil_div(kDecodePrograms, sizes.B * tiles(sizes.S, tile));
         int64_t const useful = ceil_div(sizes.M * sizes.page, int64_t{tile.MIN_TILES} * tile.BLOCK_N);
         return std::max<int64_t>(1, std::min({wanted, useful, kDecodeMaxSplits}));
     }
 
-    // A smaller batch is cut into more splits: B * splits stays below kDecodePrograms / head_tiles + B.
+    // A smaller batch is cut into more splits: B * splits stays below kDecodePrograms / tiles + B.
     static size_t workspace(Sizes const& largest) {
         size_t bytes = 0;
         for (auto const& row : MlaDecodeSplit::rows()) {
-            int64_t const rows = ceil_div(kDecodePrograms, head_tiles(row.constants)) + largest.B;
-            Arena arena;
-            lay_out(arena, std::min(rows, kDecodeMaxSplits * largest.B));
-            bytes = std::max(bytes, arena.size());
+            for (int64_t steps = 1; steps <= largest.S; ++steps) {
+                int64_t const pieces = ceil_div(kDecodePrograms, tiles(steps, row.constants)) + largest.B;
+                Arena arena;
+                lay_out(arena, steps * std::min(pieces, kDecodeMaxSplits * largest.B));
+                bytes = std::max(bytes, arena.size());
+            }
         }
         return bytes;
     }
 
     static void enqueue(Call<Op> const& call) {
-        int64_t const B = call.sizes.B, M = call.sizes.M, page = call.sizes.page;
+        int64_t const B = call.sizes.B, S = call.sizes.S, M = call.sizes.M, page = call.sizes.page;
         int64_t const capacity = M * page;
-        auto const& write = call.kernels.get<LatentWrite>(1);
+        auto const& write = call.kernels.get<LatentWrite>(S);
         auto const& split = call.kernels.get<MlaDecodeSplit>(capacity);
         auto const& combine = call.kernels.get<MlaDecodeCombine>(capacity);
         check_alike("BLOCK_N", split.constants().BLOCK_N, combine.constants().BLOCK_N);
@@ -62,16 +67,18 @@ struct Op {
 
         int64_t const pieces = splits(call.sizes, split.constants());
         Arena arena(call.workspace);
-        Workspace const w = lay_out(arena, B * pieces);
+        Workspace const w = lay_out(arena, B * S * pieces);
 
-        launch(write, {ceil_div(1, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
-            call.in.page_table, call.in.past_lengths, Ptr<int32_t>{}, as_i32(1), as_i32(M), as_i32(page),
+        launch(write, {ceil_div(S, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
+            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(page),
             as_i32(call.sizes.P));
-        launch(split, {head_tiles(split.constants()), pieces, B}, call.stream, call.in.query, call.out.present_latent,
-            call.in.page_table, call.in.past_lengths, w.partial, w.partial_lse, base_2_scale(call.attributes.scale),
-            as_i32(pieces), as_i32(M), as_i32(page), as_i32(call.sizes.P));
-        launch(combine, {B * Sizes::H, ceil_div(Sizes::L, combine.constants().BLOCK_D)}, call.stream, w.partial,
-            w.partial_lse, call.in.past_lengths, call.out.attended, as_i32(pieces), as_i32(capacity));
+        launch(split, {tiles(S, split.constants()), pieces, B}, call.stream, call.in.query, call.out.present_latent,
+            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, w.partial, w.partial_lse,
+            base_2_scale(call.attributes.scale), as_i32(S), as_i32(pieces), as_i32(M), as_i32(page),
+            as_i32(call.sizes.P));
+        launch(combine, {B * S * Sizes::H, ceil_div(Sizes::L, combine.constants().BLOCK_D)}, call.stream, w.partial,
+            w.partial_lse, call.in.past_lengths, call.in.sequence_lengths, call.out.attended, as_i32(S), as_i32(pieces),
+            as_i32(capacity));
     }
 };
 

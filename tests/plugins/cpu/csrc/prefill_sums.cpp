@@ -1,5 +1,7 @@
-// Prints checksums of both halves of a layer in a prefill, for sizes that are no multiples of any tile.
+// Prints checksums of both halves of a layer in a prefill, for sizes that are no multiples of any tile; and whether
+// tokens that decode takes together come out as one after the other.
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 #include "args.h"
@@ -77,13 +79,49 @@ struct Sizes {
     int64_t hidden, heads, experts, inner, nope, rope, value, rank;
 };
 
+bool same(const float* x, const float* y, int64_t n) { return std::memcmp(x, y, n * sizeof(float)) == 0; }
+
+// Up to 8 tokens a row at once, against one call a token; of a layer's halves and of a head.
+bool decodes_alike(AttentionArgs a, FeedForwardArgs f, const Matrix& head, Pool& pool) {
+    constexpr int64_t S = 8;
+    constexpr int32_t lengths[] = {8, 2, 5, 1}, one[] = {1};
+    ExpertsHit hit;
+    const int64_t hidden = a.hidden, n = a.pages * a.page * a.latent;
+    const float* cached = reinterpret_cast<float*>(a.pool);
+    std::vector<float> ours(cached, cached + n), theirs = ours, y(3 * hidden + head.rows);
+    a.sequence = S, a.tokens = a.rope_rows = a.batch * S, a.sequence_lengths = lengths;
+    a.pool = reinterpret_cast<char*>(ours.data());
+    f.tokens = a.tokens, f.sequence_lengths = lengths, f.hit = &hit;
+    HeadArgs h{a.x, lengths, numbers(a.tokens * head.rows, 1), a.batch, a.tokens, hidden, 1e-6f, a.norm, head};
+    kernels_v3.attention(a, pool), kernels_v3.feed_forward(f, pool), kernels_v3.head(h, pool);
+    bool alike = true;
+    for (int64_t b = 0; b < a.batch; ++b)
+        for (int64_t s = 0; s < lengths[b]; ++s) {
+            const int64_t t = b * S + s;
+            const int32_t past[] = {static_cast<int32_t>(a.past_lengths[b] + s)};
+            AttentionArgs aa = a;
+            aa.batch = aa.sequence = aa.tokens = aa.rope_rows = aa.table_rows = aa.lengths = aa.sequences = 1;
+            aa.x += t * hidden, aa.cos += t * a.rope, aa.sin += t * a.rope, aa.page_table += b * a.table_width;
+            aa.past_lengths = past, aa.sequence_lengths = one, aa.y = y.data();
+            aa.pool = reinterpret_cast<char*>(theirs.data());
+            FeedForwardArgs ff = f;
+            ff.x += t * hidden, ff.y = y.data() + hidden, ff.batch = ff.tokens = 1, ff.sequence_lengths = one;
+            HeadArgs hh = h;
+            hh.x += t * hidden, hh.y = y.data() + 2 * hidden, hh.tokens = 1, hh.sequence_lengths = nullptr;
+            kernels_v3.attention(aa, pool), kernels_v3.feed_forward(ff, pool), kernels_v3.head(hh, pool);
+            alike = alike && same(aa.y, a.y + t * hidden, hidden) && same(ff.y, f.y + t * hidden, hidden)
+                && same(hh.y, h.y + t * head.rows, head.rows);
+        }
+    return alike && same(ours.data(), theirs.data(), n);
+}
+
 void run(const Sizes& z, Type type, Format format, Pool& pool) {
     constexpr int64_t B = 4, S = 50, page = 4, M = 200;
     constexpr int32_t past[B] = {0, 300, 520, 7}, lengths[B] = {50, 2, 33, 1};
     std::vector<int32_t> table(B * M);
     for (int64_t i = 0; i < B * M; ++i) table[i] = static_cast<int32_t>(1 + i * 7 % (B * M));
     const int64_t latent = z.rank + z.rope, pages = B * M + 1, compressed = 21;
-    PrefillAttentionArgs a{};
+    AttentionArgs a{};
     a.x = numbers(B * S * z.hidden, 2), a.y = numbers(B * S * z.hidden, 1);
     a.cos = numbers(B * S * z.rope / 2, 1), a.sin = numbers(B * S * z.rope / 2, 1);
     float* cached = numbers(pages * page * latent, 2);
@@ -99,7 +137,7 @@ void run(const Sizes& z, Type type, Format format, Pool& pool) {
     a.kv_a = linear(latent, z.hidden, type, format), a.kv_norm = matrix(1, z.rank, type);
     a.w_uk = matrix(z.heads * z.nope, z.rank, type), a.w_uv = matrix(z.heads * z.value, z.rank, type);
     a.o = linear(z.hidden, z.heads * z.value, type, format), a.o_bias = matrix(1, z.hidden, type);
-    PrefillFeedForwardArgs f{};
+    FeedForwardArgs f{};
     f.x = a.x, f.y = numbers(B * S * z.hidden, 1), f.tokens = B * S, f.batch = B, f.sequence_lengths = lengths;
     f.hidden = z.hidden, f.experts = z.experts, f.expert_width = z.inner, f.eps = 1e-6f, f.norm = a.norm;
     f.shared = {linear(2 * z.inner, z.hidden, type, format), linear(2 * z.inner, z.hidden, type, format),
@@ -111,7 +149,7 @@ void run(const Sizes& z, Type type, Format format, Pool& pool) {
     kernels_v3.prefill_attention(a, pool);
     kernels_v3.prefill_feed_forward(f, pool);
     print(a.y, B * S * z.hidden), print(cached, pages * page * latent), print(f.y, B * S * z.hidden);
-    std::printf("\n");
+    std::printf(" %s\n", decodes_alike(a, f, linear(70, z.hidden, type, format), pool) ? "alike" : "not alike");
 }
 
 }  // namespace

@@ -37,8 +37,7 @@ struct Row {
     }
 };
 
-// `lengths` and `sequence` are those of many new tokens a sequence.
-void attention(const AttentionArgs& a, const int32_t* lengths, int64_t sequence) {
+void attention(const AttentionArgs& a, Pool&) {
     Row row{a.y};
     row.first(a.x), row.first(a.cos), row.first(a.sin);
     if (a.pool_type == Type::FLOAT16) {
@@ -46,40 +45,30 @@ void attention(const AttentionArgs& a, const int32_t* lengths, int64_t sequence)
     } else {
         row.first(reinterpret_cast<const float*>(a.pool));
     }
-    row.first(a.page_table), row.first(a.past_lengths);
-    if (lengths) row.first(lengths);
+    row.first(a.page_table), row.first(a.past_lengths), row.first(a.sequence_lengths);
     row.all(a.norm, a.kv_a, a.kv_norm, a.w_uk, a.w_uv, a.o, a.q, a.q_a, a.q_norm, a.kv_a_bias, a.o_bias, a.q_a_bias);
-    row.all(a.batch, a.hidden, a.pages, a.page, a.table_width, a.heads, a.nope, a.value, a.rank);
-    if (lengths) row.add(sequence);
+    row.all(a.batch, a.hidden, a.pages, a.page, a.table_width, a.heads, a.nope, a.value, a.rank, a.sequence);
     row.all(a.scale, a.eps, a.latent_eps);
 }
 
-void feed_forward(const FeedForwardArgs& a, const int32_t* lengths, int64_t batch) {
+void feed_forward(const FeedForwardArgs& a, Pool&) {
     Row row{a.y};
-    row.first(a.x), row.first(a.bias);
-    if (lengths) row.first(lengths);
+    row.first(a.x), row.first(a.bias), row.first(a.sequence_lengths);
     row.all(a.norm, a.router, a.gate, a.up, a.down);
     const Mlp& s = a.shared;
     row.all(s.gate, s.up, s.down, s.gate_bias, s.up_bias, s.down_bias);
-    row.all(a.tokens, a.hidden, a.experts, a.expert_width);
-    if (lengths) row.add(batch);
+    row.all(a.tokens, a.hidden, a.experts, a.expert_width, a.batch);
     row.all(a.eps, static_cast<int>(a.activation), a.top_k, a.groups, a.top_groups, a.normalised, a.factor);
 }
 
 void head(const HeadArgs& a, Pool&) {
     Row row{a.y};
-    row.first(a.x);
-    row.all(a.norm, a.head, a.batch, a.hidden, a.eps);
+    row.first(a.x), row.first(a.sequence_lengths);
+    row.all(a.norm, a.head, a.tokens, a.hidden, a.batch, a.eps);
 }
 
 }  // namespace
 
 extern const Kernels kernels_v3, kernels_v4;
-const Kernels kernels_v3{
-    [](const AttentionArgs& a, Pool&) { attention(a, nullptr, 0); },
-    [](const FeedForwardArgs& a, Pool&) { feed_forward(a, nullptr, 0); },
-    head,
-    [](const PrefillAttentionArgs& a, Pool&) { attention(a, a.sequence_lengths, a.sequence); },
-    [](const PrefillFeedForwardArgs& a, Pool&) { feed_forward(a, a.sequence_lengths, a.batch); },
-};
+const Kernels kernels_v3{attention, feed_forward, head, attention, feed_forward};
 const Kernels kernels_v4 = kernels_v3;
