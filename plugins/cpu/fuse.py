@@ -16,6 +16,7 @@ from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.plugins.cpu import halves
 from deepseek_trt.plugins.cpu.operators import (
     ACTIVATIONS,
+    ANGLES,
     ATTENTION,
     ATTENTION_FLOAT16,
     CPU_DOMAIN,
@@ -62,6 +63,7 @@ class FuseForCpu(ir.passes.InPlacePass):
                 self._fuse_half(graph, node, FEED_FORWARD if decodes else PREFILL_FEED_FORWARD)
         self._fuse_head(graph)
         if self.fused:
+            _replace_angles(graph)
             graph.opset_imports[CPU_DOMAIN] = 1
             common.RemoveUnusedNodesPass()(model)
         self.left = [node.name or node.op_type for node in graph if node.domain == DOMAIN]
@@ -133,6 +135,14 @@ class FuseForCpu(ir.passes.InPlacePass):
             new = cast.outputs[0]
         _move(old, new)
         return node
+
+
+def _replace_angles(graph: ir.Graph) -> None:
+    for node in list(graph):
+        if node.op_type in ANGLES and node.domain == "" and node.outputs[0].dtype == ir.DataType.FLOAT:
+            new = ir.node(node.op_type, node.inputs, domain=CPU_DOMAIN, name=f"cpu_{node.name}")
+            graph.insert_after(node, new)
+            _move(node.outputs[0], new.outputs[0])
 
 
 def _node(

@@ -137,11 +137,14 @@ HEAD = Operator(
 
 PREFILL_OPERATORS = (PREFILL_ATTENTION, PREFILL_ATTENTION_FLOAT16, PREFILL_FEED_FORWARD)
 OPERATORS = (ATTENTION, ATTENTION_FLOAT16, FEED_FORWARD, HEAD, *PREFILL_OPERATORS)
+# Of the rotations' angles, number by number: ONNX Runtime's own give other last bits in the rest of a block than in it,
+# and where blocks end depends on the batch and on threads.
+ANGLES = {name: Operator(name, (Input("x", "float32"),), ()) for name in ("Cos", "Sin")}
 
 
 def generated_headers(operators: Sequence[Operator] = OPERATORS) -> dict[str, bytes]:
     """The headers of csrc that follow from the tables, by file name."""
-    texts = {"activation.h": _activation_header(), "operators.h": _operators_header(operators)}
+    texts = {"activation.h": _activation_header(), "operators.h": _operators_header([*operators, *ANGLES.values()])}
     return {name: text.encode() for name, text in texts.items()}
 
 

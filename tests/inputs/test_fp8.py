@@ -132,7 +132,9 @@ def check_graphs(bundle: Bundle) -> None:
     for session in sessions:
         given = feeds()
         prefill = session.prefill(*given.values())
-        decode = session.decode(np.array([[3], [4]]), given["sequence_lengths"], given["page_table"])
+        decode = session.decode(
+            np.array([[3], [4]]), np.ones(2, np.int32), given["sequence_lengths"], given["page_table"]
+        )
         found.append((prefill, decode))
     assert not sessions[1].rounds_tokens
     for ours, theirs in zip(*found, strict=True):

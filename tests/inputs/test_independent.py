@@ -68,13 +68,13 @@ def test_by_default_transformers_agrees_and_the_report_says_so_first(made, tmp_p
     assert done.exit_code == 0, done.output
     version = importlib.metadata.version("transformers")
     first = done.stdout.splitlines()[0]
-    assert first.startswith(f"transformers {version}, from the checkpoint's own files: logits of 15 tokens agree with")
+    assert first.startswith(f"transformers {version}, from the checkpoint's own files: logits of 47 tokens agree with")
     found = json.loads((tmp_path / "report" / "report.json").read_text())["independent"]
-    assert (found["status"], found["tokens"], found["output"]) == ("agrees", 15, "logits")
+    assert (found["status"], found["tokens"], found["output"]) == ("agrees", 47, "logits")
     assert found["max_relative"] < found["tolerance"] < 1e-5
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.index("Independent check") < page.index("</section>")  # in the first box
-    assert "15 tokens agree with the reference" in page
+    assert "47 tokens agree with the reference" in page
 
 
 def test_a_cut_and_rounded_model_is_compared_as_it_was_exported(made, tmp_path):

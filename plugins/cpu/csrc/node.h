@@ -12,6 +12,7 @@
 struct Tensor : Matrix {
     static constexpr size_t MOST_DIMS = 4;
     int64_t dims[MOST_DIMS] = {};
+    size_t rank = 0;  // how many of dims there are
 
     template <class T>
     const T* as() const {
@@ -102,7 +103,7 @@ private:
         rank = rank < Tensor::MOST_DIMS ? rank : Tensor::MOST_DIMS;
         api_.call(ort::GetDimensions, info, t.dims, rank);
         api_.call(ort::ReleaseTensorTypeAndShapeInfo, info);
-        t.type = static_cast<Type>(type);
+        t.type = static_cast<Type>(type), t.rank = rank;
         t.rows = 1;
         for (size_t i = 0; i + 1 < rank; ++i) t.rows *= t.dims[i];
         t.columns = rank ? t.dims[rank - 1] : 1;

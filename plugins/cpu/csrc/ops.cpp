@@ -1,4 +1,6 @@
 // ONNX Runtime's view of the kernels: operators, each with one list of inputs.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <exception>
 #include <iterator>
@@ -39,9 +41,12 @@ struct Call {
     // The memory of an output of this shape.
     template <size_t N>
     char* output(size_t index, const int64_t (&dims)[N]) const {
+        return output(index, dims, N);
+    }
+    char* output(size_t index, const int64_t* dims, size_t rank) const {
         ort::Value* value = nullptr;
         void* data = nullptr;
-        node.api.call(ort::KernelContext_GetOutput, context, index, dims, N, &value);
+        node.api.call(ort::KernelContext_GetOutput, context, index, dims, rank, &value);
         node.api.call(ort::GetTensorMutableData, value, &data);
         return static_cast<char*>(data);
     }
@@ -129,6 +134,13 @@ void head(const Call<operators::Head>& call) {
     kernels().head(a, call.pool());
 }
 
+template <class Op, float (*FUNCTION)(float)>
+void each(const Call<Op>& call) {
+    const auto& x = call.in.x;
+    const float* from = x.template as<float>();
+    std::transform(from, from + x.rows * x.columns, reinterpret_cast<float*>(call.output(0, x.dims, x.rank)), FUNCTION);
+}
+
 // What `body` gives, or an error in the operator's name where it throws.
 template <class Op, class Body>
 ort::Status* guarded(const ort::Api& api, Body body) {
@@ -194,7 +206,8 @@ EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort:
         make<AttentionFloat16, attention<AttentionFloat16>>(), make<FeedForward, feed_forward>(), make<Head, head>(),
         make<PrefillAttention, prefill_attention<PrefillAttention>>(),
         make<PrefillAttentionFloat16, prefill_attention<PrefillAttentionFloat16>>(),
-        make<PrefillFeedForward, prefill_feed_forward>()};
+        make<PrefillFeedForward, prefill_feed_forward>(), make<Cos, each<Cos, std::cos>>(),
+        make<Sin, each<Sin, std::sin>>()};
     const ort::Api api(base->get_api(ort::API_VERSION));
     if (!processor::supports_v3()) return api.error("deepseek_trt.cpu: this processor has no AVX2");
     ort::Domain* domain = nullptr;

@@ -49,7 +49,7 @@ def session_of(head: int, scale: int | None, threads: int = 1) -> onnxruntime.In
     types = {"x": TensorProto.FLOAT, "norm_weight": TensorProto.FLOAT, "head": head}
     types |= {} if scale is None else {"head_scale": scale}
     inputs = [helper.make_tensor_value_info(name, dtype, None) for name, dtype in types.items()]
-    node = helper.make_node(HEAD.name, list(types), ["y"], domain=CPU_DOMAIN, eps=EPS)
+    node = helper.make_node(HEAD.name, list(types), ["y"], domain=CPU_DOMAIN, padded=0, eps=EPS)
     out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CPU_DOMAIN, 1)]
     model = helper.make_model(helper.make_graph([node], "one", inputs, out), opset_imports=opsets, ir_version=10)
