@@ -28,7 +28,7 @@ class Event(NamedTuple):  # made for every token: a frozen dataclass takes three
     error: Exception | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt until its answer ends.
 

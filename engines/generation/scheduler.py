@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepseek_trt.engines.generation.decode_rows import DecodeRows
 from deepseek_trt.engines.generation.guiding import Guides, RowGuide
 from deepseek_trt.engines.generation.pages import PagePool, page_table, sequence_pages
 from deepseek_trt.engines.generation.params import SamplingParams
@@ -111,6 +112,7 @@ class Scheduler:
         self._payoff = Payoff()
         self._native = load_sampler(session.library, session.threads) if session.library else None
         self._waiting: deque[Request] = deque()
+        self._rows: DecodeRows | None = None  # those that decoded in the last step, as it left them
         self._running: list[Request] = []  # in order of arrival, all earlier than those waiting
         self._next_id = 0
 
@@ -181,6 +183,7 @@ class Scheduler:
         for queue in (self._running, self._waiting):
             for candidate in queue:
                 if candidate.id == request:
+                    self._rows = None
                     self._vacate(candidate)
                     queue.remove(candidate)
                     return True
@@ -193,18 +196,40 @@ class Scheduler:
         not finite ends with an error, and the others go on. When the session raises, no request has moved, and the step
         can be tried again.
         """
-        self._grow()
+        rows, self._rows = self._rows, None
+        if not (rows and rows.requests == self._running and rows.grow(self.pool)):
+            rows = None
+            self._grow()
         self._admit()
+        if rows and len(rows.requests) == len(self._running):
+            return self._decode_rows(rows)
         decoding = [Work(request, 1) for request in self._running if request.decodes]
         if len(decoding) == len(self._running):
-            return self._decode_all(self._with_drafts(decoding))
+            if self.limits.speculate != OFF:
+                return self._decode_all(self._with_drafts(decoding))
+            return self._decode_rows(DecodeRows(self._running, self._session.cache.page_size)) if decoding else []
         prefilling = self._chunks(self.limits.token_budget - len(decoding))
         prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
         self._advance(prefilling, decoding)
         work = zip([*prefilling, *decoding], [*prefilled, *(row[0] for row in decoded)], strict=True)
-        rows = {w.request.id: row for w, row in work}
-        ready = [request for request in self._running if request.id in rows and not request.left]
-        return self._sample(ready, [rows[request.id] for request in ready])
+        logits = {w.request.id: row for w, row in work}
+        ready = [request for request in self._running if request.id in logits and not request.left]
+        return self._sample(ready, [logits[request.id] for request in ready])
+
+    def _decode_rows(self, rows: DecodeRows) -> list[Event]:
+        """A step without prefill or drafts, whose rows are kept for the next one while none joins or leaves."""
+        logits = np.ascontiguousarray(self._session.decode(rows.ids, rows.new, rows.past, rows.table)[:, 0])
+        full = rows.advance()
+        if self.limits.prefix_reuse:
+            for request in full:
+                self._name_full_pages(request)
+        self.counters.decoded += len(rows.requests)
+        choices = self._choices(rows.requests, logits)
+        events = rows.go_on(choices)
+        if events is None:
+            return self._take_choices(rows.requests, choices)
+        self._rows = rows
+        return events
 
     def _decode_all(self, work: list[Work]) -> list[Event]:
         """A step without prefill: the tokens that every row's logits give, as far as they are what was drafted."""
@@ -381,9 +406,13 @@ class Scheduler:
         if not requests:
             return []
         logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
+        return self._take_choices(requests, self._choices(requests, logits))
+
+    def _take_choices(self, requests: list[Request], choices: Sequence[Choice | Exception]) -> list[Event]:
+        """Each request's next token, or what ends it."""
         events: list[Event] = []
         guided: list[RowGuide] = []
-        for request, choice in zip(requests, self._choices(requests, logits), strict=True):
+        for request, choice in zip(requests, choices, strict=True):
             if isinstance(choice, Exception):
                 events.append(self._failed(request, choice))
                 continue
