@@ -45,6 +45,9 @@ class Host(Protocol):
     def engine_failed(self, reason: str) -> None:
         """Every request has been told, and none will be taken any more."""
 
+    def flush(self) -> None:
+        """A round of responses has been handed to channels: whoever gathers them sends them now."""
+
 
 class Service:
     """Takes up to `max_inflight` requests at once. Every request gets exactly one final response, whatever happens.
@@ -199,12 +202,14 @@ class Service:
             self._wake.clear()
             begin = time.perf_counter()
             self._send_ready()
+            self._host.flush()
             now = time.perf_counter()
             time.sleep(min(now - begin, _TICK))
             if now - looked >= _TICK:
                 looked = now
                 for stream in tuple(self._live):
                     self._guard(stream, self._poll)
+                self._host.flush()
                 self._metrics.flush(now, self._held)
             if now - asked >= _ASK_AFTER or self._failure:
                 asked = now

@@ -104,6 +104,9 @@ class ServerHost:
         """Unload the model: the server then says that it is not ready, until somebody loads it again."""
         pb_utils.unload_model(self._name)
 
+    def flush(self) -> None:
+        """Senders have sent."""
+
 
 def _arrays(response: Response) -> dict[str, Any]:
     """Outputs by name, each with the batch in front."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,9 +96,9 @@ class _Channel:
             self._streams.pop(self._id, None)
         if isinstance(response, Response):
             self.taken()
-            self._link.send(_tokens(self._id, response))
+            self._link.queue(_tokens(self._id, response))
         elif isinstance(response, Failure):
-            self._link.send(Failed(self._id, response.kind, response.message, response.full))
+            self._link.queue(Failed(self._id, response.kind, response.message, response.full))
 
     def is_cancelled(self) -> bool:
         return False  # the server says so by itself
@@ -114,6 +115,10 @@ class _Host:
 
     def engine_failed(self, reason: str) -> None:
         self._link.send(Down(reason))
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):  # the server has gone: who receives from it ends this process
+            self._link.flush()
 
 
 def _parsed(message: Start) -> tuple[GenerateRequest, Answer]:

@@ -22,12 +22,26 @@ class EngineLink:
     def __init__(self, ours: socket.socket) -> None:
         self._socket, self._reader = ours, ours.makefile("rb")
         self._sending = threading.Lock()
+        self._queued: list[bytes] = []
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
 
     def send(self, message: Message) -> None:
-        """Raises OSError where the server has gone."""
+        """Send what is queued, and then this. Raises OSError where the server has gone."""
+        self.queue(message)
+        self.flush()
+
+    def queue(self, message: Message) -> None:
+        """Have it sent by the next `send` or `flush`: a call to the system for each costs more than all the rest."""
+        framed = _framed(message)
         with self._sending:
-            self._socket.sendall(_framed(message))
+            self._queued.append(framed)
+
+    def flush(self) -> None:
+        """Send what is queued. Raises OSError where the server has gone."""
+        with self._sending:
+            queued, self._queued = self._queued, []
+            if queued:
+                self._socket.sendall(b"".join(queued))
 
     def receive(self) -> ToEngine | None:
         """The next message; None when the server has gone."""

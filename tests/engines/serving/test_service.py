@@ -126,6 +126,9 @@ class Host:
     def engine_failed(self, reason):
         self.reasons.append(reason)
 
+    def flush(self):
+        pass
+
 
 class Served:
     """A service over the fake session, and all around it."""
@@ -344,7 +347,7 @@ def test_logits_that_are_not_finite_are_that_requests_error_alone(served, monkey
 
     def row(ids, past, table):
         is_bad = served.session._values(1, table)[0] == fake.value_after(0, 9, 0) if past else ids[0] == 9
-        return real(ids, past, table) * (np.nan if is_bad else 1)
+        return [logits * (np.nan if is_bad else 1) for logits in real(ids, past, table)]
 
     monkeypatch.setattr(served.session, "_row", row)
     bad, good = served.ask(text_input="jb", max_tokens=5), served.ask(text_input="bc", max_tokens=5)
