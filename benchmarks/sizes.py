@@ -16,7 +16,7 @@ from make_checkpoint import PUBLISHED, write_sparse
 from deepseek_trt.export.survey import Facts, survey
 
 MODELS = {"v2-lite": "DeepSeek-V2-Lite", "v2": "DeepSeek-V2", "v3": "DeepSeek-V3, R1"}
-WAYS: tuple[str | None, ...] = (None, "int8", "int4")
+WAYS: tuple[str | None, ...] = (None, "fp8", "int8", "int4")
 
 
 def facts(checkpoint: Path, quantize: str | None) -> Facts:
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(PUBLISHED)}")
     given = parser.parse_args()
-    print("| model | parameters | as published | bundle | int8 | int4 |\n|---|---|---|---|---|---|")
+    print("| model | parameters | as published | bundle | fp8 | int8 | int4 |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         for model in given.models or MODELS:
             print(row(model, Path(name)))
