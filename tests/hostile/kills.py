@@ -17,14 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepseek_trt.export.trust.cache import cache_folder
 
-WAIT = 60.0  # seconds before what waits gives up
+WAIT = 600.0  # seconds before what waits gives up
 MOMENTS = ("starting", "working", "draining")
 
 
@@ -73,6 +73,10 @@ class Place:
             except OSError:
                 continue
         return found
+
+    def files(self) -> list[str]:
+        """All that lies here."""
+        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*"))
 
     def wait_until_empty(self) -> None:
         """All processes end by themselves."""
@@ -156,16 +160,21 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def children_of(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+def descendant(pid: int, word: str) -> int | None:
+    """A process below `pid` whose command line holds `word`, or none."""
+    with suppress(OSError):  # it has ended
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+        for child in children:
+            found = child if word in command_of(child) else descendant(child, word)
+            if found is not None:
+                return found
+    return None
 
 
 def command_of(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:300]
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
 
