@@ -40,12 +40,17 @@ class Repository:
 
     def __init__(self, place, folder):
         self.place, self.folder = place, folder
+        self._started = []  # process ids, which names of shared memory hold
         ports = f"--http-port={place.port}", f"--grpc-port={kills.free_port()}", f"--metrics-port={kills.free_port()}"
         self._command = ["bash", str(folder / "serve.sh"), *ports, f"--control-file={place.folder / 'control'}"]
 
     def start(self):
         path = f"{VENV / 'bin'}:{self.place.environment['PATH']}"
         self.process = self.place.start(self._command, PATH=path, PYTHONPATH="")
+        self._started.append(self.process.pid)
+
+    def shared_memory(self):
+        return [file for pid in self._started for file in Path("/dev/shm").glob(f"deepseek_trt_{pid}_*")]
 
     def ready(self):
         assert self.ends_or_answers(), self.place.said()[-8000:]
@@ -101,10 +106,6 @@ def served(demo_checkpoint, bundle_of, tmp_path):
     place.end()
 
 
-def shared_memory():
-    return {path.name for path in Path("/dev/shm").glob("deepseek_trt_*")}
-
-
 def kill(served, victim, when, share, start_seconds, wanted):
     """Start, and kill at that moment; gives the clients. A server that is to work must answer as `wanted`."""
     served.start()
@@ -133,14 +134,14 @@ def kill(served, victim, when, share, start_seconds, wanted):
 )
 def test_kills_of_a_repositorys_server(served, contents, victim, times):
     """A killed supervisor's server ends; a killed server or model comes back, or serve.sh ends and says so."""
-    before, memory = contents(served.folder), shared_memory()
+    before = contents(served.folder)
     served.start()
     began = time.monotonic()
     served.ready()
     start_seconds, wanted = time.monotonic() - began, served.answer()
     assert served.end() == 0, served.place.said()[-8000:]
     served.place.wait_until_empty()
-    assert shared_memory() == memory
+    assert not served.shared_memory()
     files, ends = served.place.files(), []
     for when, share in kills.moments(times, victim):
         clients = kill(served, victim, when, share, start_seconds, wanted)
@@ -158,7 +159,7 @@ def test_kills_of_a_repositorys_server(served, contents, victim, times):
     assert served.end() == 0
     served.place.wait_until_empty()
     assert served.place.files() == files
-    assert shared_memory() == memory
+    assert not served.shared_memory()
     assert contents(served.folder) == before
     seconds, codes = max(served.place.seconds), {code: ends.count(code) for code in ends}
     print(f"{victim}: {times} kills, at most {seconds:.1f} s until all had ended; exit codes {codes}")
