@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from deepseek_trt.export.text.files import CARRIED, TEMPLATES_FOLDER, TOKENIZER
 from deepseek_trt.export.text.valid import check_place
 from deepseek_trt.export.trust.cache import say_once
 from deepseek_trt.export.trust.listing import AGAIN, Listing
+from deepseek_trt.export.writing.working import scratch_folder
 
 _USED = (".onnx", ".plan", ".so", ".jinja")  # what is of use to somebody, beside CARRIED; other files do no harm
 _REMADE = "make it again with the command that made it"
@@ -108,15 +108,15 @@ class Bundle:
     @contextmanager
     def text_folder(self) -> Iterator[Path]:
         """A folder, for a moment, of the bundle's text files as they are listed; errors name the bundle's own."""
-        with tempfile.TemporaryDirectory(prefix="deepseek-trt-") as name:
+        with scratch_folder() as folder:
             for file in filter(_is_text, self.files.sha256):
-                copy = Path(name, file)
+                copy = folder / file
                 copy.parent.mkdir(exist_ok=True)
                 copy.write_bytes(self.files.read(file))
             try:
-                yield Path(name)
+                yield folder
             except DeepseekTrtError as wrong:
-                raise type(wrong)(str(wrong).replace(name, str(self.path))) from None
+                raise type(wrong)(str(wrong).replace(str(folder), str(self.path))) from None
 
 
 def _is_text(name: str) -> bool:

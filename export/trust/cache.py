@@ -9,15 +9,14 @@ import logging
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.trust.real_files import open_real
-from deepseek_trt.export.writing.working import working_folder
+from deepseek_trt.export.writing.working import scratch_folder, working_folder
 
 log = logging.getLogger("deepseek_trt")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -51,8 +50,9 @@ def own_or_private(part: str) -> Path:
 @functools.cache
 def private_folder() -> Path:
     """A folder for this process alone."""
-    folder = Path(tempfile.mkdtemp(prefix="deepseek-trt-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    stack = ExitStack()
+    folder = stack.enter_context(scratch_folder())
+    atexit.register(stack.close)
     return folder
 
 

@@ -25,7 +25,7 @@ from deepseek_trt.export.errors import OutputError
 
 MARKER = "of-deepseek-trt"
 _NEW = "new"
-_SCRATCH = "deepseek-trt-"
+_SCRATCH, _BYTES = "deepseek-trt-", 8  # before a random name, and of it
 _LONGEST = 200  # bytes of a name that still has room for what is added to it
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # linux/fs.h, linux/fcntl.h
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -117,11 +117,9 @@ def clear(folder: Path, but: Collection[str] = ()) -> None:
 def scratch_folder() -> Iterator[Path]:
     """A private folder among the system's temporary ones; those that killed runs left there are removed first."""
     base = Path(tempfile.gettempdir())
-    for left in base.glob(f"{_SCRATCH}*"):
-        with suppress(OSError):
-            if (left / MARKER).exists():
-                _remove_unused(left, left)
-    claim = _Claim(base / f"{_SCRATCH}{secrets.token_hex(8)}")
+    for left in base.glob(f"{_SCRATCH}{'[0-9a-f]' * 2 * _BYTES}"):
+        _remove_unused(left, left)
+    claim = _Claim(base / f"{_SCRATCH}{secrets.token_hex(_BYTES)}")
     with _released(claim):
         _take(claim, claim.folder, wait=True)
         yield claim.folder

@@ -8,13 +8,15 @@ It does what tritonserver 2.51 does not by itself:
 - when a model's engine stands still, or the server does not answer, for --stall-seconds, it is started again, too;
 - `--probe-port=PORT` (of `--probe-address`, 127.0.0.1 unless given) answers /health/live and /health/ready, by what is
   known here: no probe is a request to a model, and none waits for one;
-- no process and no shared memory stays behind;
+- no process and no shared memory stays behind: the server dies with this process even where that is killed, and
+  shared memory that then is left goes with the next start;
 - who reaches a port can infer and read what the models and metrics are, and no more: what loads models (which runs
   code), maps shared memory or writes files asks for a header that is made anew at each start. `--control-file=FILE`
   keeps it in FILE, or takes it from there. Given --http-restricted-api and --grpc-restricted-protocol stand before it.
 A model that unloaded itself, because its engine failed, stays unloaded: the server says that it is not ready.
 """
 
+import fcntl
 import http.client
 import os
 import re
@@ -25,6 +27,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -33,6 +36,7 @@ sys.dont_write_bytecode = True  # __pycache__ in this folder would look like a m
 sys.path.insert(0, str(REPOSITORY))
 
 from heart import STALL_SECONDS, cpu_seconds  # noqa: E402
+from leavings import SharedMemory, bound, clear_leavings, new_prefix  # noqa: E402
 from probes import Health, Pulses, pulses, serve_probes  # noqa: E402
 
 Flags = dict[str, list[str | None]]
@@ -115,7 +119,7 @@ class Supervisor:
         self.models = models
         self.health = Health(take_number(flags, "stall-seconds", 1, 86400, STALL_SECONDS))
         probe_port, probe_address = take_probe(flags)
-        self.shared_memory = own_shared_memory(flags)
+        self.memory = SharedMemory(own_shared_memory(flags))
         self.key = control_key((flags.pop("control-file", None) or [None])[-1])
         self.headers = restrict(flags, self.key)
         self.command = command_of(server, flags, models)
@@ -136,6 +140,8 @@ class Supervisor:
         """The server's exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note_signal)
+        clear_leavings()
+        self.memory.clear()
         self.start()
         try:
             while not self.stopping and (self.server.poll() is None or self.recovers()):
@@ -151,9 +157,11 @@ class Supervisor:
             return 128 - code if code < 0 else code
         finally:
             self.clear()
+            self.memory.release()
 
     def start(self) -> None:
-        self.server = subprocess.Popen(self.command)
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # or its models' processes write into this folder
+        self.server = subprocess.Popen(bound(self.command), env=environment)
         self.hidden, self.hide_until = False, time.monotonic() + HIDE_SECONDS
 
     def recovers(self) -> bool:
@@ -276,8 +284,7 @@ class Supervisor:
                 os.kill(pid, signal.SIGKILL)
         self.stubs, self.looks = {}, {}
         self.health.reset()
-        for file in Path("/dev/shm").glob(f"{self.shared_memory}*"):
-            file.unlink(missing_ok=True)
+        self.memory.clear()
 
     def stub_pids(self) -> dict[str, int]:
         """Running processes of the Python backend by model."""
@@ -330,27 +337,38 @@ def take_probe(flags: Flags) -> tuple[int, str]:
 
 def control_key(file: str | None) -> str:
     """A new key, kept in `file` as a line `header: key` that only its owner can read; or that of the file there is."""
-    key = secrets.token_hex(32)
     if not file:
-        return key
+        return secrets.token_hex(32)
     try:
-        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as made:
-            made.write(f"{HEADER}: {key}\n")
-        return key
-    except FileExistsError:
-        return known_key(file)
+        with suppress(FileExistsError):
+            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except OSError as error:
         sys.exit(f"serve.sh: --control-file: {error}")
+    return known_key(file) or filled_key(file)
+
+
+def filled_key(file: str) -> str:
+    """The key of a file that was empty: it is new, or who made it was killed."""
+    try:
+        with open(os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), "w") as made:
+            fcntl.flock(made, fcntl.LOCK_EX)  # another start may do the same
+            if not os.fstat(made.fileno()).st_size:
+                made.write(f"{HEADER}: {secrets.token_hex(32)}\n")
+    except OSError as error:
+        sys.exit(f"serve.sh: --control-file {file!r}: {error}")
+    return known_key(file)
 
 
 def known_key(file: str) -> str:
-    """The key of a file that nobody but its owner can read or write."""
+    """The key of a file that nobody but its owner can read or write; nothing where it is empty."""
     try:
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as kept:
             facts = os.fstat(kept.fileno())
             if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
                 sys.exit(f"serve.sh: --control-file {file!r}: must be a file that you own and nobody else can read")
             name, _, key = kept.read(1024).strip().partition(": ")
+            if not facts.st_size:
+                return ""
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"serve.sh: --control-file {file!r}: {error}")
     if name != HEADER or not KEY.fullmatch(key):
@@ -405,7 +423,7 @@ def is_stub(pid: int, models: list[str], parent: int | None = None) -> str | Non
 def own_shared_memory(flags: Flags) -> str:
     """The prefix of the server's shared memory, in `flags` from now on, with its size: as given, else our own."""
     given = flags.setdefault("backend-config", [])
-    for name, value in (SHARED_PREFIX, f"deepseek_trt_{os.getpid()}_"), (SHARED_SIZE, str(SHARED_BYTES)):
+    for name, value in (SHARED_PREFIX, new_prefix()), (SHARED_SIZE, str(SHARED_BYTES)):
         if not any((each or "").startswith(name) for each in given):
             given.append(f"{name}{value}")
     return next(each for each in reversed(given) if each and each.startswith(SHARED_PREFIX)).removeprefix(SHARED_PREFIX)

@@ -65,6 +65,7 @@ def main(descriptor: int) -> None:
     messages.hand_to(engine, registry)
     messages.drained.wait()
     engine.close()
+    messages.over.set()
     link.send(Drained())
     messages.gone.wait()
 
@@ -81,7 +82,8 @@ class _Messages:
 
     def __init__(self, link: EngineLink) -> None:
         self._link = link
-        self._ready, self.drained, self.gone = threading.Event(), threading.Event(), threading.Event()
+        self._ready, self.drained = threading.Event(), threading.Event()
+        self.over, self.gone = threading.Event(), threading.Event()  # all that was asked has its end; nobody asks
         threading.Thread(target=self._run, name="deepseek-trt-receiver", daemon=True).start()
 
     def hand_to(self, engine: Engine, registry: Registry) -> None:
@@ -97,7 +99,7 @@ class _Messages:
                 self._link.send(self._registry.shown(message.id))
             else:
                 self._take(message)
-        if not self.drained.is_set():
+        if not self.over.is_set():
             os._exit(1)  # nobody waits for what is computed
         self.gone.set()
 

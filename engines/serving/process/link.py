@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 import threading
+from contextlib import suppress
 
 import msgspec
 
@@ -26,7 +27,7 @@ class EngineLink:
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
 
     def send(self, message: Message) -> None:
-        """Send what is queued, and then this. Raises OSError where the server has gone."""
+        """Send what is queued, and then this. Never fails: who receives will learn that the server has gone."""
         self.queue(message)
         self.flush()
 
@@ -37,20 +38,27 @@ class EngineLink:
             self._queued.append(framed)
 
     def flush(self) -> None:
-        """Send what is queued. Raises OSError where the server has gone."""
-        with self._sending:
+        """Send what is queued; never fails either."""
+        with self._sending, suppress(OSError):
             queued, self._queued = self._queued, []
             if queued:
                 self._socket.sendall(b"".join(queued))
 
     def receive(self) -> ToEngine | None:
         """The next message; None when the server has gone."""
-        head = self._reader.read(_LENGTH.size)
+        head = self._read(_LENGTH.size)
         if len(head) < _LENGTH.size:
             return None
         (size,) = _LENGTH.unpack(head)
-        body = self._reader.read(size)
+        body = self._read(size)
         return self._decode(body) if len(body) == size else None
+
+    def _read(self, size: int) -> bytes:
+        """Less where the server has gone; the system calls it an error where that had not read all."""
+        try:
+            return self._reader.read(size)
+        except OSError:
+            return b""
 
 
 class ServerLink:

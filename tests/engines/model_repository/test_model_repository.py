@@ -203,8 +203,8 @@ def test_the_same_again_does_nothing_and_a_change_replaces_all(bundle, tmp_path)
     changed = written(bundle.path, tmp_path / "r", "--max-model-len", 100)
     assert (changed["fresh"], changed["max_model_len"], stray.exists()) == (True, 100, False)
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
-        "README.md", "client.py", "deepseek_v2", "deepseek_v2_sync", "heart.py", "probes.py", "serve.sh",
-        "supervise.py",
+        "README.md", "client.py", "deepseek_v2", "deepseek_v2_sync", "heart.py", "leavings.py", "probes.py",
+        "serve.sh", "supervise.py",
     ]  # fmt: skip
 
 
@@ -375,7 +375,14 @@ parameters { key: "labels" value { string_value: "[\"sad\", \"so so\", \"né\"]"
 def test_a_classifier_beside_a_generator(classifier, bundle, tmp_path):
     """Another start of the runtime, another config.pbtxt; the scripts that ask generators are not written for it."""
     assert written(classifier.path, tmp_path, "--name", "mood")["labels"] == ["sad", "so so", "né"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["heart.py", "mood", "probes.py", "serve.sh", "supervise.py"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "heart.py",
+        "leavings.py",
+        "mood",
+        "probes.py",
+        "serve.sh",
+        "supervise.py",
+    ]
     model = tmp_path / "mood"
     assert (model / "config.pbtxt").read_text(encoding="utf-8") == CLASSIFIER_CONFIG
     assert "Labels texts: sad, so so, né." in (model / "README.md").read_text(encoding="utf-8")
@@ -472,6 +479,9 @@ def test_a_control_file_keeps_the_key(tmp_path):
     assert file.read_text() == f"deepseek-trt-control: {key}\n"
     assert file.stat().st_mode & 0o777 == 0o600
     assert supervise.control_key(str(file)) == key
+    file.write_text("")  # as it is where its maker was killed
+    key = supervise.control_key(str(file))
+    assert file.read_text() == f"deepseek-trt-control: {key}\n"
 
 
 def _linked(file):
