@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _UNLOADING = "the model is being unloaded: ask again when it is loaded"
 _TICK = 0.02  # seconds between looks at who has gone or run out of time
+_REST = 2  # times as long as a round of sending took
 _POLL_AFTER = 0.06  # seconds from one question to a channel to the next: below 100 ms with the tick
 _ASK_AFTER = 0.5  # seconds from one question to the host to the next
 _FULL = "{} requests are in flight, the most allowed: try again later"
@@ -52,7 +53,7 @@ class Host(Protocol):
 class Service:
     """Takes up to `max_inflight` requests at once. Every request gets exactly one final response, whatever happens.
 
-    The sending thread rests as long as each round of sending took: the interpreter is the engine's at least half of the
+    The sending thread rests twice as long as each round of sending took: the interpreter is the engine's most of the
     time, and with many streams more tokens go into one response.
 
     `accept`, `refuse` and `close` belong to tritonserver's thread; the first two return at once. Once the host does not
@@ -204,7 +205,7 @@ class Service:
             self._send_ready()
             self._host.flush()
             now = time.perf_counter()
-            time.sleep(min(now - begin, _TICK))
+            time.sleep(min(_REST * (now - begin), _TICK))
             if now - looked >= _TICK:
                 looked = now
                 for stream in tuple(self._live):

@@ -343,7 +343,7 @@ RECORDS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "a shape of true": (("profile", "shapes", "input_ids"), [[True, 1], [1, 1], [1, 1]]),
     "no profile": (("profile", "shapes"), {}),
     "bytes": (("plan_bytes",), 1.5),
-    "another schema": (("schema_version",), 2),
+    "another schema": (("schema_version",), 1),
     "a schema of true": (("schema_version",), True),
 }
 

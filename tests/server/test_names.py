@@ -56,7 +56,7 @@ def test_the_frontends_forced_tool(grpc_call):
     """tool_choice required, or by name."""
     guide = {"guided_decoding_guide_type": "json_schema", "guided_decoding_guide": SCHEMA}
     answers, refused = grpc_call(
-        [{**ALWAYS, "text_input": "The", "max_tokens": 200, **guide}, {**ALWAYS, "text_input": "The", **guide, **BAD}]
+        [greedy(text_input="The", max_tokens=200, **guide), {**ALWAYS, "text_input": "The", **guide, **BAD}]
     )
     assert json.loads(answers[0]["text_output"])["word"] in ("hello", "world")
     assert "guide" in refused[0]["error"]

@@ -33,6 +33,7 @@ from deepseek_trt.engines.serving.process.messages import (
 from deepseek_trt.export.errors import BackendError
 
 Answer = Taken | Tokens | Failed | Vectors | Shown
+_REST = 2  # times as long as work took
 _LONGEST_REST = 0.02  # seconds
 _METRICS_SECONDS = 5.0  # for an engine's process to say its metrics
 _LOOK_SECONDS = 0.5  # from one look at its heart to the next
@@ -144,15 +145,15 @@ class EngineClient:
         return asked
 
     async def _read(self) -> None:
-        """Rest as long as what came took: with many streams more tokens go out at once, and the engine has the
-        processor at least half of the time where there are few.
+        """Rest twice as long as what came took: with many streams more tokens go out at once, and the engine has the
+        processor most of the time where there are few.
         """
         while (messages := await self._link.receive_all()) is not None:
             began = time.perf_counter()
             for message in messages:
                 self._handle(message)
             await asyncio.sleep(0)  # those who waited for them write
-            await asyncio.sleep(min(time.perf_counter() - began, _LONGEST_REST))
+            await asyncio.sleep(min(_REST * (time.perf_counter() - began), _LONGEST_REST))
         self._lose(ENDED)
         self._drained.set()
 
