@@ -20,7 +20,10 @@ ALWAYS = {
     "return_num_input_tokens": True,
     "return_num_output_tokens": True,
 }
-SCHEMA = '{"type": "object", "properties": {"word": {"enum": ["hello", "world"]}}, "required": ["word"]}'
+SCHEMA = (  # what it leaves free has an end: at most 20 characters of space at each place
+    '{"type": "object", "properties": {"word": {"enum": ["hello", "world"]}}, "required": ["word"],'
+    ' "additionalProperties": false}'
+)
 SHORT = {"text_input": "The number", "max_tokens": 8}
 MODELS = ("deepseek_v2", "deepseek_v2_sync")
 
