@@ -160,8 +160,7 @@ class Supervisor:
             self.memory.release()
 
     def start(self) -> None:
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # or its models' processes write into this folder
-        self.server = subprocess.Popen(bound(self.command), env=environment)
+        self.server = subprocess.Popen(bound(self.command))
         self.hidden, self.hide_until = False, time.monotonic() + HIDE_SECONDS
 
     def recovers(self) -> bool:
