@@ -67,8 +67,9 @@ def check_all() -> None:
 
 
 with suppress(OSError):  # what Python has just kept of this file, compiled: nothing is here but what was written
-    os.unlink(__cached__)
-    os.rmdir(os.path.dirname(__cached__))
+    for compiled in (HERE / "__pycache__").glob("model.*.pyc"):
+        compiled.unlink()
+    (HERE / "__pycache__").rmdir()
 threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 check_all()
 sys.dont_write_bytecode, sys.pycache_prefix = True, os.devnull  # compiled files beside the sources are not listed
