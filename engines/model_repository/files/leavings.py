@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import stat
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +24,27 @@ if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
 
+# A process of the Python backend that has not come to its model yet waits for a dead server for ever: when the
+# supervisor has ended, however, this ends all that is left of the server's process group.
+GUARD = """
+import os, sys
+sys.stdin.buffer.read()
+try:
+    os.killpg(int(sys.argv[1]), 9)
+except ProcessLookupError:
+    pass
+"""
+
 
 def bound(command: list[str]) -> list[str]:
     """A command line that becomes `command`, and does not outlive this process."""
     return [sys.executable, "-I", "-S", "-c", BOUND, str(os.getpid()), *command]
+
+
+def guard(group: int) -> subprocess.Popen[bytes]:
+    """A process that outlives this one, and ends the group as soon as its standard input is closed."""
+    command = [sys.executable, "-I", "-S", "-c", GUARD, str(group)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def new_prefix() -> str:

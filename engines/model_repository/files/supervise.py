@@ -36,7 +36,7 @@ sys.dont_write_bytecode = True  # __pycache__ in this folder would look like a m
 sys.path.insert(0, str(REPOSITORY))
 
 from heart import STALL_SECONDS, cpu_seconds  # noqa: E402
-from leavings import SharedMemory, bound, clear_leavings, new_prefix  # noqa: E402
+from leavings import SharedMemory, bound, clear_leavings, guard, new_prefix  # noqa: E402
 from probes import Health, Pulses, pulses, serve_probes  # noqa: E402
 
 Flags = dict[str, list[str | None]]
@@ -132,7 +132,7 @@ class Supervisor:
         self.crashes: list[float] = []  # when
         self.stubs: dict[str, int] = {}  # model: pid of the process that holds it
         self.looks: dict[str, int] = {}  # model: looks in a row that found no process
-        self.hidden, self.looked = False, time.monotonic()
+        self.hidden, self.looked, self.dead = False, time.monotonic(), 0
         if probe_port:
             serve_probes(probe_address, probe_port, self.why_not)
 
@@ -160,7 +160,8 @@ class Supervisor:
             self.memory.release()
 
     def start(self) -> None:
-        self.server = subprocess.Popen(bound(self.command))
+        self.server = subprocess.Popen(bound(self.command), start_new_session=True)
+        self.guard = guard(self.server.pid)
         self.hidden, self.hide_until = False, time.monotonic() + HIDE_SECONDS
 
     def recovers(self) -> bool:
@@ -200,6 +201,11 @@ class Supervisor:
         self.looks = {model: self.looks.get(model, 0) + 1 for model in believed}
         return [model for model, looks in self.looks.items() if looks >= LOOKS][:1]
 
+    def waits_for_the_dead(self) -> bool:
+        """Whether a child of a server that is not up yet has been dead for some looks: 2.51 waits for it for ever."""
+        self.dead = self.dead + 1 if not self.health.up and has_dead_child(self.server.pid) else 0
+        return self.dead >= LOOKS
+
     def known_stubs(self) -> dict[str, int]:
         """Processes that were found earlier and hold their models still."""
         return {model: pid for model, pid in self.stubs.items() if is_stub(pid, self.models) == model}
@@ -225,6 +231,8 @@ class Supervisor:
         """What can be mended by a new start of the server alone, or nothing."""
         for model in self.killed():
             return f"the process of {model} was killed"
+        if self.waits_for_the_dead():
+            return "a model's process was killed while it loaded"
         seconds = f"{self.health.stall_seconds:g} s"
         if self.health.server.stopped:
             return f"the server has not answered for {seconds}"
@@ -244,7 +252,7 @@ class Supervisor:
         return self.health.up and self.ask("GET", f"/v2/models/{model}/ready") in (200, None)
 
     def restart(self) -> None:
-        hangs = self.health.server.stopped
+        hangs = self.health.server.stopped or not self.health.up
         self.health.reset()  # a probe learns it now
         if self.server.poll() is None:
             if not hangs:
@@ -278,6 +286,7 @@ class Supervisor:
 
     def clear(self) -> None:
         """What a killed server leaves: processes of models, and shared memory."""
+        self.guard.communicate()
         for pid in self.stubs.values():
             if is_stub(pid, self.models):
                 os.kill(pid, signal.SIGKILL)
@@ -404,6 +413,16 @@ def hide_argument(pid: int, key: str) -> bool:
         return key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ValueError, IndexError):
         return False
+
+
+def has_dead_child(parent: int) -> bool:
+    """Whether a child of the process has ended, and it has not asked how."""
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split() if entry.name.isdigit() else []
+            if fields[:1] == ["Z"] and int(fields[1]) == parent:
+                return True
+    return False
 
 
 def is_stub(pid: int, models: list[str], parent: int | None = None) -> str | None:
