@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 TIMES = 20
-_PIECES = 400  # before leaving: long enough for /metrics to show the request
+_PIECES = 100  # before leaving: long enough for /metrics to show the request
 ENDLESS = {"text_input": "The", "max_tokens": 2000, "min_tokens": 2000}
 
 
