@@ -444,7 +444,10 @@ def own_shared_memory(flags: Flags) -> str:
     for name, value in (SHARED_PREFIX, new_prefix()), (SHARED_SIZE, str(SHARED_BYTES)):
         if not any((each or "").startswith(name) for each in given):
             given.append(f"{name}{value}")
-    return next(each for each in reversed(given) if each and each.startswith(SHARED_PREFIX)).removeprefix(SHARED_PREFIX)
+    prefixes = [each.removeprefix(SHARED_PREFIX) for each in given if each and each.startswith(SHARED_PREFIX)]
+    if not prefixes[-1]:  # all files there would count as the server's, and be removed
+        sys.exit(f"serve.sh: --backend-config={SHARED_PREFIX}: is empty: give a prefix, or leave it out")
+    return prefixes[-1]
 
 
 if __name__ == "__main__":
