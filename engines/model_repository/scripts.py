@@ -11,7 +11,7 @@ from deepseek_trt.engines.model_repository.folder import manifests
 from deepseek_trt.export.bundle.interface import GENERATION
 from deepseek_trt.export.writing.working import aside, locked
 
-_SERVING = ("serve.sh", "supervise.py", "probes.py", "leavings.py", "heart.py")
+_SERVING = ("serve.sh", "supervise.py", "flags.py", "control.py", "probes.py", "leavings.py", "heart.py")
 _SHARED = {"heart.py": "deepseek_trt.engines.serving"}  # modules of the package that supervise.py imports, too
 _ASKING = ("client.py", "README.md")
 

@@ -13,7 +13,7 @@ from deepseek_trt.engines.serving.settings import ServingSettings
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "kubernetes.yaml"
-SUPERVISE = ROOT / "engines" / "model_repository" / "files" / "supervise.py"
+FLAGS = ROOT / "engines" / "model_repository" / "files" / "flags.py"
 VERSIONS = ("1.29.0", "1.37.0")  # among those that are in use, and the newest that the schemas are there for
 
 
@@ -57,5 +57,5 @@ def test_the_pod_is_given_time_to_end(documents):
     """What preStop waits, then what running answers are given, then the server's own end."""
     pod = documents["Deployment"]["spec"]["template"]["spec"]
     _, pause = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    server = re.search(r'"exit-timeout-secs": "(\d+)"', SUPERVISE.read_text())[1]
+    server = re.search(r'"exit-timeout-secs": "(\d+)"', FLAGS.read_text())[1]
     assert pod["terminationGracePeriodSeconds"] > float(pause) + ServingSettings.drain_ms / 1000 + float(server)

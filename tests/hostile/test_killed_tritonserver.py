@@ -163,3 +163,18 @@ def test_kills_of_a_repositorys_server(served, contents, victim, times):
     assert contents(served.folder) == before
     seconds, codes = max(served.place.seconds), {code: ends.count(code) for code in ends}
     print(f"{victim}: {times} kills, at most {seconds:.1f} s until all had ended; exit codes {codes}")
+
+
+def test_a_model_that_is_killed_at_each_load_ends_the_server(served):
+    """As where there is too little memory for it: no start after the third."""
+    served.start()
+    model = f"{served.folder / 'deepseek_v2'}/"
+    killed = {None}
+    for _ in range(3):
+        kills.wait_until(lambda: kills.descendant(served.process.pid, model) not in killed, served.place.said)
+        pid = kills.descendant(served.process.pid, model)
+        killed.add(pid)
+        os.kill(pid, signal.SIGKILL)
+    assert served.process.wait(kills.WAIT) == 1
+    assert "was killed while it loaded, at each of 3 starts: ending" in served.place.said()
+    served.place.wait_until_empty()

@@ -16,14 +16,9 @@ It does what tritonserver 2.51 does not by itself:
 A model that unloaded itself, because its engine failed, stays unloaded: the server says that it is not ready.
 """
 
-import fcntl
 import http.client
 import os
-import re
-import secrets
-import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -35,72 +30,28 @@ REPOSITORY = Path(__file__).resolve().parent
 sys.dont_write_bytecode = True  # __pycache__ in this folder would look like a model
 sys.path.insert(0, str(REPOSITORY))
 
+from control import control_key, hide_argument, restrict  # noqa: E402
+from flags import (  # noqa: E402
+    DEFAULTS,
+    Flags,
+    command_of,
+    own_shared_memory,
+    reachable,
+    say,
+    split_flags,
+    take_number,
+    take_probe,
+)
 from heart import STALL_SECONDS, cpu_seconds  # noqa: E402
-from leavings import SharedMemory, bound, clear_leavings, guard, new_prefix  # noqa: E402
+from leavings import SharedMemory, bound, clear_leavings, guard  # noqa: E402
 from probes import Health, Pulses, pulses, serve_probes  # noqa: E402
-
-Flags = dict[str, list[str | None]]
 
 WATCH_SECONDS = 0.5
 ASK_SECONDS = 2.0  # for an answer about health
 LOOKS = 2  # a model that is being unloaded has no process before the server says so
-SHARED_PREFIX, SHARED_SIZE = "python,shm-region-prefix-name=", "python,shm-default-byte-size="
-SHARED_BYTES = 16 * 2**20  # a model's; its process can crash when it must grow
 CRASHES, CRASH_SECONDS = 3, 60  # so many crashes in this time are too many
-# Overridden by the same flags given to serve.sh.
-DEFAULTS = {
-    "model-repository": str(REPOSITORY),
-    "model-control-mode": "explicit",
-    "http-address": "127.0.0.1",
-    "grpc-address": "127.0.0.1",
-    "metrics-address": "127.0.0.1",
-    "http-port": "8000",
-    "grpc-port": "8001",
-    "metrics-port": "8002",
-    "exit-timeout-secs": "30",
-    "pinned-memory-pool-byte-size": "0",
-    "allow-gpu-metrics": "false",
-    "allow-sagemaker": "false",  # these two load models by paths of their own
-    "allow-vertex-ai": "false",
-}
-# What runs code, maps memory or writes files, and the flags that keep it behind a header.
-CONTROL = ("model-repository", "shared-memory", "trace", "logging")
-HTTP_RESTRICTED, GRPC_RESTRICTED = "http-restricted-api", "grpc-restricted-protocol"
-OFF = ("false", "0", "off")
-HEADER = "deepseek-trt-control"  # over gRPC with "triton-grpc-protocol-" before it
-KEY = re.compile(r"[A-Za-z0-9_-]{32,256}")
+STARTS = 3  # and so many starts in a row before the server was ready once
 HIDE_SECONDS = 10.0  # how long a server may take from its start to its first thread
-
-
-def say(message: str) -> None:
-    print(f"serve.sh: {message}", file=sys.stderr, flush=True)
-
-
-def split_flags(arguments: list[str]) -> tuple[Flags, str]:
-    """Flags as lists of values by name, in order, and the server's path; `--flag value` and `--flag=value` are one."""
-    flags, rest = {}, list(arguments)
-    while rest:
-        name, given, value = rest.pop(0).partition("=")
-        if not name.startswith("--"):
-            sys.exit(f"serve.sh: {name!r} is no flag: see {Path(__file__).with_name('serve.sh')}")
-        if not given and rest and not rest[0].startswith("--"):
-            value, given = rest.pop(0), "="
-        flags.setdefault(name[2:], []).append(value if given else None)
-    server = (flags.pop("tritonserver", None) or [os.environ.get("TRITONSERVER", "tritonserver")])[-1]
-    return flags, server
-
-
-def command_of(server: str, flags: Flags, models: list[str]) -> list[str]:
-    """The server's command line: what was given, the defaults for the rest."""
-    found = shutil.which(server)
-    if not found:
-        sys.exit(f"serve.sh: there is no {server}: give --tritonserver=PATH, or set TRITONSERVER")
-    chosen = {**{name: [value] for name, value in DEFAULTS.items()}, **flags}
-    chosen.setdefault("disable-auto-complete-config", [None])
-    if chosen["model-control-mode"] == ["explicit"]:
-        chosen.setdefault("load-model", list(models))
-    given = [f"--{name}" if value is None else f"--{name}={value}" for name in chosen for value in chosen[name]]
-    return [found, *given]
 
 
 def find_models() -> list[str]:
@@ -130,6 +81,7 @@ class Supervisor:
         self.exit_seconds = float(value["exit-timeout-secs"])
         self.stopping = False
         self.crashes: list[float] = []  # when
+        self.starts = 0  # since the server was last ready
         self.stubs: dict[str, int] = {}  # model: pid of the process that holds it
         self.looks: dict[str, int] = {}  # model: looks in a row that found no process
         self.hidden, self.looked, self.dead = False, time.monotonic(), 0
@@ -147,6 +99,11 @@ class Supervisor:
             while not self.stopping and (self.server.poll() is None or self.recovers()):
                 self.look()
                 reason = self.reason_to_restart()
+                if reason and self.starts >= STARTS:
+                    say(
+                        f"{reason}, at each of {self.starts} starts: ending; see the log above, and the memory there is"
+                    )
+                    return 1
                 if reason and not self.stopping:
                     say(f"{reason}: starting the server again")
                     self.restart()
@@ -160,6 +117,7 @@ class Supervisor:
             self.memory.release()
 
     def start(self) -> None:
+        self.starts += 1
         self.server = subprocess.Popen(bound(self.command), start_new_session=True)
         self.guard = guard(self.server.pid)
         self.hidden, self.hide_until = False, time.monotonic() + HIDE_SECONDS
@@ -216,6 +174,7 @@ class Supervisor:
         status = self.ask("GET", "/v2/health/ready", ASK_SECONDS)
         beating = self.read_pulses() if status else {}
         now = time.monotonic()
+        self.starts = 0 if status == 200 else self.starts
         self.health.look(status, beating, {name: cpu_seconds(pid) for name, pid in pids.items()}, now - self.looked)
         self.looked = now
 
@@ -310,111 +269,6 @@ class Supervisor:
             return None
 
 
-def reachable(address: str) -> str:
-    """Where a server that listens at `address` answers."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
-
-
-def take_number(flags: Flags, name: str, least: float, most: float, default: float) -> float:
-    """The last value of a flag that is not the server's, out of `flags`."""
-    given = (flags.pop(name, None) or [None])[-1] if name in flags else str(default)
-    try:
-        number = float(given or "")
-    except ValueError:
-        number = -1.0
-    if not least <= number <= most:
-        sys.exit(f"serve.sh: --{name} {given!r}: must be a number from {least:g} to {most:g}")
-    return number
-
-
-def take_probe(flags: Flags) -> tuple[int, str]:
-    """Port and address of the probes, 0 for none; a server without metrics has no heart that could be watched."""
-    wanted, address = "probe-port" in flags, flags.pop("probe-address", None)
-    port = take_number(flags, "probe-port", 1, 65535, 1)
-    off = [name for name in ("allow-http", "allow-metrics") if ((flags.get(name) or [""])[-1] or "").lower() in OFF]
-    if not wanted and address:
-        sys.exit("serve.sh: --probe-address is given without --probe-port")
-    if wanted and (port % 1 or (address and not address[-1])):
-        sys.exit("serve.sh: --probe-port must be a whole number, and --probe-address an address")
-    if wanted and off:
-        sys.exit(f"serve.sh: --probe-port needs what --{off[0]} takes away: leave one of them out")
-    if off:
-        say(f"without {off[0].removeprefix('allow-')} nobody sees an engine that stands still")
-    return (int(port) if wanted else 0), (address[-1] if address else None) or "127.0.0.1"
-
-
-def control_key(file: str | None) -> str:
-    """A new key, kept in `file` as a line `header: key` that only its owner can read; or that of the file there is."""
-    if not file:
-        return secrets.token_hex(32)
-    try:
-        with suppress(FileExistsError):
-            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    except OSError as error:
-        sys.exit(f"serve.sh: --control-file: {error}")
-    return known_key(file) or filled_key(file)
-
-
-def filled_key(file: str) -> str:
-    """The key of a file that was empty: it is new, or who made it was killed."""
-    try:
-        with open(os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), "w") as made:
-            fcntl.flock(made, fcntl.LOCK_EX)  # another start may do the same
-            if not os.fstat(made.fileno()).st_size:
-                made.write(f"{HEADER}: {secrets.token_hex(32)}\n")
-    except OSError as error:
-        sys.exit(f"serve.sh: --control-file {file!r}: {error}")
-    return known_key(file)
-
-
-def known_key(file: str) -> str:
-    """The key of a file that nobody but its owner can read or write; nothing where it is empty."""
-    try:
-        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as kept:
-            facts = os.fstat(kept.fileno())
-            if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
-                sys.exit(f"serve.sh: --control-file {file!r}: must be a file that you own and nobody else can read")
-            name, _, key = kept.read(1024).strip().partition(": ")
-            if not facts.st_size:
-                return ""
-    except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"serve.sh: --control-file {file!r}: {error}")
-    if name != HEADER or not KEY.fullmatch(key):
-        sys.exit(f"serve.sh: --control-file {file!r}: must hold one line, {HEADER}: and 32 letters or digits, or more")
-    return key
-
-
-def restrict(flags: Flags, key: str) -> dict[str, str]:
-    """Keep control endpoints behind the key, but those that given flags restrict; the headers that HTTP asks for."""
-    for flag in (HTTP_RESTRICTED, GRPC_RESTRICTED):
-        given = flags.setdefault(flag, [])
-        known = {api for each in given for api in (each or "").partition(":")[0].split(",")}
-        ours = [api for api in CONTROL if api not in known]
-        if ours:
-            given.append(f"{','.join(ours)}:{HEADER}={key}")
-    headers = ((each or "").partition(":")[2].partition("=") for each in flags[HTTP_RESTRICTED])
-    return {name: value for name, _, value in headers}
-
-
-def hide_argument(pid: int, key: str) -> bool:
-    """Overwrite the key in the arguments of a process that has read them, as one with several threads has; whether it
-    is gone.
-    """
-    try:
-        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        threads, first, last = int(facts[17]), int(facts[45]), int(facts[46])
-        if threads < 2:
-            return False
-        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
-            memory.seek(first)
-            words = memory.read(last - first)
-            memory.seek(first)
-            memory.write(words.replace(key.encode(), b"-" * len(key)))
-        return key.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError, IndexError):
-        return False
-
-
 def has_dead_child(parent: int) -> bool:
     """Whether a child of the process has ended, and it has not asked how."""
     for entry in Path("/proc").iterdir():
@@ -436,18 +290,6 @@ def is_stub(pid: int, models: list[str], parent: int | None = None) -> str | Non
         return None
     path = words[1].decode(errors="replace")
     return next((model for model in models if path.startswith(f"{REPOSITORY / model}/")), None)
-
-
-def own_shared_memory(flags: Flags) -> str:
-    """The prefix of the server's shared memory, in `flags` from now on, with its size: as given, else our own."""
-    given = flags.setdefault("backend-config", [])
-    for name, value in (SHARED_PREFIX, new_prefix()), (SHARED_SIZE, str(SHARED_BYTES)):
-        if not any((each or "").startswith(name) for each in given):
-            given.append(f"{name}{value}")
-    prefixes = [each.removeprefix(SHARED_PREFIX) for each in given if each and each.startswith(SHARED_PREFIX)]
-    if not prefixes[-1]:  # all files there would count as the server's, and be removed
-        sys.exit(f"serve.sh: --backend-config={SHARED_PREFIX}: is empty: give a prefix, or leave it out")
-    return prefixes[-1]
 
 
 if __name__ == "__main__":

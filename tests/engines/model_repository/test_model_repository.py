@@ -203,8 +203,8 @@ def test_the_same_again_does_nothing_and_a_change_replaces_all(bundle, tmp_path)
     changed = written(bundle.path, tmp_path / "r", "--max-model-len", 100)
     assert (changed["fresh"], changed["max_model_len"], stray.exists()) == (True, 100, False)
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
-        "README.md", "client.py", "deepseek_v2", "deepseek_v2_sync", "heart.py", "leavings.py", "probes.py",
-        "serve.sh", "supervise.py",
+        "README.md", "client.py", "control.py", "deepseek_v2", "deepseek_v2_sync", "flags.py", "heart.py",
+        "leavings.py", "probes.py", "serve.sh", "supervise.py",
     ]  # fmt: skip
 
 
@@ -376,6 +376,8 @@ def test_a_classifier_beside_a_generator(classifier, bundle, tmp_path):
     """Another start of the runtime, another config.pbtxt; the scripts that ask generators are not written for it."""
     assert written(classifier.path, tmp_path, "--name", "mood")["labels"] == ["sad", "so so", "né"]
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "control.py",
+        "flags.py",
         "heart.py",
         "leavings.py",
         "mood",
@@ -439,48 +441,50 @@ def script(name):
     path = Path(str(files("deepseek_trt.engines.model_repository") / "files" / name))
     spec = importlib.util.spec_from_file_location(f"served_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return module
 
 
 def test_flags_of_serve_sh():
-    supervise = script("supervise.py")
-    flags, server = supervise.split_flags(
-        ["--http-port=81", "--log-verbose", "--grpc-port", "82", "--tritonserver=true"]
-    )
+    module = script("flags.py")
+    flags, server = module.split_flags(["--http-port=81", "--log-verbose", "--grpc-port", "82", "--tritonserver=true"])
     assert (flags, server) == ({"http-port": ["81"], "log-verbose": [None], "grpc-port": ["82"]}, "true")
-    assert supervise.own_shared_memory(flags) in flags["backend-config"][0]
-    command = supervise.command_of(server, flags, ["a", "b"])
+    assert module.own_shared_memory(flags) in flags["backend-config"][0]
+    command = module.command_of(server, flags, ["a", "b"])
     assert {"--http-port=81", "--grpc-port=82", "--metrics-port=8002", "--log-verbose"} <= set(command)
     assert {"--http-address=127.0.0.1", "--load-model=a", "--load-model=b"} <= set(command)
     assert "--disable-auto-complete-config" in command
     with pytest.raises(SystemExit, match="no such-server"):
-        supervise.command_of("such-server", {}, ["a"])
+        module.command_of("such-server", {}, ["a"])
     with pytest.raises(SystemExit, match="is no flag"):
-        supervise.split_flags(["8000"])
+        module.split_flags(["8000"])
 
 
 def test_control_endpoints_ask_for_a_key_unless_given_flags_say_otherwise():
-    supervise = script("supervise.py")
-    key, flags = supervise.control_key(None), {}
-    assert key != supervise.control_key(None)
-    assert supervise.restrict(flags, key) == {"deepseek-trt-control": key}
+    control = script("control.py")
+    key, flags = control.control_key(None), {}
+    assert key != control.control_key(None)
+    assert control.restrict(flags, key) == {"deepseek-trt-control": key}
     both = f"model-repository,shared-memory,trace,logging:deepseek-trt-control={key}"
     assert flags == {"http-restricted-api": [both], "grpc-restricted-protocol": [both]}
     own = {"http-restricted-api": ["model-repository,health:a=b", "trace:c=d"], "grpc-restricted-protocol": []}
-    assert supervise.restrict(own, key) == {"a": "b", "c": "d", "deepseek-trt-control": key}
+    assert control.restrict(own, key) == {"a": "b", "c": "d", "deepseek-trt-control": key}
     assert own["http-restricted-api"][2] == f"shared-memory,logging:deepseek-trt-control={key}"
     assert own["grpc-restricted-protocol"] == [both]
 
 
 def test_a_control_file_keeps_the_key(tmp_path):
-    supervise, file = script("supervise.py"), tmp_path / "control"
-    key = supervise.control_key(str(file))
+    control, file = script("control.py"), tmp_path / "control"
+    key = control.control_key(str(file))
     assert file.read_text() == f"deepseek-trt-control: {key}\n"
     assert file.stat().st_mode & 0o777 == 0o600
-    assert supervise.control_key(str(file)) == key
+    assert control.control_key(str(file)) == key
     file.write_text("")  # as it is where its maker was killed
-    key = supervise.control_key(str(file))
+    key = control.control_key(str(file))
     assert file.read_text() == f"deepseek-trt-control: {key}\n"
 
 
@@ -513,7 +517,7 @@ def _written(data, mode=0o600):
 def test_a_control_file_of_others_is_refused(tmp_path, spoil, words):
     spoil(tmp_path / "control")
     with pytest.raises(SystemExit, match=words):
-        script("supervise.py").control_key(str(tmp_path / "control"))
+        script("control.py").control_key(str(tmp_path / "control"))
 
 
 def test_a_spoiled_file_is_named(repository, tmp_path):
