@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepseek_trt.engines.generation.chunking.chunks import Chunks
+from deepseek_trt.engines.generation.chunking.cost import PrefillCost
 from deepseek_trt.engines.generation.decode_rows import DecodeRows
 from deepseek_trt.engines.generation.guiding import Guides, RowGuide
 from deepseek_trt.engines.generation.pages import PagePool, page_table, sequence_pages
@@ -29,7 +31,8 @@ class SchedulerLimits:
     """What one step may hold.
 
     max_running: requests that own pages. token_budget: tokens computed in a step, one a decoding request and the rest
-    for prefill, padding counted. prefill_chunk: tokens of one prompt at once (an engine's --max-input-len).
+    for prefill, padding counted; beside decoding requests prefill also costs no more than so many tokens do at the
+    beginning of prompts (chunking/cost.py). prefill_chunk: tokens of one prompt at once (an engine's --max-input-len).
     prefix_reuse: full pages with the same tokens before and in them are computed once and shared.
     speculate: "lookup" has every decode step without prefill compute what followed the last tokens where they stood
     before, too, within the budget; "auto" while that gives more tokens a second; "off". Answers stay the same.
@@ -110,6 +113,8 @@ class Scheduler:
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
         self._payoff = Payoff()
+        sizes = self.limits.prefill_chunk, self.limits.token_budget, session.cache.page_size
+        self._chunks = Chunks(PrefillCost.of_model(config), *sizes)
         self._native = load_sampler(session.library, session.threads) if session.library else None
         self._waiting: deque[Request] = deque()
         self._rows: DecodeRows | None = None  # those that decoded in the last step, as it left them
@@ -208,7 +213,7 @@ class Scheduler:
             if self.limits.speculate != OFF:
                 return self._decode_all(self._with_drafts(decoding))
             return self._decode_rows(DecodeRows(self._running, self._session.cache.page_size)) if decoding else []
-        prefilling = self._chunks(self.limits.token_budget - len(decoding))
+        prefilling = self._chunks.of(self._running)
         prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
         self._advance(prefilling, decoding)
         work = zip([*prefilling, *decoding], [*prefilled, *(row[0] for row in decoded)], strict=True)
@@ -338,19 +343,6 @@ class Scheduler:
             return []
         full = (len(request.tokens) - 1) // self._session.cache.page_size
         return self.pool.find(request.keys.of(request.tokens, full))
-
-    def _chunks(self, budget: int) -> list[Work]:
-        """Chunks of prompts in order of arrival, while rows times the longest chunk stay within the budget."""
-        work: list[Work] = []
-        longest = 0
-        for request in self._running:
-            share = budget // (len(work) + 1)
-            if request.decodes or share < max(longest, 1):
-                continue
-            count = min(request.left, self.limits.prefill_chunk, share)
-            longest = max(longest, count)
-            work.append(Work(request, count))
-        return work
 
     def _prefill(self, work: list[Work]) -> Sequence[Floats] | Floats:
         """Logits [vocab] at the end of each row's chunk."""
