@@ -1,10 +1,12 @@
-"""Decode and prefill on this machine's CPU against transformers and llama.cpp: same float32 weights, same prompts.
+"""Decode and prefill on this machine's CPU against transformers and llama.cpp: same weights, same prompts.
 
     python benchmarks/cpu.py WORKDIR                       # some 40 minutes with two cores, the first time
+    python benchmarks/cpu.py WORKDIR --table long          # prompts of 2,048 and 8,192 tokens
+    python benchmarks/cpu.py WORKDIR --table narrow        # weights of 8 and 4 bits, and what they cost
     python benchmarks/cpu.py WORKDIR --only ours --fresh   # ours again
     python benchmarks/cpu.py WORKDIR --seconds 240         # stop after so long; the same command goes on from there
 
-Makes what it needs in WORKDIR (15 GB): a model of random weights (mid_model.py), its bundle, its GGUF, llama.cpp
+Makes what it needs in WORKDIR (20 GB): a model of random weights (mid_model.py), its bundles and GGUFs, llama.cpp
 built from the sdist of llama-cpp-python for this machine, and each runner's caches of the longest prompts. Then, at
 each point, the runners measure one after the other, each in a process of its own, in several rounds: machines drift,
 so a ratio is taken within a round. Beside each time stands the largest difference of that runner's logits from
@@ -25,31 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cpu_plan import PLANS, REFERENCE, RUNNERS, Plan
 from cpu_point import Files, Job, Point
 from cpu_table import markdown
 from mid_model import write_checkpoint
 
 from deepseek_trt.export.json_text import json_text
 
-_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A script beside this one, the environment it likes best, and whether llama.cpp's Python runs it."""
-
-    script: str
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
-    llama: bool = False
-
-
-RUNNERS = {  # in the order in which they measure
-    "stream": Runner("cpu_stream.py", _HUGE_PAGES),
-    "transformers": Runner("cpu_transformers.py"),
-    "llama-exact": Runner("cpu_llama.py", llama=True),
-    "llama-fast": Runner("cpu_llama.py", _HUGE_PAGES, llama=True),
-    "ours": Runner("cpu_ours.py", _HUGE_PAGES),
-}
 _LLAMA_BUILD = {
     "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF",
     "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()),
@@ -69,36 +53,42 @@ class Cell:
         return f"{self.round}/{self.point.threads} threads/{self.point.name}/{self.runner}"
 
 
-def points(args: argparse.Namespace) -> Iterator[Point]:
-    for threads in args.threads:
-        yield from (Point("decode", 1, context, threads) for context in args.contexts)
-        yield Point("decode", args.batch, args.batch_context, threads)
-        yield Point("prefill", 1, args.batch_context, threads)
-
-
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
+    plan = PLANS[args.table]
     for round_ in range(args.rounds):
-        for point in points(args):
-            for runner in args.only:
-                if runner == "stream" and (point.context, point.kind) != (args.batch_context, "prefill"):
-                    continue  # once a round and thread count
-                yield Cell(round_, point, runner)
+        for threads in args.threads:
+            if "stream" in args.only:
+                yield Cell(round_, Point("prefill", 1, 1, threads), "stream")
+            for point in plan.points(threads):
+                runners = [name for name in args.only if name != "stream" and _measures(name, point)]
+                yield from (Cell(round_, point, name) for name in runners if point.kind != "quality" or not round_)
+
+
+def _measures(runner: str, point: Point) -> bool:
+    return point.kind != "beside" or runner.startswith("ours")
 
 
 def prepare(files: Files, args: argparse.Namespace) -> None:
-    files.folder.mkdir(parents=True, exist_ok=True)
+    files.own.mkdir(parents=True, exist_ok=True)
     write_checkpoint(files.checkpoint)
-    if not (files.bundle / "manifest.json").exists():
-        script = "from deepseek_trt.cli.main import main; main()"
-        subprocess.run([sys.executable, "-c", script, "export", files.checkpoint, files.bundle], check=True)
+    for form in dict.fromkeys(RUNNERS[name].form for name in args.only if name.startswith("ours")):
+        _export(files, form)
     if any(RUNNERS[runner].llama for runner in args.only) and not args.llama_python:
         args.llama_python = str(_build_llama(files.folder / "llama-venv"))
-    for runner in [name for name in RUNNERS if name in args.only or name == "transformers"]:
-        done = files.folder / f"{runner}.filled"
-        if runner != "stream" and not done.exists():
-            print(f"{runner}: filling caches", file=sys.stderr)
-            _start(files, args, runner, None, max(args.threads))
+    for name in [name for name in RUNNERS if name in args.only or name == REFERENCE]:
+        done = files.own / f"{name}.filled"
+        if name != "stream" and not done.exists():
+            print(f"{name}: filling caches", file=sys.stderr)
+            _start(files, args, name, None, max(args.threads))
             done.touch()
+
+
+def _export(files: Files, form: str) -> None:
+    bundle = files.bundle(form)
+    if not (bundle / "manifest.json").exists():
+        script = "from deepseek_trt.cli.main import main; main()"
+        narrow = [] if form == "float32" else ["--quantize", form]
+        subprocess.run([sys.executable, "-c", script, "export", files.checkpoint, bundle, *narrow], check=True)
 
 
 def _build_llama(folder: Path) -> Path:
@@ -116,8 +106,9 @@ def _build_llama(folder: Path) -> Path:
 def _start(files: Files, args: argparse.Namespace, name: str, point: Point | None, threads: int) -> dict[str, Any]:
     """Run a runner to its end; its last line is its result."""
     runner = RUNNERS[name]
-    contexts = {"1": sorted({*args.contexts, args.batch_context}), str(args.batch): [args.batch_context]}
-    job = Job(str(files.folder), name, dataclasses.asdict(point) if point else None, contexts, threads)
+    contexts = {str(batch): lengths for batch, lengths in PLANS[args.table].contexts.items()}
+    measured = dataclasses.asdict(point) if point else None
+    job = Job(str(files.folder), args.table, name, runner.form, measured, contexts, threads)
     command = job.command(str(args.llama_python) if runner.llama else sys.executable, runner.script)
     environment = {**os.environ, **runner.environment, "OMP_NUM_THREADS": str(threads)}
     ran = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
@@ -129,7 +120,7 @@ def _start(files: Files, args: argparse.Namespace, name: str, point: Point | Non
 
 def measure_all(files: Files, args: argparse.Namespace) -> dict[str, Any]:
     """Results by cell: those kept in WORKDIR, and those missing, until --seconds are over."""
-    path, begin = files.folder / "results.json", time.monotonic()
+    path, begin = files.own / "results.json", time.monotonic()
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if args.fresh:
         results = {key: value for key, value in results.items() if key.rpartition("/")[2] not in args.only}
@@ -141,7 +132,7 @@ def measure_all(files: Files, args: argparse.Namespace) -> dict[str, Any]:
             break
         result = _start(files, args, cell.runner, cell.point, cell.point.threads)
         results[cell.key] = {**result, "at": time.strftime("%F %H:%M", time.gmtime())}
-        print(f"{cell.key}: {min(result['ms']):.1f} ms, {result['error']:.1e}", file=sys.stderr)
+        print(f"{cell.key}: {min(result['ms'], default=0):.1f} ms, {result['error']:.1e}", file=sys.stderr)
         path.write_text(json_text(results, indent=1), encoding="utf-8")
     return results
 
@@ -149,21 +140,22 @@ def measure_all(files: Files, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048, 8192], help="of batch 1")
-    parser.add_argument("--batch", type=int, default=8, help="of the point with several sequences")
-    parser.add_argument("--batch-context", type=int, default=512, help="its context, and the length of the prefill")
+    parser.add_argument("--table", choices=PLANS, default="whole", help="what is measured (cpu_plan.py)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=RUNNERS, default=list(RUNNERS), help="these runners")
+    parser.add_argument("--rounds", type=int, help="3, of long prompts 1, unless given")
+    parser.add_argument("--only", nargs="+", choices=RUNNERS, help="these runners of the table")
     parser.add_argument("--fresh", action="store_true", help="forget earlier times of the runners that run")
     parser.add_argument("--seconds", type=float, help="start no measurement after so long")
     parser.add_argument("--llama-python", type=Path, help="a Python that has llama-cpp-python, gguf and safetensors")
     parser.add_argument("--json", action="store_true", help="print JSON instead of markdown")
     args = parser.parse_args()
-    files = Files(args.workdir.resolve())
+    plan: Plan = PLANS[args.table]
+    args.only = [name for name in plan.runners if not args.only or name in args.only]
+    args.rounds = args.rounds or plan.rounds
+    files = Files(args.workdir.resolve(), args.table)
     prepare(files, args)
     results = measure_all(files, args)
-    print(json_text(results) if args.json else markdown(results, list(points(args)), args))
+    print(json_text(results) if args.json else markdown(results, plan, args))
 
 
 if __name__ == "__main__":

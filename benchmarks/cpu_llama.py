@@ -1,4 +1,4 @@
-"""llama.cpp as a runner of cpu.py, through llama-cpp-python's low-level functions: `llama-exact`, `llama-fast`."""
+"""llama.cpp as a runner of cpu.py, by llama-cpp-python's low-level functions: exact, fastest, and in narrow forms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import llama_cpp as ll
 import numpy as np
 import numpy.typing as npt
-from cpu_point import Files, Floats, Job, Point, difference, measure, serve
+from cpu_point import Files, Floats, Job, Point, difference, divergence, measure, serve
 from gguf_file import write_gguf
 
 _CHUNK = 512  # tokens of a prefill at once
@@ -26,20 +26,23 @@ class Mode:
     mmap: bool
 
 
-MODES = {
-    "llama-exact": Mode(flash_attention=False, cache_type=_TYPE_F32, mmap=True),
-    "llama-fast": Mode(flash_attention=True, cache_type=_TYPE_F16, mmap=False),
-}
+EXACT = Mode(flash_attention=False, cache_type=_TYPE_F32, mmap=True)
+FAST = Mode(flash_attention=True, cache_type=_TYPE_F16, mmap=False)
+_FILE_TYPES = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15}  # of llama.cpp's llama_ftype
+
+
+def mode_of(runner: str) -> Mode:
+    return EXACT if runner == "llama-exact" else FAST
 
 
 class Llama:
     """A model and a context for `batch` sequences of at most `length` tokens."""
 
-    def __init__(self, files: Files, mode: Mode, batch: int, length: int, threads: int) -> None:
+    def __init__(self, gguf: Path, mode: Mode, batch: int, length: int, threads: int) -> None:
         ll.llama_backend_init()
         model = ll.llama_model_default_params()
         model.use_mmap, model.n_gpu_layers = mode.mmap, 0
-        self._model = ll.llama_model_load_from_file(str(files.gguf).encode(), model)
+        self._model = ll.llama_model_load_from_file(str(gguf).encode(), model)
         self._vocab = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(self._model))
         params = ll.llama_context_default_params()
         params.n_ctx, params.n_seq_max = batch * (-(-(length + 1) // 256) * 256), batch
@@ -86,11 +89,24 @@ def _batch(tokens: npt.NDArray[np.int64], rows: list[int], position: int) -> Ite
         ll.llama_batch_free(batch)
 
 
+def write_model(files: Files, form: str) -> Path:
+    """The GGUF, and of a narrow form what llama.cpp makes of the float32 one."""
+    whole, path = files.gguf("float32"), files.gguf(form)
+    write_gguf(files.checkpoint, whole)
+    if not path.exists():
+        params, unfinished = ll.llama_model_quantize_default_params(), path.with_suffix(".part")
+        params.ftype = _FILE_TYPES[form]
+        if ll.llama_model_quantize(str(whole).encode(), str(unfinished).encode(), ctypes.byref(params)):
+            raise RuntimeError(f"llama_model_quantize failed for {form}")
+        unfinished.rename(path)
+    return path
+
+
 def fill(files: Files, job: Job) -> None:
-    write_gguf(files.checkpoint, files.gguf)
+    path = write_model(files, job.form)
     for batch, contexts in job.contexts.items():
         prompts = files.prompts(int(batch), max(contexts))
-        llama = Llama(files, MODES[job.runner], int(batch), max(contexts), job.threads)
+        llama = Llama(path, mode_of(job.runner), int(batch), max(contexts), job.threads)
         for row, prompt in enumerate(prompts[:, :-1]):
             path, nothing = _state(files, job, len(prompts), row), (ctypes.c_int * 1)()
             if not path.exists():
@@ -99,10 +115,11 @@ def fill(files: Files, job: Job) -> None:
 
 
 def run(files: Files, job: Job, point: Point) -> dict[str, Any]:
-    longest = max(job.contexts[str(point.batch)])
+    longest = max(job.contexts.get(str(point.batch), [point.context]))
     prompts = files.prompts(point.batch, point.context)
-    llama = Llama(files, MODES[job.runner], point.batch, longest, point.threads)
-    rows = list(range(point.batch))
+    sequences = point.batch if point.kind == "decode" else 1
+    llama = Llama(files.gguf(job.form), mode_of(job.runner), sequences, longest, point.threads)
+    rows = list(range(sequences))
 
     def decode() -> Floats:
         for row in rows:
@@ -113,6 +130,15 @@ def run(files: Files, job: Job, point: Point) -> dict[str, Any]:
         llama.forget(0, 0)
         return llama.prefill(prompts)
 
+    def ends() -> Floats:
+        made = []
+        for prompt in prompts:
+            llama.forget(0, 0)
+            made.append(llama.prefill(prompt[None]))
+        return np.concatenate(made)
+
+    if point.kind == "quality":
+        return {"ms": [], "error": 0.0, **divergence(files, point, ends())}
     if point.kind == "decode":
         _restore(files, job, llama, rows)
     step = prefill if point.kind == "prefill" else decode

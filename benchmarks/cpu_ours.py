@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from cpu_point import Files, Floats, Job, Point, difference, measure, serve
+from cpu_point import (
+    Files,
+    Floats,
+    Job,
+    Point,
+    difference,
+    divergence,
+    measure,
+    peak_memory,
+    reset_peak_memory,
+    serve,
+)
 
 from deepseek_trt.engines.generation.pages import page_table
 from deepseek_trt.engines.generation.params import SamplingParams
@@ -19,6 +31,9 @@ from deepseek_trt.export.bundle.folder import Bundle
 
 # Every repeat of a prompt is computed; all prompts of a batch are prefilled in one step, and decode together.
 _LIMITS = SchedulerLimits(prefix_reuse=False, token_budget=4096)
+_SERVED = SchedulerLimits(prefix_reuse=False)  # as serve has it
+_BESIDE = 128  # tokens of the prompts of those that decode
+_LONG = SamplingParams(max_new_tokens=2000, ignore_eos=True)
 _PAGES = 161  # 10,240 tokens; the same for all points
 _ANSWER = 80  # tokens at most
 _GREEDY = SamplingParams(max_new_tokens=_ANSWER, ignore_eos=True)
@@ -59,13 +74,13 @@ class Restored(Session):
         return logits
 
 
-def open_session(files: Files, threads: int) -> tuple[Session, Bundle]:
-    bundle = Bundle.open(files.bundle)
+def open_session(path: Path, threads: int) -> tuple[Session, Bundle]:
+    bundle = Bundle.open(path)
     return BACKENDS["ort"](SessionRequest(bundle, _PAGES, threads)), bundle
 
 
 def fill(files: Files, job: Job) -> None:
-    session, _ = open_session(files, job.threads)
+    session, _ = open_session(files.bundle(job.form), job.threads)
     for batch, contexts in job.contexts.items():
         length = max(contexts) - 1
         prompts, kept = files.prompts(int(batch), length), []
@@ -81,14 +96,48 @@ def fill(files: Files, job: Job) -> None:
 
 def run(files: Files, job: Job, point: Point) -> dict[str, Any]:
     begin = time.perf_counter()
-    session, bundle = open_session(files, point.threads)
-    loaded = time.perf_counter() - begin
-    prompts = files.prompts(point.batch, point.context)
-    result = (
+    session, bundle = open_session(files.bundle(job.form), point.threads)
+    facts: dict[str, Any] = {"load_s": time.perf_counter() - begin, "note": session.note, "error": 0.0}
+    prompts = files.prompts(1 if point.kind == "beside" else point.batch, point.context)
+    if point.kind == "quality":
+        return {**facts, "ms": [], **divergence(files, point, _ends(session, prompts))}
+    if point.kind == "beside":
+        return {**facts, **_beside(session, bundle, prompts, files.prompts(point.batch, _BESIDE))}
+    before = reset_peak_memory()
+    logits, times = (
         _prefill(session, bundle, prompts) if point.kind == "prefill" else _decode(files, job, session, bundle, prompts)
     )
-    logits, times = result
-    return {"error": difference(files, point, logits), "ms": times, "load_s": loaded, "note": session.note}
+    return {**facts, "error": difference(files, point, logits), "ms": times, "grown_mb": peak_memory() - before}
+
+
+def _ends(session: Session, prompts: Int64s) -> Floats:
+    """Logits [rows, vocab] of the last token of each prompt; one after the other, in the same pages."""
+    count, none = np.int32([prompts.shape[1]]), np.int32([0])
+    table = page_table([list(range(1, session.cache.pages_for(prompts.shape[1]) + 1))])
+    return np.concatenate([session.prefill(prompt[None], count, none, table) for prompt in prompts])
+
+
+def _beside(session: Session, bundle: Bundle, prompts: Int64s, others: Int64s) -> dict[str, Any]:
+    """Milliseconds until a prompt's first token while others decode, and the longest that these then wait."""
+    times, waits = [], []
+
+    def once() -> None:
+        scheduler = Scheduler(session, bundle.manifest.model, _SERVED)
+        waiting = {scheduler.add(prompt, _LONG) for prompt in others.tolist()}
+        while waiting:
+            waiting -= {event.request for event in scheduler.step()}
+        waiting = {scheduler.add(prompts[0].tolist(), SamplingParams(max_new_tokens=1, ignore_eos=True))}
+        begin, longest = time.perf_counter(), 0.0
+        while waiting:
+            step = time.perf_counter()
+            waiting -= {event.request for event in scheduler.step()}
+            longest = max(longest, time.perf_counter() - step)
+        times.append(1e3 * (time.perf_counter() - begin))
+        waits.append(1e3 * longest)
+
+    for _ in range(2):  # the first warms up
+        once()
+    return {"ms": times[1:], "wait_ms": waits[1]}
 
 
 def _prefill(session: Session, bundle: Bundle, prompts: Int64s) -> tuple[Floats, list[float]]:
