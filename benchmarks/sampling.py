@@ -50,14 +50,15 @@ def main() -> None:
     parser.add_argument("--numpy", action="store_true", help="time numpy's sampler too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        bundle = Bundle.open(options.bundle) if options.bundle else _shipped(Path(folder))
+        bundle = Bundle.open(options.bundle) if options.bundle else shipped_bundle(Path(folder))
         for threads in options.threads:
             _table(bundle, threads, options)
         if not options.library:
             print(f"\n{guides_table(bundle)}")
 
 
-def _shipped(folder: Path) -> Bundle:
+def shipped_bundle(folder: Path) -> Bundle:
+    """The model that ships, exported into `folder`."""
     checkpoint = Path(str(files("deepseek_trt.cli") / "demo_model"))
     return export_bundle(ExportRequest(checkpoint, folder / "bundle")).bundle
 
