@@ -130,9 +130,11 @@ def _bundle_and_text(path: Path, wants_text: bool) -> tuple[Bundle, Text | None]
 def _llm(bundle: Bundle, text: Text | None, pages: int, limits: SchedulerLimits, engine: Engine) -> Iterator[LLM]:
     """Give an LLM with so many pages; say on stderr what runs it, and why."""
     from deepseek_trt.cli.printing.progress import weight_progress
+    from deepseek_trt.engines.generation.drafting.drafter import check_drafts
     from deepseek_trt.engines.generation.llm import LLM
     from deepseek_trt.engines.sessions.opening import SessionRequest, open_session
 
+    check_drafts(bundle, engine.speculate)
     step("loading the weights", shown=False)
     with weight_progress() as progress:
         started = open_session(SessionRequest(bundle, pages, engine.threads, progress=progress), engine.backend)

@@ -50,10 +50,11 @@ threads_option = click.option(
 # Spelled out: nothing of the engines is imported for a help text.
 speculate_option = click.option(
     "--speculate",
-    type=click.Choice(["off", "lookup", "auto"]),
+    type=click.Choice(["off", "lookup", "mtp", "auto"]),
     default="off",
     show_default=True,
-    help="Propose tokens that followed the last ones before; the same answers. auto: while it pays.",
+    help="Propose tokens: those that followed the last ones before, or of the layer of an export with --mtp; the same "
+    "answers. auto: the latter if there, while it pays.",
 )
 
 

@@ -24,11 +24,13 @@ from deepseek_trt.export.bundle.folder import (
 )
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, TRANSFORMERS, Interface
-from deepseek_trt.export.bundle.manifest import write_manifest
+from deepseek_trt.export.bundle.manifest import Speculation, write_manifest
 from deepseek_trt.export.bundle.proof import remember_weights
+from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD, Recipe
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BundleError, CheckpointError, ConfigError, OutputError
 from deepseek_trt.export.files import file_sha256, stream_sha256
+from deepseek_trt.export.mtp.copies import check_alone, check_copies
 from deepseek_trt.export.passes.widen import WidenBfloat16
 from deepseek_trt.export.reading.adapter import Adapter
 from deepseek_trt.export.reading.checkpoint import Checkpoint
@@ -55,7 +57,7 @@ class ExportRequest:
     peft to merge. allow_nonfinite goes on with weights that are NaN or infinite, allow_zeros with matrices and norms
     of zeros alone; both make a note. `quantize` says what weights become narrow: "int8", "int4", "fp8", "keep" (a
     checkpoint's own fp8), or the path of a JSON file of rules (docs/narrow.md). The options that Interface has too are
-    explained there; all_logits is logits_to_keep 0.
+    explained there; all_logits is logits_to_keep 0, mtp adds the layer of multi-token prediction.
     """
 
     checkpoint: Path
@@ -75,6 +77,7 @@ class ExportRequest:
     allow_nonfinite: bool = False
     allow_zeros: bool = False
     quantize: str | None = None
+    mtp: bool = False
 
     @property
     def allowed(self) -> Allowed:
@@ -93,6 +96,7 @@ class ExportRequest:
             inputs_embeds=self.inputs_embeds,
             hidden_states=self.hidden_states,
             logits_to_keep=0 if self.all_logits else self.logits_to_keep,
+            mtp=self.mtp,
         )
         interface.check()
         return interface
@@ -126,7 +130,7 @@ class _Job:
 
     @property
     def cache(self) -> CacheSpec:
-        return CacheSpec.of(self.source.config, self.dtype, self.request.page_size)
+        return CacheSpec.of(self.source.config, self.dtype, self.request.page_size, self.source.interface.mtp)
 
     @property
     def graphs(self) -> tuple[GraphSpec, ...]:
@@ -151,6 +155,8 @@ def export_bundle(request: ExportRequest, report: Reporter = Reporter()) -> Expo
         remove_leftover(request.out)
         return ExportResult(existing, fresh=False)
     check_out(request.out)
+    if job.source.interface.mtp:
+        check_copies(job.source.config, job.source.checkpoint)
     with partial_folder(request.out, job.fingerprint, job.weight_bytes + _GRAPH_BYTES) as folder:
         _fill(folder, job, report)
         _check_unchanged(job)
@@ -166,6 +172,8 @@ def _plan(request: ExportRequest) -> _Job:
         raise ConfigError("--by-reference reads no numbers: leave out --allow-nonfinite and --allow-zeros")
     if request.by_reference and request.quantize is not None:
         raise ConfigError("--quantize writes codes and scales of its own: leave out --by-reference")
+    if request.mtp:
+        check_alone(by_reference=request.by_reference)
     if request.allow_nonfinite and request.quantize is not None:
         raise ConfigError("--quantize has no codes for NaN and infinities: leave out --allow-nonfinite")
     wanted = request.interface if request.task is None else request.interface(request.task)
@@ -255,7 +263,7 @@ def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ..
     model = trace(source.config, graph, job.dtype, source.interface, source.num_labels)
     if source.quantization is not None:
         NarrowWeights(source.plan.recipes)(model)
-    for recipe in source.plan.recipes:
+    for recipe in _recipes_of(graph, source):
         offset, nbytes = places.get(recipe.name, (None, None))
         model.graph.initializers[recipe.name].const_value = ir.ExternalTensor(
             WEIGHTS_FILE,
@@ -270,6 +278,14 @@ def _trace_to_file(job: _Job, graph: GraphSpec, written: tuple[WrittenTensor, ..
     if unlinked:
         raise AssertionError(f"initializers without a recipe: {sorted(unlinked)}")
     _save(model, graph, job, folder)
+
+
+def _recipes_of(graph: GraphSpec, source: Source) -> tuple[Recipe, ...]:
+    """The tensors that the graph has: all, or beside a graph "mtp" those of either kind."""
+    layer, shared = f"model.layers.{source.config.num_hidden_layers}.", (EMBEDDINGS, LM_HEAD)
+    if graph.name == "mtp":
+        return tuple(r for r in source.plan.recipes if r.name.startswith(layer) or r.name in shared)
+    return tuple(r for r in source.plan.recipes if not r.name.startswith(layer))
 
 
 def _save(model: ir.Model, graph: GraphSpec, job: _Job, folder: Path) -> None:
@@ -300,6 +316,7 @@ def _manifest(job: _Job, written: tuple[WrittenTensor, ...], seen: tuple[str, ..
         classifier=source.classifier,
         adapter=job.adapter,
         quantization=source.quantization,
+        speculation=Speculation("mtp", source.config.num_hidden_layers) if source.interface.mtp else None,
         weights_file=None if job.request.by_reference else _weights_file(folder / WEIGHTS_FILE, written),
         versions={name: importlib.metadata.version(name) for name in ("deepseek-trt", *_VERSIONED)},
         files={p.relative_to(folder).as_posix(): file_sha256(p) for p in files},

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, GraphName, GraphSpec
+from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, GraphSpec
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, FEATURES, GENERATION, TRANSFORMERS, Interface
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.contiguous import positions_of, run_masked
@@ -31,6 +31,31 @@ class Logits(DeepseekV2):
     def kept(self, x: Tensor, lengths: Tensor) -> Tensor:
         """[B, hidden], [B, S, hidden] or [B, keep, hidden]; rows shorter than `keep` begin with repeated ones."""
         return last_tokens(x, lengths, self.keep) if self.keep else super().kept(x, lengths)
+
+    def prefill_with_hidden(
+        self,
+        input_ids: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As prefill; between logits and pools it gives last_hidden_state [B, S, hidden], float32, after the norm."""
+        x, present = self.model.prefill(input_ids, sequence_lengths, past_lengths, page_table, latents)
+        return self.logits(self.kept(x, sequence_lengths)), self.model.norm(x).float(), present
+
+    def decode_with_hidden(
+        self,
+        input_ids: Tensor,
+        sequence_lengths: Tensor,
+        past_lengths: Tensor,
+        page_table: Tensor,
+        latents: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As decode, with the hidden states as prefill_with_hidden gives them."""
+        x, present = self.model.decode(input_ids, sequence_lengths, past_lengths, page_table, latents)
+        logits = self.logits(x.flatten(0, 1)).view(*x.shape[:2], -1)
+        return logits, self.model.norm(x.flatten(0, 1)).float().view(x.shape), present
 
     def masked(
         self, tokens: Tensor, attention_mask: Tensor, position_ids: Tensor, past: Sequence[Tensor]
@@ -139,8 +164,10 @@ MODELS: dict[str, type[Logits | Features | Scores]] = {
 }
 
 
-def method_of(interface: Interface, graph: GraphName) -> str:
+def method_of(interface: Interface, graph: str) -> str:
     """The method that is the graph's root."""
+    if interface.mtp and graph in ("prefill", "decode"):
+        return f"{graph}_with_hidden"
     if graph != "model":
         return graph
     if interface.io == TRANSFORMERS:
@@ -149,7 +176,8 @@ def method_of(interface: Interface, graph: GraphName) -> str:
 
 
 def run_graph(model: Any, interface: Interface, spec: GraphSpec, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One of a model's graphs in eager torch, by the graph's names; hidden states are watched, as no method gives them.
+    """One of a model's graphs in eager torch, by the graph's names; each layer's hidden states are watched, as no
+    method gives them.
 
     `feeds` are in the spec's order.
     """
@@ -163,6 +191,6 @@ def run_graph(model: Any, interface: Interface, spec: GraphSpec, feeds: Mapping[
     finally:
         for hook in hooks:
             hook.remove()
-    first, present = made if isinstance(made, tuple) else (made, [])
+    first, *states, present = made if isinstance(made, tuple) else (made, [])
     hidden = [stream.view(first.shape).float() for stream in streams] + ([first] if streams else [])
-    return dict(zip((tensor.name for tensor in spec.outputs), [first, *hidden, *present], strict=True))
+    return dict(zip((tensor.name for tensor in spec.outputs), [first, *states, *hidden, *present], strict=True))

@@ -21,6 +21,7 @@ from deepseek_trt.export.bundle.graph import BATCH, DOMAIN, PAGES, PAST, SEQUENC
 from deepseek_trt.export.bundle.interface import DEFAULT, Interface
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.heads import MODELS, method_of
+from deepseek_trt.export.mtp.model import Mtp
 from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.functions import attach_functions
 from deepseek_trt.export.ops.spec import OPSET, OpSpec
@@ -48,15 +49,15 @@ def trace(
 
     Initializers carry the parameters' names; their const_value is fake, except the rope frequencies'.
     """
-    distinct, kinds = _distinct_layers(config)
+    distinct, kinds = (config, []) if spec.name == "mtp" else _distinct_layers(config)
     with FakeTensorMode(), torch.no_grad():
         previous = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
         try:
-            module = _root(interface, spec)(distinct, interface, num_labels).eval()
+            module = _root(distinct, spec, interface, num_labels).eval()
         finally:
             torch.set_default_dtype(previous)
-        model = _export(module, _first_layers(spec, distinct.num_hidden_layers))
+        model = _export(module, spec if spec.name == "mtp" else _first_layers(spec, distinct.num_hidden_layers))
     _CLEAN_UP(model)
     if distinct != config:
         unroll(model, kinds)
@@ -71,10 +72,11 @@ def trace(
     return model
 
 
-def _root(interface: Interface, spec: GraphSpec) -> Any:
-    """The task's class with the graph's method as its forward."""
-    kind = MODELS[interface.task]
-    return type(kind.__name__, (kind,), {"forward": getattr(kind, method_of(interface, spec.name))})
+def _root(config: ModelConfig, spec: GraphSpec, interface: Interface, num_labels: int) -> Any:
+    """A model of the task's class, or the layer that drafts, with the graph's method as its forward."""
+    kind, given = (Mtp, (config,)) if spec.name == "mtp" else (MODELS[interface.task], (config, interface, num_labels))
+    root: Any = type(kind.__name__, (kind,), {"forward": getattr(kind, method_of(interface, spec.name))})
+    return root(*given)
 
 
 def _distinct_layers(config: ModelConfig) -> tuple[ModelConfig, list[int]]:

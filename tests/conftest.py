@@ -79,6 +79,16 @@ V2_LITE: dict[str, Any] = {
     "routed_scaling_factor": 1.0,
 }
 CONFIGS = {"v2": V2, "v2_lite": V2_LITE}
+# V3's router, and its layer of multi-token prediction.
+V3: dict[str, Any] = {
+    **V2,
+    "model_type": "deepseek_v3",
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+}
 
 
 def transformers_model(raw: dict[str, Any], seed: int = 0) -> Any:
@@ -154,6 +164,40 @@ def _small(name: str, tmp_path_factory: pytest.TempPathFactory) -> Small:
     hf = transformers_model(raw)
     path = tmp_path_factory.mktemp(name) / "checkpoint"
     return Small(raw, hf, write_checkpoint(path, raw, published_tensors(hf)))
+
+
+@pytest.fixture(scope="session")
+def mtp_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
+    """mtp_checkpoint(strength): one of V3's kind, with a layer of multi-token prediction behind its three layers.
+
+    Layers add so many times a random layer to the residual stream, and the join passes the embedding on. At 0.01 the
+    next token follows from the last one alone, and every draft is right; at 1 few are.
+    """
+    made: dict[float, Path] = {}
+
+    def make(strength: float) -> Path:
+        if strength not in made:
+            hidden, layer = V3["hidden_size"], f"model.layers.{V3['num_hidden_layers']}"
+            layers = V3["num_hidden_layers"] + 1
+            tensors = published_tensors(transformers_model({**V2, "num_hidden_layers": layers}))
+            for name in tensors:
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    tensors[name] = tensors[name] * strength
+            generator = torch.Generator().manual_seed(1)
+            for index in range(V3["first_k_dense_replace"], layers):
+                bias = torch.randn(V3["n_routed_experts"], generator=generator)
+                tensors[f"model.layers.{index}.mlp.gate.e_score_correction_bias"] = bias * 0.1
+            noise = torch.randn(hidden, hidden, generator=generator)
+            tensors[f"{layer}.eh_proj.weight"] = torch.cat([torch.eye(hidden), noise * 0.1 * strength], dim=1)
+            for norm in ("enorm", "hnorm", "shared_head.norm"):
+                tensors[f"{layer}.{norm}.weight"] = torch.ones(hidden)
+            tensors[f"{layer}.shared_head.norm.weight"] = tensors["model.norm.weight"]
+            tensors[f"{layer}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
+            tensors[f"{layer}.shared_head.head.weight"] = tensors["lm_head.weight"]
+            made[strength] = write_checkpoint(tmp_path_factory.mktemp("mtp") / "checkpoint", V3, tensors)
+        return made[strength]
+
+    return make
 
 
 @pytest.fixture(scope="session", autouse=True)

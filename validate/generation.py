@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.torch import TorchSession, Weights
 from deepseek_trt.export.bundle.folder import Bundle
@@ -14,13 +16,14 @@ from deepseek_trt.validate.backends.torch import StreamedTorchSession
 from deepseek_trt.validate.backends.torch_watch import TorchWatcher
 from deepseek_trt.validate.cases.coverage import cover_experts
 from deepseek_trt.validate.cases.inputs import Inputs, read_inputs
+from deepseek_trt.validate.drafting import compare_drafting, drafting_script, with_drafting
 from deepseek_trt.validate.findings.narrowing import Limits, Narrowing, narrowing
 from deepseek_trt.validate.findings.undecided import set_aside
 from deepseek_trt.validate.independent.check import Check
 from deepseek_trt.validate.pair import Pair, Side, compare, rounding_floors
 from deepseek_trt.validate.report.integrity import check_integrity
 from deepseek_trt.validate.report.report import Compared, Comparison, backend_report
-from deepseek_trt.validate.request import DEFAULT_BACKENDS, Progress, ValidateRequest
+from deepseek_trt.validate.request import DEFAULT_BACKENDS, DRAFTING, Progress, ValidateRequest
 from deepseek_trt.validate.steps import Script
 
 NO_WHOLE = "the checkpoint with the whole weights is gone or has changed: give it with --checkpoint"
@@ -47,6 +50,8 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
     reports = {}
     for name in sorted(names, key=lambda name: name != "torch"):  # torch first
         reports[name] = backend_report(*runs.pair(name))
+    drafting = runs.drafting(names) if bundle.manifest.speculation else {}
+    reports |= {name: with_drafting(reports[name], pair) for name, pair in drafting.items()}
     source = weights.note if weights else "the bundle's own weights"
     source += ", narrow ones as the bundle holds them, read anew" if bundle.manifest.is_narrow else ""
     streamed = ", one layer in memory at a time" if runs.is_streamed else ""
@@ -57,7 +62,10 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
         reference=f"{source}, computed in float32{streamed}",
         weights=weights,
         backends=tuple(reports[name] for name in names),
-        comparisons=tuple(Comparison(name, runs.pairs[name].accuracy) for name in names),
+        comparisons=(
+            *(Comparison(name, runs.pairs[name].accuracy) for name in names),
+            *(Comparison(f"{name}-mtp", pair.accuracy) for name, pair in drafting.items()),
+        ),
         narrowing=cost,
     )
 
@@ -76,7 +84,7 @@ class _Runs:
         progress("loading torch in float32")
         self.reference = make_reference(session, weights)
         self.pairs: dict[str, Pair] = {}
-        self._session, self._progress = session, progress
+        self._session, self._progress, self._inputs = session, progress, inputs
         self._places = (*PLACES, GAP) if bisect else ("hidden", *ROUTING)
         self._short = cover_experts(self.reference, inputs.script(), session.bundle.manifest.model, inputs.seed)
         self.is_streamed = isinstance(self.reference, StreamedTorchSession)
@@ -91,6 +99,13 @@ class _Runs:
             pair = pair.judged_by(rounding_floors(floor, len(pair.script.steps)))
         self.pairs[backend] = pair = set_aside(pair)
         return pair, floor
+
+    def drafting(self, names: Sequence[str]) -> dict[str, Pair]:
+        """Of those backends that run the layer that drafts, its comparison with the reference's."""
+        self._progress("comparing the layer that drafts")
+        script = drafting_script(self.reference, self._inputs)
+        made = (name for name in names if name in DRAFTING)
+        return {name: compare_drafting(name, self._session, self.reference, script) for name in made}
 
     def cost(self, whole: TorchSession, limits: Limits) -> Narrowing:
         """What the narrow weights cost, beside a session with the whole ones."""

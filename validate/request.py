@@ -13,6 +13,7 @@ from deepseek_trt.export.errors import RequestError
 
 BACKENDS = ("exported", "ort", "torch", "transformers", "kernels", "tensorrt")
 DEFAULT_BACKENDS = ("exported", "ort")
+DRAFTING = ("exported", "ort", "torch")  # those that run the graph "mtp"
 Progress = Callable[[str], None]
 
 

@@ -12,7 +12,7 @@ from deepseek_trt.export.arrays import Array, Arrays, Int32s, Int64s
 from deepseek_trt.export.bundle.graph import GraphName
 
 Owners = list[tuple[int, int]]  # whose token each line of an output is: row, and position in its sequence
-_CACHES = ("latents.", "present.")  # how outputs that are a layer's cache are called
+_CACHES = ("latents.", "present.", "draft_latents.")  # how outputs that are a layer's cache are called
 
 
 @dataclass(frozen=True)

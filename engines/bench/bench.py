@@ -12,6 +12,7 @@ import numpy as np
 
 from deepseek_trt.engines.bench.bandwidth import copy_bandwidth, read_bandwidth
 from deepseek_trt.engines.bench.roofline import decode_traffic, distinct_experts
+from deepseek_trt.engines.generation.drafting.drafter import check_drafts
 from deepseek_trt.engines.generation.pages import pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Counters, Scheduler, SchedulerLimits
@@ -118,6 +119,7 @@ def bench(request: BenchRequest, say: Say = lambda line: None, progress: Progres
     """
     bundle = Bundle.open(request.bundle)
     check_generates(bundle)
+    check_drafts(bundle, request.speculate)
     longest = bundle.manifest.model.max_position_embeddings
     if request.context + request.new_tokens > longest:
         raise RequestError(

@@ -25,19 +25,19 @@ def decode_traffic(
     latents read and written.
 
     `cache` and `weights_dtype` are what the session computes in, which may be wider than the bundle; `widens` says
-    that it holds narrow weights in that dtype, too. Each weight counts once however many rows use it, and of the
-    embedding one row a token.
+    that it holds narrow weights in that dtype, too. What drafts beside the step is left out. Each weight counts once
+    however many rows use it, and of the embedding one row a token.
     """
     model, batch = manifest.model, len(lengths)
-    routed = [w for w in manifest.weights if _is_routed(w)]
+    routed = [w for w in manifest.main_weights if _is_routed(w)]
     each = sum(_nbytes(w, weights_dtype, widens) for w in routed) / max(model.n_routed_experts, 1)
-    rest = (w for w in manifest.weights if not _is_routed(w) and not _is_table(w, model))
+    rest = (w for w in manifest.main_weights if not _is_routed(w) and not _is_table(w, model))
     always = sum(_nbytes(w, weights_dtype, widens) for w in rest)
     embedded = batch * model.hidden_size * dtype_bytes(weights_dtype)
     return {
         "weights": always + embedded,
         "experts": round(each * experts_hit),
-        "cache": cache.bytes_per_token * (sum(lengths) + batch),
+        "cache": cache.bytes_per_token * model.num_hidden_layers // cache.layers * (sum(lengths) + batch),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from deepseek_trt.engines.generation.answer import Answer, Piece, Result
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
+from deepseek_trt.engines.generation.drafting.drafter import check_drafts
 from deepseek_trt.engines.generation.guiding import Guides
 from deepseek_trt.engines.generation.loop import EngineLoop, Ticket
 from deepseek_trt.engines.generation.pages import pages_needed, pages_within
@@ -95,6 +96,7 @@ class LLM:
         limits = limits if speculate is None else dataclasses.replace(limits, speculate=speculate)
         found = Bundle.open(Path(bundle), verify)
         check_generates(found)
+        check_drafts(found, limits.speculate)
         defaults = SamplingDefaults.of_bundle(found) if generation_config else _NO_DEFAULTS
         if pages is None:
             pages = _pages(found.manifest, limits.max_running, cache_mib)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from deepseek_trt.engines.generation.drafting.states import States
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.sampling import Sampler
 from deepseek_trt.engines.generation.speculation import Lookup
@@ -44,6 +45,7 @@ class Request:
     keys: PrefixKeys
     id: int = -1
     lookup: Lookup = field(default_factory=Lookup)
+    states: States = field(default_factory=States)
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     named: int = 0  # pages that the pool knows by key

@@ -11,13 +11,14 @@ import numpy as np
 from deepseek_trt.engines.generation.chunking.chunks import Chunks
 from deepseek_trt.engines.generation.chunking.cost import PrefillCost
 from deepseek_trt.engines.generation.decode_rows import DecodeRows
+from deepseek_trt.engines.generation.drafting.drafter import drafter_of
 from deepseek_trt.engines.generation.guiding import Guides, RowGuide
 from deepseek_trt.engines.generation.pages import PagePool, page_table, sequence_pages
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.request import Event, Request, Work
 from deepseek_trt.engines.generation.sampling import Choice, Sampler, sample_rows
-from deepseek_trt.engines.generation.speculation import AUTO, MOST_DRAFTED, OFF, Payoff, check_speculate
+from deepseek_trt.engines.generation.speculation import AUTO, OFF, Payoff, check_speculate
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config.model_config import ModelConfig
@@ -35,7 +36,8 @@ class SchedulerLimits:
     beginning of prompts (chunking/cost.py). prefill_chunk: tokens of one prompt at once (an engine's --max-input-len).
     prefix_reuse: full pages with the same tokens before and in them are computed once and shared.
     speculate: "lookup" has every decode step without prefill compute what followed the last tokens where they stood
-    before, too, within the budget; "auto" while that gives more tokens a second; "off". Answers stay the same.
+    before, too, within the budget; "mtp" what the layer of multi-token prediction drafts; "auto" the latter where the
+    bundle has it, else the former, while that gives more tokens a second; "off". Answers stay the same.
     """
 
     max_running: int = 32
@@ -112,7 +114,7 @@ class Scheduler:
         self.counters = Counters()
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
-        self._payoff = Payoff()
+        self._payoff, self._drafter = Payoff(), drafter_of(self.limits.speculate, session)
         sizes = self.limits.prefill_chunk, self.limits.token_budget, session.cache.page_size
         self._chunks = Chunks(PrefillCost.of_model(config), *sizes)
         self._native = load_sampler(session.library, session.threads) if session.library else None
@@ -201,6 +203,8 @@ class Scheduler:
         not finite ends with an error, and the others go on. When the session raises, no request has moved, and the step
         can be tried again.
         """
+        if self._drafter is not None:
+            self._drafter.catch_up(self._running)
         rows, self._rows = self._rows, None
         if not (rows and rows.requests == self._running and rows.grow(self.pool)):
             rows = None
@@ -210,8 +214,8 @@ class Scheduler:
             return self._decode_rows(rows)
         decoding = [Work(request, 1) for request in self._running if request.decodes]
         if len(decoding) == len(self._running):
-            if self.limits.speculate != OFF:
-                return self._decode_all(self._with_drafts(decoding))
+            if self._drafter is not None:
+                return self._decode_all(decoding)
             return self._decode_rows(DecodeRows(self._running, self._session.cache.page_size)) if decoding else []
         prefilling = self._chunks.of(self._running)
         prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
@@ -236,17 +240,19 @@ class Scheduler:
         self._rows = rows
         return events
 
-    def _decode_all(self, work: list[Work]) -> list[Event]:
+    def _decode_all(self, decoding: list[Work]) -> list[Event]:
         """A step without prefill: the tokens that every row's logits give, as far as they are what was drafted."""
-        if not work:
+        if not decoding:
             return []
         start = self._payoff.clock()
         try:
+            work = self._with_drafts(decoding)
             logits = self._decode(work)
         except BaseException:
-            for w in work:
+            for w in decoding:
                 self._cut(w.request)
             raise
+        self.counters.drafted += sum(len(w.draft) for w in work)
         seconds = self._payoff.clock() - start
         self._advance([], work)
         events = latest = self._sample([w.request for w in work], np.ascontiguousarray(logits[:, 0]))
@@ -269,19 +275,10 @@ class Scheduler:
 
     def _with_drafts(self, work: list[Work]) -> list[Work]:
         """The rows with what may come after their next tokens, within the budget and where pages are free."""
-        way = self.limits.speculate
-        if way == OFF or (way == AUTO and not self._payoff.wants(len(work))):
+        rests = self.limits.speculate == AUTO and not self._payoff.wants(len(work))
+        if rests or self._drafter is None:
             return work
-        room, rows = self.limits.token_budget - len(work), []
-        for request, _, _ in work:
-            left = request.limit - request.sampler.made - 1
-            most = min(MOST_DRAFTED, left, room)
-            draft = request.lookup.draft(request.tokens, most) if most > 0 else []
-            draft = draft[: self._reach(request, len(draft))]
-            rows.append(Work(request, 1 + len(draft), draft))
-            room -= len(draft)
-        self.counters.drafted += sum(len(w.draft) for w in rows)
-        return rows
+        return self._drafter.propose(work, self.limits.token_budget - len(work), self._reach)
 
     def _reach(self, request: Request, more: int) -> int:
         """For how many of so many tokens after its next one the request has pages: free ones are taken for them."""
@@ -321,6 +318,7 @@ class Scheduler:
     def _vacate(self, request: Request) -> None:
         self.pool.give_back(request.pages)
         request.pages, request.cached, request.named = [], 0, 0
+        request.states.restart(0)
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.limits.max_running:
@@ -334,6 +332,7 @@ class Scheduler:
             request.pages = shared + self.pool.take(missing)
             request.named = len(shared)
             request.cached = len(shared) * self._session.cache.page_size
+            request.states.restart(request.cached)
             self.counters.reused += request.cached
             self._running.append(self._waiting.popleft())
 
@@ -352,6 +351,8 @@ class Scheduler:
         for row, w in enumerate(work):
             ids[row, : w.new] = w.request.tokens[w.request.cached : w.request.cached + w.new]
         logits = self._session.prefill(ids, _int32([w.new for w in work]), *self._cached(work))
+        if self._drafter is not None:
+            self._drafter.keep(work)
         if logits.ndim == 3:  # exported with all logits
             return [logits[row, w.new - 1] for row, w in enumerate(work)]
         return logits
@@ -363,7 +364,10 @@ class Scheduler:
         longest = max(w.new for w in work)
         ids = [[w.request.tokens[-1], *w.draft, *[0] * (longest - w.new)] for w in work]
         new = _int32([w.new for w in work])
-        return self._session.decode(np.array(ids, dtype=np.int64), new, *self._cached(work))
+        logits = self._session.decode(np.array(ids, dtype=np.int64), new, *self._cached(work))
+        if self._drafter is not None:
+            self._drafter.keep(work)
+        return logits
 
     def _cached(self, work: list[Work]) -> tuple[Int32s, Int32s]:
         """past_lengths [B] and page_table [B, M] of the pages that this step reaches: prefill expands all it gets."""
@@ -386,8 +390,9 @@ class Scheduler:
             self._name_full_pages(request)
 
     def _name_full_pages(self, request: Request) -> None:
-        full = request.cached // self._session.cache.page_size
-        if full == request.named:
+        settled = request.cached if self._drafter is None else self._drafter.settled(request)
+        full = settled // self._session.cache.page_size
+        if full <= request.named:
             return
         keys = request.keys.of(request.tokens, full)
         for index in range(request.named, full):

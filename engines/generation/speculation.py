@@ -13,7 +13,7 @@ from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS
 from deepseek_trt.export.errors import RequestError
 
 MOST_DRAFTED = MOST_NEW_TOKENS - 1  # beside the token that decode is called for
-OFF, LOOKUP, AUTO = SPECULATE = ("off", "lookup", "auto")
+OFF, LOOKUP, MTP, AUTO = SPECULATE = ("off", "lookup", "mtp", "auto")
 
 _GRAMS = (3, 2)  # tokens that must be alike, the longer first
 # Of AUTO: calls that are counted before it is judged, and how much each later one makes the earlier ones count less.

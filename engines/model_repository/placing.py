@@ -60,9 +60,10 @@ def _place_prepared(bundle: Bundle, target: Path) -> tuple[str, ...]:
     """
     from deepseek_trt.plugins.cpu.fuse import fused_bytes
 
-    if not {"prefill", "decode"} <= {graph.name for graph in bundle.manifest.graphs}:
+    names = {graph.name for graph in bundle.manifest.graphs}
+    if not {"prefill", "decode"} <= names:
         return ()
-    fused = {fused_name(name): fused_bytes(bundle.traced_bytes(name)) for name in ("prefill", "decode")}
+    fused = {fused_name(name): fused_bytes(bundle.traced_bytes(name)) for name in names}
     made = () if any(left for _, left in fused.values()) else _place_compiled(bundle, target)
     if not made:
         return ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deepseek_trt.engines.generation.drafting.drafter import check_drafts
 from deepseek_trt.engines.generation.pages import MIB, pages_needed, pages_within, sequence_pages
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.generation.speculation import OFF
@@ -39,6 +40,7 @@ def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
     for name in ("max_inflight", "max_running"):
         if getattr(request, name) < 1:
             raise RequestError(f"{name} {getattr(request, name)}: must be at least 1")
+    check_drafts(bundle, request.speculate)
     backend = serving_backend(bundle, request.backend).backend
     plans = limits_of(read_plans(bundle)) if backend == "tensorrt" else None
     running = min(request.max_running, request.max_inflight, plans.batch if plans else request.max_running)

@@ -70,6 +70,11 @@ def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
         raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
     if bundle.manifest.is_narrow:
         raise BuildError(f"{bundle.path}: {NO_NARROW_ENGINES}")
+    if bundle.manifest.speculation is not None:
+        raise BuildError(
+            f"{bundle.path} was exported with --mtp, and of the graphs with hidden states and the graph mtp no engines "
+            "are built: export the checkpoint without --mtp"
+        )
     large = too_large_for_tensorrt(record.recipe for record in bundle.manifest.weights)
     if large:
         raise BuildError(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepseek_trt.engines.sessions.loading import check_memory
-from deepseek_trt.export.arrays import Int32s, Int64s
+from deepseek_trt.export.arrays import Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS, CacheSpec
 from deepseek_trt.export.errors import RequestError
@@ -29,6 +29,7 @@ class Door:
     pages: int
     page_size: int
     vocab_size: int
+    hidden_size: int = 0  # of what drafts
     # What decode had last that had room: page table, and the first and last column that each row writes.
     _decoded: tuple[tuple[int, ...], bytes, list[int], list[int]] | None = None
 
@@ -38,7 +39,8 @@ class Door:
         whole = isinstance(pages, int) and not isinstance(pages, bool)
         if not whole or not 2 <= pages <= _MOST_PAGES:
             raise RequestError(f"pages {pages!r}: must lie between 2, one of which is scratch, and {_MOST_PAGES}")
-        return cls(pages, bundle.manifest.cache.page_size, bundle.manifest.model.vocab_size)
+        model = bundle.manifest.model
+        return cls(pages, bundle.manifest.cache.page_size, model.vocab_size, model.hidden_size)
 
     def check_prefill(
         self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
@@ -70,6 +72,16 @@ class Door:
         if known != self._decoded or min(ids) < 0 or max(ids) >= self.vocab_size:
             self._check_numbers(input_ids, past_lengths, page_table, sequence_lengths)
             self._decoded = known
+
+    def check_draft(
+        self, input_ids: Int64s, hidden: Floats, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
+    ) -> None:
+        """As prefill, with a hidden state for every token."""
+        self.check_prefill(input_ids, sequence_lengths, past_lengths, page_table)
+        wanted = (*input_ids.shape, self.hidden_size)
+        if not isinstance(hidden, np.ndarray) or hidden.dtype != np.float32 or hidden.shape != wanted:
+            given = f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, np.ndarray) else type(hidden).__name__
+            raise RequestError(f"hidden is {given}: give a numpy array of float32 {list(wanted)}")
 
     def _check_shapes(self, input_ids: Any, sequence_lengths: Any, past_lengths: Any, page_table: Any) -> None:
         _check_array("input_ids", input_ids, np.int64, 2)

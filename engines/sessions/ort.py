@@ -21,7 +21,7 @@ from deepseek_trt.engines.sessions.session import GraphPair, widening_note
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
-from deepseek_trt.export.bundle.graph import GraphSpec, past_name, present_name
+from deepseek_trt.export.bundle.graph import LAST_HIDDEN, GraphSpec, past_name, present_name
 from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BackendError, BundleError
@@ -147,27 +147,32 @@ class _BoundSession(GraphPair):
             check_cache_memory(self.cache, pages)
         self.pages, self.vocab_size, self.library = pages, bundle.manifest.model.vocab_size, library
         self._shape, self._dtype = (pages, cache.page_size, cache.latent_dim), np.dtype(numpy_dtype(self.cache.dtype))
-        self._place = place
+        self._place, self.drafts = place, bundle.manifest.speculation is not None
 
     def _bind(self, bundle: Bundle, graphs: dict[str, ort.InferenceSession], pools: list[ort.OrtValue]) -> None:
         for name, graph in graphs.items():
             _check_inputs(bundle, bundle.graph(name).as_computed(), graph)
         self._graphs, self._pools = graphs, pools
         self._bindings = {name: graph.io_binding() for name, graph in graphs.items()}
-        for binding in self._bindings.values():
-            for layer, pool in enumerate(pools):
-                binding.bind_ortvalue_input(past_name(layer), pool)
-                binding.bind_ortvalue_output(present_name(layer), pool)
+        for name, binding in self._bindings.items():
+            own = range(len(pools) - 1, len(pools)) if name == "mtp" else range(len(pools) - self.drafts)
+            for layer in own:
+                binding.bind_ortvalue_input(past_name(layer), pools[layer])
+                binding.bind_ortvalue_output(present_name(layer), pools[layer])
 
     def compute(self, graph: str, feeds: Arrays) -> Floats:
         binding = self._bindings[graph]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        binding.bind_output("logits", self._place.device, self._place.ordinal)  # a new one each time
+        for name in (LAST_HIDDEN, "logits") if self.drafts else ("logits",):  # new ones each time
+            binding.bind_output(name, self._place.device, self._place.ordinal)
         self._graphs[graph].run_with_iobinding(binding)
         if self._place.device != "cpu":
             binding.synchronize_outputs()
-        logits: Floats = binding.get_outputs()[-1].numpy()
+        made = binding.get_outputs()
+        if self.drafts:
+            self.hidden = made[-2].numpy()
+        logits: Floats = made[-1].numpy()
         return logits
 
 
@@ -201,6 +206,8 @@ class OrtSession(_BoundSession):
             "prefill": self._open(bundle, "prefill", threads, LEAN if short else UNFOLDED),
             "decode": self._open(bundle, "decode", threads, LEAN if short else USUAL),
         }
+        if self.drafts:
+            opened["mtp"] = self._open(bundle, "mtp", threads, LEAN if short else USUAL)
         graphs = {name: graph for name, (graph, _) in opened.items()}
         narrow = library.path is not None and not opened["decode"][1]  # compiled operators widen numbers as they go
         self._weights_dtype = bundle.manifest.dtype if narrow else self.cache.dtype
@@ -257,8 +264,8 @@ class OrtCudaSession(_BoundSession):
         dtype, computed = bundle.manifest.dtype, self.cache.dtype
         words = "" if computed == dtype else f"{dtype} weights, computed in {computed}, "
         self.note = f"{words}ONNX Runtime's {place.provider}"
-        weights = referred_weights(bundle)
-        graphs = {name: open_graph(bundle, name, threads, given=weights, place=place) for name in ("prefill", "decode")}
+        weights, names = referred_weights(bundle), [str(graph.name) for graph in bundle.manifest.graphs]
+        graphs = {name: open_graph(bundle, name, threads, given=weights, place=place) for name in names}
         zeroed = (np.zeros(self._shape, self._dtype) for _ in range(self.cache.layers))
         self._bind(bundle, graphs, [ort.OrtValue.ortvalue_from_numpy(a, place.device, place.ordinal) for a in zeroed])
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s
-from deepseek_trt.export.bundle.graph import CacheSpec
+from deepseek_trt.export.bundle.graph import PREVIOUS_HIDDEN, CacheSpec
 from deepseek_trt.export.dtypes import computed_in
+from deepseek_trt.export.errors import BackendError
 from deepseek_trt.plugins.cpu.library import ExpertsHit
 
 
@@ -21,6 +22,8 @@ class Session(Protocol):
     about how it computes (e.g. another dtype than the bundle's), or is empty. `library` is the file of the compiled CPU
     operators, where whoever samples the logits finds the compiled sampler, and `threads` those that they run on.
     `rounds_tokens` says that products with int8 or int4 take tokens as 16-bit integers, 32 of them by their largest.
+    `drafts` says whether there is `draft`; then `hidden` holds the states of the last call of any of the three, float32
+    [B, S, hidden], of padding meaningless, and of draft [B, hidden].
     """
 
     backend: str
@@ -30,6 +33,8 @@ class Session(Protocol):
     library: Path | None = None
     threads: int = 1
     rounds_tokens: bool = False
+    drafts: bool = False
+    hidden: Floats = np.zeros((0, 0, 0), dtype=np.float32)
 
     @property
     def weights_dtype(self) -> str:
@@ -47,6 +52,17 @@ class Session(Protocol):
 
         Where rows are shorter than S, logits of padding are finite and mean nothing.
         """
+
+    def draft(
+        self, input_ids: Int64s, hidden: Floats, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
+    ) -> Floats:
+        """By the layer of multi-token prediction, whose cache is the last pool: the logits [B, vocab] of what follows
+        each row's last of input_ids [B, S], right-padded.
+
+        hidden [B, S, hidden] are the states at the positions before them, past_lengths of which were given before. A
+        row of length 0 rests, as in prefill.
+        """
+        raise BackendError(f"{self.backend} drafts nothing: the bundle was exported without --mtp")
 
     def pool(self, layer: int) -> Array:
         """The layer's page pool [P, page, D] as it is now; a view where it can be one."""
@@ -78,8 +94,15 @@ class GraphPair(Session):
         self.door.check_decode(input_ids, sequence_lengths, past_lengths, page_table)
         return self.compute("decode", feeds_of(input_ids, sequence_lengths, past_lengths, page_table))
 
+    def draft(
+        self, input_ids: Int64s, hidden: Floats, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
+    ) -> Floats:
+        self.door.check_draft(input_ids, hidden, sequence_lengths, past_lengths, page_table)
+        feeds = feeds_of(input_ids, sequence_lengths, past_lengths, page_table)
+        return self.compute("mtp", {"input_ids": feeds.pop("input_ids"), PREVIOUS_HIDDEN: hidden, **feeds})
+
     def compute(self, graph: str, feeds: Arrays) -> Floats:
-        """Run the graph "prefill" or "decode" on its inputs by name, in its order."""
+        """Run a graph of the bundle on its inputs by name, in its order; where it gives hidden states, keep them."""
         raise NotImplementedError
 
 

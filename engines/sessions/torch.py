@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
@@ -13,11 +13,13 @@ from deepseek_trt.engines.sessions.door import Door, check_cache_memory
 from deepseek_trt.engines.sessions.loading import check_memory
 from deepseek_trt.engines.sessions.session import GraphPair
 from deepseek_trt.export.arrays import Array, Arrays, Floats
-from deepseek_trt.export.bundle.folder import Bundle
+from deepseek_trt.export.bundle.folder import Bundle, WeightRecord
+from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD
 from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.dtypes import dtype_bytes
-from deepseek_trt.export.heads import Features, Scores
+from deepseek_trt.export.heads import Features, Logits, Scores, method_of
 from deepseek_trt.export.model import DeepseekV2
+from deepseek_trt.export.mtp.model import Mtp
 
 Weights = Callable[[str], torch.Tensor]  # by the name of a graph tensor
 Model = TypeVar("Model", bound=DeepseekV2 | Features | Scores)
@@ -35,13 +37,23 @@ class TorchSession(GraphPair):
         self.pages, self.door = pages, Door.of(bundle, pages)
         check_cache_memory(self.cache, pages)
         self.model = load_model(bundle, dtype, weights)
+        self._describe(bundle)
+        self.mtp = load_mtp(bundle, self.model, dtype, weights) if self.drafts else None
         shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self._pools = [torch.zeros(shape, dtype=getattr(torch, dtype)) for _ in range(self.cache.layers)]
+
+    def _describe(self, bundle: Bundle) -> None:
+        self.drafts, self._interface = bundle.manifest.speculation is not None, bundle.manifest.interface
 
     @torch.inference_mode()
     def compute(self, graph: str, feeds: Arrays) -> Floats:
         given = [torch.from_numpy(np.ascontiguousarray(array)) for array in feeds.values()]
-        logits, self._pools = getattr(self.model, graph)(*given, self._pools)
+        drafts = graph == "mtp"
+        own = slice(-1, None) if drafts else slice(-1 if self.drafts else None)  # of the pools
+        run = getattr(self.mtp if drafts else self.model, method_of(self._interface, graph))
+        logits, *states, self._pools[own] = run(*given, self._pools[own])
+        if states:
+            self.hidden = _floats(states[0])
         return _floats(logits)
 
     def pool(self, layer: int) -> Array:
@@ -55,8 +67,20 @@ class TorchSession(GraphPair):
 def load_model(bundle: Bundle, dtype: str, weights: Weights | None = None) -> DeepseekV2:
     """The torch model with the bundle's weights, or with those given, converted to `dtype`."""
     with torch.device("meta"):
-        model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
+        model = Logits(bundle.manifest.model, bundle.manifest.interface)
     return with_weights(model, bundle, dtype, weights)
+
+
+def load_mtp(bundle: Bundle, model: DeepseekV2, dtype: str, weights: Weights | None = None) -> Mtp:
+    """The layer of multi-token prediction beside `model`, whose embeddings and output matrix it takes."""
+    with torch.device("meta"):
+        mtp = Mtp(bundle.manifest.model)
+    shared = {name: tensor for name, tensor in model.state_dict().items() if name in (EMBEDDINGS, LM_HEAD)}
+    own = _state(bundle.manifest.drafting_weights, dtype, weights or bundle_weights(bundle))
+    mtp.load_state_dict({**shared, **own}, strict=True, assign=True)
+    mtp.model.rope = model.model.rope
+    mtp.eval()
+    return mtp
 
 
 def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | None = None) -> Model:
@@ -64,14 +88,20 @@ def with_weights(model: Model, bundle: Bundle, dtype: str, weights: Weights | No
     if weights is None:
         _check_memory(bundle, dtype)
     rope = type(model.model.rope)(bundle.manifest.model)  # its frequencies are computed, not loaded
-    weights, state = weights or bundle_weights(bundle), {}
-    for record in (w for w in bundle.manifest.weights if not w.recipe.is_scales):
-        tensor, stays = weights(record.recipe.name), record.recipe.dtype("") == "float32"  # in any model
-        state[record.recipe.name] = tensor if stays else tensor.to(getattr(torch, dtype))
+    state = _state(bundle.manifest.main_weights, dtype, weights or bundle_weights(bundle))
     model.load_state_dict(state, strict=True, assign=True)
     model.model.rope = rope
     model.eval()
     return model
+
+
+def _state(records: Iterable[WeightRecord], dtype: str, weights: Weights) -> dict[str, torch.Tensor]:
+    """The records' tensors by name, converted to `dtype` but for those that are float32 in any model."""
+    state = {}
+    for record in (record for record in records if not record.recipe.is_scales):
+        tensor, stays = weights(record.recipe.name), record.recipe.dtype("") == "float32"
+        state[record.recipe.name] = tensor if stays else tensor.to(getattr(torch, dtype))
+    return state
 
 
 def _check_memory(bundle: Bundle, dtype: str) -> None:

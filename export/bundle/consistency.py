@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION
-from deepseek_trt.export.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, WeightRecord
+from deepseek_trt.export.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Speculation, WeightRecord
 from deepseek_trt.export.bundle.narrow import CODES, FORMATS, PUBLISHED, Narrow, Quantization
 from deepseek_trt.export.bundle.recipes import Piece, Recipe, narrow_pair
 from deepseek_trt.export.config.family import ACTIVATIONS, DTYPES, TOPK_METHODS
@@ -93,12 +93,15 @@ def _flaws_of_interface(manifest: Manifest) -> Iterator[str]:
         yield f"classifier does not belong to the task {interface.task}"
     if classifier and classifier.problem_type not in (None, *PROBLEM_TYPES):
         yield f"classifier.problem_type {classifier.problem_type!r} is none of {', '.join(PROBLEM_TYPES)}"
-    if not 1 <= cache.page_size <= MAX_SIZE or cache != CacheSpec.of(manifest.model, manifest.dtype, cache.page_size):
+    wanted = CacheSpec.of(manifest.model, manifest.dtype, cache.page_size, interface.mtp)
+    if not 1 <= cache.page_size <= MAX_SIZE or cache != wanted:
         yield f"cache is not that of the model: {cache}"
         return
     labels = len(classifier.labels) if classifier else 0
     if manifest.graphs != graphs_of(manifest.model, cache, interface, labels):
         yield "graphs are not those of the model and its interface"
+    if manifest.speculation != (Speculation("mtp", manifest.model.num_hidden_layers) if interface.mtp else None):
+        yield f"speculation is not that of the interface: {manifest.speculation}"
 
 
 def _flaws_of_names(manifest: Manifest) -> Iterator[str]:

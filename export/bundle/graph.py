@@ -11,11 +11,13 @@ from deepseek_trt.export.config.limits import TENSORRT_MOST_NUMBERS
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import computed_in, dtype_bytes
 
-GraphName = Literal["prefill", "decode", "model"]
+GraphName = Literal["prefill", "decode", "model", "mtp"]
 Dim = int | str
 DEFAULT_PAGE_SIZE = 64
 MOST_NEW_TOKENS = 8  # of a row, that decode takes at once
 DOMAIN = "deepseek_trt"  # of the custom ops, in torch and ONNX alike
+LAST_HIDDEN = "last_hidden_state"  # after the last norm, float32 in any model
+PREVIOUS_HIDDEN = "previous_hidden_state"  # the same, where the graph "mtp" takes it
 
 # Symbolic dims, and their names in ONNX.
 BATCH, SEQUENCE, PAGES, TABLE = "batch_size", "sequence_length", "pages", "pages_per_sequence"
@@ -41,8 +43,9 @@ class CacheSpec:
     dtype: str
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: str, page_size: int = DEFAULT_PAGE_SIZE) -> CacheSpec:
-        return cls(config.num_hidden_layers, page_size, config.latent_dim, dtype)
+    def of(cls, config: ModelConfig, dtype: str, page_size: int = DEFAULT_PAGE_SIZE, mtp: bool = False) -> CacheSpec:
+        """With `mtp`, the layer that drafts has the last pool."""
+        return cls(config.num_hidden_layers + mtp, page_size, config.latent_dim, dtype)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens of one sequence."""
@@ -101,11 +104,14 @@ def hidden_name(index: int) -> str:
 def graphs_of(
     config: ModelConfig, cache: CacheSpec, interface: Interface = DEFAULT, num_labels: int = 0
 ) -> tuple[GraphSpec, ...]:
-    """Prefill and decode over the paged cache; or one graph "model", where there is no cache or a contiguous one."""
+    """Prefill and decode over the paged cache; or one graph "model", where there is no cache or a contiguous one.
+
+    With the layer of multi-token prediction its graph "mtp" is the third.
+    """
     if interface.io == TRANSFORMERS:
         return (_masked(config, cache, interface, num_labels),)
     lengths = TensorSpec("sequence_lengths", "int32", (BATCH,))
-    layers = range(cache.layers if interface.cache else 0)
+    layers = range(config.num_hidden_layers if interface.cache else 0)
     pool = (PAGES, cache.page_size, cache.latent_dim)
     past = [TensorSpec(past_name(i), cache.dtype, pool) for i in layers]
     present = [TensorSpec(present_name(i), cache.dtype, pool) for i in layers]
@@ -117,7 +123,22 @@ def graphs_of(
     if not interface.cache:
         return (graph("model", lengths),)
     cached = (TensorSpec("past_lengths", "int32", (BATCH,)), TensorSpec("page_table", "int32", (BATCH, TABLE)))
-    return graph("prefill", lengths, *cached), graph("decode", lengths, *cached)
+    graphs = graph("prefill", lengths, *cached), graph("decode", lengths, *cached)
+    return (*graphs, _mtp(config, cache, (lengths, *cached))) if interface.mtp else graphs
+
+
+def _mtp(config: ModelConfig, cache: CacheSpec, places: tuple[TensorSpec, ...]) -> GraphSpec:
+    """One layer, whose pool is the last: from each token's hidden state and the token after it to the one after that.
+
+    Outputs are those of each row's last real token.
+    """
+    ids = TensorSpec("input_ids", "int64", (BATCH, SEQUENCE))
+    states = TensorSpec(PREVIOUS_HIDDEN, "float32", (BATCH, SEQUENCE, config.hidden_size))
+    pool, layer = (PAGES, cache.page_size, cache.latent_dim), cache.layers - 1
+    past, present = (TensorSpec(name(layer), cache.dtype, pool) for name in (past_name, present_name))
+    logits = TensorSpec("logits", "float32", (BATCH, config.vocab_size))
+    hidden = TensorSpec(LAST_HIDDEN, "float32", (BATCH, config.hidden_size))
+    return GraphSpec("mtp", (ids, states, *places, past), (logits, hidden, present))
 
 
 def _masked(config: ModelConfig, cache: CacheSpec, interface: Interface, num_labels: int) -> GraphSpec:
@@ -155,8 +176,10 @@ def _outputs(name: GraphName, config: ModelConfig, interface: Interface, num_lab
         dims = (BATCH, SEQUENCE, config.hidden_size)
         count = config.num_hidden_layers + 1 if interface.hidden_states else 0
         hidden = tuple(TensorSpec(hidden_name(i), "float32", dims) for i in range(count))
-        return (TensorSpec("last_hidden_state", "float32", dims), *hidden)
-    return (TensorSpec("logits", "float32", (BATCH, *_kept(name, interface), config.vocab_size)),)
+        return (TensorSpec(LAST_HIDDEN, "float32", dims), *hidden)
+    logits = TensorSpec("logits", "float32", (BATCH, *_kept(name, interface), config.vocab_size))
+    states = TensorSpec(LAST_HIDDEN, "float32", (BATCH, SEQUENCE, config.hidden_size))
+    return (logits, states) if interface.mtp else (logits,)
 
 
 def _kept(name: GraphName, interface: Interface) -> tuple[Dim, ...]:

@@ -16,7 +16,8 @@ class Interface:
 
     io "native" has the paged cache and rows by length; "transformers" has a contiguous cache, an attention_mask and
     the names of transformers and optimum. logits_to_keep: None gives each row's last real token, 0 all tokens, K the
-    last K. cache says whether there is one: a classifier has none.
+    last K. cache says whether there is one: a classifier has none. mtp has prefill and decode give hidden states, and
+    adds the graph of the layer that drafts with them.
     """
 
     task: str = GENERATION
@@ -25,6 +26,7 @@ class Interface:
     inputs_embeds: bool = False
     hidden_states: bool = False
     logits_to_keep: int | None = None
+    mtp: bool = False
 
     @property
     def all_logits(self) -> bool:
@@ -47,6 +49,11 @@ class Interface:
             raise ConfigError(f"--no-cache is for --task {FEATURES}: {GENERATION} decodes from a cache")
         if self.cache and self.task == CLASSIFICATION:
             raise ConfigError(f"{CLASSIFICATION} has no cache: a row is classified in one pass")
+        if self.mtp and self.why_no_generation:
+            raise ConfigError(
+                "--mtp drafts for runs of this package that generate text, from token ids: leave it out, or --task, "
+                "--io, --inputs-embeds and --logits-to-keep"
+            )
 
     @property
     def why_no_generation(self) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec
 from deepseek_trt.export.bundle.interface import Interface
@@ -29,7 +29,7 @@ from deepseek_trt.export.writing.working import aside, remove_leftover
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 _OWN = "sha256"  # the key of the manifest's own
 
 
@@ -76,6 +76,14 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True)
+class Speculation:
+    """How the bundle can draft its own tokens: by the layer of multi-token prediction of that number, once or again."""
+
+    kind: Literal["mtp"]
+    layer: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a bundle is. `checkpoint` is the absolute folder that a by-reference bundle reads its weights from.
 
@@ -100,6 +108,7 @@ class Manifest:
     adapter: AdapterRecord | None = None
     quantization: Quantization | None = None  # what made weights narrow
     weights_file: WeightsFile | None = None  # None where the bundle refers to the checkpoint
+    speculation: Speculation | None = None  # of an export with --mtp
     files: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
@@ -107,6 +116,19 @@ class Manifest:
     @property
     def task(self) -> str:
         return self.interface.task
+
+    @property
+    def main_weights(self) -> tuple[WeightRecord, ...]:
+        """Those of prefill and decode: all but the drafting layer's own."""
+        return tuple(weight for weight in self.weights if not self._drafts(weight.recipe.name))
+
+    @property
+    def drafting_weights(self) -> tuple[WeightRecord, ...]:
+        """Those that the graph "mtp" alone has; embeddings and output matrix are the model's."""
+        return tuple(weight for weight in self.weights if self._drafts(weight.recipe.name))
+
+    def _drafts(self, name: str) -> bool:
+        return self.speculation is not None and name.startswith(f"model.layers.{self.speculation.layer}.")
 
     @property
     def is_narrow(self) -> bool:

@@ -62,7 +62,7 @@ _MODEL = (
     _used("vocab_size", _SIZE, "rows of the embeddings"),
     _used("hidden_size", _SIZE, "width of the residual stream"),
     _used("intermediate_size", _SIZE, "width of dense layers"),
-    _used("num_hidden_layers", _LAYERS, "layers; those behind the last one are multi-token prediction, and dropped"),
+    _used("num_hidden_layers", _LAYERS, "layers; what is behind the last is dropped, but for one that --mtp exports"),
     _used("hidden_act", Text(), "silu, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, swish or relu"),
     _used("max_position_embeddings", _SIZE, "the context that is promised; dynamic RoPE's threshold"),
     _used("rms_norm_eps", Number(0.0, high=1.0), "of the layers' norms; the latents' norms have 1e-6"),
@@ -178,7 +178,7 @@ _HARMLESS = (
         *("use_bfloat16", "mtp_loss_weight", "embedding_dropout"),
     ),
     *_harmless(
-        "multi-token prediction is dropped",
+        "whether there are layers of multi-token prediction is seen in the tensors; --mtp exports the first",
         *("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_layer_types", "use_mtp"),
     ),
     *_harmless(

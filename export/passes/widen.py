@@ -40,6 +40,7 @@ class WidenBfloat16(ir.passes.InPlacePass):
 
 def _cast_weight(graph: ir.Graph, weight: ir.Value) -> None:
     """Cast the weight before its users, and what is looked up in it after them; experts are cast in their function."""
+    casts = 0
     for node, index in tuple(weight.uses()):
         if node.domain == DOMAIN and node.op_type == _EXPERTS:
             continue
@@ -52,7 +53,8 @@ def _cast_weight(graph: ir.Graph, weight: ir.Value) -> None:
             for user, place in users:
                 user.replace_input_with(place, cast.outputs[0])
         else:
-            cast = _cast(weight, f"{weight.name}.float32")
+            cast = _cast(weight, f"{weight.name}.float32" + (f".{casts}" if casts else ""))
+            casts += 1
             graph.insert_before(node, cast)
             node.replace_input_with(index, cast.outputs[0])
 

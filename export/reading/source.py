@@ -13,6 +13,7 @@ from deepseek_trt.export.bundle.narrow import KEEP, KEPT, Quantization
 from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD, too_large_for_tensorrt
 from deepseek_trt.export.config.model_config import ModelConfig, config_notes, read_config
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.mtp.copies import check_alone, check_layer
 from deepseek_trt.export.packed.methods import packed_settings
 from deepseek_trt.export.packed.opening import open_checkpoint
 from deepseek_trt.export.packed.settings import PackedSettings
@@ -79,6 +80,9 @@ def read_source(
     checkpoint = merged.merged_into(base) if merged else base
     if not isinstance(interface, Interface):
         interface = (interface or _default_interface)(task_of(raw, checkpoint))
+    if interface.mtp:
+        check_alone(num_layers=num_layers, adapter=adapter, quantize=quantize)
+        _check_not_packed(packed, base)
     declared, notes = config_of_tensors(written, checkpoint, written_keys(raw, interface.task))
     declared, text_notes = read_text(folder, raw, declared)
     classifier = Classifier.from_hf(raw, checkpoint) if interface.task == CLASSIFICATION else None
@@ -86,6 +90,8 @@ def read_source(
     _check_tied(declared, merged)
     labels = len(classifier.labels) if classifier else 0
     config = _cut(declared, num_layers)
+    if interface.mtp:
+        check_layer(config, checkpoint)
     plan = plan_weights(config, checkpoint, declared.num_hidden_layers, interface, labels)
     plan = dataclasses.replace(plan, dtype=main_dtype(base))  # an adapter is often kept in float32
     large = _too_large(plan)
@@ -150,6 +156,12 @@ def _check_alone(label: str, adapter: Path | None, quantize: str | None) -> None
             f"--quantize {shown(quantize)}: the checkpoint is packed already ({label}), and its codes are taken as "
             "they are: leave out --quantize, or give the bfloat16 checkpoint that it was made from"
         )
+
+
+def _check_not_packed(packed: PackedSettings | None, base: Checkpoint) -> None:
+    """ConfigError where the layer of multi-token prediction might be codes."""
+    if packed is not None and base.is_packed:
+        raise ConfigError(f"--mtp: the checkpoint is packed ({packed.label}), whose layer is not read: leave out --mtp")
 
 
 def _default_interface(task: str) -> Interface:

@@ -22,6 +22,7 @@ from deepseek_trt.export.bundle.recipes import (
 from deepseek_trt.export.config.model_config import FP8_BLOCK, ModelConfig
 from deepseek_trt.export.dtypes import WEIGHT_DTYPES
 from deepseek_trt.export.errors import CheckpointError, ConfigError
+from deepseek_trt.export.mtp.copies import original_of
 from deepseek_trt.export.reading.checkpoint import Checkpoint
 from deepseek_trt.export.reading.classifier import SCORE
 from deepseek_trt.export.reading.tensors import PACKED, StoredTensor
@@ -92,7 +93,11 @@ def _why_dropped(name: str, config: ModelConfig, checkpoint_layers: int, interfa
     """Why the graphs of this interface do without a tensor; None where nothing explains it."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and int(layer[1]) >= checkpoint_layers:
-        return f"layer {layer[1]} is beyond num_hidden_layers {checkpoint_layers} (multi-token prediction)"
+        beyond = f"layer {layer[1]} is beyond num_hidden_layers {checkpoint_layers} (multi-token prediction)"
+        if not interface.mtp or int(layer[1]) > checkpoint_layers:
+            return f"{beyond}; --mtp exports the first such layer"
+        original = original_of(name, config)
+        return original and f"a copy of {original}, which the graph takes"
     if layer and int(layer[1]) >= config.num_hidden_layers:
         return f"only the first {config.num_hidden_layers} layers are exported"
     if name.endswith("rotary_emb.inv_freq"):
@@ -119,19 +124,32 @@ class _Planner:
         if not interface.inputs_embeds or (generates and c.tie_word_embeddings):
             yield self.whole(EMBEDDINGS, c.vocab_size, c.hidden_size)
         for index in range(c.num_hidden_layers):
-            layer = f"model.layers.{index}"
-            yield self.whole(f"{layer}.input_layernorm.weight", c.hidden_size)
-            yield from self.attention(f"{layer}.self_attn")
-            yield self.whole(f"{layer}.post_attention_layernorm.weight", c.hidden_size)
-            if c.is_moe_layer(index):
-                yield from self.moe(f"{layer}.mlp")
-            else:
-                yield from self.mlp(f"{layer}.mlp", c.intermediate_size)
+            yield from self.layer(index)
         yield self.whole(FINAL_NORM, c.hidden_size)
         if generates and not c.tie_word_embeddings:
             yield self.whole(LM_HEAD, c.vocab_size, c.hidden_size)
         if interface.task == CLASSIFICATION:
             yield self.whole(SCORE, num_labels, c.hidden_size)
+        if interface.mtp:
+            yield from self.mtp(c.num_hidden_layers)
+
+    def layer(self, index: int) -> Iterator[Recipe]:
+        c, layer = self.c, f"model.layers.{index}"
+        yield self.whole(f"{layer}.input_layernorm.weight", c.hidden_size)
+        yield from self.attention(f"{layer}.self_attn")
+        yield self.whole(f"{layer}.post_attention_layernorm.weight", c.hidden_size)
+        if c.is_moe_layer(index):
+            yield from self.moe(f"{layer}.mlp")
+        else:
+            yield from self.mlp(f"{layer}.mlp", c.intermediate_size)
+
+    def mtp(self, index: int) -> Iterator[Recipe]:
+        """The layer of multi-token prediction; its embeddings and output matrix are the model's."""
+        layer, hidden = f"model.layers.{index}", self.c.hidden_size
+        yield from self.layer(index)
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield self.whole(f"{layer}.{norm}.weight", hidden)
+        yield self.whole(f"{layer}.eh_proj.weight", hidden, 2 * hidden)
 
     def attention(self, at: str) -> Iterator[Recipe]:
         c = self.c

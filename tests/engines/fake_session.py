@@ -130,3 +130,55 @@ class FakeSession(Session):
             written = set(table[row, start // PAGE : -(-(start + count) // PAGE)].tolist())
             others = {p for other in range(len(table)) if other != row for p in table[other].tolist()} - {0}
             assert not written & others, f"pages {written & others} are written by row {row} and used by another"
+
+
+class DraftingSession(FakeSession):
+    """With a layer that drafts rightly wherever its own slots are right, and an eye on what it is given.
+
+    The hidden state at a position is the value that is cached there. Slot i of the layer holds what the value at i + 1
+    must be; only behind the end of a shared page, whose next token was another's, may that be wrong.
+    """
+
+    cache = CacheSpec(2, PAGE, 1, "float32")
+    drafts = True
+
+    def __init__(self, pages):
+        super().__init__(pages)
+        self.taken = np.full((pages, PAGE), STALE, dtype=np.int64)
+        self.gone = 0  # calls of draft that fail
+
+    def _rows(self, name, input_ids, sequence_lengths, past_lengths, page_table):
+        rows = super()._rows(name, input_ids, sequence_lengths, past_lengths, page_table)
+        self.hidden = np.full((*input_ids.shape, 1), np.nan, dtype=np.float32)
+        for row, (count, past, table) in enumerate(zip(sequence_lengths, past_lengths, page_table, strict=True)):
+            self.hidden[row, :count, 0] = self._values(past + count, table)[past:]
+        return rows
+
+    def draft(self, input_ids, hidden, sequence_lengths, past_lengths, page_table):
+        self.calls.append(("draft", input_ids.shape))
+        if self.gone:
+            self.gone -= 1
+            raise OSError("the device is gone")
+        assert hidden.dtype == np.float32
+        assert hidden.shape == (*input_ids.shape, 1)
+        self._assert_rows_apart(sequence_lengths, past_lengths, page_table)
+        rows = zip(input_ids, hidden, sequence_lengths, past_lengths, page_table, strict=True)
+        made = [
+            self._drafted(ids[:count], states[:count, 0], int(past), table) for ids, states, count, past, table in rows
+        ]
+        logits, values = zip(*made, strict=True)
+        self.hidden = np.array(values, dtype=np.float32)[:, None]
+        return np.stack(logits)
+
+    def _drafted(self, ids, states, past, table):
+        """Logits after the last token, and the state there."""
+        for slot, (token, state) in enumerate(zip(ids.tolist(), states.tolist(), strict=True), past):
+            page, at = table[slot // PAGE], slot % PAGE
+            assert page != 0, "the layer's slot lies in the scratch page"
+            before = self.taken[table].reshape(-1)[:slot]
+            assert not (before == STALE).any(), "a state was left out"
+            drafted = before[-1] if slot else None
+            assert state in (self.slots[page, at], drafted), "a state of another position"
+            self.taken[page, at] = value_after(int(state), token, slot + 1)
+        first = self._values(1, table)
+        return logits_of([*first, *self.taken[table].reshape(-1)[: past + len(ids)].tolist()]), self.taken[page, at]

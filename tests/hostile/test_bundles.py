@@ -264,10 +264,10 @@ def test_manifests_that_are_no_json(bundle):
         '{"a": 1, "a": 1}',
         text.replace('"dtype"', '"dtype": "float32", "dtype"', 1),
         "[" * 100_000,
-        text.replace('"schema_version": 6', '"schema_version": NaN'),
-        text.replace('"schema_version": 6', '"schema_version": 5'),
-        text.replace('"schema_version": 6', '"schema_version": 6.0'),
-        text.replace('"schema_version": 6', '"schema_version": true'),
+        text.replace('"schema_version": 7', '"schema_version": NaN'),
+        text.replace('"schema_version": 7', '"schema_version": 6'),
+        text.replace('"schema_version": 7', '"schema_version": 7.0'),
+        text.replace('"schema_version": 7', '"schema_version": true'),
         "\ufeff" + text,
     ):
         (bundle / MANIFEST_FILE).write_text(wrong)
@@ -392,6 +392,6 @@ def test_an_added_file_that_changed_is_named_by_verify(bundle):
 
 def test_a_bundle_of_before_is_told_to_be_exported_again(bundle):
     raw = raw_manifest(bundle)
-    raw["schema_version"] = 5  # whose decode took one token a row
+    raw["schema_version"] = 6  # which had nothing to draft with
     (bundle / MANIFEST_FILE).write_text(json.dumps(raw))
-    refused(generate(bundle), "schema_version 5 is not 6", "export the checkpoint again")
+    refused(generate(bundle), "schema_version 6 is not 7", "export the checkpoint again")

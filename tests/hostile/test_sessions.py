@@ -186,6 +186,26 @@ def test_the_door_lets_in_what_is_right():
         door.check_prefill(np.full((2, 4), 7, np.int64), np.int32([4, 0]), np.int32([8, past]), table)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "words"),
+    [
+        (np.zeros((1, 2, 5), np.float32), r"float32 \[1, 2, 5\]: give a numpy array of float32 \[1, 2, 6\]"),
+        (np.zeros((1, 2, 6)), "float64"),
+        (np.zeros((1, 6), np.float32), "give a numpy array"),
+        ([[[0.0]]], "list"),
+    ],
+)
+def test_the_door_looks_at_hidden_states(hidden, words):
+    door = Door(PAGES, PAGE, VOCAB, 6)
+    rest = np.int32([2]), np.int32([0]), np.int32([[1]])
+    ids = np.full((1, 2), 7, np.int64)
+    door.check_draft(ids, np.zeros((1, 2, 6), np.float32), *rest)
+    with pytest.raises(RequestError, match=f"hidden is .*{words}"):
+        door.check_draft(ids, hidden, *rest)
+    with pytest.raises(RequestError, match=r"input_ids\[0, 0\]"):
+        door.check_draft(ids + VOCAB, np.zeros((1, 2, 6), np.float32), *rest)
+
+
 CHANGES = ["page_table", "negative", "past_lengths", "negative length", "rows", "lengths"]
 
 

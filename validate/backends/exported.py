@@ -20,7 +20,7 @@ from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.ort import OrtValues, open_graph, referred_weights
 from deepseek_trt.engines.sessions.session import GraphPair, Session, widening_note
 from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
-from deepseek_trt.export.bundle.graph import DOMAIN, past_name
+from deepseek_trt.export.bundle.graph import DOMAIN, LAST_HIDDEN, past_name
 from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.validate.backends.probes import Probes
 from deepseek_trt.validate.steps import Step
@@ -33,13 +33,14 @@ class ExportedSession(GraphPair):
     """
 
     backend = "exported"
+    seen: Arrays
 
     def __init__(self, request: SessionRequest) -> None:
         manifest = request.bundle.manifest
         self.note = widening_note(manifest.dtype)
         self.cache = dataclasses.replace(manifest.cache, dtype=computed_in(manifest.dtype))
         self.pages, self.door = request.pages, Door.of(request.bundle, request.pages)
-        self.seen: Arrays = {}
+        self.drafts, self.seen = manifest.speculation is not None, {}
         self._request = request
         self._graphs: dict[str, _Graph] = {}
         self._weights = referred_weights(request.bundle)
@@ -57,9 +58,13 @@ class ExportedSession(GraphPair):
         return self._pools[past_name(layer)]
 
     def compute(self, graph: str, feeds: Arrays) -> Floats:
-        logits, self.seen, presents = self._loaded(graph).run(feeds | self._pools)
-        self._pools = dict(zip(self._pools, presents, strict=True))
-        return logits
+        layers = list(self._pools)
+        own = layers[-1:] if graph == "mtp" else layers[: len(layers) - self.drafts]
+        given, self.seen = self._loaded(graph).run(feeds | {name: self._pools[name] for name in own})
+        self._pools |= {name: given[name.replace("past_key_values", "present")] for name in own}
+        if self.drafts:
+            self.hidden = given[LAST_HIDDEN]
+        return given["logits"]
 
     def _loaded(self, graph: str) -> _Graph:
         if graph not in self._graphs:
@@ -87,19 +92,19 @@ class _Graph:
 
     def __init__(self, request: SessionRequest, name: str, places: tuple[str, ...], weights: OrtValues | None) -> None:
         model = ir.serde.deserialize_model(onnx.load_model_from_string(request.bundle.graph_bytes(name)))
-        self._outputs = [value.name or "" for value in model.graph.outputs]  # logits, then a pool a layer
+        self._outputs = [value.name or "" for value in model.graph.outputs]
         found = {name: value for name, value in inner_values(model).items() if name.rpartition(".")[0] in places}
         model.graph.outputs.extend(v for v in dict.fromkeys(found.values()) if not v.is_graph_output())
         self._names = {name: value.name or "" for name, value in found.items()}
         serialized = ir.to_proto(model).SerializeToString()
         self._session = open_graph(request.bundle, name, request.threads, model=serialized, shared=weights)
 
-    def run(self, feeds: Arrays) -> tuple[Floats, Arrays, list[Array]]:
-        """Logits, the values by probe name, and the new pools."""
+    def run(self, feeds: Arrays) -> tuple[Arrays, Arrays]:
+        """The graph's outputs by name, and the values by probe name."""
         wanted = [*self._outputs, *sorted(set(self._names.values()) - set(self._outputs))]
         by_value = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
-        logits, *presents = (by_value[name] for name in self._outputs)
-        return logits, {name: by_value[value] for name, value in self._names.items()}, presents
+        given = {name: by_value[name] for name in self._outputs}
+        return given, {name: by_value[value] for name, value in self._names.items()}
 
 
 def inner_values(model: ir.Model) -> dict[str, ir.Value]:

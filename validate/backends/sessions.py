@@ -8,12 +8,13 @@ import numpy as np
 
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Arrays, Floats
+from deepseek_trt.export.bundle.graph import LAST_HIDDEN
 from deepseek_trt.validate.backends.probes import Watcher
 from deepseek_trt.validate.steps import Step
 
 
 class SessionStepper:
-    """Outputs: "logits", and where the step compares them "latents.N"."""
+    """Outputs: "logits", where the bundle drafts "last_hidden_state", and where the step compares them "latents.N"."""
 
     def __init__(self, session: Session, watcher: Watcher | None = None) -> None:
         self.note, self.dtype = session.note, session.cache.dtype
@@ -27,10 +28,11 @@ class SessionStepper:
         return self._watcher.watch(self._session, index, step) if self._watcher else nullcontext()
 
     def run(self, index: int, step: Step) -> Arrays:
-        return {"logits": run_step(self._session, step, step.feeds)}
+        logits = run_step(self._session, step, step.feeds)
+        return {"logits": logits, LAST_HIDDEN: self._session.hidden} if self._session.drafts else {"logits": logits}
 
     def cached(self, step: Step) -> Arrays:
-        layers = range(self._session.cache.layers) if step.slots is not None else ()
+        layers = range(self._session.cache.layers - self._session.drafts) if step.slots is not None else ()
         return {f"latents.{layer}": self._session.pool(layer) for layer in layers}
 
 

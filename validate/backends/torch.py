@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_trt.engines.sessions.door import Door
-from deepseek_trt.engines.sessions.torch import TorchSession, Weights, bundle_weights
+from deepseek_trt.engines.sessions.torch import TorchSession, Weights, bundle_weights, load_mtp
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.free_memory import available_memory
-from deepseek_trt.export.model import DeepseekV2, Rope
+from deepseek_trt.export.heads import Logits
+from deepseek_trt.export.model import Rope
 
 
 class StreamedTorchSession(TorchSession):
@@ -29,7 +30,7 @@ class StreamedTorchSession(TorchSession):
         self._weights, self._dtype = weights or bundle_weights(bundle), getattr(torch, dtype)
         self._own = {w.recipe.name for w in bundle.manifest.weights if w.recipe.dtype("") == "float32"}
         with torch.device("meta"):
-            self.model = DeepseekV2(bundle.manifest.model, bundle.manifest.all_logits)
+            self.model = Logits(bundle.manifest.model, bundle.manifest.interface)
         self.model.model.rope = Rope(bundle.manifest.model)
         shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self._pools = [torch.zeros(shape, dtype=self._dtype) for _ in range(self.cache.layers)]
@@ -38,6 +39,8 @@ class StreamedTorchSession(TorchSession):
         for index, layer in enumerate(self.model.model.layers):
             self._stream(layer, f"model.layers.{index}.")
         self.model.eval()
+        self._describe(bundle)
+        self.mtp = load_mtp(bundle, self.model, dtype, self._weights) if self.drafts else None
 
     def _stream(self, layer: Any, prefix: str) -> None:
         """Load before the layer's first module, drop after its last."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deepseek_trt.export.arrays import Arrays
+from deepseek_trt.export.bundle.graph import LAST_HIDDEN
 from deepseek_trt.validate.backends.probes import PLACES
 from deepseek_trt.validate.numbers.metrics import closeness
 from deepseek_trt.validate.pair import Pair
@@ -83,7 +84,7 @@ def _judge(pair: Pair, index: int, name: str, seen: Arrays, expected: Arrays) ->
 def _fault(pair: Pair, index: int, name: str, row: int, position: int, relative: float, tolerance: float) -> Fault:
     step, (place, _, layer) = pair.script.steps[index], name.rpartition(".")
     attention = "MlaPrefill" if step.graph == "prefill" else "MlaDecode"
-    if name == "logits":
+    if name in ("logits", LAST_HIDDEN):
         number, op = None, "final norm or head"
     elif place == "hidden":  # what enters a layer was made by the one before
         number = int(layer) - 1 if int(layer) else None

@@ -63,7 +63,8 @@ def _undecided_lines(pair: Pair, index: int, ties: Ties) -> dict[str, Array]:
         limit = pair.policy(name).relative * np.abs(expected).max()
         with np.errstate(invalid="ignore"):
             out = ~(np.abs(value.astype(np.float64) - expected).max(-1) <= limit)
-        depth = pair.policy.layers if name == "logits" else int(name.rpartition(".")[2])
+        layer = name.rpartition(".")[2]
+        depth = int(layer) if layer.isdecimal() else pair.policy.layers
         owners = pair.lines[index][name]
         first = itertools.repeat(0) if not pair.policy.is_local else (at for _, at in owners)  # a part has no past
         past = [

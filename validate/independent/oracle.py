@@ -150,7 +150,7 @@ class Oracle:
         missing = sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"]))
         if missing:
             raise BackendError(f"{self.name} does not find {len(missing)} of its tensors, e.g. {missing[0]}")
-        used = {piece.source for w in bundle.manifest.weights for piece in w.recipe.pieces}
+        used = {piece.source for w in bundle.manifest.main_weights for piece in w.recipe.pieces}
         left_out = sorted(used & set(info["unexpected_keys"]))
         if left_out:
             raise BackendError(f"{self.name} leaves out {len(left_out)} tensors, e.g. {left_out[0]}")

@@ -22,6 +22,7 @@ from deepseek_trt.export.dtypes import UNIT_ROUNDOFF
 # softmax, attended, W_UV, output, residual; MLP: norm, gate, up, activation, product, down, shared sum, residual.
 ROUNDINGS_PER_LAYER = 20
 ROUNDINGS_OF_LOGITS = 2  # norm, head
+ROUNDINGS_OF_JOIN = 3  # before the layer that drafts: the state, its norm (or the embedding's), the projection
 # Of tokens that compiled operators take as 16-bit integers beside narrow weights: half a step of 1 / 32767 of the
 # largest of 32. It is a share of the product as it is of the tokens: both are sums of independent terms.
 TOKEN_ROUNDOFF = 2.0**-16
@@ -67,22 +68,25 @@ def tighten(derived: Tolerance, floor: float | None) -> Tolerance:
 # Roundings since the layer's input, by probe or output; what is not here has gone through the last norm and the head.
 _WITHIN_LAYER = {"hidden": 0, "query": 5, "latent": 4, "latents": 4, "attended": 9, "after_attention": 12}
 _WITHIN_LAYER |= {"router_logits": 14, "router_weights": 15, "experts": 18}
+DRAFT = "draft_"  # before the names of what the layer that drafts gives
 _ALSO_CALLED = {"present": "latents", "hidden_states": "hidden"}  # as graphs of other bundles name them
 
 
 def roundings_of(output: str, layers: int, is_local: bool = False) -> int:
     """Roundings on the way to an output or probe, "<place>.<layer>" or one that leaves the head.
 
-    Where it `is_local`, they count from the states that enter the layer or the head, which are rounded once.
+    Those of the layer that drafts count from the states that it is given. Where it `is_local`, they count from the
+    states that enter the layer or the head, which are rounded once.
     """
-    name, _, rest = output.partition(".")
+    joined = ROUNDINGS_OF_JOIN if output.startswith(DRAFT) else 0
+    name, _, rest = output.removeprefix(DRAFT).partition(".")
     place, layer = _ALSO_CALLED.get(name, name), rest.partition(".")[0]
     if place not in _WITHIN_LAYER or (name == "hidden_states" and int(layer) == layers):  # the last one is normed
-        return ROUNDINGS_OF_LOGITS + (1 if is_local else layers * ROUNDINGS_PER_LAYER)
+        return joined + ROUNDINGS_OF_LOGITS + (1 if is_local else layers * ROUNDINGS_PER_LAYER)
     before = int(layer)
     if is_local:
         before = min(before, 1) if place == "hidden" else 0  # hidden.N is what layer N - 1 made
-    return 1 + before * ROUNDINGS_PER_LAYER + _WITHIN_LAYER[place]
+    return joined + 1 + before * ROUNDINGS_PER_LAYER + _WITHIN_LAYER[place]
 
 
 @dataclass(frozen=True)

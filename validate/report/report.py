@@ -39,7 +39,7 @@ from deepseek_trt.validate.report.integrity import Integrity, OddWeight
 from deepseek_trt.validate.report.provenance import CheckpointFile, Provenance
 from deepseek_trt.validate.steps import Script
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True)

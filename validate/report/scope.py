@@ -17,7 +17,7 @@ from deepseek_trt.export.reading.weight_files import CONFIG_FILE
 from deepseek_trt.validate.report.checkout import tool_name
 from deepseek_trt.validate.report.provenance import CheckpointFile
 from deepseek_trt.validate.report.report import BackendReport, Compared, Margin, PartReport, Scope
-from deepseek_trt.validate.request import ValidateRequest
+from deepseek_trt.validate.request import DRAFTING, ValidateRequest
 
 _UNASKED = "--backend leaves them out"
 
@@ -58,6 +58,9 @@ def _not_compared(bundle: Bundle, request: ValidateRequest, found: Compared) -> 
         yield f"{what} (backend ort): not compared, {found.no_ort or _UNASKED}"
     if any(has_plan(bundle, graph.name) for graph in bundle.manifest.graphs) and "tensorrt" not in ran:
         yield f"TensorRT plans: not compared, {_why_no_plans(bundle, request)}"
+    if bundle.manifest.speculation is not None and (request.layers is not None or not ran & set(DRAFTING)):
+        why = "--layers compares the model's" if request.layers else f"{' or '.join(DRAFTING)} would compare it"
+        yield f"the layer that drafts (graph mtp): not compared, {why}"
     if generates and choose_backend(bundle).backend == "ort-cuda":
         yield "ONNX Runtime's CUDA provider, which generate chooses here: not compared, validate runs it on the CPU"
 

@@ -276,7 +276,7 @@ def test_demo_model(demo_checkpoint, bundle_of):
             return "".join([piece.text async for piece in llm.astream("Return the name of", SamplingParams(12))])
 
         assert asyncio.run(read()) == first.text
-    with pytest.raises(RequestError, match="speculate 'often': must be one of off, lookup, auto"):
+    with pytest.raises(RequestError, match="speculate 'often': must be one of off, lookup, mtp, auto"):
         LLM.open(bundle.path, speculate="often")
     with LLM.open(bundle.path, threads=1, cache_mib=8, speculate="lookup") as llm:
         again = llm.generate(["Return the name of", "The number of"], SamplingParams(12))

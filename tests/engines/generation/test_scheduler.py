@@ -83,7 +83,8 @@ def answers(events):
 
 def scheduler_of(pages=30, session=None, **limits) -> Scheduler:
     limits = {"max_running": 4, "token_budget": 16, "prefill_chunk": 6, **limits}
-    return Scheduler(session or fake.FakeSession(pages), fake.Config, SchedulerLimits(**limits))
+    kind = fake.DraftingSession if limits.get("speculate") == "mtp" else fake.FakeSession
+    return Scheduler(session or kind(pages), fake.Config, SchedulerLimits(**limits))
 
 
 PROMPTS = [(3,), (2, 5, 7, 3, 2), (5, 5, 5, 5), tuple(range(2, 13)) * 2, (2, 5, 7, 3, 2, 8, 9, 10, 4)]
@@ -243,7 +244,7 @@ def test_requests_that_can_never_run_are_refused(prompt, params, words):
     assert not scheduler.busy
 
 
-@pytest.mark.parametrize("speculate", ["lookup", "auto"])
+@pytest.mark.parametrize("speculate", ["lookup", "mtp", "auto"])
 @pytest.mark.parametrize("pages", [9, 12, 40])
 def test_speculation_changes_no_answer(pages, speculate):
     """Sampled, penalised, with log-probabilities and stops: token for token what the model gives alone."""

@@ -82,5 +82,5 @@ def test_it_stops_where_it_does_not_pay_and_tries_again_less_and_less():
 def test_other_ways_are_refused():
     for way in SPECULATE:
         check_speculate(way)
-    with pytest.raises(RequestError, match="speculate 'mtp': must be one of off, lookup, auto"):
-        check_speculate("mtp")
+    with pytest.raises(RequestError, match="speculate 'eagle': must be one of off, lookup, mtp, auto"):
+        check_speculate("eagle")

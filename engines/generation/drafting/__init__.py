@@ -1,0 +1,1 @@
+"""Drafters: what proposes the tokens that may come next, for the scheduler to verify."""
