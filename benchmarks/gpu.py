@@ -178,8 +178,8 @@ def _decode_call(heads: int, context: int, batch: int, device: str) -> Callable[
     new = torch.ones_like(past)
     query = torch.randn(batch, 1, heads, WIDTH, device=device, dtype=DTYPE)
     attended = torch.empty(batch, 1, heads, RANK, device=device, dtype=DTYPE)
-    sm, constants = chips.chip_of(query), decode_constants(heads, RANK, ROPE)
-    tile, combine = decode_tile("bfloat16", heads, sm, capacity), decode_combine_tile(RANK, sm)
+    sm, constants = chips.chip_of(query), decode_constants(heads, RANK, ROPE, PAGE)
+    tile, combine = decode_tile("bfloat16", heads, sm, capacity, PAGE), decode_combine_tile(RANK, sm)
     head_tiles = cdiv(heads, tile["BLOCK_H"])
     splits = decode_splits(batch, head_tiles, capacity, tile["BLOCK_N"])
     partial = torch.empty(batch, heads, splits, RANK, device=device)
@@ -188,7 +188,7 @@ def _decode_call(heads: int, context: int, batch: int, device: str) -> Callable[
 
     def run() -> None:
         mla_decode.mla_decode_split[(head_tiles, splits, batch)](
-            query, pool, table, past, new, partial, lse, scale, 1, splits, entries, PAGE, pages, **constants.split,
+            query, pool, table, past, new, partial, lse, scale, 1, splits, entries, pages, **constants.split,
             **tile.launch_options(),
         )  # fmt: skip
         mla_decode.mla_decode_combine[(batch * heads, cdiv(RANK, combine["BLOCK_D"]))](

@@ -65,7 +65,9 @@ def _suits(library: Path, bundle: Bundle, sms: Sequence[int]) -> bool:
         manifest = read_manifest(library)
     except BuildError:
         return False
-    same_model = (manifest.dtype, dict(manifest.sizes)) == (bundle.manifest.dtype, fixed_sizes(bundle.manifest.model))
+    ours = bundle.manifest
+    sizes = fixed_sizes(ours.model, ours.cache.page_size)
+    same_model = (manifest.dtype, dict(manifest.sizes)) == (ours.dtype, sizes)
     return same_model and set(sms) <= set(manifest.sms) and bool(sms or manifest.ptx_sms)
 
 

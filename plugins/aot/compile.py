@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
+from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.writing.working import scratch_folder
@@ -43,16 +44,17 @@ def compile_all(
     jobs: int = 1,
     on_progress: Progress | None = None,
     fallback: bool = True,
+    page_size: int = DEFAULT_PAGE_SIZE,
 ) -> tuple[Binary, ...]:
-    """Compile all variants of `config` for all `sms`, in their order, then the PTX fallback.
+    """Compile all variants of `config` for all `sms`, in their order, then the PTX fallback: for pages of `page_size`.
 
     A variant that spills registers is compiled once more with twice its warps, which halves what a thread holds; the
     binary's variant says so. on_progress(done, total) is called after each, in the caller's thread. Raises BuildError
     where a variant spills even so, or does not fit a chip.
     """
-    requests = [Request(variant, sm) for sm in dict.fromkeys(sms) for variant in variants_for(config, dtype, sm)]
+    requests = [Request(v, sm) for sm in dict.fromkeys(sms) for v in variants_for(config, dtype, sm, page_size)]
     if fallback:
-        small = variants_for(config, dtype, FALLBACK_TILES_SM)
+        small = variants_for(config, dtype, FALLBACK_TILES_SM, page_size)
         requests += [Request(variant, FALLBACK_SM, as_ptx=True) for variant in small]
     return tuple(checked(c) for c in _compile_without_spills(requests, jobs, on_progress))
 

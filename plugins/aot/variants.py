@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
@@ -20,11 +21,11 @@ TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # Each kernel's module (in plugins/kernels) and the arguments it takes at launch, in order; T is the op's dtype.
 _WRITE = (
     "pool *T, latent *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, steps i32, table_width i32, "
-    "page_size i32, pages i32"
+    "pages i32"
 )
 _SPLIT = (
     "query *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, partial *fp32, partial_lse *fp32, "
-    "scale_log2 fp32, steps i32, num_splits i32, table_width i32, page_size i32, pages i32"
+    "scale_log2 fp32, steps i32, num_splits i32, table_width i32, pages i32"
 )
 _COMBINE = (
     "partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T, steps i32, "
@@ -32,11 +33,11 @@ _COMBINE = (
 )
 _EXPAND = (
     "pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T, w_uv *T, k_nope *T, value *T, "
-    "first_head i32, capacity i32, table_width i32, page_size i32, pages i32, steps i32"
+    "k_rope *T, first_head i32, capacity i32, table_width i32, pages i32, steps i32"
 )
 _ATTEND = (
-    "query *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, k_nope *T, value *T, attended *T, "
-    "scale_log2 fp32, first_head i32, steps i32, capacity i32, table_width i32, page_size i32, pages i32"
+    "query *T, past_lengths *i32, sequence_lengths *i32, k_nope *T, value *T, k_rope *T, attended *T, "
+    "scale_log2 fp32, first_head i32, steps i32, capacity i32"
 )
 
 
@@ -77,15 +78,15 @@ KERNELS = {
 }
 
 
-def variants_for(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
-    """All variants that `config` needs in `dtype` on the chip `sm`, in a fixed order.
+def variants_for(config: ModelConfig, dtype: str, sm: int, page_size: int = DEFAULT_PAGE_SIZE) -> tuple[Variant, ...]:
+    """All variants that `config` needs in `dtype` on the chip `sm`, in a fixed order, for pages of `page_size` tokens.
 
     Raises BuildError where a dtype, chip or activation has no kernels.
     """
     shared_limit(sm)
     if dtype not in TRITON_TYPES:
         raise BuildError(f"the kernels have no dtype {dtype!r}; export the bundle as one of: {', '.join(TRITON_TYPES)}")
-    rows = _mla_rows(config, dtype, sm)
+    rows = _mla_rows(config, dtype, sm, page_size)
     missing = without_kernel(config)
     if missing:
         raise BuildError(f"{missing}: run it with ort")
@@ -94,18 +95,18 @@ def variants_for(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...
     return rows
 
 
-def _mla_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
+def _mla_rows(config: ModelConfig, dtype: str, sm: int, page: int) -> tuple[Variant, ...]:
     heads, rank, rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
-    decode = constants.decode_constants(heads, rank, rope)
-    prefill = constants.prefill_constants(heads, rank, rope, config.qk_nope_head_dim, config.v_head_dim)
-    split = tiles.decode_tile(dtype, heads, sm, 0)
+    decode = constants.decode_constants(heads, rank, rope, page)
+    prefill = constants.prefill_constants(heads, rank, rope, config.qk_nope_head_dim, config.v_head_dim, page)
+    split = tiles.decode_tile(dtype, heads, sm, 0, page)
     combine = {**decode.combine, "BLOCK_N": split["BLOCK_N"]}
-    write = tiles.write_tile(1, sm)
+    write, write_sizes = tiles.write_tile(1, sm), constants.write_constants(config.latent_dim, page)
     return (
-        _row("MlaDecode", "latent_write", dtype, constants.write_constants(config.latent_dim), write),
+        _row("MlaDecode", "latent_write", dtype, write_sizes, write),
         _row("MlaDecode", "mla_decode_split", dtype, decode.split, split),
         _row("MlaDecode", "mla_decode_combine", dtype, combine, tiles.decode_combine_tile(rank, sm)),
-        _row("MlaPrefill", "latent_write", dtype, constants.write_constants(config.latent_dim), write),
+        _row("MlaPrefill", "latent_write", dtype, write_sizes, write),
         _row("MlaPrefill", "mla_prefill_expand", dtype, prefill.expand, tiles.prefill_expand_tile(dtype, rank, 0, sm)),
         _row("MlaPrefill", "mla_prefill_attend", dtype, prefill.attend, tiles.prefill_attend_tile(dtype, 0, 0, sm)),
     )

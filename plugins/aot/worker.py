@@ -34,12 +34,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A binary and what it costs: registers a thread, bytes spilled, bytes of scratch memory it would need."""
+    """A binary and what it costs: registers a thread, bytes spilled, bytes of scratch memory it would need.
+
+    ttgir is Triton's last form before LLVM's, which says what waits for which load.
+    """
 
     binary: Binary
     registers: int
     spill_bytes: int
     scratch_bytes: int
+    ttgir: str
 
 
 def compile_request(request: Request) -> Compiled:
@@ -66,7 +70,7 @@ def compile_request(request: Request) -> Compiled:
     if meta.num_ctas != 1:
         raise AssertionError(f"{meta.name} wants clusters of {meta.num_ctas} blocks, which the launcher does not do")
     scratch = meta.global_scratch_size + meta.profile_scratch_size
-    return Compiled(binary, *usage_from_log(log.getvalue()), scratch_bytes=scratch)
+    return Compiled(binary, *usage_from_log(log.getvalue()), scratch_bytes=scratch, ttgir=kernel.asm["ttgir"])
 
 
 def usage_from_log(log: str) -> tuple[int, int]:

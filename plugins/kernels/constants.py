@@ -18,9 +18,9 @@ from deepseek_trt.plugins.kernels.launches import (
 Constants = dict[str, int]
 
 
-def write_constants(latent_dim: int) -> Constants:
-    """Constants of latent_write."""
-    return {"D": latent_dim, "BLOCK_D": next_power_of_2(latent_dim)}
+def write_constants(latent_dim: int, page: int) -> Constants:
+    """Constants of latent_write, for pages of `page` tokens."""
+    return {"D": latent_dim, "PAGE": page, "BLOCK_D": next_power_of_2(latent_dim)}
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class DecodeConstants:
     combine: Constants
 
 
-def decode_constants(heads: int, rank: int, rope: int) -> DecodeConstants:
-    """For `heads` query heads over latents of `rank` and rope keys of `rope`."""
+def decode_constants(heads: int, rank: int, rope: int, page: int) -> DecodeConstants:
+    """For `heads` query heads over latents of `rank` and rope keys of `rope`, in pages of `page` tokens."""
     shared = {"H": heads, "LAT": rank, "MIN_TILES": DECODE_MIN_TILES}
     return DecodeConstants(
-        split={**shared, "ROPE": rope, "BLOCK_L": dot_size(rank), "BLOCK_R": dot_size(rope)},
+        split={**shared, "ROPE": rope, "PAGE": page, "BLOCK_L": dot_size(rank), "BLOCK_R": dot_size(rope)},
         combine={**shared, "MAX_SPLITS": DECODE_MAX_SPLITS},
     )
 
@@ -48,13 +48,15 @@ class PrefillConstants:
     attend: Constants
 
 
-def prefill_constants(heads: int, rank: int, rope: int, nope: int, value: int) -> PrefillConstants:
-    """For `heads` heads with keys of `nope` + `rope` and values of `value`, expanded from latents of `rank`."""
-    shared = {"LAT": rank, "ROPE": rope, "NOPE": nope, "VALUE": value}
-    padded = {"BLOCK_NOPE": dot_size(nope), "BLOCK_V": dot_size(value)}
+def prefill_constants(heads: int, rank: int, rope: int, nope: int, value: int, page: int) -> PrefillConstants:
+    """For `heads` heads with keys of `nope` + `rope` and values of `value`, expanded from latents of `rank`.
+
+    The latents lie in pages of `page` tokens.
+    """
+    shared = {"ROPE": rope, "NOPE": nope, "VALUE": value}
+    padded = {"BLOCK_NOPE": dot_size(nope), "BLOCK_R": dot_size(rope), "BLOCK_V": dot_size(value)}
     return PrefillConstants(
-        expand={**shared, **padded},
-        attend={**shared, **padded, "H": heads, "BLOCK_R": dot_size(rope)},
+        expand={**shared, **padded, "LAT": rank, "PAGE": page}, attend={**shared, **padded, "H": heads}
     )
 
 

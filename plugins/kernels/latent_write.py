@@ -4,7 +4,7 @@ Launch, on memory that already holds past_latent (where the output is not past_l
 
     latent_write   grid (cdiv(S, BLOCK_S), B, 1)
         pool *T [P, page, D], latent *T [B, S, D], page_table *i32 [B, M], past_lengths *i32 [B],
-        sequence_lengths *i32 [B], steps i32 = S, table_width i32 = M, page_size i32 = page, pages i32 = P
+        sequence_lengths *i32 [B], steps i32 = S, table_width i32 = M, pages i32 = P
     No workspace.
 """
 
@@ -37,9 +37,9 @@ def latent_write(
     sequence_lengths,
     steps,
     table_width,
-    page_size,
     pages,
     D: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -48,13 +48,13 @@ def latent_write(
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
     mask_s = offs_s < steps
-    capacity = table_width * page_size
+    capacity = table_width * PAGE
     past = clamp_int(tl.load(past_lengths + row), capacity)
     real_s = offs_s < clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
 
     position = past + offs_s
-    page = page_of(page_table, row, position // page_size, table_width, pages, real_s)
-    target = page * page_size + position % page_size
+    page = page_of(page_table, row, position // PAGE, table_width, pages, real_s)
+    target = page * PAGE + position % PAGE
     source = row.to(tl.int64) * steps + offs_s
 
     mask = mask_s[:, None] & (offs_d < D)[None, :]
@@ -75,9 +75,8 @@ def write(pool: Tensor, latent: Tensor, page_table: Tensor, past_lengths: Tensor
         sequence_lengths,
         steps,
         page_table.shape[1],
-        pool.shape[1],
         pool.shape[0],
-        **write_constants(width),
+        **write_constants(width, pool.shape[1]),
         **tile.launch_options(),
     )
     return present

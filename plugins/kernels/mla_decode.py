@@ -13,7 +13,7 @@ tiles = cdiv(Q, BLOCK_H); splits = launches.decode_splits(B, tiles, M * page, BL
         query *T [B, S, H, D], pool *T (present), page_table *i32, past_lengths *i32, sequence_lengths *i32,
         partial *fp32 (workspace 1), partial_lse *fp32 (workspace 2),
         scale_log2 fp32 = scale * log2(e) (product in double, then rounded), steps i32 = S, num_splits i32 = splits,
-        table_width i32 = M, page_size i32 = page, pages i32 = P
+        table_width i32 = M, pages i32 = P
     mla_decode_combine  grid (B * Q, cdiv(L, BLOCK_D), 1)
         partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T [B, S, H, L],
         steps i32 = S, num_splits i32 = splits, capacity i32 = M * page
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from deepseek_trt.plugins.kernels.bounds import clamp_int, page_of
+from deepseek_trt.plugins.kernels.bounds import clamp_int, pages_of_tile
 from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
 from deepseek_trt.plugins.kernels.constants import decode_constants
 from deepseek_trt.plugins.kernels.latent_write import write
@@ -73,11 +73,11 @@ def mla_decode_split(
     steps,
     num_splits,
     table_width,
-    page_size,
     pages,
     H: tl.constexpr,
     LAT: tl.constexpr,
     ROPE: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -88,7 +88,7 @@ def mla_decode_split(
     D: tl.constexpr = LAT + ROPE
     split = tl.program_id(1)
     row = tl.program_id(2)
-    past, length = tokens_of(past_lengths, sequence_lengths, row, steps, table_width * page_size)
+    past, length = tokens_of(past_lengths, sequence_lengths, row, steps, table_width * PAGE)
     tiles = tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES)
     start = split * tiles * BLOCK_N
     end = tl.minimum(start + tiles * BLOCK_N, length)
@@ -109,11 +109,12 @@ def mla_decode_split(
     top = tl.full((BLOCK_H,), -3.0e38, tl.float32)  # finite: a query may see nothing here
     total = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
+    page = pages_of_tile(page_table, row, start, end, table_width, pages, PAGE, BLOCK_N)
     for first in range(start, end, BLOCK_N):
+        next_page = pages_of_tile(page_table, row, first + BLOCK_N, end, table_width, pages, PAGE, BLOCK_N)
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
-        page = page_of(page_table, row, offs_n // page_size, table_width, pages, mask_n)
-        k_ptrs = pool + (page * page_size + offs_n % page_size)[:, None] * D
+        k_ptrs = pool + (page * PAGE + offs_n % PAGE)[:, None] * D
         latent = tl.load(k_ptrs + offs_l[None, :], mask=mask_n[:, None] & mask_l[None, :], other=0.0)
         k_rope = tl.load(k_ptrs + LAT + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
         scores = tl.dot(q_latent, latent.T, input_precision="ieee")
@@ -126,6 +127,7 @@ def mla_decode_split(
         total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(latent.dtype), latent, acc * shrink[:, None], input_precision="ieee")
         top = new_top
+        page = next_page
 
     slot = head * num_splits + split
     mask_out = mask_h[:, None] & mask_l[None, :]
@@ -191,10 +193,11 @@ def run(
 
     present = write(past_latent, latent, page_table, past_lengths, sequence_lengths)
     batch, steps, heads, width = query.shape
-    constants = decode_constants(heads, kv_lora_rank, width - kv_lora_rank)
-    capacity = page_table.shape[1] * past_latent.shape[1]
+    page_size = past_latent.shape[1]
+    constants = decode_constants(heads, kv_lora_rank, width - kv_lora_rank, page_size)
+    capacity = page_table.shape[1] * page_size
     sm = chip_of(query)
-    tile = decode_tile(dtype_name(query), heads, sm, capacity)
+    tile = decode_tile(dtype_name(query), heads, sm, capacity, page_size)
     tiles = cdiv(steps * heads, tile["BLOCK_H"])
     splits = decode_splits(batch, tiles, capacity, tile["BLOCK_N"])
     partial = query.new_empty((batch, steps * heads, splits, kv_lora_rank), dtype=torch.float32)
@@ -211,7 +214,6 @@ def run(
         steps,
         splits,
         page_table.shape[1],
-        past_latent.shape[1],
         past_latent.shape[0],
         **constants.split,
         **tile.launch_options(),

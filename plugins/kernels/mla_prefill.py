@@ -10,16 +10,18 @@ chunk = launches.prefill_chunk_heads = max(1, min(H, 2**30 / (B * T * (N + V) * 
 
     mla_prefill_expand  grid (cdiv(T, BLOCK_T), heads, B)
         pool *T (present), page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T [H, N, L],
-        w_uv *T [H, V, L], k_nope *T (workspace 1), value *T (workspace 2), first_head i32 = first,
-        capacity i32 = T, table_width i32 = M, page_size i32 = page, pages i32 = P, steps i32 = S
+        w_uv *T [H, V, L], k_nope *T (workspace 1), value *T (workspace 2), k_rope *T (workspace 3),
+        first_head i32 = first, capacity i32 = T, table_width i32 = M, pages i32 = P, steps i32 = S
     mla_prefill_attend  grid (cdiv(S, BLOCK_M), heads, B)
-        query *T [B, S, H, N + R], pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32,
-        k_nope *T, value *T, attended *T [B, S, H * V], scale_log2 fp32 = scale * log2(e),
-        first_head i32 = first, steps i32 = S, capacity i32 = T, table_width i32 = M, page_size i32 = page,
-        pages i32 = P
+        query *T [B, S, H, N + R], past_lengths *i32, sequence_lengths *i32, k_nope *T, value *T, k_rope *T,
+        attended *T [B, S, H * V], scale_log2 fp32 = scale * log2(e), first_head i32 = first, steps i32 = S,
+        capacity i32 = T
 
-    workspace 1: B * chunk * T * N * sizeof(T) bytes, [B, heads, T, N]; workspace 2: the same with V for N.
-    Both together are at most max(2**30, B * T * (N + V) * sizeof(T)) bytes.
+    workspace 1: B * chunk * T * N * sizeof(T) bytes, [B, heads, T, N]; workspace 2: the same with V for N;
+    workspace 3: B * T * R * sizeof(T) bytes, [B, T, R], written with head 0 and read with all.
+    The first two together are at most max(2**30, B * T * (N + V) * sizeof(T)) bytes.
+The rope keys are copied out of the pages so that the loop over the keys has no page table in it: what it loads lies in
+rows one after the other, and loads run ahead of the math (benchmarks/kernel_code.py shows it).
 Rows beyond a sequence's length are neither expanded nor read. Query rows that are padding get finite numbers.
 """
 
@@ -55,22 +57,24 @@ def mla_prefill_expand(
     w_uv,
     k_nope,
     value,
+    k_rope,
     first_head,
     capacity,
     table_width,
-    page_size,
     pages,
     steps,
     LAT: tl.constexpr,
     ROPE: tl.constexpr,
     NOPE: tl.constexpr,
     VALUE: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_NOPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Keys and values of BLOCK_T cached tokens for one head: c W_UK^T and c W_UV^T."""
+    """Keys and values of BLOCK_T cached tokens for one head: c W_UK^T and c W_UV^T; and all heads' rope keys, once."""
     D: tl.constexpr = LAT + ROPE
     row = tl.program_id(2)
     past = clamp_int(tl.load(past_lengths + row), capacity)
@@ -85,8 +89,8 @@ def mla_prefill_expand(
     mask_t = offs_t < length
     mask_n = offs_n < NOPE
     mask_v = offs_v < VALUE
-    page = page_of(page_table, row, offs_t // page_size, table_width, pages, mask_t)
-    c_ptrs = pool + (page * page_size + offs_t % page_size)[:, None] * D
+    page = page_of(page_table, row, offs_t // PAGE, table_width, pages, mask_t)
+    c_ptrs = pool + (page * PAGE + offs_t % PAGE)[:, None] * D
     k_ptrs = w_uk + (head * NOPE + offs_n)[:, None] * LAT
     v_ptrs = w_uv + (head * VALUE + offs_v)[:, None] * LAT
 
@@ -106,27 +110,28 @@ def mla_prefill_expand(
     out_v = value + out[:, None] * VALUE + offs_v[None, :]
     tl.store(out_k, acc_k.to(k_nope.dtype.element_ty), mask=mask_t[:, None] & mask_n[None, :])
     tl.store(out_v, acc_v.to(value.dtype.element_ty), mask=mask_t[:, None] & mask_v[None, :])
+    if head == 0:
+        offs_r = tl.arange(0, BLOCK_R)
+        mask_r = mask_t[:, None] & (offs_r < ROPE)[None, :]
+        rope = tl.load(c_ptrs + LAT + offs_r[None, :], mask=mask_r, other=0.0)
+        token = row.to(tl.int64) * capacity + offs_t
+        tl.store(k_rope + token[:, None] * ROPE + offs_r[None, :], rope, mask=mask_r)
 
 
 @triton.jit
 def mla_prefill_attend(
     query,
-    pool,
-    page_table,
     past_lengths,
     sequence_lengths,
     k_nope,
     value,
+    k_rope,
     attended,
     scale_log2,
     first_head,
     steps,
     capacity,
-    table_width,
-    page_size,
-    pages,
     H: tl.constexpr,
-    LAT: tl.constexpr,
     ROPE: tl.constexpr,
     NOPE: tl.constexpr,
     VALUE: tl.constexpr,
@@ -136,8 +141,7 @@ def mla_prefill_attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M queries of one head against all tokens they may see; rope keys come from the pages."""
-    D: tl.constexpr = LAT + ROPE
+    """BLOCK_M queries of one head against all tokens they may see."""
     Q: tl.constexpr = NOPE + ROPE
     row = tl.program_id(2)
     past = clamp_int(tl.load(past_lengths + row), capacity)
@@ -156,6 +160,7 @@ def mla_prefill_attend(
     q_ptrs = query + q_row[:, None] * Q
     q_nope = tl.load(q_ptrs + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0)
     q_rope = tl.load(q_ptrs + NOPE + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+    cached = row.to(tl.int64) * capacity
     expanded = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * capacity
 
     # Tokens that some real query of this tile sees. A tile of padding alone sees none and writes zeros.
@@ -167,15 +172,14 @@ def mla_prefill_attend(
     for first in range(0, end, BLOCK_N):
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
-        page = page_of(page_table, row, offs_n // page_size, table_width, pages, mask_n)
-        r_ptrs = pool + (page * page_size + offs_n % page_size)[:, None] * D + LAT
         token = expanded + offs_n
         k_ptrs = k_nope + token[:, None] * NOPE
+        r_ptrs = k_rope + (cached + offs_n)[:, None] * ROPE
         v_ptrs = value + token[:, None] * VALUE
         keys = tl.load(k_ptrs + offs_c[None, :], mask=mask_n[:, None] & mask_c[None, :], other=0.0)
-        k_rope = tl.load(r_ptrs + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+        ropes = tl.load(r_ptrs + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
         scores = tl.dot(q_nope, keys.T, input_precision="ieee")
-        scores = tl.dot(q_rope, k_rope.T, scores, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q_rope, ropes.T, scores, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         seen = mask_n[None, :] & (offs_n[None, :] <= past + offs_m[:, None])
         scores = tl.where(seen, scores * scale_log2, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))  # finite: every query sees token 0, which is in the first tile
@@ -207,8 +211,8 @@ def run(
     query, page_table, w_uk, w_uv = (t.contiguous() for t in (query, page_table, w_uk, w_uv))
     batch, steps, heads, width = query.shape
     nope, rank, value_dim = w_uk.shape[1], w_uk.shape[2], w_uv.shape[1]
-    constants = prefill_constants(heads, rank, width - nope, nope, value_dim)
     table_width, (pages, page_size, _) = page_table.shape[1], past_latent.shape
+    constants = prefill_constants(heads, rank, width - nope, nope, value_dim, page_size)
     capacity = table_width * page_size
     sm, dtype = chip_of(query), dtype_name(query)
     expand = prefill_expand_tile(dtype, rank, capacity, sm)
@@ -216,6 +220,7 @@ def run(
     chunk = prefill_chunk_heads(batch, capacity, heads, (nope + value_dim) * query.element_size())
     k_nope = query.new_empty((batch, chunk, capacity, nope))
     value = query.new_empty((batch, chunk, capacity, value_dim))
+    k_rope = query.new_empty((batch, capacity, width - nope))
     attended = query.new_empty((batch, steps, heads * value_dim))
     for part in head_chunks(heads, chunk):
         mla_prefill_expand[(cdiv(capacity, expand["BLOCK_T"]), part.count, batch)](
@@ -227,10 +232,10 @@ def run(
             w_uv,
             k_nope,
             value,
+            k_rope,
             part.first,
             capacity,
             table_width,
-            page_size,
             pages,
             steps,
             **constants.expand,
@@ -238,20 +243,16 @@ def run(
         )
         mla_prefill_attend[(cdiv(steps, attend["BLOCK_M"]), part.count, batch)](
             query,
-            present,
-            page_table,
             past_lengths,
             sequence_lengths,
             k_nope,
             value,
+            k_rope,
             attended,
             scale * math.log2(math.e),
             part.first,
             steps,
             capacity,
-            table_width,
-            page_size,
-            pages,
             **constants.attend,
             **attend.launch_options(),
         )

@@ -58,30 +58,41 @@ class DecodeTiles:
 # 16-bit tiles by chip class, and one row for float32, which no matrix unit multiplies in full precision. They are
 # chosen so that nothing spills and all fits at DeepSeek-V2's sizes; which of those that fit is fastest is not measured.
 
-# The more heads share one read of the cache the better, but the accumulator is 512 floats a head.
+# Attention waits for the loads of the tile at hand while those of the next run: that takes three stages, and tiles of
+# which two or three fit the shared memory. benchmarks/kernel_code.py reads it in the compiled code (docs/plugins.md).
+# The more heads share one read of the cache the better, but the accumulator is 512 floats a head. With many heads on
+# "hopper", 64 tokens would halve the steps of the softmax; three stages of them are 294,912 bytes, more than the chip
+# has, and with two nothing overlaps (async_wait 0).
 DECODE = {
-    "small": DecodeTiles(tile(4, 2, BLOCK_H=16, BLOCK_N=32), tile(4, 2, BLOCK_H=16, BLOCK_N=32)),
-    "ampere": DecodeTiles(tile(4, 2, BLOCK_H=16, BLOCK_N=32), tile(8, 2, BLOCK_H=32, BLOCK_N=32)),
-    "hopper": DecodeTiles(tile(4, 2, BLOCK_H=16, BLOCK_N=32), tile(8, 3, BLOCK_H=64, BLOCK_N=32)),
-    "blackwell": DecodeTiles(tile(4, 2, BLOCK_H=16, BLOCK_N=32), tile(8, 2, BLOCK_H=32, BLOCK_N=32)),
+    "small": DecodeTiles(tile(4, 3, BLOCK_H=16, BLOCK_N=32), tile(4, 3, BLOCK_H=16, BLOCK_N=32)),
+    "ampere": DecodeTiles(tile(4, 3, BLOCK_H=16, BLOCK_N=32), tile(8, 3, BLOCK_H=32, BLOCK_N=32)),
+    "hopper": DecodeTiles(tile(4, 3, BLOCK_H=16, BLOCK_N=32), tile(8, 3, BLOCK_H=64, BLOCK_N=32)),
+    "blackwell": DecodeTiles(tile(4, 3, BLOCK_H=16, BLOCK_N=32), tile(8, 3, BLOCK_H=32, BLOCK_N=32)),
 }
-DECODE_F32 = tile(8, 1, BLOCK_H=16, BLOCK_N=16)
+DOT_TOKENS = 16  # the fewest that a matrix unit takes
+# On "small", two tiles of float32 and the queries exceed the shared memory (111,680 bytes): nothing overlaps there.
+DECODE_F32 = {
+    "small": tile(8, 1, BLOCK_H=16, BLOCK_N=16),
+    "ampere": tile(8, 3, BLOCK_H=16, BLOCK_N=16),
+    "hopper": tile(8, 3, BLOCK_H=16, BLOCK_N=16),
+    "blackwell": tile(8, 3, BLOCK_H=16, BLOCK_N=16),
+}
 
 PREFILL_EXPAND = {
-    "small": tile(8, 2, BLOCK_T=64, BLOCK_K=64),
+    "small": tile(8, 3, BLOCK_T=64, BLOCK_K=64),
     "ampere": tile(8, 3, BLOCK_T=64, BLOCK_K=64),
     "hopper": tile(8, 3, BLOCK_T=128, BLOCK_K=64),
     "blackwell": tile(8, 3, BLOCK_T=128, BLOCK_K=64),
 }
-PREFILL_EXPAND_F32 = tile(8, 2, BLOCK_T=32, BLOCK_K=16)
+PREFILL_EXPAND_F32 = tile(8, 3, BLOCK_T=32, BLOCK_K=16)
 
 PREFILL_ATTEND = {
-    "small": tile(8, 2, BLOCK_M=128, BLOCK_N=32),
-    "ampere": tile(8, 2, BLOCK_M=128, BLOCK_N=32),
-    "hopper": tile(8, 2, BLOCK_M=128, BLOCK_N=64),
-    "blackwell": tile(8, 2, BLOCK_M=128, BLOCK_N=64),
+    "small": tile(8, 3, BLOCK_M=128, BLOCK_N=32),
+    "ampere": tile(8, 3, BLOCK_M=128, BLOCK_N=32),
+    "hopper": tile(8, 3, BLOCK_M=128, BLOCK_N=64),
+    "blackwell": tile(8, 3, BLOCK_M=128, BLOCK_N=64),
 }
-PREFILL_ATTEND_F32 = tile(8, 2, BLOCK_M=32, BLOCK_N=16)
+PREFILL_ATTEND_F32 = tile(8, 3, BLOCK_M=32, BLOCK_N=16)
 
 
 @dataclass(frozen=True)
@@ -136,14 +147,17 @@ def write_tile(steps: int, sm: int) -> Tile:
     return tile(BLOCK_S=min(next_power_of_2(steps), 256)) if sm == INTERPRETER else WRITE
 
 
-def decode_tile(dtype: str, heads: int, sm: int, capacity: int) -> Tile:
-    """The tile of mla_decode_split."""
+def decode_tile(dtype: str, heads: int, sm: int, capacity: int, page: int) -> Tile:
+    """The tile of mla_decode_split: of tokens of one page where pages of `page` tokens allow it."""
     if sm == INTERPRETER:
         return tile(BLOCK_H=_fit(heads, 128), BLOCK_N=_fit(capacity, 256))
     if dtype == "float32":
-        return DECODE_F32
+        return DECODE_F32[chip_class(sm)]
     row = DECODE[chip_class(sm)]
-    return row.few if heads <= 16 else row.many
+    chosen = row.few if heads <= 16 else row.many
+    if page % chosen["BLOCK_N"] == 0 or page % DOT_TOKENS:
+        return chosen
+    return tile(chosen.num_warps, chosen.num_stages, BLOCK_H=chosen["BLOCK_H"], BLOCK_N=DOT_TOKENS)
 
 
 def decode_combine_tile(rank: int, sm: int) -> Tile:

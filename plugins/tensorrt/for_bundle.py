@@ -65,6 +65,7 @@ def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLib
         manifest.model,
         manifest.dtype,
         request.sms,
+        page_size=manifest.cache.page_size,
         jobs=request.jobs,
         on_progress=report.advance,
         fallback=request.fallback,
@@ -72,7 +73,15 @@ def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLib
     folder = bundle.path / PLUGINS_FOLDER
     if not is_listed(bundle):
         _clear(folder)
-    made = build_library(binaries, manifest.model, manifest.dtype, folder, cxx=request.cxx, say=report.say)
+    made = build_library(
+        binaries,
+        manifest.model,
+        manifest.dtype,
+        folder,
+        page_size=manifest.cache.page_size,
+        cxx=request.cxx,
+        say=report.say,
+    )
     list_added(bundle.path, _FILES)
     return made
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.files import file_sha256
@@ -58,17 +59,19 @@ def build_library(
     dtype: str,
     out_dir: Path,
     *,
+    page_size: int = DEFAULT_PAGE_SIZE,
     cxx: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> PluginLibrary:
     """Compile `binaries` and the plugins that launch them into a library in `out_dir`.
 
+    `page_size` is the one that the binaries were compiled for.
     `cxx` names a compiler to use instead of zig. Where `out_dir` holds a library made of the same inputs, nothing is
     compiled. Raises BuildError where headers or compiler are missing, or fail.
     """
     headers, compiler = find_headers(), find_compiler(cxx)
     tables = codegen.kernel_tables(binaries)
-    files = source_files(tables, config, dtype)
+    files = source_files(tables, config, dtype, page_size)
     inputs = _inputs_sha256(files, headers, compiler)
 
     path = out_dir / LIBRARY
@@ -82,7 +85,7 @@ def build_library(
     files["library_id.cpp"] = codegen.library_id_source(inputs[:16]).encode()
     with working_folder(path, wait=True) as folder:
         made = _compile(folder, files, headers, compiler)
-        manifest = _manifest(tables, config, dtype, headers, compiler, inputs, made)
+        manifest = _manifest(tables, fixed_sizes(config, page_size), dtype, headers, compiler, inputs, made)
         _publish(made, manifest, path)
     return PluginLibrary(path, manifest.sha256, built=True)
 
@@ -116,7 +119,7 @@ def _compile(folder: Path, files: Mapping[str, bytes], headers: Headers, compile
 
 def _manifest(
     tables: Sequence[codegen.KernelTable],
-    config: ModelConfig,
+    sizes: Mapping[str, int],
     dtype: str,
     headers: Headers,
     compiler: Compiler,
@@ -131,7 +134,7 @@ def _manifest(
         library_id=inputs_sha256[:16],
         inputs_sha256=inputs_sha256,
         dtype=dtype,
-        sizes=fixed_sizes(config),
+        sizes=sizes,
         ops=ops_of(tables),
         sms=sorted({b.sm for b in binaries if not b.is_ptx}),
         ptx_sms=sorted({b.sm for b in binaries if b.is_ptx}),

@@ -1,7 +1,7 @@
 """C++ tables of the ops, generated from each OpSpec: names, dtypes, sizes, aliases, attributes.
 
-A size symbol of an OpSpec is fixed where the model fixes it ("H" is num_attention_heads), and free otherwise ("B"). An
-output `present_X` is the memory of the input `past_X`.
+A size symbol of an OpSpec is fixed where the model ("H" is num_attention_heads) or its cache ("page") fixes it, and
+free otherwise ("B"). An output `present_X` is the memory of the input `past_X`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.bundle.recipes import split_rows
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
@@ -25,8 +26,8 @@ TENSORRT_TYPES = {"float32": "kFLOAT", "float16": "kHALF", "bfloat16": "kBF16", 
 ATTRIBUTE_TYPES = {"int": "int32_t", "float": "float", "string": "std::string"}
 
 
-def fixed_sizes(config: ModelConfig) -> dict[str, int]:
-    """Every size symbol of the ops that the model fixes."""
+def fixed_sizes(config: ModelConfig, page_size: int = DEFAULT_PAGE_SIZE) -> dict[str, int]:
+    """Every size symbol of the ops that the model, or its cache with pages of `page_size` tokens, fixes."""
     return {
         "H": config.num_attention_heads,
         "D": config.latent_dim,
@@ -38,6 +39,7 @@ def fixed_sizes(config: ModelConfig) -> dict[str, int]:
         "K": config.num_experts_per_tok,
         "I": config.moe_intermediate_size,
         "hidden": config.hidden_size,
+        "page": page_size,
     }
 
 

@@ -20,13 +20,15 @@ def ops_of(tables: Sequence[codegen.KernelTable]) -> tuple[str, ...]:
     return tuple(op.name for op in OPS if op.name in compiled)
 
 
-def source_files(tables: Sequence[codegen.KernelTable], config: ModelConfig, dtype: str) -> dict[str, bytes]:
+def source_files(
+    tables: Sequence[codegen.KernelTable], config: ModelConfig, dtype: str, page_size: int
+) -> dict[str, bytes]:
     """Contents by file name. `library_id.cpp` is left out: the id follows from the others."""
     ops = ops_of(tables)
     absent = {f"{codegen.snake_case(op.name)}.cpp" for op in OPS if op.name not in ops}
     written = written_sources(Path(__file__).parent / "csrc")
     files = {name: content for name, content in written.items() if name not in absent}
-    sizes = fixed_sizes(config)
+    sizes = fixed_sizes(config, page_size)
     texts = {
         "op_tables.h": ops_header([OpTable(in_parts(op, sizes), dtype, sizes) for op in OPS if op.name in ops]),
         "kernel_tables.h": codegen.kernels_header(tables, dtype),

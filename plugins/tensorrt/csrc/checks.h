@@ -24,4 +24,7 @@ inline void check_alike(char const* tile, int64_t first, int64_t second) {
     }
 }
 
+// A kernel takes the page size as a constant.
+inline void check_page(int64_t compiled, int64_t page) { check_alike("the page size", compiled, page); }
+
 }  // namespace deepseek_trt

@@ -86,7 +86,7 @@ def test_refuses_what_does_not_fit_the_chip():
 
 def fabricated(shared=0, spill=0, scratch=0, sm=86, is_ptx=False):
     binary = Binary(variant("moe_down"), sm, is_ptx, "moe_down", shared, 128, b"", "")
-    return Compiled(binary, registers=255, spill_bytes=spill, scratch_bytes=scratch)
+    return Compiled(binary, registers=255, spill_bytes=spill, scratch_bytes=scratch, ttgir="")
 
 
 @pytest.mark.parametrize(

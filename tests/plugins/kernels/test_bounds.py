@@ -121,4 +121,4 @@ def test_the_watch_sees_a_stray_load():
     given = [torch.randn(2, 4, 12), torch.randn(1, 1, 12), torch.tensor([[5]]).int(), torch.tensor([0]).int()]
     given.append(torch.tensor([1]).int())
     with pytest.raises(Exception, match="out of bounds"):
-        latent_write[(1, 1)](*given, 1, 1, 4, 6, D=12, BLOCK_S=1, BLOCK_D=16)
+        latent_write[(1, 1)](*given, 1, 1, 6, D=12, PAGE=4, BLOCK_S=1, BLOCK_D=16)

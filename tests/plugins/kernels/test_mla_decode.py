@@ -26,6 +26,9 @@ CASES = [  # dtype, heads, rank, rope, page, lengths of the cache, new tokens, t
     (F16, 3, 48, 8, 7, (20, 0, 13), (4, 1, 8), 90),
     (BF16, 20, 128, 64, 16, (31, 2), (7, 8), 90),
     (BF16, 16, 64, 16, 64, (63, 60), (8, 8), 86),
+    (F16, 20, 64, 16, 64, (200, 0, 1, 130), (1, 1, 1, 1), 90),  # tiles within a page: its number is carried along
+    (BF16, 20, 32, 16, 32, (300, 31), (3, 8), 86),
+    (BF16, 4, 32, 16, 48, (95, 47), (1, 2), 86),  # pages of three tiles
 ]
 
 

@@ -24,7 +24,7 @@ ONNX_TYPES = {
     "bfloat16": TensorProto.BFLOAT16,
     "int32": TensorProto.INT32,
 }
-FREE = {"B": (1, 8), "S": (1, 64), "P": (2, 33), "page": (16, 16), "M": (1, 4), "T": (1, 512)}  # smallest, largest
+FREE = {"B": (1, 8), "S": (1, 64), "P": (2, 33), "M": (1, 4), "T": (1, 512)}  # smallest, largest
 SPECS = {op.name: op for op in OPS}
 
 

@@ -28,8 +28,8 @@ def table(op: str, config: ModelConfig, dtype: str = "float16") -> OpTable:
 @pytest.mark.parametrize(
     ("op", "free"),
     [
-        ("MlaPrefill", ("B", "S", "P", "page", "M")),
-        ("MlaDecode", ("B", "S", "P", "page", "M")),
+        ("MlaPrefill", ("B", "S", "P", "M")),
+        ("MlaDecode", ("B", "S", "P", "M")),
         ("MoeRouter", ("T",)),
         ("MoeBiasedRouter", ("T",)),
         ("MoeExperts", ("T",)),
@@ -80,7 +80,7 @@ def test_ops_header_holds_contract(plugin_config: ModelConfig) -> None:
     for line in (
         '{"query", nvinfer1::DataType::kHALF, -1, -1, 4, {{"B", 0, 0}, {"S", 1, 0}, {"H", -1, 4}, {"D", -1, 48}}},',
         '{"past_lengths", nvinfer1::DataType::kINT32, -1, -1, 1, {{"B", 0, 0}}},',
-        '{"present_latent", nvinfer1::DataType::kHALF, 2, -1, 3, {{"P", 2, 0}, {"page", 3, 0}, {"D", -1, 48}}},',
+        '{"present_latent", nvinfer1::DataType::kHALF, 2, -1, 3, {{"P", 2, 0}, {"page", -1, 64}, {"D", -1, 48}}},',
         'visitor("kv_lora_rank", attributes.kv_lora_rank);',
         "float scale{};",
     ):
@@ -104,7 +104,7 @@ def test_order_of_binaries_does_not_matter(plugin_config: ModelConfig, uncompile
 
 def test_dense_model_has_attention_only(plugin_config: ModelConfig, uncompiled: Callable[..., list[Binary]]) -> None:
     dense = dataclasses.replace(plugin_config, n_routed_experts=0)
-    files = source_files(codegen.kernel_tables(uncompiled(dense)), dense, "float16")
+    files = source_files(codegen.kernel_tables(uncompiled(dense)), dense, "float16", 64)
     assert "mla_decode.cpp" in files
     assert not {"moe_router.cpp", "moe_experts.cpp"} & files.keys()
     assert b"moe_" not in files["all.cpp"]
@@ -143,7 +143,7 @@ def compile_launches(
     """Raises BuildError where moe_router does not take these arguments."""
     folder: Path = tmp_path_factory.mktemp("launches")
     tables = codegen.kernel_tables(uncompiled(plugin_config))
-    for name, content in source_files(tables, plugin_config, "bfloat16").items():
+    for name, content in source_files(tables, plugin_config, "bfloat16", 64).items():
         (folder / name).write_bytes(content)
 
     def compile_all(arguments: Sequence[str]) -> None:

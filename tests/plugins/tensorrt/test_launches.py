@@ -138,7 +138,7 @@ def decode(e: Expected, n: Sizes) -> None:
     splits = launches.decode_splits(n["B"], tiles, capacity, e.tile("mla_decode_split", "BLOCK_N"))
     partial = e.take(n["B"] * queries * splits * rank * 4)
     lse = e.take(n["B"] * queries * splits * 4)
-    paging = [n["M"], n["page"], n["P"]]
+    paging = [n["M"], n["P"]]
     lengths = ["past_lengths", "sequence_lengths"]
     rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
     e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", "page_table", *lengths, n["S"], *paging])
@@ -151,21 +151,22 @@ def decode(e: Expected, n: Sizes) -> None:
 
 
 def prefill(e: Expected, n: Sizes) -> None:
-    capacity, paging = n["M"] * n["page"], [n["M"], n["page"], n["P"]]
+    capacity, paging = n["M"] * n["page"], [n["M"], n["P"]]
     chunk = launches.prefill_chunk_heads(n["B"], capacity, n["H"], (n["N"] + n["V"]) * ELEMENT)
     k_nope = e.take(n["B"] * chunk * capacity * n["N"] * ELEMENT)
     value = e.take(n["B"] * chunk * capacity * n["V"] * ELEMENT)
+    k_rope = e.take(n["B"] * capacity * n["R"] * ELEMENT)
     lengths = ["page_table", "past_lengths", "sequence_lengths"]
     rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
     e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", *lengths, n["S"], *paging])
     for part in launches.head_chunks(n["H"], chunk):
-        expand = ["present_latent", *lengths, "w_uk", "w_uv", k_nope, value, part.first, capacity, *paging, n["S"]]
+        expanded = [k_nope, value, k_rope]
+        expand = ["present_latent", *lengths, "w_uk", "w_uv", *expanded, part.first, capacity, *paging, n["S"]]
         tokens = cdiv(capacity, e.tile("mla_prefill_expand", "BLOCK_T"))
         e.launch("mla_prefill_expand", [tokens, part.count, n["B"]], expand)
-        attend = ["query", "present_latent", *lengths, k_nope, value, "attended", SCALE * math.log2(math.e)]
+        attend = ["query", *lengths[1:], *expanded, "attended", SCALE * math.log2(math.e)]
         steps = cdiv(n["S"], e.tile("mla_prefill_attend", "BLOCK_M"))
-        args = [*attend, part.first, n["S"], capacity, *paging]
-        e.launch("mla_prefill_attend", [steps, part.count, n["B"]], args)
+        e.launch("mla_prefill_attend", [steps, part.count, n["B"]], [*attend, part.first, n["S"], capacity])
 
 
 def router(e: Expected, n: Sizes) -> None:
@@ -209,7 +210,7 @@ CASES: list[tuple[str, Sizes]] = [
     ("MlaDecode", {"B": 1, "S": 1, "P": 40, "page": 64, "M": 4}),
     ("MlaDecode", {"B": 1, "S": 1, "P": 5000, "page": 64, "M": 2000}),
     ("MlaDecode", {"B": 8, "S": 1, "P": 300, "page": 64, "M": 32}),
-    ("MlaDecode", {"B": 512, "S": 1, "P": 2000, "page": 16, "M": 3}),
+    ("MlaDecode", {"B": 512, "S": 1, "P": 2000, "page": 64, "M": 3}),
     ("MlaDecode", {"B": 1, "S": 8, "P": 5000, "page": 64, "M": 2000}),
     ("MlaDecode", {"B": 3, "S": 5, "P": 300, "page": 64, "M": 32}),
     ("MlaPrefill", {"B": 1, "S": 1, "P": 9, "page": 64, "M": 1}),

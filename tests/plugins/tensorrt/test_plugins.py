@@ -129,6 +129,7 @@ def test_types_formats_and_aliases_follow_the_contract(drive: Drive, plugin_libr
             "input query, axis 2 (H) is 8, but this plugin library was made for",
         ),
         ({"past_latent": "in bf16 3 9 64 576"}, "configure", "input past_latent, axis 2 (D) is 576, but this plugin"),
+        ({"past_latent": "in bf16 3 9 16 48"}, "configure", "input past_latent, axis 1 (page) is 16, but this plugin"),
         ({"query": "in bf16 1 2 3 192"}, "configure", "input query must have 4 dimensions, not 3"),
         ({"query": "in bf16 1 2 3 8 48"}, "reshape", "where it is 4; run `deepseek-trt plugins` for this model"),
         ({"latent": "in bf16 2 2 2 48"}, "reshape", "input latent, axis 1 (S) is 2, but another input's is 3"),

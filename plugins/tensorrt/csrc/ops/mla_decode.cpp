@@ -63,6 +63,8 @@ struct Op {
         auto const& combine = call.kernels.get<MlaDecodeCombine>(capacity);
         check_alike("BLOCK_N", split.constants().BLOCK_N, combine.constants().BLOCK_N);
         check_alike("MIN_TILES", split.constants().MIN_TILES, combine.constants().MIN_TILES);
+        check_page(write.constants().PAGE, Sizes::page);
+        check_page(split.constants().PAGE, Sizes::page);
         check_alike("MAX_SPLITS", kDecodeMaxSplits, combine.constants().MAX_SPLITS);
 
         int64_t const pieces = splits(call.sizes, split.constants());
@@ -70,12 +72,10 @@ struct Op {
         Workspace const w = lay_out(arena, B * S * pieces);
 
         launch(write, {ceil_div(S, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
-            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(page),
-            as_i32(call.sizes.P));
+            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(call.sizes.P));
         launch(split, {tiles(S, split.constants()), pieces, B}, call.stream, call.in.query, call.out.present_latent,
             call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, w.partial, w.partial_lse,
-            base_2_scale(call.attributes.scale), as_i32(S), as_i32(pieces), as_i32(M), as_i32(page),
-            as_i32(call.sizes.P));
+            base_2_scale(call.attributes.scale), as_i32(S), as_i32(pieces), as_i32(M), as_i32(call.sizes.P));
         launch(combine, {B * S * Sizes::H, ceil_div(Sizes::L, combine.constants().BLOCK_D)}, call.stream, w.partial,
             w.partial_lse, call.in.past_lengths, call.in.sequence_lengths, call.out.attended, as_i32(S), as_i32(pieces),
             as_i32(capacity));

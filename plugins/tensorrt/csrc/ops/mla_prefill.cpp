@@ -17,14 +17,17 @@ struct Op {
     struct Workspace {
         Ptr<T> k_nope;
         Ptr<T> value;
+        Ptr<T> k_rope;
     };
 
     static void check(Spec::Attributes const&) {}
 
-    // Room for the expanded keys and values of `rows` = B * heads * capacity.
-    static Workspace lay_out(Arena& arena, int64_t rows) {
+    // Room for the expanded keys and values of `rows` = B * heads * capacity, and the rope keys of `tokens` =
+    // B * capacity.
+    static Workspace lay_out(Arena& arena, int64_t rows, int64_t tokens) {
         auto k_nope = arena.take<T>(rows * Sizes::N * kElementBytes);
-        return {k_nope, arena.take<T>(rows * Sizes::V * kElementBytes)};
+        auto value = arena.take<T>(rows * Sizes::V * kElementBytes);
+        return {k_nope, value, arena.take<T>(tokens * Sizes::R * kElementBytes)};
     }
 
     // Heads expanded at a time, so that the workspace stays within its bound.
@@ -38,7 +41,7 @@ struct Op {
         int64_t const head_rows = largest.B * largest.M * largest.page;
         int64_t const bounded_rows = kPrefillWorkspace / ((Sizes::N + Sizes::V) * kElementBytes);
         Arena arena;
-        lay_out(arena, std::min(head_rows * Sizes::H, std::max(bounded_rows, head_rows)));
+        lay_out(arena, std::min(head_rows * Sizes::H, std::max(bounded_rows, head_rows)), head_rows);
         return arena.size();
     }
 
@@ -47,12 +50,12 @@ struct Op {
         int64_t const capacity = M * page;
         int64_t const chunk = chunk_heads(call.sizes);
         Arena arena(call.workspace);
-        Workspace const w = lay_out(arena, B * chunk * capacity);
+        Workspace const w = lay_out(arena, B * chunk * capacity, B * capacity);
 
         auto const& write = call.kernels.get<LatentWrite>(S);
+        check_page(write.constants().PAGE, Sizes::page);
         launch(write, {ceil_div(S, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
-            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(page),
-            as_i32(call.sizes.P));
+            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(call.sizes.P));
         for (int64_t first = 0; first < Sizes::H; first += chunk) {
             launch_heads(call, w, first, std::min(chunk, Sizes::H - first));
         }
@@ -64,13 +67,13 @@ struct Op {
         int64_t const capacity = M * page;
         auto const& expand = call.kernels.get<MlaPrefillExpand>(capacity);
         auto const& attend = call.kernels.get<MlaPrefillAttend>(S);
+        check_page(expand.constants().PAGE, Sizes::page);
         launch(expand, {ceil_div(capacity, expand.constants().BLOCK_T), heads, B}, call.stream, call.out.present_latent,
             call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, call.in.w_uk, call.in.w_uv, w.k_nope,
-            w.value, as_i32(first), as_i32(capacity), as_i32(M), as_i32(page), as_i32(call.sizes.P), as_i32(S));
+            w.value, w.k_rope, as_i32(first), as_i32(capacity), as_i32(M), as_i32(call.sizes.P), as_i32(S));
         launch(attend, {ceil_div(S, attend.constants().BLOCK_M), heads, B}, call.stream, call.in.query,
-            call.out.present_latent, call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, w.k_nope,
-            w.value, call.out.attended, base_2_scale(call.attributes.scale), as_i32(first), as_i32(S), as_i32(capacity),
-            as_i32(M), as_i32(page), as_i32(call.sizes.P));
+            call.in.past_lengths, call.in.sequence_lengths, w.k_nope, w.value, w.k_rope, call.out.attended,
+            base_2_scale(call.attributes.scale), as_i32(first), as_i32(S), as_i32(capacity));
     }
 };
 
