@@ -1,7 +1,7 @@
 """The table of what gets compiled: for one model, dtype and chip, each kernel with its constants and tiles.
 
-Row dtype is that of the op's T (float32 for routers, whose logits are float32 in every model). max_tokens is 0, any
-count, everywhere but for moe_gate_up and moe_down, where it counts T, the tokens of one call.
+Row dtype is that of the op's T (float32 for routers and sampling, whose logits are float32 in every model). max_tokens
+is 0, any count, everywhere but for moe_gate_up and moe_down, where it counts T, the tokens of one call.
 """
 
 from __future__ import annotations
@@ -39,11 +39,20 @@ _ATTEND = (
     "query *T, past_lengths *i32, sequence_lengths *i32, k_nope *T, value *T, k_rope *T, attended *T, "
     "scale_log2 fp32, first_head i32, steps i32, capacity i32"
 )
+_ADJUST = (
+    "logits *fp32, adjusted *fp32, places *i32, starts *i32, ids *i32, counts *fp32, biases *fp32, "
+    "repetitions *fp32, presences *fp32, frequencies *fp32"
+)
+_PICK = (
+    "logits *fp32, adjusted *fp32, places *i32, starts *i32, keys *i64, draws *i64, steepness *fp32, top_ps *fp64, "
+    "top_ks *i32, leasts *i32, wanted *i32, tokens *i32, used *i64, totals *fp64, bests *fp32, owns *fp32, "
+    "top_ids *i32, top_logits *fp32"
+)
 
 
 @dataclass(frozen=True)
 class KernelSource:
-    """Where a kernel is written, and its launch arguments as "name type, name type"."""
+    """Where a kernel is written in plugins/kernels, and its launch arguments as "name type, name type"."""
 
     module: str
     args: str
@@ -75,7 +84,10 @@ KERNELS = {
         "moe_experts", "inner *T, down_proj *T, outer *T, sorted_slots *i32, block_expert *i32, slots i32"
     ),
     "moe_combine": KernelSource("moe_experts", "outer *T, weights *fp32, output *T, tokens i32"),
+    "sample_adjust": KernelSource("sampling.adjust", _ADJUST),
+    "sample_pick": KernelSource("sampling.pick", _PICK),
 }
+SAMPLING = "Sampling"  # no op of a graph: a session launches its kernels itself, after a graph has run
 
 
 def variants_for(config: ModelConfig, dtype: str, sm: int, page_size: int = DEFAULT_PAGE_SIZE) -> tuple[Variant, ...]:
@@ -92,7 +104,7 @@ def variants_for(config: ModelConfig, dtype: str, sm: int, page_size: int = DEFA
         raise BuildError(f"{missing}: run it with ort")
     if config.n_routed_experts and config.num_experts_per_tok:
         rows += _router_rows(config, sm) + _experts_rows(config, dtype, sm)
-    return rows
+    return rows + _sampling_rows(config.vocab_size, sm)
 
 
 def _mla_rows(config: ModelConfig, dtype: str, sm: int, page: int) -> tuple[Variant, ...]:
@@ -138,6 +150,14 @@ def _experts_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ..
         rows.append(_row("MoeExperts", "moe_down", dtype, gemm.down, bucket.tiles.down, most))
     rows.append(_row("MoeExperts", "moe_combine", dtype, gemm.combine, tiles.combine_tile(1, width, sm)))
     return tuple(rows)
+
+
+def _sampling_rows(vocab: int, sm: int) -> tuple[Variant, ...]:
+    sizes = constants.sampling_constants(vocab)
+    return (
+        _row(SAMPLING, "sample_adjust", "float32", sizes.adjust, tiles.sample_adjust_tile(sm)),
+        _row(SAMPLING, "sample_pick", "float32", sizes.pick, tiles.sample_pick_tile(vocab, sm)),
+    )
 
 
 def _row(op: str, kernel: str, dtype: str, dims: constants.Constants, size: tiles.Tile, max_tokens: int = 0) -> Variant:

@@ -11,6 +11,7 @@ from deepseek_trt.plugins.kernels.launches import (
     DECODE_MAX_SPLITS,
     DECODE_MIN_TILES,
     DISPATCH_CHUNK,
+    SAMPLING_TOPS,
     dot_size,
     next_power_of_2,
 )
@@ -109,3 +110,16 @@ def experts_constants(hidden: int, inter: int, top_k: int) -> ExpertsConstants:
         down={"HIDDEN": hidden, "INTER": inter},
         combine={"HIDDEN": hidden, "TOPK": top_k},
     )
+
+
+@dataclass(frozen=True)
+class SamplingConstants:
+    """Constants of sample_adjust and sample_pick."""
+
+    adjust: Constants
+    pick: Constants
+
+
+def sampling_constants(vocab: int) -> SamplingConstants:
+    """For logits of `vocab` tokens."""
+    return SamplingConstants(adjust={"VOCAB": vocab}, pick={"VOCAB": vocab, "MOST": SAMPLING_TOPS})

@@ -25,6 +25,9 @@ KERNEL_MODULES = (
     "moe_biased_router",
     "moe_dispatch",
     "moe_experts",
+    "sampling.passes",
+    "sampling.adjust",
+    "sampling.pick",
 )
 
 _enabled = False
@@ -94,10 +97,11 @@ def _repairs(builder: Any, handle: Any, tl: Any) -> dict[str, Callable[..., Any]
     """Methods for the interpreter's builder.
 
     The stock one keeps bfloat16 as uint16 and does arithmetic on the bit patterns, and it truncates where it converts
-    from float32 (triton 3.6 to 3.9). Also, numpy's warnings of inf - inf and overflow are silenced, as on a GPU.
+    from float32 (triton 3.6 to 3.9). Its fused multiply-add rounds twice. Also, numpy's warnings of inf - inf and
+    overflow are silenced, as on a GPU.
     """
     stock = {name: getattr(builder, name) for name in ("create_dot", "binary_op", "unary_op", "cast_impl")}
-    stock_fp_to_fp = builder.create_fp_to_fp
+    stock_fp_to_fp, stock_fma = builder.create_fp_to_fp, builder.create_fma
 
     def is_bf16(x: Any) -> bool:
         return bool(x.dtype.scalar == tl.bfloat16)
@@ -133,6 +137,12 @@ def _repairs(builder: Any, handle: Any, tl: Any) -> dict[str, Callable[..., Any]
             return cast_impl(self, x, dtype)
         return stock_fp_to_fp(self, x, dtype, rounding)
 
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.dtype.scalar != tl.float32:
+            return stock_fma(self, x, y, z)
+        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return handle(wide.astype(np.float32), tl.float32)
+
     def create_cast(self: Any, x: Any, dtype: Any) -> Any:
         return self.cast_impl(x, dtype)
 
@@ -143,5 +153,6 @@ def _repairs(builder: Any, handle: Any, tl: Any) -> dict[str, Callable[..., Any]
         "unary_op": unary_op,
         "cast_impl": cast_impl,
         "create_fp_to_fp": create_fp_to_fp,
+        "create_fma": create_fma,
         **casts,
     }

@@ -13,6 +13,7 @@ DECODE_PROGRAMS = 256  # about two programs for each SM of the largest chips
 DECODE_MAX_SPLITS = 128
 DECODE_MIN_TILES = 4  # a split shorter than this many tiles costs more to combine than it saves
 PREFILL_WORKSPACE = 1 << 30  # bytes of expanded keys and values at a time
+SAMPLING_TOPS = 32  # likeliest tokens a row may ask for: each is a pass over its logits
 DISPATCH_CHUNK = 128  # slots one program of the counting sort ranks
 
 

@@ -136,6 +136,8 @@ DECODE_COMBINE = tile(4, BLOCK_S=16, BLOCK_D=128)
 ROUTER = tile(4, BLOCK_T=4)
 DISPATCH_OFFSETS = tile(8, BLOCK_C=16, BLOCK_B=64)
 COMBINE = tile(4, BLOCK_T=1, BLOCK_D=1024)
+SAMPLE_ADJUST = tile(4, BLOCK=1024)
+SAMPLE_PICK = tile(8, 1, BLOCK=2048, ROWS=8)  # one block a row, and eight logits a thread: more spill
 
 
 def _fit(n: int, most: int) -> int:
@@ -238,3 +240,15 @@ def combine_tile(tokens: int, width: int, sm: int) -> Tile:
     if sm == INTERPRETER:
         return tile(BLOCK_T=min(next_power_of_2(tokens), 256), BLOCK_D=next_power_of_2(width))
     return COMBINE
+
+
+def sample_adjust_tile(sm: int) -> Tile:
+    """The tile of sample_adjust."""
+    return SAMPLE_ADJUST
+
+
+def sample_pick_tile(vocab: int, sm: int) -> Tile:
+    """The tile of sample_pick."""
+    if sm == INTERPRETER:
+        return tile(BLOCK=min(next_power_of_2(vocab), 32768), ROWS=min(next_power_of_2(-(-vocab // 256)), 128))
+    return SAMPLE_PICK

@@ -14,7 +14,6 @@ from pathlib import Path
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
-from deepseek_trt.export.files import file_sha256
 from deepseek_trt.export.writing.working import remove_leftover, working_folder
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.cxx import Compiler, find_compiler
@@ -126,11 +125,11 @@ def _manifest(
     inputs_sha256: str,
     library: Path,
 ) -> Manifest:
-    binaries = [b for table in tables for b in table.binaries]
+    binaries, content = [b for table in tables for b in table.binaries], library.read_bytes()
     return Manifest(
         schema=SCHEMA,
         made_by=f"deepseek-trt plugins {version_of('deepseek-trt')}",
-        sha256=file_sha256(library),
+        sha256=hashlib.sha256(content).hexdigest(),
         library_id=inputs_sha256[:16],
         inputs_sha256=inputs_sha256,
         dtype=dtype,
@@ -144,7 +143,7 @@ def _manifest(
             "compiler": compiler.identity,
             "nvinfer_headers": headers.version,
         },
-        binaries=[binary_row(b) for b in binaries],
+        binaries=[binary_row(b, content.index(b.image)) for b in binaries],
     )
 
 

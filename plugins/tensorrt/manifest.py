@@ -63,8 +63,8 @@ def read_manifest(library: Path) -> Manifest:
     return manifest
 
 
-def binary_row(binary: Binary) -> dict[str, Any]:
-    """The manifest's row of a binary: without its image."""
+def binary_row(binary: Binary, offset: int) -> dict[str, Any]:
+    """The manifest's row of a binary, whose image lies so many bytes into the library."""
     v = binary.variant
     return {
         "op": v.op,
@@ -76,6 +76,7 @@ def binary_row(binary: Binary) -> dict[str, Any]:
         "entry": binary.entry,
         "shared_bytes": binary.shared_bytes,
         "threads": binary.threads,
+        "offset": offset,
         "bytes": len(binary.image),
         "sha256": binary.sha256,
         "constants": dict(v.constexprs),

@@ -25,14 +25,15 @@ def source_files(
 ) -> dict[str, bytes]:
     """Contents by file name. `library_id.cpp` is left out: the id follows from the others."""
     ops = ops_of(tables)
+    launched = [table for table in tables if table.op in ops]  # by plugins; a session launches the others itself
     absent = {f"{codegen.snake_case(op.name)}.cpp" for op in OPS if op.name not in ops}
     written = written_sources(Path(__file__).parent / "csrc")
     files = {name: content for name, content in written.items() if name not in absent}
     sizes = fixed_sizes(config, page_size)
     texts = {
         "op_tables.h": ops_header([OpTable(in_parts(op, sizes), dtype, sizes) for op in OPS if op.name in ops]),
-        "kernel_tables.h": codegen.kernels_header(tables, dtype),
-        "tables.cpp": codegen.tables_source(tables, ops),
+        "kernel_tables.h": codegen.kernels_header(launched, dtype),
+        "tables.cpp": codegen.tables_source(launched, ops),
         "images.S": codegen.images_assembly(tables),
         "exports.map": codegen.EXPORTS_MAP,
         "all.cpp": codegen.unity_source([*(n for n in files if n.endswith(".cpp")), "tables.cpp", "library_id.cpp"]),

@@ -11,7 +11,7 @@ import pytest
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot import variants
-from deepseek_trt.plugins.aot.variants import KERNELS, variants_for
+from deepseek_trt.plugins.aot.variants import KERNELS, SAMPLING, variants_for
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 
@@ -67,7 +67,7 @@ SOURCES = Path(variants.__file__).parents[1] / "kernels"
 def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
     rows = variants_for(config, dtype, sm)
     other = "MoeRouter" if config.biased_routing else "MoeBiasedRouter"
-    assert {row.op for row in rows} == set(KERNEL_OPS) - {other}
+    assert {row.op for row in rows} == {*KERNEL_OPS, SAMPLING} - {other}
     assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]}
     assert set(Counter((row.op, row.kernel, row.max_tokens) for row in rows).values()) == {1}
     for op, kernel in {(row.op, row.kernel) for row in rows}:
@@ -97,10 +97,13 @@ def test_both_decode_kernels_split_alike(config, sm):
     assert [split[name] for name in shared] == [combine[name] for name in shared]
 
 
+def parsed(kernel):
+    return ast.parse((SOURCES / f"{KERNELS[kernel].module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+
+
 def parameters(kernel):
     """(arguments, constants) in the order of the kernel's source, read without importing Triton."""
-    tree = ast.parse((SOURCES / f"{KERNELS[kernel].module}.py").read_text(encoding="utf-8"))
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == kernel)
+    function = next(node for node in parsed(kernel).body if isinstance(node, ast.FunctionDef) and node.name == kernel)
     args = function.args.args
     return [a.arg for a in args if a.annotation is None], [a.arg for a in args if a.annotation is not None]
 
@@ -117,11 +120,11 @@ def test_rows_give_what_the_kernel_takes(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_docstrings_tell_each_launch(kernel):
     """The C++ launcher is written from the docstring: arguments and types must be those of the table."""
-    text = ast.get_docstring(ast.parse((SOURCES / f"{KERNELS[kernel].module}.py").read_text(encoding="utf-8")))
+    text = ast.get_docstring(parsed(kernel))
     launch = re.search(rf"^ +{kernel} +grid.*?\n((?: {{8}}.*\n?)+)", text, re.MULTILINE)
     assert launch, f"{kernel}'s launch is not described"
-    told = re.findall(r"\b(\w+) (\*?(?:T|fp32|i32))\b", launch.group(1))
-    full = re.findall(r"\b(\w+) \*(?:T|fp32|i32)\b|\b(\w+) (?:i32|fp32)\b", launch.group(1))
+    told = re.findall(r"\b(\w+) (\*?(?:T|fp32|fp64|i32|i64))\b", launch.group(1))
+    full = re.findall(r"\b(\w+) \*(?:T|fp32|fp64|i32|i64)\b|\b(\w+) (?:i32|fp32)\b", launch.group(1))
     assert [first or second for first, second in full] == [name for name, _ in told]
     assert told == [tuple(part.split()) for part in KERNELS[kernel].args.split(", ")]
 
@@ -133,12 +136,12 @@ def test_types_follow_the_dtype(dtype, kind):
         assert types.get("pool", kind) == kind
         assert types.get("weights", "*fp32") == "*fp32"
         assert "T" not in "".join(types.values())
-        assert row.dtype == ("float32" if row.op in ROUTERS else dtype)
+        assert row.dtype == ("float32" if row.op in (*ROUTERS, SAMPLING) else dtype)
 
 
 def test_a_dense_model_has_no_expert_kernels():
     rows = variants_for(ModelConfig(n_routed_experts=0), "bfloat16", 86)
-    assert {row.op for row in rows} == {"MlaPrefill", "MlaDecode"}
+    assert {row.op for row in rows} == {"MlaPrefill", "MlaDecode", SAMPLING}
 
 
 @pytest.mark.parametrize(

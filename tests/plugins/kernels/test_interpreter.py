@@ -26,6 +26,15 @@ def test_bf16_keeps_nan():
     assert np.isnan(interpreter.floats_from_bf16(bits)).all()
 
 
+def test_fused_multiply_add_rounds_once():
+    from triton.language import float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    near = np.array([1 + 2**-12], dtype=np.float32)
+    x, y = TensorHandle(near, float32), TensorHandle(-(near * near), float32)
+    assert InterpreterBuilder().create_fma(x, x, y).data == [2.0**-24], "the part that the product's rounding dropped"
+
+
 def test_too_late_is_said(monkeypatch):
     monkeypatch.setattr(interpreter, "_enabled", False)
     monkeypatch.setitem(sys.modules, "deepseek_trt.plugins.kernels.mla_decode", types.ModuleType("mla_decode"))

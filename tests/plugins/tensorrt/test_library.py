@@ -114,6 +114,17 @@ def test_manifest_describes_library(plugin_library: PluginLibrary, plugin_config
     assert row["constants"]["INTER"] == plugin_config.moe_intermediate_size
 
 
+def test_manifest_says_where_images_lie(plugin_library: PluginLibrary) -> None:
+    """What a session launches itself it reads from there; plugins have their images by symbols."""
+    data, manifest = plugin_library.path.read_bytes(), read_manifest(plugin_library.path)
+    for row in manifest.binaries:
+        image = data[row["offset"] : row["offset"] + row["bytes"]]
+        assert hashlib.sha256(image).hexdigest() == row["sha256"]
+    found = {(row["kernel"], row["sm"], row["is_ptx"]) for row in manifest.binaries if row["op"] == "Sampling"}
+    assert found == {(k, *chip) for k in ("sample_adjust", "sample_pick") for chip in ((86, 0), (90, 0), (80, 1))}
+    assert "Sampling" not in manifest.ops
+
+
 def test_second_build_does_nothing(
     plugin_library: PluginLibrary, plugin_config: ModelConfig, uncompiled: Uncompiled
 ) -> None:
