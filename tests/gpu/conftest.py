@@ -19,45 +19,9 @@ from deepseek_trt.plugins.aot.compile import FALLBACK_TILES_SM, compile_all
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
-from compiled_kernels import CompiledKernel  # noqa: E402  benchmarks are scripts, not a package
-
-MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-V2_LITE = {
-    **MLA,
-    "hidden_size": 2048,
-    "moe_intermediate_size": 1408,
-    "num_attention_heads": 16,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "topk_method": "greedy",
-}
-V2 = {
-    **MLA,
-    "hidden_size": 5120,
-    "moe_intermediate_size": 1536,
-    "num_attention_heads": 128,
-    "n_routed_experts": 160,
-    "num_experts_per_tok": 6,
-    "topk_method": "group_limited_greedy",
-    "n_group": 8,
-    "topk_group": 3,
-    "routed_scaling_factor": 16.0,
-}
-V3 = {
-    **MLA,
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "moe_intermediate_size": 2048,
-    "num_attention_heads": 128,
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 8,
-    "topk_method": "noaux_tc",
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-}
-MODELS = {"v2-lite": V2_LITE, "v2": V2, "v3": V3}
+from gpu_check.launching import DriverExecutor, ShippedKernel  # noqa: E402  benchmarks are no package of the product
+from gpu_check.models import raw_config  # noqa: E402
+from gpu_check.shipped import ShippedBinary  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -83,7 +47,7 @@ def gpu():
 @pytest.fixture(scope="session")
 def config_of(gpu):
     """The named model's config, its layers apart: their number changes no kernel."""
-    return lambda model: ModelConfig.from_hf({"model_type": "deepseek_v2", "num_hidden_layers": 2, **MODELS[model]})
+    return lambda model: ModelConfig.from_hf(raw_config(model))
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +62,16 @@ def compiled(gpu):
     return compile_for
 
 
+def shipped(binary):
+    """A compiled binary as one that was cut out of a library."""
+    v = binary.variant
+    own = {key: getattr(v, key) for key in ("op", "kernel", "dtype", "max_tokens")}
+    same = {
+        key: getattr(binary, key) for key in ("sm", "is_ptx", "entry", "shared_bytes", "threads", "sha256", "image")
+    }
+    return ShippedBinary(**own, **same, constants=dict(v.constexprs))
+
+
 @pytest.fixture(params=["triton", "cubin", "ptx"])
 def use_kernels(request, gpu, compiled, monkeypatch):
     """use_kernels(config, dtype, op): the op's wrapper runs Triton's own compile, our cubins or our PTX fallback."""
@@ -106,6 +80,7 @@ def use_kernels(request, gpu, compiled, monkeypatch):
     from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
     from deepseek_trt.plugins.kernels.interpreter import KERNEL_MODULES
 
+    execute = DriverExecutor(driver, lambda: torch.cuda.current_stream().cuda_stream)
     modules = [importlib.import_module(f"deepseek_trt.plugins.kernels.{name}") for name in KERNEL_MODULES]
 
     def use(config, dtype, op):
@@ -118,9 +93,7 @@ def use_kernels(request, gpu, compiled, monkeypatch):
         for kernel in {b.variant.kernel for b in binaries}:
             rows = [b for b in binaries if b.variant.kernel == kernel]
             home = next(m for m in modules if hasattr(m, kernel))
-            monkeypatch.setattr(
-                home, kernel, CompiledKernel(driver, rows, lambda: torch.cuda.current_stream().cuda_stream)
-            )
+            monkeypatch.setattr(home, kernel, ShippedKernel(list(map(shipped, rows)), execute, []))
         if as_ptx:
             for module in modules:
                 monkeypatch.setattr(module, "chip_of", lambda tensor: FALLBACK_TILES_SM)

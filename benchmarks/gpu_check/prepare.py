@@ -1,0 +1,104 @@
+"""What a check needs and no bare machine can make: compiled plugin libraries, the demo's bundles, tokens of a CPU.
+
+Needs the project's own environment, and no GPU. What is there already, made of the same sources, stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpu_check.models import DEMO_DTYPES, LIBRARIES, raw_config
+from gpu_check.places import ROOT, Prepared, add_package
+
+_SOURCES = ("export", "plugins", "cli/demo_model")
+DEMO = ROOT / "cli" / "demo_model"
+PROMPTS = ("Return the number of", "If the", "The number of days in", "def add(a, b):")
+NEW_TOKENS = 32
+
+
+def prepare(prepared: Prepared, sms: tuple[int, ...]) -> None:
+    """Fill the folder for these chips, and PTX for the others."""
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as tree:
+        add_package(Path(tree))
+        for model, dtype in LIBRARIES:
+            _keep(prepared.libraries / f"{model}-{dtype}", sms, functools.partial(_library, model, dtype, sms))
+        for dtype in DEMO_DTYPES:
+            _keep(prepared.demo / dtype, sms, functools.partial(_bundle, dtype, sms))
+        _keep(prepared.demo / "tokens", sms, _tokens)
+
+
+def _keep(folder: Path, sms: tuple[int, ...], make: Callable[[Path], None]) -> None:
+    """Make `folder`, unless it says that it was made of these sources for these chips."""
+    digest, mark = _digest(sms), folder.with_suffix(".made")
+    if folder.is_dir() and mark.is_file() and mark.read_text() == digest:
+        return
+    print(f"gpu-check: making {folder}", file=sys.stderr, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    mark.unlink(missing_ok=True)
+    folder.mkdir(parents=True)
+    make(folder)
+    mark.write_text(digest)
+
+
+def _digest(sms: tuple[int, ...]) -> str:
+    """Of the sources that what is prepared follows from."""
+    digest = hashlib.sha256(repr(sms).encode())
+    files = [p for name in _SOURCES for p in (ROOT / name).rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    for source in sorted((*files, Path(__file__).with_name("models.py"))):
+        digest.update(str(source.relative_to(ROOT)).encode() + hashlib.sha256(source.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _library(model: str, dtype: str, sms: tuple[int, ...], folder: Path) -> None:
+    from deepseek_trt.export.config.model_config import ModelConfig
+    from deepseek_trt.plugins.aot.compile import compile_all
+    from deepseek_trt.plugins.tensorrt.library import build_library
+
+    config = ModelConfig.from_hf(raw_config(model))
+    build_library(compile_all(config, dtype, sms, jobs=2), config, dtype, folder)
+    (folder / "config.json").write_text(json.dumps(raw_config(model), indent=1) + "\n", encoding="utf-8")
+
+
+def _bundle(dtype: str, sms: tuple[int, ...], folder: Path) -> None:
+    from deepseek_trt.export.exporter import ExportRequest, export_bundle
+    from deepseek_trt.plugins.tensorrt.for_bundle import PluginRequest, build_plugins
+
+    folder.rmdir()
+    export_bundle(ExportRequest(DEMO, folder, dtype=dtype))
+    build_plugins(PluginRequest(folder, sms))
+
+
+def _tokens(folder: Path) -> None:
+    """Greedy tokens of the demo model by transformers on the CPU, which reads the checkpoint with code of its own.
+
+    With each token what parts it from the next best, and the root mean square of the logits: near ties may fall the
+    other way elsewhere.
+    """
+    import torch
+    import transformers
+    from tokenizers import Tokenizer
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    found: list[dict[str, Any]] = []
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt).ids
+        tokens, gaps, sizes = list(ids), [], []
+        for _ in range(NEW_TOKENS):
+            with torch.inference_mode():
+                logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].float()
+            best = logits.topk(2)
+            tokens.append(int(best.indices[0]))
+            gaps.append(float(best.values[0] - best.values[1]))
+            sizes.append(float(logits.square().mean().sqrt()))
+        found.append({"prompt": ids, "tokens": tokens[len(ids) :], "gaps": gaps, "rms": sizes})
+    whole = {"by": f"transformers {transformers.__version__}", "dtype": "float32", "answers": found}
+    (folder / "tokens.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
