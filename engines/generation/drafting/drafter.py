@@ -153,7 +153,7 @@ def drafter_of(way: str, session: Session) -> Drafter | None:
     if way == OFF:
         return None
     if way == MTP and not session.drafts:
-        raise RequestError(f"speculate {MTP!r}: {_NONE}, or a backend that runs it")
+        raise RequestError(f"speculate {MTP!r}: this session has no such layer: {_NONE}, for the backend ort or torch")
     return MtpDrafter(session) if session.drafts and way in (MTP, AUTO) else LookupDrafter()
 
 
