@@ -27,11 +27,12 @@ from sampling import shipped_bundle
 from deepseek_trt.engines.generation import scheduler as scheduling
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
-from deepseek_trt.engines.generation.speculation import SPECULATE
+from deepseek_trt.engines.generation.speculation import AUTO, LOOKUP, OFF
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle
 
+WAYS = (OFF, LOOKUP, AUTO)
 _WORDS = ("file", "path", "name", "key", "list", "string", "object", "module")  # one a row, so that rows differ
 _PASSAGE = (
     "Return the {0} of the given argument. If the {0} does not exist, a new one is made with the default value, "
@@ -157,15 +158,15 @@ def measure(bench: Bench, rows: Sequence[int], rounds: int, kinds: Sequence[Kind
     """`rounds` rounds after one to warm up. Exits where a way gives another answer than `off`."""
     results: Results = {}
     for number in range(rounds + 1):
-        first = number % len(SPECULATE)
+        first = number % len(WAYS)
         for kind in kinds:
             for count in rows:
                 answers = {}
-                for way in SPECULATE[first:] + SPECULATE[:first]:
+                for way in WAYS[first:] + WAYS[:first]:
                     found, answers[way] = bench.run(kind, count, way)
                     if number:
                         results.setdefault((kind, count, way), []).append(found)
-                wrong = [way for way, given in answers.items() if given != answers["off"]]
+                wrong = [way for way, given in answers.items() if given != answers[OFF]]
                 if wrong:
                     sys.exit(f"{kind.name}, {count} rows: {wrong} gave other answers than off")
     return results
@@ -178,7 +179,7 @@ def speeds_table(results: Results) -> str:
     ]
     lines.append("|---" * 8 + "|")
     for kind, rows in dict.fromkeys((kind, rows) for kind, rows, _ in results):
-        off, lookup, auto = (results[kind, rows, way] for way in SPECULATE)
+        off, lookup, auto = (results[kind, rows, way] for way in WAYS)
         medians = (f"{statistics.median(one.speed for one in found):,.0f}" for found in (off, lookup))
         ratios = (f"{_ratio(found, off):.2f}" for found in (lookup, auto))
         one = lookup[-1]  # the same in every round
@@ -190,7 +191,7 @@ def speeds_table(results: Results) -> str:
 def shares_table(results: Results) -> str:
     """Where a decode step's time goes, all kinds of prompts together."""
     lines = ["| rows | way | a step, ms | in the model | in sampling | beside them |", "|---" * 6 + "|"]
-    for rows, way in sorted({key[1:] for key in results}, key=lambda key: (key[0], SPECULATE.index(key[1]))):
+    for rows, way in sorted({key[1:] for key in results}, key=lambda key: (key[0], WAYS.index(key[1]))):
         rounds = zip(*(found for key, found in results.items() if key[1:] == (rows, way)), strict=True)
         each = [_shares(kinds) for kinds in rounds]
         step, model, sampling = (statistics.median(column) for column in zip(*each, strict=True))
