@@ -166,7 +166,7 @@ def measure(bench: Bench, rows: Sequence[int], rounds: int, kinds: Sequence[Kind
                     found, answers[way] = bench.run(kind, count, way)
                     if number:
                         results.setdefault((kind, count, way), []).append(found)
-                wrong = [way for way, given in answers.items() if given != answers["off"]]
+                wrong = [way for way, given in answers.items() if given != answers[OFF]]
                 if wrong:
                     sys.exit(f"{kind.name}, {count} rows: {wrong} gave other answers than off")
     return results
