@@ -48,7 +48,8 @@ class Answer:
 
 def items(setting: Setting, gpu: Gpu) -> list[Item]:
     """One a flavour of TensorRT and dtype."""
-    _add_site(setting.prepared.site)
+    for site in setting.prepared.sites:
+        _add_site(site)
     tokens = setting.prepared.demo / "tokens" / "tokens.json"
     if not tokens.is_file():
         note = f"no demo in {setting.prepared.folder}: make it with scripts/gpu-check --prepare"
