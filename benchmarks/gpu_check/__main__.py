@@ -20,10 +20,14 @@ SECONDS = 480.0
 def main(words: list[str]) -> int:
     """0 where nothing failed, 1 where something did."""
     options = _parser().parse_args(words)
-    if options.prepare:
+    if options.prepare or options.pack:
+        from gpu_check.pack import Request, pack
         from gpu_check.prepare import prepare
 
-        prepare(Prepared(options.prepared), tuple(options.sm or (90,)))
+        prepared = Prepared(options.prepared)
+        prepare(prepared, tuple(options.sm or (90,)))
+        if options.pack:
+            pack(prepared, Request(options.pack, options.parts, options.python))
         return 0
     seconds = options.seconds or SECONDS * (10 if options.rehearse else 1)
     return check(Setting(Prepared(options.prepared), options.rehearse), options.out, options.part, seconds)
@@ -41,8 +45,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prepare", action="store_true", help="compile the libraries and export the demo; no GPU needed"
     )
+    parser.add_argument(
+        "--pack",
+        type=Path,
+        nargs="?",
+        const=ROOT / "build" / "gpu-check.tar.xz",
+        help="prepare, and put all that a bare machine needs into this file (default build/gpu-check.tar.xz)",
+    )
+    parser.add_argument(
+        "--parts",
+        type=size_of,
+        metavar="SIZE",
+        help="pack TensorRT-RTX, too, and cut the pack into FILE.00, FILE.01, ... of at most this, e.g. 64M",
+    )
+    parser.add_argument(
+        "--python", default="3.12", help="that of the machine; 'none' packs no Python packages (default 3.12)"
+    )
     parser.add_argument("--sm", type=int, action="append", help="chip to prepare for (default 90); repeatable")
     return parser
+
+
+def size_of(text: str) -> int:
+    """Bytes, from a number with K, M or G for their powers of 1024."""
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1:].upper())
+    number = text[:-1] if unit else text
+    if not number.isdigit() or int(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give e.g. 64M")
+    return int(number) * (unit or 1)
 
 
 def check(setting: Setting, out: Path, only: list[str] | None, seconds: float) -> int:

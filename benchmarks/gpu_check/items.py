@@ -16,6 +16,7 @@ class Gpu(Protocol):
 
     device: str
     sm: int
+    name: str
 
     def executor(self) -> Callable[..., None]:
         """What runs shipped binaries."""

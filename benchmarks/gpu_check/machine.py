@@ -25,7 +25,7 @@ def _described(setting: Setting, gpu: Gpu) -> Row:
     if setting.rehearsal:
         return Row(PART, f"rehearsal on a CPU as SM {gpu.sm}", "good", f"no figure here is of a GPU; {software}")
     memory = torch.cuda.get_device_properties(0)
-    what = f"{torch.cuda.get_device_name()} (SM {gpu.sm})"
+    what = f"{gpu.name} (SM {gpu.sm})"
     facts = (
         f"{memory.total_memory / 1e9:.0f} GB, {memory.multi_processor_count} SMs, L2 {gpu.cache_bytes() / 1e6:.0f} MB"
     )

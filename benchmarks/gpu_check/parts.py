@@ -101,7 +101,7 @@ def run_child(
         str(work / "tree"),
     ]
     paths = os.pathsep.join((str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])))
-    named = str(name_rtx(work / "names", setting.prepared.site))
+    named = str(name_rtx(work / "names", setting.prepared.sites))
     libraries = os.pathsep.join((named, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])))
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -153,7 +153,7 @@ def _memcheck(part: Part, setting: Setting, work: Path, end: float) -> Iterator[
         yield Row(part.name, "compute-sanitizer", "not run", "it is not on this machine")
         return
     log = work / "memcheck.txt"
-    prefix = (tool, "--tool", "memcheck", "--target-processes", "all", "--log-file", str(log), "--error-exitcode", "99")
+    prefix = (tool, "--tool", "memcheck", "--report-api-errors", "no", "--log-file", str(log), "--error-exitcode", "99")
     # Each tensor is an allocation of its own: within torch's pools a stray access would go unseen.
     alone: dict[str, Any] = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     child = run_child(part, 0, replace(setting, few=True), work, end - time.monotonic(), prefix, alone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,9 @@ class Prepared:
         return self.folder / "demo"
 
     @property
-    def site(self) -> Path:
-        """Python packages that the machine may lack, as they are installed, and the Python that they are for."""
-        return self.folder / "site"
+    def sites(self) -> tuple[Path, Path]:
+        """Python packages that the machine may lack, as they are installed; TensorRT-RTX's apart, as they are large."""
+        return self.folder / "site", self.folder / "site-rtx"
 
 
 def add_package(folder: Path) -> None:
@@ -47,7 +48,7 @@ def add_package(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join((str(folder), str(ROOT / "benchmarks")))
 
 
-def name_rtx(folder: Path, site: Path) -> Path:
+def name_rtx(folder: Path, sites: Iterable[Path]) -> Path:
     """A folder in which TensorRT-RTX's library has the name by which its parser opens it, where it is there at all.
 
     The wheel ships libtensorrt_rtx.so.1 alone. The package makes a library of the other name, which takes a compiler; a
@@ -55,7 +56,10 @@ def name_rtx(folder: Path, site: Path) -> Path:
     """
     folder.mkdir(exist_ok=True)
     spec = importlib.util.find_spec("tensorrt_rtx_libs")
-    homes = [site / "tensorrt_rtx_libs", *(Path(p) for p in (spec.submodule_search_locations or () if spec else ()))]
+    homes = [
+        *(site / "tensorrt_rtx_libs" for site in sites),
+        *(Path(p) for p in (spec.submodule_search_locations or () if spec else ())),
+    ]
     real = next((home / "libtensorrt_rtx.so.1" for home in homes if (home / "libtensorrt_rtx.so.1").is_file()), None)
     link = folder / "libtensorrt_rtx.so"
     if real is not None and not link.is_symlink():

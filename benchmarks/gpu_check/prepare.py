@@ -26,18 +26,19 @@ NEW_TOKENS = 32
 
 def prepare(prepared: Prepared, sms: tuple[int, ...]) -> None:
     """Fill the folder for these chips, and PTX for the others."""
+    digest = _digest(sms)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as tree:
         add_package(Path(tree))
         for model, dtype in LIBRARIES:
-            _keep(prepared.libraries / f"{model}-{dtype}", sms, functools.partial(_library, model, dtype, sms))
+            keep(prepared.libraries / f"{model}-{dtype}", digest, functools.partial(_library, model, dtype, sms))
         for dtype in DEMO_DTYPES:
-            _keep(prepared.demo / dtype, sms, functools.partial(_bundle, dtype, sms))
-        _keep(prepared.demo / "tokens", sms, _tokens)
+            keep(prepared.demo / dtype, digest, functools.partial(_bundle, dtype, sms))
+        keep(prepared.demo / "tokens", digest, _tokens)
 
 
-def _keep(folder: Path, sms: tuple[int, ...], make: Callable[[Path], None]) -> None:
-    """Make `folder`, unless it says that it was made of these sources for these chips."""
-    digest, mark = _digest(sms), folder.with_suffix(".made")
+def keep(folder: Path, digest: str, make: Callable[[Path], None]) -> None:
+    """Make `folder`, unless the file beside it says that it was made of what has this digest."""
+    mark = folder.with_name(f"{folder.name}.made")
     if folder.is_dir() and mark.is_file() and mark.read_text() == digest:
         return
     print(f"gpu-check: making {folder}", file=sys.stderr, flush=True)

@@ -31,6 +31,7 @@ class RehearsedGpu:
     """The processor in a GPU's place: what is captured is run again, by the clock."""
 
     device = "cpu"
+    name = "none"
 
     def __init__(self, sm: int) -> None:
         self.sm = sm

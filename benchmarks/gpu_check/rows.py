@@ -14,6 +14,7 @@ Result = Literal["good", "FAILED", "not run"]
 FIGURES = {
     "error": "{:.2f}",  # of the tolerance
     "us": "{:.1f}",
+    "model us": "{:.1f}",  # what gpu_model.py expects of this chip
     "GB/s": "{:.0f}",
     "of copy": "{:.0%}",
     "TFLOPS": "{:.1f}",

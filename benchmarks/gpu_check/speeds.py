@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import gpu_model
 import torch
 
 from gpu_check import cases
@@ -47,11 +48,15 @@ REHEARSED = Points(decode=((128, 2),), experts=(2,), prefill=((0, 16),))
 
 @dataclass(frozen=True)
 class Work:
-    """One point: the bytes and flops that its result needs, and the launches of each copy of its operands."""
+    """One point: the bytes and flops that its result needs, and the launches of each copy of its operands.
+
+    `expected` gives the seconds that gpu_model.py expects of a chip, where it has the point.
+    """
 
     bytes: float
     flops: float
     calls: Sequence[Sequence[Launch]]
+    expected: Callable[[gpu_model.Chip], float] | None = None
 
 
 def items(setting: Setting, gpu: Gpu) -> list[Item]:
@@ -105,7 +110,7 @@ def _rows(
             work = make()
             seconds = timer(*(_all_of(launches) for launches in work.calls))
             journal.clear()
-            return Row(PART, what, "good", note, figures(work, seconds, ceilings))
+            return Row(PART, what, "good", note, figures(work, seconds, ceilings) | _expected(work, gpu))
 
         works = _WORKS[op](place, library.sizes, points, journal, gpu)
         yield from each(
@@ -127,6 +132,11 @@ def figures(work: Work, seconds: float, ceilings: Ceilings) -> dict[str, float]:
     }
 
 
+def _expected(work: Work, gpu: Gpu) -> dict[str, float]:
+    chip = gpu_model.chip_of(gpu.name)
+    return {"model us": work.expected(chip) * 1e6} if chip and work.expected else {}
+
+
 def _all_of(launches: Sequence[Launch]) -> Callable[[], None]:
     def run() -> None:
         for launch in launches:
@@ -135,11 +145,21 @@ def _all_of(launches: Sequence[Launch]) -> Callable[[], None]:
     return run
 
 
-def _recorded(journal: list[Launch], run: Callable[[], object], kernels: tuple[str, ...]) -> list[Launch]:
-    """The launches of `kernels` that `run` makes."""
+def _recorded(journal: list[Launch], run: Callable[[], object], kernels: tuple[str, ...] = ()) -> list[Launch]:
+    """The launches that `run` makes, of `kernels` where some are named, else all but the write of new latents.
+
+    LookupError where one of `kernels` is not launched: something else would be timed.
+    """
     journal.clear()
     run()
-    return [launch for launch in journal if launch.binary.kernel in kernels]
+    missing = set(kernels) - {launch.binary.kernel for launch in journal}
+    if missing or not journal:
+        raise LookupError(f"{', '.join(sorted(missing)) or 'nothing'} was not launched: say what is to be timed")
+    return [launch for launch in journal if launch.binary.kernel in kernels or not (kernels or _is_write(launch))]
+
+
+def _is_write(launch: Launch) -> bool:
+    return launch.binary.kernel == "latent_write"
 
 
 Named = Iterable[tuple[str, Callable[[], Work]]]
@@ -162,7 +182,8 @@ def decode_works(place: cases.Place, sizes: Sizes, points: Points, journal: list
         copies = copies_for(2.1 * cached, gpu.cache_bytes(), 0.8 * gpu.free_bytes())
         calls = [_decode_call(place, sizes, context, batch, journal) for _ in range(copies)]
         moved = cached + batch * sizes.heads * (sizes.width + sizes.rank) * width
-        return Work(moved, 2.0 * batch * sizes.heads * context * (sizes.width + sizes.rank), calls)
+        flops = 2.0 * batch * sizes.heads * context * (sizes.width + sizes.rank)
+        return Work(moved, flops, calls, lambda chip: gpu_model.decode(chip, sizes.heads, context, batch))
 
     for context, batch in points.decode:
         yield f"decode {sizes.heads} heads, {context} cached, batch {batch}", functools.partial(make, context, batch)
@@ -180,11 +201,11 @@ def _decode_call(place: cases.Place, sizes: Sizes, context: int, batch: int, jou
         place.ints([1] * batch),
     )
     run = lambda: _ops()["MlaDecode"](*given, sizes.width**-0.5, sizes.rank)  # noqa: E731
-    return _recorded(journal, run, ("mla_decode_split", "mla_decode_combine"))
+    return _recorded(journal, run)
 
 
 def experts_works(place: cases.Place, sizes: Sizes, points: Points, journal: list[Launch], gpu: Gpu) -> Named:
-    """Both grouped GEMMs, with SiLU between; then all six kernels, sorting and weighted sum included."""
+    """Both grouped GEMMs, with SiLU between; then all kernels, sorting and weighted sum included."""
     products, width = sizes.hidden * sizes.inter * 3, place.dtype.itemsize
     needed = products * sizes.experts * width * 1.1 + 2**30
     stacks: list[tuple[torch.Tensor, ...]] = []
@@ -202,15 +223,16 @@ def experts_works(place: cases.Place, sizes: Sizes, points: Points, journal: lis
         calls = [_experts_call(place, sizes, own, stacks[0], journal, kernels) for own in ids]
         hit, slots = statistics.mean(len(own.unique()) for own in ids), tokens * sizes.top_k
         moved = (hit * products + tokens * sizes.hidden + slots * (2 * sizes.inter + sizes.hidden)) * width
-        return Work(moved, 2.0 * slots * products, calls)
+        model = next((m for m in gpu_model.MODELS if (m.hidden, m.inter) == (sizes.hidden, sizes.inter)), None)
+        known = (lambda chip: gpu_model.experts(chip, model, tokens)) if model and kernels else None
+        return Work(moved, 2.0 * slots * products, calls, known)
 
     for tokens in points.experts:
-        for what, kernels in (("grouped GEMM", _GEMMS), ("experts", _EXPERTS)):
+        for what, kernels in (("grouped GEMM", _GEMMS), ("experts", ())):
             yield f"{what}, {tokens} tokens", functools.partial(make, tokens, kernels)
 
 
 _GEMMS = ("moe_gate_up", "moe_down")
-_EXPERTS = ("moe_dispatch_count", "moe_dispatch_offsets", "moe_dispatch_scatter", *_GEMMS, "moe_combine")
 
 
 def _experts_call(
@@ -253,7 +275,7 @@ def _prefill_call(place: cases.Place, sizes: Sizes, past: int, new: int, journal
         place.random(sizes.heads, sizes.value, sizes.rank, scale=sizes.rank**-0.5),
     )
     run = lambda: _ops()["MlaPrefill"](*given, (sizes.nope + sizes.rope) ** -0.5)  # noqa: E731
-    return _recorded(journal, run, ("mla_prefill_expand", "mla_prefill_attend"))
+    return _recorded(journal, run)
 
 
 # Kernels that sample get their line here and in checks.py's table of cases.

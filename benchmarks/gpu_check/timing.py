@@ -28,6 +28,7 @@ class TorchGpu:
     def __init__(self) -> None:
         major, minor = torch.cuda.get_device_capability()
         self.sm = 10 * major + minor
+        self.name = str(torch.cuda.get_device_name())
         self._read: torch.Tensor | None = None
 
     def executor(self) -> Callable[..., None]:

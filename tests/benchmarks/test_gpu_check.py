@@ -18,13 +18,14 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_check import engines, launching, parts, shipped, timing  # noqa: E402  benchmarks are no package of the product
+from gpu_check import checks, engines, launching, parts, rehearsal, shipped, timing  # noqa: E402  benchmarks are no package of the product
 from gpu_check.items import Setting  # noqa: E402
 from gpu_check.places import Prepared  # noqa: E402
 from gpu_check.rows import Row, markdown  # noqa: E402
 
 from deepseek_trt.export.config.model_config import ModelConfig  # noqa: E402
 from deepseek_trt.plugins.aot.variants import variants_for  # noqa: E402
+from deepseek_trt.plugins.kernels import interpreter  # noqa: E402
 
 DEMO = json.loads((ROOT / "cli" / "demo_model" / "config.json").read_text())
 
@@ -229,6 +230,8 @@ def test_the_driver_gets_the_binaries_of_the_library(tmp_path):
     stand_in_library(tmp_path)
     binaries = shipped.read_library(tmp_path / "plugins", DEMO).of((90, False))
     (binary,) = (b for b in binaries if b.kernel == "mla_decode_combine")
+    if not torch.cuda.is_available():
+        interpreter.enable()  # else no later test of this process could interpret them
     mla_decode = importlib.import_module("deepseek_trt.plugins.kernels.mla_decode")
     driver, stock = Recorder(), mla_decode.mla_decode_combine
     tensor = types.SimpleNamespace(is_cuda=True, is_contiguous=lambda: True, data_ptr=lambda: 0x7000)
@@ -246,6 +249,31 @@ def test_the_driver_gets_the_binaries_of_the_library(tmp_path):
     assert driver.shared == [60_000]
     assert driver.launched == [(b"mla_decode_combine", 3, 4, 1, 128, 1, 1, 60_000, 77, 0x7000)] * 2
     assert mla_decode.mla_decode_combine is stock
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled in this process")
+@pytest.mark.parametrize("fault", ["none", "two percent", "stray write", "nan"])
+def test_small_faults_of_a_kernel_are_seen(tmp_path, fault):
+    interpreter.enable()
+    stand_in_library(tmp_path, ops=("MlaDecode",))
+    library, gpu = shipped.read_library(tmp_path / "plugins", DEMO), rehearsal.RehearsedGpu(90)
+    honest = gpu.executor()
+
+    def spoiled(binary, grid, arguments):
+        honest(binary, grid, arguments)
+        if binary.kernel == "mla_decode_combine" and fault == "two percent":
+            arguments[4].mul_(1.02)  # attended
+        if binary.kernel == "mla_decode_combine" and fault == "nan":
+            arguments[4].view(-1)[-1] = torch.nan
+        if binary.kernel == "latent_write" and fault == "stray write":
+            arguments[0][-1, -1, -1] = 1.0  # of the pool's last page
+
+    gpu.executor = lambda: spoiled
+    setting = Setting(Prepared(tmp_path), rehearsal=True)
+    row, coverage = checks.check("demo", library, (90, False), setting, gpu)
+    assert coverage.result == "good"
+    assert row.result == ("good" if fault == "none" else "FAILED")
+    assert (row.figures["error"] > 1) == (fault != "none")
 
 
 FAULTY = """
