@@ -7,14 +7,16 @@ compiled sampler and numpy's pick the same tokens.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from deepseek_trt.engines.generation.guiding import RowGuide
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling_numpy import log_probabilities, pick_rows
-from deepseek_trt.export.arrays import Floats
+from deepseek_trt.engines.sessions.holding import Holding
+from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.plugins.cpu.sampler import NativeSampler
 from deepseek_trt.plugins.cpu.sampling_row import PAIR, History, SamplingRow, key_of, pack, steepness
 
@@ -75,6 +77,55 @@ def sample_rows(samplers: Sequence[Sampler], logits: Floats, native: NativeSampl
         if sampler.guide:
             sampler.guide.prepare(sampler.row)
     return _native(samplers, logits, native) if native else _numpy(samplers, logits)
+
+
+class Picking:
+    """Picks rows' tokens where their logits are: in this process's memory, or on a session's device."""
+
+    def __init__(self, native: NativeSampler | None, holding: Holding | None = None) -> None:
+        self._native, self._holding = native, holding
+
+    def choices(self, samplers: Sequence[Sampler], logits: Floats | Int32s) -> Sequence[Choice | Exception]:
+        """Each row's next token, or what its sampling raised; `logits` are [B, vocab], or places [B] of `holding`."""
+        if self._holding is None:
+            return _each(self._sample, samplers, logits)
+        held = [sampler.guide is None and self._holding.picks(sampler.row) for sampler in samplers]
+        if all(held):
+            return _each(self._pick, samplers, logits)
+        made: dict[int, Choice | Exception] = {}
+        for pick, wanted in ((self._pick, True), (self._read_and_sample, False)):
+            rows = [index for index, own in enumerate(held) if own is wanted]
+            if rows:
+                made.update(zip(rows, _each(pick, [samplers[row] for row in rows], logits[rows]), strict=True))
+        return [made[row] for row in range(len(samplers))]
+
+    def _sample(self, samplers: Sequence[Sampler], logits: Any) -> list[Choice]:
+        return sample_rows(samplers, logits, self._native)
+
+    def _pick(self, samplers: Sequence[Sampler], places: Any) -> list[Choice]:
+        assert self._holding
+        return self._holding.pick([sampler.row for sampler in samplers], places)
+
+    def _read_and_sample(self, samplers: Sequence[Sampler], places: Any) -> list[Choice]:
+        assert self._holding
+        return sample_rows(samplers, self._holding.read(places), self._native)
+
+
+def _each(
+    pick: Callable[[Sequence[Sampler], Any], list[Choice]], samplers: Sequence[Sampler], logits: Any
+) -> Sequence[Choice | Exception]:
+    """What `pick` gives for all rows; where it raises, which records nothing, for each by itself, or its error."""
+    try:
+        return pick(samplers, logits)
+    except Exception:
+        return [_one(pick, sampler, logits[row : row + 1]) for row, sampler in enumerate(samplers)]
+
+
+def _one(pick: Callable[[Sequence[Sampler], Any], list[Choice]], sampler: Sampler, logits: Any) -> Choice | Exception:
+    try:
+        return pick([sampler], logits)[0]
+    except Exception as error:
+        return error
 
 
 def with_logprobs(logits: Floats, token: int, count: int) -> Choice:

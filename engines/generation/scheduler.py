@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from deepseek_trt.engines.generation.pages import PagePool, page_table, sequence
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.request import Event, Request, Work
-from deepseek_trt.engines.generation.sampling import Choice, Sampler, sample_rows
+from deepseek_trt.engines.generation.sampling import Choice, Picking, Sampler
 from deepseek_trt.engines.generation.speculation import AUTO, OFF, Payoff, check_speculate
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
@@ -117,7 +118,9 @@ class Scheduler:
         self._payoff, self._drafter = Payoff(), drafter_of(self.limits.speculate, session)
         sizes = self.limits.prefill_chunk, self.limits.token_budget, session.cache.page_size
         self._chunks = Chunks(PrefillCost.of_model(config), *sizes)
-        self._native = load_sampler(session.library, session.threads) if session.library else None
+        native = load_sampler(session.library, session.threads) if session.library else None
+        self._holding = session.holding()  # then logits are places from here on, else numbers: rows of either kind
+        self._picking = Picking(native, self._holding)
         self._waiting: deque[Request] = deque()
         self._rows: DecodeRows | None = None  # those that decoded in the last step, as it left them
         self._running: list[Request] = []  # in order of arrival, all earlier than those waiting
@@ -227,7 +230,8 @@ class Scheduler:
 
     def _decode_rows(self, rows: DecodeRows) -> list[Event]:
         """A step without prefill or drafts, whose rows are kept for the next one while none joins or leaves."""
-        logits = np.ascontiguousarray(self._session.decode(rows.ids, rows.new, rows.past, rows.table)[:, 0])
+        decode = self._holding.decode_held if self._holding else self._session.decode
+        logits: Any = np.ascontiguousarray(decode(rows.ids, rows.new, rows.past, rows.table)[:, 0])
         full = rows.advance()
         if self.limits.prefix_reuse:
             for request in full:
@@ -255,7 +259,10 @@ class Scheduler:
         self.counters.drafted += sum(len(w.draft) for w in work)
         seconds = self._payoff.clock() - start
         self._advance([], work)
-        events = latest = self._sample([w.request for w in work], np.ascontiguousarray(logits[:, 0]))
+        first: Any = np.ascontiguousarray(logits[:, 0])
+        events = latest = self._sample([w.request for w in work], first)
+        if self._holding:  # whose step was not over before
+            seconds = self._payoff.clock() - start
         going, at = [row for row, w in enumerate(work) if w.draft], 0
         if not going:
             self._payoff.plain(len(work), seconds)
@@ -343,28 +350,30 @@ class Scheduler:
         full = (len(request.tokens) - 1) // self._session.cache.page_size
         return self.pool.find(request.keys.of(request.tokens, full))
 
-    def _prefill(self, work: list[Work]) -> Sequence[Floats] | Floats:
-        """Logits [vocab] at the end of each row's chunk."""
+    def _prefill(self, work: list[Work]) -> Sequence[Floats] | Floats | Int32s:
+        """Logits [vocab], or their place, at the end of each row's chunk."""
         if not work:
             return ()
         ids = np.zeros((len(work), max(w.new for w in work)), dtype=np.int64)
         for row, w in enumerate(work):
             ids[row, : w.new] = w.request.tokens[w.request.cached : w.request.cached + w.new]
-        logits = self._session.prefill(ids, _int32([w.new for w in work]), *self._cached(work))
+        prefill = self._holding.prefill_held if self._holding else self._session.prefill
+        logits = prefill(ids, _int32([w.new for w in work]), *self._cached(work))
         if self._drafter is not None:
             self._drafter.keep(work)
         if logits.ndim == 3:  # exported with all logits
             return [logits[row, w.new - 1] for row, w in enumerate(work)]
         return logits
 
-    def _decode(self, work: list[Work]) -> Floats:
-        """Logits [B, S, vocab] after each row's last token and its drafts."""
+    def _decode(self, work: list[Work]) -> Floats | Int32s:
+        """Logits [B, S, vocab], or places [B, S], after each row's last token and its drafts."""
         if not work:
             return np.empty((0, 1, self._config.vocab_size), dtype=np.float32)
         longest = max(w.new for w in work)
         ids = [[w.request.tokens[-1], *w.draft, *[0] * (longest - w.new)] for w in work]
         new = _int32([w.new for w in work])
-        logits = self._session.decode(np.array(ids, dtype=np.int64), new, *self._cached(work))
+        decode = self._holding.decode_held if self._holding else self._session.decode
+        logits = decode(np.array(ids, dtype=np.int64), new, *self._cached(work))
         if self._drafter is not None:
             self._drafter.keep(work)
         return logits
@@ -399,7 +408,7 @@ class Scheduler:
             self.pool.name(request.pages[index], keys[index])
         request.named = full
 
-    def _sample(self, requests: list[Request], rows: Sequence[Floats] | Floats) -> list[Event]:
+    def _sample(self, requests: list[Request], rows: Sequence[Floats] | Floats | Int32s) -> list[Event]:
         if not requests:
             return []
         logits = rows if isinstance(rows, np.ndarray) else np.stack(rows)
@@ -430,18 +439,9 @@ class Scheduler:
             self._guides.begin(guided)
         return events
 
-    def _choices(self, requests: list[Request], logits: Floats) -> Sequence[Choice | Exception]:
-        """Each request's next token, or what its sampling raised: tried one by one where all at once raise."""
-        try:
-            return sample_rows([request.sampler for request in requests], logits, self._native)
-        except Exception:
-            return [self._choice(request, row) for request, row in zip(requests, logits, strict=True)]
-
-    def _choice(self, request: Request, logits: Floats) -> Choice | Exception:
-        try:
-            return sample_rows([request.sampler], logits[None], self._native)[0]
-        except Exception as error:
-            return error
+    def _choices(self, requests: list[Request], logits: Floats | Int32s) -> Sequence[Choice | Exception]:
+        """Each request's next token, or what its sampling raised."""
+        return self._picking.choices([request.sampler for request in requests], logits)
 
     def _failed(self, request: Request, error: Exception) -> Event:
         """End the request; what it cached may not be used again."""

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from deepseek_trt.engines.sessions.door import Door
+from deepseek_trt.engines.sessions.holding import Holding
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.graph import PREVIOUS_HIDDEN, CacheSpec
 from deepseek_trt.export.dtypes import computed_in
@@ -63,6 +64,10 @@ class Session(Protocol):
         row of length 0 rests, as in prefill.
         """
         raise BackendError(f"{self.backend} drafts nothing: the bundle was exported without --mtp")
+
+    def holding(self) -> Holding | None:
+        """How to have logits left where they are computed, and tokens picked there; None where that is this process."""
+        return None
 
     def pool(self, layer: int) -> Array:
         """The layer's page pool [P, page, D] as it is now; a view where it can be one."""

@@ -7,6 +7,9 @@ twice, or a graph replayed on other memory show in the logits.
 from __future__ import annotations
 
 import enum
+import hashlib
+import importlib
+import json
 import types
 
 import numpy as np
@@ -16,6 +19,9 @@ from deepseek_trt.engines.sessions.tensorrt.device import Pinned
 from deepseek_trt.export.bundle.graph import past_name, present_name
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.model import DeepseekV2
+from deepseek_trt.plugins.aot.variants import KERNELS
+from deepseek_trt.plugins.kernels.constants import sampling_constants
+from deepseek_trt.plugins.kernels.launches import next_power_of_2
 
 DTYPES = {"float32": np.float32, "int32": np.int32, "int64": np.int64}
 
@@ -31,8 +37,10 @@ class FakeDevice:
         self.pinned: dict[int, np.ndarray] = {}
         self.queue, self.capturing = [], None
         self.calls: list[str] = []
+        self.downloaded: list[int] = []  # bytes of each
+        self.targets: list[str] = []  # what the loaded kernels were compiled for
         self.active = self.closed = False
-        self.refuse_capture = ""
+        self.refuse_capture, self.refuse_kernels = "", "nothing"
         self._next = 1 << 20
 
     def _place(self, nbytes, shelf):
@@ -55,6 +63,13 @@ class FakeDevice:
 
     def run(self, work):
         self._enqueue("run", work)
+
+    def bytes_from(self, address):
+        """What was allocated from there on."""
+        for start, block in self.memory.items():
+            if start <= address < start + block.size:
+                return block[address - start :]
+        raise AssertionError(f"{address} was never allocated")
 
     def bytes_at(self, address, nbytes):
         return self._bytes(address, nbytes, self.memory)
@@ -83,6 +98,7 @@ class FakeDevice:
         self._enqueue("upload", lambda: to.__setitem__(slice(None), of))
 
     def download(self, target, source, nbytes):
+        self.downloaded.append(nbytes)
         to, of = self._bytes(target, nbytes, self.pinned), self.bytes_at(source, nbytes)
         self._enqueue("download", lambda: to.__setitem__(slice(None), of))
 
@@ -124,8 +140,60 @@ class FakeDevice:
         self.calls.append("launch")
         self.queue += graph
 
+    def load_kernel(self, image, entry, shared_bytes):
+        if self.refuse_kernels in image.decode():
+            raise BackendError("the GPU refuses cuModuleLoadData: no kernel image is available")
+        constants = json.loads(image)
+        assert constants.pop("kernel") == entry
+        self.targets.append(constants.pop("target"))
+        return entry, constants
+
+    def launch_kernel(self, kernel, grid, threads, shared_bytes, addresses):
+        """Run it in Triton's interpreter, with each argument's memory from its address on."""
+        assert all(address % 16 == 0 for address in addresses)
+        (entry, constants), (function, dtypes) = kernel, sampling_kernel(kernel[0])
+        blocks = zip([self.bytes_from(address) for address in addresses], dtypes, strict=True)
+        given = [torch.from_numpy(block[: block.size // 8 * 8].view(dtype)) for block, dtype in blocks]
+        self._enqueue(entry, lambda: function[grid](*given, **constants))
+
     def close(self):
         self.closed = True
+
+
+def sampling_kernel(entry):
+    """A kernel of the sampling by name, interpreted, and its arguments' dtypes."""
+    from deepseek_trt.plugins.kernels import interpreter
+
+    interpreter.enable()
+    source = KERNELS[entry]
+    module = importlib.import_module(f"deepseek_trt.plugins.kernels.{source.module}")
+    kinds = {"*fp32": np.float32, "*fp64": np.float64, "*i32": np.int32, "*i64": np.int64}
+    return getattr(module, entry), [kinds[argument.split()[1]] for argument in source.args.split(", ")]
+
+
+def sampling_image(kernel, vocab):
+    """What stands for the compiled kernel in a library: its name and constants."""
+    constants, size = sampling_constants(vocab), next_power_of_2(vocab)
+    sizes = {"sample_adjust": {**constants.adjust, "BLOCK": 16}, "sample_pick": {**constants.pick, "BLOCK": size}}
+    return {"kernel": kernel, **sizes[kernel], **({"ROWS": 1} if kernel == "sample_pick" else {})}
+
+
+def manifest_row(kernel, is_ptx, sm, offset, image):
+    """What a library's manifest says of such an image."""
+    constants = {name: size for name, size in json.loads(image).items() if name not in ("kernel", "target")}
+    return {
+        "op": "Sampling",
+        "kernel": kernel,
+        "sm": sm,
+        "is_ptx": is_ptx,
+        "entry": kernel,
+        "shared_bytes": 256,
+        "threads": 256,
+        "offset": offset,
+        "bytes": len(image),
+        "sha256": hashlib.sha256(image).hexdigest(),
+        "constants": constants,
+    }
 
 
 class EngineValidity(enum.Enum):

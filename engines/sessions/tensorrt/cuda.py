@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ import numpy.typing as npt
 
 from deepseek_trt.engines.sessions.tensorrt.device import Pinned
 from deepseek_trt.export.errors import BackendError
+from deepseek_trt.plugins.aot.records import POINTER_ALIGNMENT
 
 INSTALL = "pip install cuda-bindings"
+_SHARED_WITHOUT_ASKING = 48 * 1024
 NO_GPU = "use --backend ort, or a machine with an NVIDIA GPU and its driver"
 
 
@@ -87,6 +89,7 @@ class CudaDevice:
         self._memory: list[int] = []
         self._pinned: list[int] = []
         self._graphs: list[Any] = []
+        self._modules: list[Any] = []
         self._closed = False
 
     def activate(self) -> None:
@@ -167,6 +170,26 @@ class CudaDevice:
     def launch(self, graph: Any) -> None:
         self._call("cuGraphLaunch", graph, self._stream)
 
+    def load_kernel(self, image: bytes, entry: str, shared_bytes: int) -> Any:
+        module = self._call("cuModuleLoadData", image + b"\0")  # PTX is text that ends in a zero byte
+        self._modules.append(module)
+        kernel = self._call("cuModuleGetFunction", module, entry.encode())
+        if shared_bytes > _SHARED_WITHOUT_ASKING:
+            limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._call("cuFuncSetAttribute", kernel, limit, shared_bytes)
+        return kernel
+
+    def launch_kernel(
+        self, kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, addresses: Sequence[int]
+    ) -> None:
+        unaligned = [address for address in addresses if address % POINTER_ALIGNMENT]
+        assert not unaligned, "the kernels were compiled for aligned addresses"
+        values = (ctypes.c_uint64 * (len(addresses) + 2))(*addresses)  # and Triton's two scratch pointers, 0
+        first = ctypes.addressof(values)
+        pointers = (ctypes.c_void_p * len(values))(*(first + 8 * i for i in range(len(values))))
+        how = (*grid, 1, threads, 1, 1, shared_bytes, self._stream, ctypes.addressof(pointers), 0)
+        self._call("cuLaunchKernel", kernel, *how)
+
     def close(self) -> None:
         if self._closed:
             return
@@ -180,6 +203,7 @@ class CudaDevice:
         yield "cuCtxSetCurrent", self._context
         yield "cuStreamSynchronize", self._stream
         yield from (("cuGraphExecDestroy", graph) for graph in self._graphs)
+        yield from (("cuModuleUnload", module) for module in self._modules)
         yield from (("cuMemFreeHost", address) for address in self._pinned)
         yield from (("cuMemFree", address) for address in self._memory)
         yield "cuStreamDestroy", self._stream

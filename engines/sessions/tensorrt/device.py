@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,6 +73,14 @@ class Device(Protocol):
         """What `work` enqueues, as a CUDA graph; nothing is run yet."""
 
     def launch(self, graph: Any) -> None: ...
+
+    def load_kernel(self, image: bytes, entry: str, shared_bytes: int) -> Any:
+        """A kernel of compiled code or PTX, until `close`; BackendError where the driver refuses it."""
+
+    def launch_kernel(
+        self, kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, addresses: Sequence[int]
+    ) -> None:
+        """Enqueue a kernel of Triton's whose arguments are all addresses on the GPU."""
 
     def close(self) -> None:
         """Give back all memory and graphs; more calls do nothing."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -21,20 +23,27 @@ from deepseek_trt.engines.plans.check import (
 from deepseek_trt.engines.plans.flavour import open_flavour
 from deepseek_trt.engines.plans.plan import Plan
 from deepseek_trt.engines.sessions.door import Door
+from deepseek_trt.engines.sessions.holding import Holding, Picked
 from deepseek_trt.engines.sessions.session import Session, feeds_of
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
-from deepseek_trt.engines.sessions.tensorrt.device import Device, aligned
+from deepseek_trt.engines.sessions.tensorrt.device import ALIGNMENT, Device, aligned
 from deepseek_trt.engines.sessions.tensorrt.engine import Engine
 from deepseek_trt.engines.sessions.tensorrt.graphs import Graphs
+from deepseek_trt.engines.sessions.tensorrt.kernels import load_kernels
+from deepseek_trt.engines.sessions.tensorrt.picker import Picker
 from deepseek_trt.engines.sessions.tensorrt.staging import Staging, given_inputs
 from deepseek_trt.engines.sessions.tensorrt.weight_upload import UploadProgress, upload_weights
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS, past_name, present_name
 from deepseek_trt.export.dtypes import dtype_bytes
-from deepseek_trt.export.errors import RequestError
+from deepseek_trt.export.errors import BackendError, RequestError
+from deepseek_trt.plugins.aot.variants import SAMPLING
 from deepseek_trt.plugins.cpu.library import cpu_library
+from deepseek_trt.plugins.cpu.sampling_row import SamplingRow
+from deepseek_trt.plugins.kernels.sampling.batch import takes
 from deepseek_trt.plugins.tensorrt.loading import load_library
+from deepseek_trt.plugins.tensorrt.manifest import read_manifest
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +53,7 @@ class TrtSession(Session):
 
     Decode is padded to powers of two of rows, of new tokens and of table width, so that a few CUDA graphs serve all: a
     bucket that comes back is captured after its run, and replayed from the third time on. Padding writes to the scratch
-    page.
+    page. Tokens are picked where the logits are, by kernels of the plugin library (`holding`).
     One thread at a time.
 
     `limits` says what the engines were built for: more rows at once, or longer ones, are refused by name.
@@ -69,10 +78,11 @@ class TrtSession(Session):
         self.door = Door.of(bundle, pages)
         check_pages(self.limits, bundle.manifest.cache, pages)
         self.cache, self.pages = bundle.manifest.cache, pages
-        self.library = cpu_library(bundle).path  # samples on the CPU
+        self.library = cpu_library(bundle).path  # samples on the CPU what the GPU does not
         self._pool_shape = (pages, self.cache.page_size, self.cache.latent_dim)
         self.vocab_size = bundle.manifest.model.vocab_size
         self._all_logits = bundle.manifest.all_logits
+        self._on_its_way = False  # whether a run was not waited for
         self._plans, self._cuda_graphs = plans, cuda_graphs
         with contextlib.ExitStack() as stack:
             self._open(bundle, make_device, stack, progress)
@@ -107,9 +117,10 @@ class TrtSession(Session):
         engines = (engine.note for engine in self._engines.values())
         uncaptured = "" if self._cuda_graphs else "CUDA graphs are off: every step costs its launches"
         where = f"{flavour.name} {flavour.version} on {device.name}"
-        notes = [where, *engines, *kernels, *flavour.log.notes, uncaptured]
-        self.note = "; ".join(dict.fromkeys(filter(None, notes)))
         self._allocate(bundle, progress)
+        sampling = self._open_picker(next(iter(libraries), None))
+        notes = [where, *engines, *kernels, *flavour.log.notes, uncaptured, sampling]
+        self.note = "; ".join(dict.fromkeys(filter(None, notes)))
         self._graphs = self._make_graphs(stack)
 
     def _allocate(self, bundle: Bundle, progress: UploadProgress | None) -> None:
@@ -122,15 +133,24 @@ class TrtSession(Session):
         device.zero(pools, slot * self.cache.layers)
         self.pool_addresses = tuple(pools + slot * layer for layer in range(self.cache.layers))
         self._staging = Staging(device, [plan.record for plan in plans])
-        rows = self.limits.batch * max(self.limits.input_len if self._all_logits else 1, MOST_NEW_TOKENS)
-        logits_bytes = rows * self.vocab_size * 4
-        self._logits = device.allocate(logits_bytes, "the logits")
-        self._pinned_logits = device.pin(logits_bytes)
+        self._allocate_logits()
         names = {name for plan in plans for name in plan.record.weights}
         weights = upload_weights(device, bundle, names, progress)
         for name, engine in self._engines.items():
             engine.use_memory(activations, working)
             self._bind(engine, self._plans[name], weights)
+
+    def _allocate_logits(self) -> None:
+        """One block, in rows of a token's logits; `_places` are the first rows of each graph's."""
+        batch, row = self.limits.batch, self.vocab_size * 4
+        tokens = self.limits.input_len if self._all_logits else 1
+        decoded, prefilled = batch * MOST_NEW_TOKENS, batch * tokens
+        step = ALIGNMENT // math.gcd(ALIGNMENT, row)  # rows after which an address is aligned again
+        behind = 0 if self._all_logits else -(-decoded // step) * step
+        self._places = {"decode": 0, "prefill": behind}
+        self._all_places = max(decoded, behind + prefilled)
+        self._logits = self._device.allocate(self._all_places * row, "the logits")
+        self._pinned_logits = self._device.pin(max(decoded, prefilled) * row)
 
     def _make_graphs(self, stack: contextlib.ExitStack) -> Graphs | None:
         """The CUDA graphs of decode, whose contexts go before the engine; they must not keep the session alive."""
@@ -160,12 +180,35 @@ class TrtSession(Session):
             engine.bind(past_name(layer), address)
             engine.bind(present_name(layer), address)
             engine.shape(past_name(layer), self._pool_shape)
-        engine.bind("logits", self._logits)
+        engine.bind("logits", self._logits_of(plan.record.graph))
+
+    def _logits_of(self, graph: str) -> int:
+        """The address of a graph's logits: its own, as they may be read after the other's run, unless prefill gives
+        those of every token.
+        """
+        return self._logits + self._places[graph] * self.vocab_size * 4
+
+    def _open_picker(self, library: Path | None) -> str:
+        """Have tokens picked on the GPU; where that cannot be, the reason, for the note."""
+        self._picker: Picker | None = None
+        try:
+            if self._all_logits:
+                raise BackendError("the bundle gives logits of every token of a prompt")
+            if library is None:
+                raise BackendError("the plans carry their plugin library")
+            loaded = load_kernels(self._device, library, read_manifest(library), SAMPLING)
+        except BackendError as error:
+            return f"tokens are sampled on the CPU, to which all logits are copied: {error}"
+        where = self._device, loaded.kernels, self._logits, self._all_places
+        self._picker = Picker(*where, self.vocab_size, self.limits.batch)
+        return loaded.note
+
+    def holding(self) -> Holding | None:
+        return self if self._picker else None
 
     def prefill(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
         """As Session's; more tokens than the engine takes at once are cached piece by piece."""
-        self.door.check_prefill(input_ids, sequence_lengths, past_lengths, page_table)
-        self._check_sizes(input_ids, page_table)
+        self._check_prefill(input_ids, sequence_lengths, past_lengths, page_table)
         batch, steps = input_ids.shape
         logits = np.zeros((*self._logits_rows(batch, steps), self.vocab_size), dtype=np.float32)
         for start in range(0, max(steps, 1), self.limits.input_len):
@@ -175,7 +218,8 @@ class TrtSession(Session):
             ids = input_ids[rows, start : start + self.limits.input_len]
             lengths = np.clip(sequence_lengths[rows] - start, 0, ids.shape[1])
             feeds = feeds_of(ids, lengths, past_lengths[rows] + start, page_table[rows])
-            part = self._run("prefill", feeds, self._logits_rows(*ids.shape))
+            self._run("prefill", feeds)
+            part = self._fetch("prefill", self._logits_rows(*ids.shape))
             if self._all_logits:
                 logits[rows, start : start + ids.shape[1]] = part
             else:
@@ -185,7 +229,53 @@ class TrtSession(Session):
     def _logits_rows(self, batch: int, steps: int) -> tuple[int, ...]:
         return (batch, steps) if self._all_logits else (batch,)
 
+    def prefill_held(
+        self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
+    ) -> Int32s:
+        """See Holding; logits of more tokens than the engine takes at once are brought back to the GPU."""
+        given = input_ids, sequence_lengths, past_lengths, page_table
+        if input_ids.shape[1] > self.limits.input_len:
+            self._device.write(self._logits_of("prefill"), self.prefill(*given))
+        else:
+            self._check_prefill(*given)
+            self._run("prefill", feeds_of(*given))
+        return self._places["prefill"] + np.arange(len(input_ids), dtype=np.int32)
+
     def decode(self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s) -> Floats:
+        (rows, steps), padded = input_ids.shape, self._decode(input_ids, sequence_lengths, past_lengths, page_table)
+        return self._fetch("decode", padded)[:rows, :steps]
+
+    def decode_held(
+        self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
+    ) -> Int32s:
+        """See Holding."""
+        (rows, steps), padded = input_ids.shape, self._decode(input_ids, sequence_lengths, past_lengths, page_table)
+        return np.arange(padded[0] * padded[1], dtype=np.int32).reshape(padded)[:rows, :steps]
+
+    def picks(self, row: SamplingRow) -> bool:
+        """See Holding."""
+        return takes(row)
+
+    def pick(self, rows: Sequence[SamplingRow], places: Int32s) -> list[Picked]:
+        """See Holding."""
+        assert self._picker
+        return self._picker.pick(rows, places)
+
+    def read(self, places: Int32s) -> Floats:
+        """See Holding."""
+        assert self._picker
+        return self._picker.read(places)
+
+    def _check_prefill(
+        self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
+    ) -> None:
+        self.door.check_prefill(input_ids, sequence_lengths, past_lengths, page_table)
+        self._check_sizes(input_ids, page_table)
+
+    def _decode(
+        self, input_ids: Int64s, sequence_lengths: Int32s, past_lengths: Int32s, page_table: Int32s
+    ) -> tuple[int, int]:
+        """Run a step padded to its bucket; rows and tokens a row of that."""
         self.door.check_decode(input_ids, sequence_lengths, past_lengths, page_table)
         self._check_sizes(input_ids, page_table)
         (rows, steps), width = input_ids.shape, page_table.shape[1]
@@ -198,7 +288,8 @@ class TrtSession(Session):
             np.pad(past_lengths, more),
             np.pad(page_table, (more, wider)),  # with page 0: scratch
         )
-        return self._run("decode", feeds, feeds["input_ids"].shape)[:rows, :steps]
+        self._run("decode", feeds)
+        return rows + more[1], steps + longer[1]
 
     def pool(self, layer: int) -> Array:
         """A copy of the layer's pool."""
@@ -232,13 +323,14 @@ class TrtSession(Session):
                 f"use a shorter prompt or fewer new tokens, or build with --max-seq-len {tokens}"
             )
 
-    def _run(self, graph: str, feeds: Arrays, rows: tuple[int, ...]) -> Floats:
-        """Stage the inputs, run, and give logits [*rows, vocab]."""
+    def _run(self, graph: str, feeds: Arrays) -> None:
+        """Stage the inputs and enqueue the run, which leaves its logits on the GPU."""
         device = self._device
         device.activate()
+        if self._on_its_way:  # the pinned inputs of the run before may not be sent yet
+            device.synchronize()
         inputs = given_inputs(self._plans[graph].record)
         addresses = self._staging.put(inputs, feeds)
-        nbytes = int(np.prod(rows)) * self.vocab_size * 4
 
         def enqueue(engine: Engine) -> None:
             for name, address in addresses.items():
@@ -246,13 +338,19 @@ class TrtSession(Session):
                 engine.bind(name, address)
             self._staging.upload()
             engine.enqueue(device.stream)
-            device.download(self._pinned_logits.address, self._logits, nbytes)
 
+        self._on_its_way = True
         if graph == "decode" and self._graphs is not None:
             self._graphs.run(tuple(feeds[tensor.name].shape for tensor in inputs), enqueue)
         else:
             enqueue(self._engines[graph])
-        device.synchronize()
+
+    def _fetch(self, graph: str, rows: tuple[int, ...]) -> Floats:
+        """Wait for the run, and give its logits [*rows, vocab]."""
+        nbytes = int(np.prod(rows)) * self.vocab_size * 4
+        self._device.download(self._pinned_logits.address, self._logits_of(graph), nbytes)
+        self._device.synchronize()
+        self._on_its_way = False
         logits: Floats = self._pinned_logits.array[:nbytes].view(np.float32).copy()
         return logits.reshape(*rows, self.vocab_size)
 

@@ -52,9 +52,12 @@ class Recorder:
         one = {"cuDeviceGetName": b"A card\0\0", "cuDeviceGetCount": 1, "cuGetErrorString": b"invalid argument"}
         if name in one:
             return (one[name],)
+        if name == "cuLaunchKernel":
+            self.found_launch(arguments)
         if name == "cuMemGetInfo":
             return (self.room, self.room)
         handles = ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuStreamCreate", "cuEventCreate", "cuStreamEndCapture")
+        handles += ("cuModuleLoadData", "cuModuleGetFunction")
         return (3,) if name in (*handles, "cuGraphInstantiate") else ()
 
 
@@ -79,6 +82,33 @@ def test_speaks_the_bindings_language():
     device.close()
     ends = ["cuGraphExecDestroy", "cuMemFree", "cuMemFree", "cuStreamDestroy", "cuDevicePrimaryCtxRelease"]
     assert [name for name in driver.calls if name in ends] == ends
+
+
+def test_kernels_are_launched_as_triton_compiled_them():
+    """All arguments are addresses; behind them come Triton's two scratch pointers, which are 0."""
+    driver = Recorder()
+    device = CudaDevice(driver)
+    kernel = device.load_kernel(b"an image", "sample_pick", 60_000)
+    seen = []
+    driver.found_launch = lambda arguments: seen.append((arguments[:8], read_addresses(arguments[9], 5)))
+    device.launch_kernel(kernel, (32, 2), 256, 60_000, (0x1000, 0x2000, 0x3000))
+    assert seen == [((3, 32, 2, 1, 256, 1, 1, 60_000), [0x1000, 0x2000, 0x3000, 0, 0])]
+    with pytest.raises(AssertionError, match="aligned"):
+        device.launch_kernel(kernel, (1, 1), 256, 0, (0x1008,))
+    device.close()
+    assert [name for name in driver.calls if name.startswith(("cuModule", "cuFuncSet", "cuLaunch"))] == [
+        "cuModuleLoadData",
+        "cuModuleGetFunction",
+        "cuFuncSetAttribute",
+        "cuLaunchKernel",
+        "cuModuleUnload",
+    ]
+
+
+def read_addresses(pointers, count):
+    """What the first `count` kernel parameters hold."""
+    places = (ctypes.c_void_p * count).from_address(pointers)
+    return [ctypes.c_uint64.from_address(place).value for place in places]
 
 
 def test_a_full_gpu_names_what_has_no_room():

@@ -153,6 +153,16 @@ def test_rows_read_the_logits_of_their_places(device):
     assert np.array_equal(given.cpu().numpy(), logits), "the logits are left as they were"
 
 
+@pytest.mark.usefixtures("memory_watch")
+def test_reads_and_writes_its_own_memory_alone(device, in_pieces):
+    in_pieces(16)
+    options = {"presence_penalty": 1.5, "top_k": 9, "top_p": 0.7, "logprobs": 2, "repetition_penalty": 1.1}
+    samplers = [[Sampler(options_of({**options, "seed": seed}), (3, 36)) for seed in range(2)] for _ in range(2)]
+    logits = np.random.default_rng(6).normal(size=(2, 37)).astype(np.float32)
+    actual = runner.run([s.row for s in samplers[1]], torch.from_numpy(logits).to(device))
+    assert_same(actual, sample_rows(samplers[0], logits), logits)
+
+
 def test_what_the_kernels_leave_to_the_cpu():
     plain = Sampler(options_of({"logprobs": SAMPLING_TOPS, "frequency_penalty": 0.5}), [1] * 50, room=100)
     assert batch.takes(plain.row)
