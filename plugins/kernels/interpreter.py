@@ -25,6 +25,12 @@ KERNEL_MODULES = (
     "moe_biased_router",
     "moe_dispatch",
     "moe_experts",
+    "absorbed.query",
+    "absorbed.value",
+    "moe.logits",
+    "moe.choose",
+    "moe.experts",
+    "moe.layer",
 )
 
 _enabled = False

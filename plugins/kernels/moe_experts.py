@@ -54,6 +54,47 @@ def place_in_grid(N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr)
 
 
 @triton.jit
+def gate_up_tile(
+    hidden,
+    gate_proj,
+    up_proj,
+    inner,
+    slot,
+    slots,
+    first_row,
+    column,
+    HIDDEN: tl.constexpr,
+    INTER: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """inner[slot] = silu(x W_gate^T) * (x W_up^T) for BLOCK_M slots, BLOCK_N columns; W starts at row first_row."""
+    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = slot < slots
+    mask_n = offs_n < INTER
+    x_ptrs = hidden + (slot // TOPK).to(tl.int64)[:, None] * HIDDEN
+    gate_ptrs = gate_proj + (first_row + offs_n)[:, None] * HIDDEN
+    up_ptrs = up_proj + (first_row + offs_n)[:, None] * HIDDEN
+
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, HIDDEN, BLOCK_K):
+        offs_k = first + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < HIDDEN
+        x = tl.load(x_ptrs + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        w_gate = tl.load(gate_ptrs + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        w_up = tl.load(up_ptrs + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        gate = tl.dot(x, w_gate.T, gate, input_precision="ieee")
+        up = tl.dot(x, w_up.T, up, input_precision="ieee")
+
+    product = gate / (1.0 + tl.exp(-gate)) * up
+    out_ptrs = inner + slot.to(tl.int64)[:, None] * INTER + offs_n[None, :]
+    tl.store(out_ptrs, product.to(inner.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit
 def moe_gate_up(
     hidden,
     gate_proj,
@@ -76,27 +117,56 @@ def moe_gate_up(
     if expert < 0:
         return
     slot = tl.load(sorted_slots + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    gate_up_tile(
+        hidden,
+        gate_proj,
+        up_proj,
+        inner,
+        slot,
+        slots,
+        expert * INTER,
+        column,
+        HIDDEN,
+        INTER,
+        TOPK,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+
+
+@triton.jit
+def down_tile(
+    inner,
+    weight,
+    row_stride,
+    outer,
+    slot,
+    slots,
+    column,
+    HIDDEN: tl.constexpr,
+    INTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """outer[slot] = inner[slot] W^T for BLOCK_M slots, BLOCK_N columns; W's rows lie row_stride apart."""
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = slot < slots
-    mask_n = offs_n < INTER
-    x_ptrs = hidden + (slot // TOPK).to(tl.int64)[:, None] * HIDDEN
-    gate_ptrs = gate_proj + (expert * INTER + offs_n)[:, None] * HIDDEN
-    up_ptrs = up_proj + (expert * INTER + offs_n)[:, None] * HIDDEN
+    mask_n = offs_n < HIDDEN
+    x_ptrs = inner + slot.to(tl.int64)[:, None] * INTER
+    w_ptrs = weight + offs_n.to(tl.int64)[:, None] * row_stride
 
-    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, HIDDEN, BLOCK_K):
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, INTER, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < HIDDEN
+        mask_k = offs_k < INTER
         x = tl.load(x_ptrs + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        w_gate = tl.load(gate_ptrs + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        w_up = tl.load(up_ptrs + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        gate = tl.dot(x, w_gate.T, gate, input_precision="ieee")
-        up = tl.dot(x, w_up.T, up, input_precision="ieee")
+        w = tl.load(w_ptrs + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        acc = tl.dot(x, w.T, acc, input_precision="ieee")
 
-    product = gate / (1.0 + tl.exp(-gate)) * up
-    out_ptrs = inner + slot.to(tl.int64)[:, None] * INTER + offs_n[None, :]
-    tl.store(out_ptrs, product.to(inner.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    out_ptrs = outer + slot.to(tl.int64)[:, None] * HIDDEN + offs_n[None, :]
+    tl.store(out_ptrs, acc.to(outer.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit
@@ -120,22 +190,8 @@ def moe_down(
     if expert < 0:
         return
     slot = tl.load(sorted_slots + block * BLOCK_M + tl.arange(0, BLOCK_M))
-    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m = slot < slots
-    mask_n = offs_n < HIDDEN
-    x_ptrs = inner + slot.to(tl.int64)[:, None] * INTER
-    w_ptrs = down_proj + (expert * HIDDEN + offs_n)[:, None] * INTER
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, INTER, BLOCK_K):
-        offs_k = first + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < INTER
-        x = tl.load(x_ptrs + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        w = tl.load(w_ptrs + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
-
-    out_ptrs = outer + slot.to(tl.int64)[:, None] * HIDDEN + offs_n[None, :]
-    tl.store(out_ptrs, acc.to(outer.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    weight = down_proj + expert * HIDDEN * INTER
+    down_tile(inner, weight, INTER, outer, slot, slots, column, HIDDEN, INTER, BLOCK_M, BLOCK_N, BLOCK_K)
 
 
 @triton.jit

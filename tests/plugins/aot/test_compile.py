@@ -73,8 +73,8 @@ def test_compiles_a_whole_model_in_order():
     binaries = aot.compile_all(DENSE, "float16", [90], jobs=2, on_progress=lambda *done: calls.append(done))
     wanted = [*variants_for(DENSE, "float16", 90), *variants_for(DENSE, "float16", aot.FALLBACK_TILES_SM)]
     assert [b.variant for b in binaries] == wanted
-    assert [(b.sm, b.is_ptx) for b in binaries] == [(90, False)] * 6 + [(80, True)] * 6
-    assert calls == [(n + 1, 12) for n in range(12)]
+    assert [(b.sm, b.is_ptx) for b in binaries] == [(90, False)] * 10 + [(80, True)] * 10
+    assert calls == [(n + 1, 20) for n in range(20)]
 
 
 def test_refuses_what_does_not_fit_the_chip():
