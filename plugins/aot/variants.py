@@ -6,7 +6,7 @@ count, everywhere but for the grouped GEMMs, moe_logits and moe_choose, where it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig
@@ -98,6 +98,10 @@ KERNELS = {
     ),
 }
 
+# Kernels that call order.after_previous_kernel, and the first chip on which that does anything.
+OVERLAPPING = frozenset(k for k in KERNELS if k.startswith("moe_")) | {"mla_query", "mla_value"}
+OVERLAPS_FROM = 90
+
 
 def variants_for(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
     """All variants that `config` needs in `dtype` on the chip `sm`, in a fixed order.
@@ -115,7 +119,14 @@ def variants_for(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...
         rows += _router_rows(config, sm) + _experts_rows(config, dtype, sm)
         if config.n_shared_experts:
             rows += _layer_rows(config, dtype, sm)
-    return rows
+    return tuple(_overlapping(row, sm) for row in rows)
+
+
+def _overlapping(row: Variant, sm: int) -> Variant:
+    """The row with PDL where its kernel has that constant: 1 on chips that start a kernel before the last one ends."""
+    if row.kernel not in OVERLAPPING:
+        return row
+    return replace(row, constexprs=(*row.constexprs, ("PDL", int(sm >= OVERLAPS_FROM))))
 
 
 def _mla_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:

@@ -18,6 +18,7 @@ from deepseek_trt.export.errors import BackendError
 
 KERNEL_MODULES = (
     "bounds",
+    "order",
     "latent_write",
     "mla_decode",
     "mla_prefill",

@@ -35,6 +35,7 @@ from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
 from deepseek_trt.plugins.kernels.constants import experts_constants
 from deepseek_trt.plugins.kernels.launches import cdiv
 from deepseek_trt.plugins.kernels.moe_dispatch import dispatch
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import ExpertsShape, combine_tile, gemm_tiles
 
 if TYPE_CHECKING:
@@ -110,8 +111,10 @@ def moe_gate_up(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """inner[slot] = silu(x W_gate^T) * (x W_up^T) for the BLOCK_M slots of one block, BLOCK_N columns."""
+    after_previous_kernel(PDL)
     block, column = place_in_grid(INTER, BLOCK_N, GROUP_M)
     expert = tl.load(block_expert + block).to(tl.int64)
     if expert < 0:
@@ -183,8 +186,10 @@ def moe_down(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """outer[slot] = inner[slot] W_down^T for the BLOCK_M slots of one block, BLOCK_N columns."""
+    after_previous_kernel(PDL)
     block, column = place_in_grid(HIDDEN, BLOCK_N, GROUP_M)
     expert = tl.load(block_expert + block).to(tl.int64)
     if expert < 0:
@@ -204,8 +209,10 @@ def moe_combine(
     TOPK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """output[t] = the sum over k of weights[t, k] * outer[t * TOPK + k], in float32."""
+    after_previous_kernel(PDL)
     offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < tokens

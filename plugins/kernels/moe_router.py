@@ -22,6 +22,7 @@ import triton.language as tl
 from deepseek_trt.plugins.kernels.chips import chip_of
 from deepseek_trt.plugins.kernels.constants import router_constants
 from deepseek_trt.plugins.kernels.launches import cdiv
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import router_tile
 
 if TYPE_CHECKING:
@@ -107,8 +108,10 @@ def moe_router(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """BLOCK_T tokens; experts lie as [BLOCK_G groups, BLOCK_E experts a group], both padded to powers of two."""
+    after_previous_kernel(PDL)
     SIZE: tl.constexpr = E // GROUPS
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_g = tl.arange(0, BLOCK_G)

@@ -25,6 +25,7 @@ import triton.language as tl
 from deepseek_trt.plugins.kernels.absorbed.constants import AbsorbedSizes, query_constants, query_tiles, tile_for
 from deepseek_trt.plugins.kernels.chips import chip_of
 from deepseek_trt.plugins.kernels.launches import cdiv
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +67,10 @@ def mla_query(
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """BLOCK_T tokens: BLOCK_L columns of one head's queries, or the latents."""
+    after_previous_kernel(PDL)
     COLUMNS: tl.constexpr = (LAT + BLOCK_L - 1) // BLOCK_L
     ROPE: tl.constexpr = 2 * RHALF
     D: tl.constexpr = LAT + ROPE

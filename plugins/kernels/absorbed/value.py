@@ -20,6 +20,7 @@ import triton.language as tl
 from deepseek_trt.plugins.kernels.absorbed.constants import AbsorbedSizes, tile_for, value_constants, value_tiles
 from deepseek_trt.plugins.kernels.chips import chip_of
 from deepseek_trt.plugins.kernels.launches import cdiv
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,10 @@ def mla_value(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """BLOCK_T tokens, BLOCK_V columns of one head's values."""
+    after_previous_kernel(PDL)
     COLUMNS: tl.constexpr = (VALUE + BLOCK_V - 1) // BLOCK_V
     head = tl.program_id(0) // COLUMNS
     offs_v = tl.program_id(0) % COLUMNS * BLOCK_V + tl.arange(0, BLOCK_V)

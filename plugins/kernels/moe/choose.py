@@ -28,6 +28,7 @@ import triton.language as tl
 
 from deepseek_trt.plugins.kernels.moe_biased_router import biased_choice
 from deepseek_trt.plugins.kernels.moe_router import softmax_choice
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 
 
 @triton.jit
@@ -108,8 +109,10 @@ def moe_choose(
     BLOCK_T: tl.constexpr,
     BLOCK_B: tl.constexpr,
     SORT: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """BLOCK_T tokens; experts lie as [BLOCK_G groups, BLOCK_E experts a group], both padded to powers of two."""
+    after_previous_kernel(PDL)
     SIZE: tl.constexpr = E // GROUPS
     SLOTS: tl.constexpr = TOPK + SHARED
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from deepseek_trt.plugins.kernels.moe_experts import down_tile, gate_up_tile, place_in_grid
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 
 
 @triton.jit
@@ -46,8 +47,10 @@ def moe_layer_gate_up(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """inner[slot] = silu(x W_gate^T) * (x W_up^T) for the BLOCK_M slots of one block, BLOCK_N columns."""
+    after_previous_kernel(PDL)
     block, column = place_in_grid(INTER, BLOCK_N, GROUP_M)
     expert = tl.load(block_expert + block).to(tl.int64)
     if expert < 0:
@@ -79,8 +82,10 @@ def moe_layer_down(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """outer[slot] = inner[slot] W_down^T for the BLOCK_M slots of one block, BLOCK_N columns."""
+    after_previous_kernel(PDL)
     block, column = place_in_grid(HIDDEN, BLOCK_N, GROUP_M)
     expert = tl.load(block_expert + block).to(tl.int64)
     if expert < 0:

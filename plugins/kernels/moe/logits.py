@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
+
 
 @triton.jit
 def moe_logits(
@@ -32,8 +34,10 @@ def moe_logits(
     BLOCK_T: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """BLOCK_T tokens, BLOCK_X experts, one of SPLITS parts of the width, each of whole BLOCK_K."""
+    after_previous_kernel(PDL)
     WIDTH: tl.constexpr = (HIDDEN + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
     split = tl.program_id(1)
     offs_x = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)

@@ -68,6 +68,16 @@ def test_two_builds_give_the_same_bytes(tmp_path, monkeypatch):
     assert b".target sm_80" in ptx.image
 
 
+@pytest.mark.parametrize("kernel", ["moe_logits", "moe_choose", "moe_layer_gate_up", "mla_query"])
+def test_memory_is_touched_after_the_kernel_before(kernel):
+    """On SM 90 each kernel waits for it first; on older chips, which know no such instruction, none does."""
+    requests = [Request(variant(kernel, sm=sm), sm, as_ptx=True) for sm in (86, 90)]
+    old, new = (c.binary.image.decode() for c in aot.compile_requests(requests, jobs=1))
+    assert "griddepcontrol" not in old
+    touched = [new.index(word) for word in ("ld.global", "st.global", "cp.async") if word in new]
+    assert new.index("griddepcontrol.wait") < new.index("griddepcontrol.launch_dependents") < min(touched)
+
+
 def test_compiles_a_whole_model_in_order():
     calls = []
     binaries = aot.compile_all(DENSE, "float16", [90], jobs=2, on_progress=lambda *done: calls.append(done))

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot import variants
-from deepseek_trt.plugins.aot.variants import KERNELS, variants_for
+from deepseek_trt.plugins.aot.variants import KERNELS, OVERLAPPING, variants_for
 from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
@@ -136,11 +137,25 @@ def source_of(kernel):
     return SOURCES.joinpath(*KERNELS[kernel].module.split(".")).with_suffix(".py")
 
 
-def parameters(kernel):
-    """(arguments, constants) in the order of the kernel's source, read without importing Triton."""
+@functools.cache
+def function_of(kernel):
+    """The kernel's source, read without importing Triton."""
     tree = ast.parse(source_of(kernel).read_text(encoding="utf-8"))
-    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == kernel)
-    args = function.args.args
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == kernel)
+
+
+@MODELS
+@CHIPS
+def test_kernels_that_wait_by_themselves_start_early_where_the_chip_can(config, sm):
+    for row in variants_for(config, "bfloat16", sm):
+        waits = "after_previous_kernel(PDL)" in ast.unparse(function_of(row.kernel).body[1])
+        assert waits == (row.kernel in OVERLAPPING) == ("PDL" in dict(row.constexprs)), "the first statement"
+        assert row.overlaps == (waits and sm >= 90)
+
+
+def parameters(kernel):
+    """(arguments, constants) in the order of the kernel's source."""
+    args = function_of(kernel).args.args
     return [a.arg for a in args if a.annotation is None], [a.arg for a in args if a.annotation is not None]
 
 

@@ -124,7 +124,8 @@ class Expected:
         image = f"{self.op.name}/{kernel}/{self.chip.label}/{v.max_tokens}"
         blocks = " ".join(map(str, [*grid, 1, 1][:3]))
         how = f"{blocks} | {32 * v.num_warps} 1 1 | {shared} | {STREAM:#x}"
-        self.lines.append(f"launch {kernel} | {image} | {how} | {' '.join(params)}")
+        early = " | attribute 6 = 1" if v.overlaps else ""  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        self.lines.append(f"launch {kernel} | {image} | {how} | {' '.join(params)}{early}")
 
     def _param(self, value: int | float | str, kind: str) -> str:
         if isinstance(value, str):
