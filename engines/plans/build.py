@@ -60,7 +60,8 @@ def build_with_library(
             raise BuildError(f"{library} has no kernels for SM {sm}: run deepseek-trt plugins --sm {sm}")
     list_added(bundle.path, [f"{PLUGINS_FOLDER}/{name}" for name in (LIBRARY, MANIFEST)])
     memory, note = loaded_from(library, manifest), stand_in_note(manifest, chips)
-    build = _Build(bundle.listed_anew(), spec, flavour, memory, manifest.sha256, note, progress or (lambda *_: None))
+    library_facts = (memory, manifest.sha256, tuple(manifest.ops))
+    build = _Build(bundle.listed_anew(), spec, flavour, *library_facts, note, progress or (lambda *_: None))
     return tuple(map(build.plan, bundle.manifest.graphs))
 
 
@@ -97,6 +98,7 @@ class _Build:
     flavour: Flavour
     in_memory: Path
     library_sha256: str
+    ops: tuple[str, ...]
     note: str
     progress: BuildProgress
 
@@ -118,7 +120,7 @@ class _Build:
     def _make(self, graph: GraphSpec, source: str, made: Path, stopped: Callable[[], bool]) -> PlanRecord:
         """Write the plan to `made`."""
         self.flavour.log.errors.clear()
-        parsed = parse_graph(self.bundle, graph, self.spec, self.flavour)
+        parsed = parse_graph(self.bundle, graph, self.spec, self.flavour, self.ops)
         profile = profile_of(graph, self.bundle.manifest.cache, self.spec)
         self._serialize(parsed, self._configure(parsed, profile, stopped), made)
         return PlanRecord(

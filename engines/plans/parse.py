@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from deepseek_trt.engines.plans.flavour import Flavour
+from deepseek_trt.engines.plans.fuse import fuse
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import DOMAIN, GraphSpec, TensorSpec
@@ -42,8 +43,11 @@ class Parsed:
     plugins: dict[str, int]
 
 
-def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour) -> Parsed:
-    """Parse the graph with plugins in place of the custom ops' bodies, and make sure that none fell back."""
+def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flavour, ops: Sequence[str] = ()) -> Parsed:
+    """Parse the graph with plugins in place of the custom ops' bodies, and make sure that none fell back.
+
+    `ops` are those that the loaded library has plugins for: some take the place of several of the graph.
+    """
     trt = flavour.trt
     builder = trt.Builder(flavour.logger)
     network = builder.create_network(flavour.network_flags())
@@ -51,13 +55,16 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     data, place = bundle.traced_bytes(graph.name), str(bundle.traced_path(graph.name))
     bundle.prove_weights()  # the parser reads the file by itself
-    model = onnx.load_model_from_string(data)
-    wanted = collections.Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+    model = ir.serde.deserialize_model(onnx.load_model_from_string(data))
+    fused = fuse(model, graph.name, ops)
+    wanted = collections.Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
     weights: tuple[str, ...] = ()
     parts = {w.recipe.name: tensorrt_parts(w.recipe) for w in bundle.manifest.weights}
     split = {name for name, of in parts.items() if len(of) > 1}
     if spec.weights == "shared" or split:
         weights, data = _with_shared_weights(bundle, model, parts, None if spec.weights == "shared" else split)
+    elif fused:
+        data = ir.to_proto(model).SerializeToString()
     if not parser.parse(data, place):
         reason = flavour.log.last()
         if parser.num_errors:
@@ -71,13 +78,12 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
 
 
 def _with_shared_weights(
-    bundle: Bundle, model: onnx.ModelProto, parts: Mapping[str, Sequence[Part]], only: Collection[str] | None
+    bundle: Bundle, graph: ir.Model, parts: Mapping[str, Sequence[Part]], only: Collection[str] | None
 ) -> tuple[tuple[str, ...], bytes]:
     """The names of the weights that are inputs now (of `only` these), and the graph, small enough to travel as bytes.
 
     What TensorRT cannot take whole is in parts, and is never embedded.
     """
-    graph = ir.serde.deserialize_model(model)
     for value in graph.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.base_dir = str(bundle.path)

@@ -32,6 +32,11 @@ class Variant:
     num_warps: int
     num_stages: int
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether it waits for the kernel before it by itself, so that it may be started early."""
+        return bool(dict(self.constexprs).get("PDL"))
+
 
 @dataclass(frozen=True)
 class Binary:

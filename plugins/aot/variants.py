@@ -1,12 +1,13 @@
 """The table of what gets compiled: for one model, dtype and chip, each kernel with its constants and tiles.
 
 Row dtype is that of the op's T (float32 for routers and sampling, whose logits are float32 in every model). max_tokens
-is 0, any count, everywhere but for moe_gate_up and moe_down, where it counts T, the tokens of one call.
+is 0, any count, everywhere but for the grouped GEMMs, moe_logits and moe_choose, where it counts T, the tokens of one
+call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.config.limits import without_kernel
@@ -14,7 +15,9 @@ from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot.records import KernelArg, Variant
 from deepseek_trt.plugins.kernels import constants, tiles
+from deepseek_trt.plugins.kernels.absorbed import constants as absorbed
 from deepseek_trt.plugins.kernels.chips import shared_limit
+from deepseek_trt.plugins.kernels.moe import constants as layer
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -47,6 +50,14 @@ _PICK = (
     "logits *fp32, adjusted *fp32, places *i32, starts *i32, keys *i64, draws *i64, steepness *fp32, top_ps *fp64, "
     "top_ks *i32, leasts *i32, wanted *i32, tokens *i32, used *i64, totals *fp64, bests *fp32, owns *fp32, "
     "top_ids *i32, top_logits *fp32"
+)
+_CHOOSE = (
+    "partial *fp32, correction_bias *fp32, weights *fp32, ids *i32, sorted_slots *i32, block_expert *i32, tokens i32, "
+    "max_blocks i32, block i32, scale fp32"
+)
+_LAYER_GATE_UP = (
+    "hidden *T, gate_proj *T, up_proj *T, shared_gate *T, shared_up *T, inner *T, sorted_slots *i32, "
+    "block_expert *i32, slots i32"
 )
 
 
@@ -86,8 +97,24 @@ KERNELS = {
     "moe_combine": KernelSource("moe_experts", "outer *T, weights *fp32, output *T, tokens i32"),
     "sample_adjust": KernelSource("sampling.adjust", _ADJUST),
     "sample_pick": KernelSource("sampling.pick", _PICK),
+    "mla_query": KernelSource(
+        "absorbed.query",
+        "q *T, kv *T, cos *fp32, sin *fp32, latent_norm *T, w_uk *T, query *T, latent *T, tokens i32, eps fp32",
+    ),
+    "mla_value": KernelSource("absorbed.value", "attended *T, w_uv *T, values *T, tokens i32"),
+    "moe_logits": KernelSource("moe.logits", "hidden *T, router_weight *T, partial *fp32, tokens i32"),
+    "moe_choose": KernelSource("moe.choose", _CHOOSE),
+    "moe_layer_gate_up": KernelSource("moe.experts", _LAYER_GATE_UP),
+    "moe_layer_down": KernelSource(
+        "moe.experts",
+        "inner *T, down_proj *T, shared_down *T, outer *T, sorted_slots *i32, block_expert *i32, slots i32",
+    ),
 }
 SAMPLING = "Sampling"  # no op of a graph: a session launches its kernels itself, after a graph has run
+
+# Kernels that call order.after_previous_kernel, and the first chip on which that does anything.
+OVERLAPPING = frozenset(k for k in KERNELS if k.startswith("moe_")) | {"mla_query", "mla_value"}
+OVERLAPS_FROM = 90
 
 
 def variants_for(config: ModelConfig, dtype: str, sm: int, page_size: int = DEFAULT_PAGE_SIZE) -> tuple[Variant, ...]:
@@ -98,13 +125,22 @@ def variants_for(config: ModelConfig, dtype: str, sm: int, page_size: int = DEFA
     shared_limit(sm)
     if dtype not in TRITON_TYPES:
         raise BuildError(f"the kernels have no dtype {dtype!r}; export the bundle as one of: {', '.join(TRITON_TYPES)}")
-    rows = _mla_rows(config, dtype, sm, page_size)
+    rows = _mla_rows(config, dtype, sm, page_size) + _absorbed_rows(config, dtype, sm)
     missing = without_kernel(config)
     if missing:
         raise BuildError(f"{missing}: run it with ort")
     if config.n_routed_experts and config.num_experts_per_tok:
         rows += _router_rows(config, sm) + _experts_rows(config, dtype, sm)
-    return rows + _sampling_rows(config.vocab_size, sm)
+        if config.n_shared_experts:
+            rows += _layer_rows(config, dtype, sm)
+    return tuple(_overlapping(row, sm) for row in rows + _sampling_rows(config.vocab_size, sm))
+
+
+def _overlapping(row: Variant, sm: int) -> Variant:
+    """The row with PDL where its kernel has that constant: 1 on chips that start a kernel before the last one ends."""
+    if row.kernel not in OVERLAPPING:
+        return row
+    return replace(row, constexprs=(*row.constexprs, ("PDL", int(sm >= OVERLAPS_FROM))))
 
 
 def _mla_rows(config: ModelConfig, dtype: str, sm: int, page: int) -> tuple[Variant, ...]:
@@ -124,6 +160,16 @@ def _mla_rows(config: ModelConfig, dtype: str, sm: int, page: int) -> tuple[Vari
     )
 
 
+def _absorbed_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
+    """MlaQuery and MlaValue, by the tokens of a step."""
+    rope, nope, value = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
+    sizes = absorbed.AbsorbedSizes(config.num_attention_heads, config.kv_lora_rank, rope, nope, value)
+    of_query, of_value = absorbed.query_constants(sizes), absorbed.value_constants(sizes)
+    rows = [_row("MlaQuery", "mla_query", dtype, of_query, t, n) for n, t in absorbed.query_tiles(sizes, sm).items()]
+    rows += [_row("MlaValue", "mla_value", dtype, of_value, t, n) for n, t in absorbed.value_tiles(sizes, sm).items()]
+    return tuple(rows)
+
+
 def _router_rows(config: ModelConfig, sm: int) -> tuple[Variant, ...]:
     router = constants.router_constants(
         config.n_routed_experts,
@@ -133,6 +179,30 @@ def _router_rows(config: ModelConfig, sm: int) -> tuple[Variant, ...]:
     )
     op, kernel = ("MoeBiasedRouter", "moe_biased_router") if config.biased_routing else ("MoeRouter", "moe_router")
     return (_row(op, kernel, "float32", router, tiles.router_tile(1, sm)),)
+
+
+def _layer_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
+    """MoeLayer: routing by the tokens that one program sorts, the GEMMs by the buckets of MoeExperts."""
+    top_k, routed = config.num_experts_per_tok, config.n_routed_experts
+    choice = layer.Choice(top_k, *config.routing_groups, int(config.norm_topk_prob), config.biased_routing)
+    inter, shared = config.moe_intermediate_size, config.n_shared_experts
+    sizes = layer.LayerSizes(routed, shared, config.hidden_size, inter, choice)
+    sort, gemm = constants.dispatch_constants(routed + shared), layer.layer_constants(sizes)
+    rows = []
+    for bucket in layer.routing_buckets(sizes, sm):
+        rows.append(_row("MoeLayer", "moe_logits", dtype, *bucket.logits, bucket.max_tokens))
+        rows.append(_row("MoeLayer", "moe_choose", dtype, *bucket.choose, bucket.max_tokens))
+    rows += [
+        _row("MoeLayer", "moe_dispatch_count", dtype, sort.count, tiles.tile()),
+        _row("MoeLayer", "moe_dispatch_offsets", dtype, sort.offsets, tiles.dispatch_tile(sm)),
+        _row("MoeLayer", "moe_dispatch_scatter", dtype, sort.scatter, tiles.tile()),
+    ]
+    for of_gemm in tiles.gemm_buckets(dtype, top_k, routed, sm):
+        most = of_gemm.max_tokens
+        rows.append(_row("MoeLayer", "moe_layer_gate_up", dtype, gemm.gate_up, of_gemm.tiles.gate_up, most))
+        rows.append(_row("MoeLayer", "moe_layer_down", dtype, gemm.down, of_gemm.tiles.down, most))
+    rows.append(_row("MoeLayer", "moe_combine", dtype, gemm.combine, tiles.combine_tile(1, config.hidden_size, sm)))
+    return tuple(rows)
 
 
 def _experts_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:

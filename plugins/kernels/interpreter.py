@@ -18,6 +18,7 @@ from deepseek_trt.export.errors import BackendError
 
 KERNEL_MODULES = (
     "bounds",
+    "order",
     "latent_write",
     "mla_decode",
     "mla_prefill",
@@ -28,6 +29,12 @@ KERNEL_MODULES = (
     "sampling.passes",
     "sampling.adjust",
     "sampling.pick",
+    "absorbed.query",
+    "absorbed.value",
+    "moe.logits",
+    "moe.choose",
+    "moe.experts",
+    "moe.layer",
 )
 
 _enabled = False

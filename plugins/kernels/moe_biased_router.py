@@ -23,6 +23,7 @@ import triton.language as tl
 from deepseek_trt.plugins.kernels.chips import chip_of
 from deepseek_trt.plugins.kernels.constants import router_constants
 from deepseek_trt.plugins.kernels.launches import cdiv
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import router_tile
 
 if TYPE_CHECKING:
@@ -30,12 +31,9 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def moe_biased_router(
-    logits,
-    correction_bias,
-    weights,
-    ids,
-    tokens,
+def biased_choice(
+    x,
+    bias,
     scale,
     E: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -47,24 +45,19 @@ def moe_biased_router(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """BLOCK_T tokens; experts lie as [BLOCK_G groups, BLOCK_E experts a group], both padded to powers of two."""
+    """Of logits x [BLOCK_T, BLOCK_G, BLOCK_E] and bias [BLOCK_G, BLOCK_E], both 0 where no expert is: the chosen
+    experts' weights and ids.
+
+    Best first. Third, which choice each expert is, [BLOCK_T, BLOCK_G * BLOCK_E], or -1.
+    """
     SIZE: tl.constexpr = E // GROUPS
     DROPPED: tl.constexpr = -3.0e38  # experts of groups that are not kept: below every score, above what is no expert
     NONE: tl.constexpr = -float("inf")
-    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_g = tl.arange(0, BLOCK_G)
     offs_e = tl.arange(0, BLOCK_E)
     offs_k = tl.arange(0, BLOCK_K)
     offs_all = tl.arange(0, BLOCK_G * BLOCK_E)
-    mask_t = offs_t < tokens
-    mask_k = offs_k < TOPK
-    expert = offs_g[:, None] * SIZE + offs_e[None, :]
-    is_expert = (offs_g[:, None] < GROUPS) & (offs_e[None, :] < SIZE)
-    real = is_expert[None, :, :]
-    row = offs_t.to(tl.int64)
-    x_ptrs = logits + row[:, None, None] * E + expert[None, :, :]
-    x = tl.load(x_ptrs, mask=mask_t[:, None, None] & real, other=0.0)
-    bias = tl.load(correction_bias + expert, mask=is_expert, other=0.0)
+    real = ((offs_g[:, None] < GROUPS) & (offs_e[None, :] < SIZE))[None, :, :]
 
     scores = 1.0 / (1.0 + tl.exp(-x))  # [BLOCK_T, BLOCK_G, BLOCK_E]
     biased = scores + bias[None, :, :]
@@ -89,6 +82,7 @@ def moe_biased_router(
     plain = tl.reshape(scores, (BLOCK_T, BLOCK_G * BLOCK_E))
     best_scores = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     best_ids = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    rank = tl.full((BLOCK_T, BLOCK_G * BLOCK_E), -1, tl.int32)
     for k in tl.static_range(TOPK):
         _, at = tl.max(left, 1, return_indices=True)  # of equal scores the first
         is_k = offs_k[None, :] == k
@@ -96,10 +90,53 @@ def moe_biased_router(
         score = tl.sum(tl.where(is_chosen, plain, 0.0), 1)
         best_scores = tl.where(is_k, score[:, None], best_scores)
         best_ids = tl.where(is_k, ((at // BLOCK_E) * SIZE + at % BLOCK_E)[:, None], best_ids)
+        rank = tl.where(is_chosen, k, rank)
         left = tl.where(is_chosen, NONE, left)
     if NORMALISE:
         best_scores = best_scores / (tl.sum(best_scores, 1) + 1e-20)[:, None]
     best_scores = tl.where((bad == 0)[:, None], best_scores * scale, float("nan"))
+    return best_scores, best_ids, rank
+
+
+@triton.jit
+def moe_biased_router(
+    logits,
+    correction_bias,
+    weights,
+    ids,
+    tokens,
+    scale,
+    E: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+    TOPK: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr = 0,
+):
+    """BLOCK_T tokens; experts lie as [BLOCK_G groups, BLOCK_E experts a group], both padded to powers of two."""
+    after_previous_kernel(PDL)
+    SIZE: tl.constexpr = E // GROUPS
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_t = offs_t < tokens
+    mask_k = offs_k < TOPK
+    expert = offs_g[:, None] * SIZE + offs_e[None, :]
+    is_expert = (offs_g[:, None] < GROUPS) & (offs_e[None, :] < SIZE)
+    real = is_expert[None, :, :]
+    row = offs_t.to(tl.int64)
+    x_ptrs = logits + row[:, None, None] * E + expert[None, :, :]
+    x = tl.load(x_ptrs, mask=mask_t[:, None, None] & real, other=0.0)
+    bias = tl.load(correction_bias + expert, mask=is_expert, other=0.0)
+
+    best_scores, best_ids, _ = biased_choice(
+        x, bias, scale, E, GROUPS, TOPK_GROUPS, TOPK, NORMALISE, BLOCK_G, BLOCK_E, BLOCK_K, BLOCK_T
+    )
 
     out = row[:, None] * TOPK + offs_k[None, :]
     mask = mask_t[:, None] & mask_k[None, :]

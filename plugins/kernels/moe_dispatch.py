@@ -36,6 +36,7 @@ from deepseek_trt.plugins.kernels.bounds import clamp_int
 from deepseek_trt.plugins.kernels.chips import chip_of
 from deepseek_trt.plugins.kernels.constants import dispatch_constants
 from deepseek_trt.plugins.kernels.launches import DISPATCH_CHUNK, cdiv, dispatch_blocks
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import dispatch_tile
 
 if TYPE_CHECKING:
@@ -44,9 +45,18 @@ if TYPE_CHECKING:
 
 @triton.jit
 def moe_dispatch_count(
-    ids, counts, sorted_slots, slots, sorted_size, E: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr
+    ids,
+    counts,
+    sorted_slots,
+    slots,
+    sorted_size,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """How often each expert occurs in one chunk, counts [chunks, E]; and CHUNK words of sorted_slots set to padding."""
+    after_previous_kernel(PDL)
     chunk = tl.program_id(0)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
     offs_e = tl.arange(0, BLOCK_E)
@@ -71,8 +81,10 @@ def moe_dispatch_offsets(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Where a chunk's first slot of an expert goes, offsets [chunks, E]; and whose each block is, or -1."""
+    after_previous_kernel(PDL)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     total = tl.zeros((BLOCK_E,), tl.int32)
@@ -100,8 +112,17 @@ def moe_dispatch_offsets(
 
 
 @triton.jit
-def moe_dispatch_scatter(ids, offsets, sorted_slots, slots, E: tl.constexpr, CHUNK: tl.constexpr):
+def moe_dispatch_scatter(
+    ids,
+    offsets,
+    sorted_slots,
+    slots,
+    E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr = 0,
+):
     """Each slot of one chunk to its place: its expert's offset, plus that expert's slots before it in the chunk."""
+    after_previous_kernel(PDL)
     chunk = tl.program_id(0)
     offs = tl.arange(0, CHUNK)
     slot = chunk * CHUNK + offs

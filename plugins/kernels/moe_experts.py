@@ -35,6 +35,7 @@ from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
 from deepseek_trt.plugins.kernels.constants import experts_constants
 from deepseek_trt.plugins.kernels.launches import cdiv
 from deepseek_trt.plugins.kernels.moe_dispatch import dispatch
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import ExpertsShape, combine_tile, gemm_tiles
 
 if TYPE_CHECKING:
@@ -54,34 +55,29 @@ def place_in_grid(N: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr)
 
 
 @triton.jit
-def moe_gate_up(
+def gate_up_tile(
     hidden,
     gate_proj,
     up_proj,
     inner,
-    sorted_slots,
-    block_expert,
+    slot,
     slots,
+    first_row,
+    column,
     HIDDEN: tl.constexpr,
     INTER: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
 ):
-    """inner[slot] = silu(x W_gate^T) * (x W_up^T) for the BLOCK_M slots of one block, BLOCK_N columns."""
-    block, column = place_in_grid(INTER, BLOCK_N, GROUP_M)
-    expert = tl.load(block_expert + block).to(tl.int64)
-    if expert < 0:
-        return
-    slot = tl.load(sorted_slots + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    """inner[slot] = silu(x W_gate^T) * (x W_up^T) for BLOCK_M slots, BLOCK_N columns; W starts at row first_row."""
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = slot < slots
     mask_n = offs_n < INTER
     x_ptrs = hidden + (slot // TOPK).to(tl.int64)[:, None] * HIDDEN
-    gate_ptrs = gate_proj + (expert * INTER + offs_n)[:, None] * HIDDEN
-    up_ptrs = up_proj + (expert * INTER + offs_n)[:, None] * HIDDEN
+    gate_ptrs = gate_proj + (first_row + offs_n)[:, None] * HIDDEN
+    up_ptrs = up_proj + (first_row + offs_n)[:, None] * HIDDEN
 
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -100,31 +96,69 @@ def moe_gate_up(
 
 
 @triton.jit
-def moe_down(
+def moe_gate_up(
+    hidden,
+    gate_proj,
+    up_proj,
     inner,
-    down_proj,
-    outer,
     sorted_slots,
     block_expert,
     slots,
     HIDDEN: tl.constexpr,
     INTER: tl.constexpr,
+    TOPK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
-    """outer[slot] = inner[slot] W_down^T for the BLOCK_M slots of one block, BLOCK_N columns."""
-    block, column = place_in_grid(HIDDEN, BLOCK_N, GROUP_M)
+    """inner[slot] = silu(x W_gate^T) * (x W_up^T) for the BLOCK_M slots of one block, BLOCK_N columns."""
+    after_previous_kernel(PDL)
+    block, column = place_in_grid(INTER, BLOCK_N, GROUP_M)
     expert = tl.load(block_expert + block).to(tl.int64)
     if expert < 0:
         return
     slot = tl.load(sorted_slots + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    gate_up_tile(
+        hidden,
+        gate_proj,
+        up_proj,
+        inner,
+        slot,
+        slots,
+        expert * INTER,
+        column,
+        HIDDEN,
+        INTER,
+        TOPK,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+
+
+@triton.jit
+def down_tile(
+    inner,
+    weight,
+    row_stride,
+    outer,
+    slot,
+    slots,
+    column,
+    HIDDEN: tl.constexpr,
+    INTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """outer[slot] = inner[slot] W^T for BLOCK_M slots, BLOCK_N columns; W's rows lie row_stride apart."""
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = slot < slots
     mask_n = offs_n < HIDDEN
     x_ptrs = inner + slot.to(tl.int64)[:, None] * INTER
-    w_ptrs = down_proj + (expert * HIDDEN + offs_n)[:, None] * INTER
+    w_ptrs = weight + offs_n.to(tl.int64)[:, None] * row_stride
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, INTER, BLOCK_K):
@@ -139,6 +173,33 @@ def moe_down(
 
 
 @triton.jit
+def moe_down(
+    inner,
+    down_proj,
+    outer,
+    sorted_slots,
+    block_expert,
+    slots,
+    HIDDEN: tl.constexpr,
+    INTER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PDL: tl.constexpr = 0,
+):
+    """outer[slot] = inner[slot] W_down^T for the BLOCK_M slots of one block, BLOCK_N columns."""
+    after_previous_kernel(PDL)
+    block, column = place_in_grid(HIDDEN, BLOCK_N, GROUP_M)
+    expert = tl.load(block_expert + block).to(tl.int64)
+    if expert < 0:
+        return
+    slot = tl.load(sorted_slots + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    weight = down_proj + expert * HIDDEN * INTER
+    down_tile(inner, weight, INTER, outer, slot, slots, column, HIDDEN, INTER, BLOCK_M, BLOCK_N, BLOCK_K)
+
+
+@triton.jit
 def moe_combine(
     outer,
     weights,
@@ -148,8 +209,10 @@ def moe_combine(
     TOPK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """output[t] = the sum over k of weights[t, k] * outer[t * TOPK + k], in float32."""
+    after_previous_kernel(PDL)
     offs_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < tokens

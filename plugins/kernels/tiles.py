@@ -128,6 +128,10 @@ GEMM = {
     "hopper": _GEMM_LARGE,
     "blackwell": _GEMM_LARGE,
 }
+# For a step of decode: as many blocks as fill the chip even for one token, each with many loads on their way. On small
+# chips the first row of GEMM is like it already, with the stages that their shared memory holds.
+FEW_TOKENS = 16
+GEMM_FEW = GemmTiles(tile(4, 5, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64), tile(4, 5, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64))
 GEMM_F32 = (gemm(0, tile(4, 2, BLOCK_M=16, BLOCK_N=64, BLOCK_K=16), tile(4, 2, BLOCK_M=16, BLOCK_N=64, BLOCK_K=16)),)
 GROUP_M = 8
 
@@ -200,9 +204,12 @@ class GemmBucket:
 
 
 def gemm_buckets(dtype: str, top_k: int, experts: int, sm: int) -> tuple[GemmBucket, ...]:
-    """The rows of GEMM for a chip, their limits turned from rows an expert into tokens."""
+    """The rows of GEMM for a chip, their limits turned from rows an expert into tokens; GEMM_FEW before them."""
     rows = GEMM_F32 if dtype == "float32" else GEMM[chip_class(sm)]
-    return tuple(GemmBucket(row.rows * experts // top_k, _grouped(row.tiles)) for row in rows)
+    buckets = tuple(GemmBucket(row.rows * experts // top_k, _grouped(row.tiles)) for row in rows)
+    if dtype == "float32" or chip_class(sm) == "small" or buckets[0].max_tokens <= FEW_TOKENS:
+        return buckets
+    return (GemmBucket(FEW_TOKENS, _grouped(GEMM_FEW)), *buckets)
 
 
 @dataclass(frozen=True)

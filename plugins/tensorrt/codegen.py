@@ -180,7 +180,9 @@ def _rows(table: KernelTable) -> str:
 def _row(binary: Binary) -> str:
     v = binary.variant
     is_ptx = "true" if binary.is_ptx else "false"
+    overlaps = "true" if v.overlaps else "false"
     fields = f'{binary.sm}, {is_ptx}, {v.max_tokens}, "{binary.entry}", {binary.shared_bytes}, {binary.threads}'
+    fields += f", {overlaps}"
     return f"{{{{{fields}, {image_symbol(binary)}}}, {{{', '.join(str(value) for _, value in v.constexprs)}}}}}"
 
 

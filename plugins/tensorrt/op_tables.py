@@ -34,10 +34,12 @@ def fixed_sizes(config: ModelConfig, page_size: int = DEFAULT_PAGE_SIZE) -> dict
         "L": config.kv_lora_rank,
         "N": config.qk_nope_head_dim,
         "R": config.qk_rope_head_dim,
+        "RHALF": config.qk_rope_head_dim // 2,
         "V": config.v_head_dim,
         "E": config.n_routed_experts,
         "K": config.num_experts_per_tok,
         "I": config.moe_intermediate_size,
+        "SI": config.n_shared_experts * config.moe_intermediate_size,
         "hidden": config.hidden_size,
         "page": page_size,
     }

@@ -26,6 +26,16 @@ DTYPE = "bfloat16"
 Drive = Callable[..., list[str]]
 
 
+# Launches of the ops of a decode graph for one token a row; test_launches.py holds the recording driver's against it.
+LAUNCHES_A_STEP = {"MlaQuery": 1, "MlaDecode": 3, "MlaValue": 1, "MoeLayer": 5}
+
+
+@pytest.fixture
+def launches_a_step() -> dict[str, int]:
+    """LAUNCHES_A_STEP."""
+    return LAUNCHES_A_STEP
+
+
 def binary_of(variant: Variant, sm: int, is_ptx: bool = False) -> Binary:
     """A binary whose image is text that names it: nothing compiled, for everything but running it."""
     image = f"{variant.op}/{variant.kernel}/{'ptx' if is_ptx else 'sm'}{sm}/{variant.max_tokens}".encode()

@@ -28,6 +28,7 @@ from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 
 ROOT = Path(__file__).parents[3]
+ATTENTION = ("MlaQuery", "MlaDecode", "MlaValue")  # of a decode graph
 SPEC = BuildSpec(sms=(86, 89, 120), max_batch_size=4, max_input_len=128, max_seq_len=512)
 
 
@@ -53,9 +54,11 @@ def test_plans_build_and_a_rerun_does_nothing(bundle, library, weights):
     assert [p.fresh for p in plans] == [True, True]
     assert phases
     layers = bundle.manifest.model.num_hidden_layers
-    for plan, attention in zip(plans, ("MlaPrefill", "MlaDecode"), strict=True):
-        assert plan.record.plugins == {attention: layers, "MoeRouter": layers - 1, "MoeExperts": layers - 1}
-        assert plan.record.layers["PLUGIN_V3"] == 3 * layers - 2
+    moe = {"MoeRouter": layers - 1, "MoeExperts": layers - 1}
+    wanted = ({"MlaPrefill": layers, **moe}, {**dict.fromkeys(ATTENTION, layers), "MoeLayer": layers - 1})
+    for plan, plugins in zip(plans, wanted, strict=True):
+        assert plan.record.plugins == plugins
+        assert plan.record.layers["PLUGIN_V3"] == sum(plugins.values())
         assert plan.path.stat().st_size == plan.record.plan_bytes
         assert PlanRecord.of(bundle.listed_anew(), plan.record.graph) == plan.record
         names = [t.name for t in plan.record.inputs]
@@ -143,8 +146,9 @@ def test_a_model_of_v3s_kind_builds_with_its_experts_in_parts(tmp_path, bundle_o
     monkeypatch.setattr(recipes, "TENSORRT_MOST_NUMBERS", 300_000)
     spec = dataclasses.replace(SPEC, sms=(86,))
     prefill, decode = build_plans(BuildRequest(exported.path, spec))
-    for plan, attention in ((prefill, "MlaPrefill"), (decode, "MlaDecode")):
-        assert plan.record.plugins == {attention: 2, "MoeBiasedRouter": 1, "MoeExperts": 1}
+    assert prefill.record.plugins == {"MlaPrefill": 2, "MoeBiasedRouter": 1, "MoeExperts": 1}
+    assert decode.record.plugins == {**dict.fromkeys(ATTENTION, 2), "MoeLayer": 1}
+    for plan in (prefill, decode):
         parts = {t.name.split("experts.")[1]: t.dims for t in plan.record.inputs if ".part" in t.name}
         assert parts == {f"{name}_proj.part{i}": dims for name, dims in EXPECTED_PARTS.items() for i in (0, 1)}
     assert read_plans(Bundle.open(exported.path))["decode"].record == decode.record

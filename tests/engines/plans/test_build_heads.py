@@ -16,7 +16,8 @@ from deepseek_trt.plugins.tensorrt.library import build_library
 
 SPEC = BuildSpec(sms=(86,), max_batch_size=2, max_input_len=16, max_seq_len=32)
 MOE = {"MoeRouter": 1, "MoeExperts": 1}
-PREFILL, DECODE = {"MlaPrefill": 2, **MOE}, {"MlaDecode": 2, **MOE}
+PREFILL = {"MlaPrefill": 2, **MOE}
+DECODE = {"MlaQuery": 2, "MlaDecode": 2, "MlaValue": 2, "MoeLayer": 1}
 HIDDEN = ["last_hidden_state", "hidden_states.0", "hidden_states.1", "hidden_states.2"]
 # Export: its class, its options, and of each graph the plugins and first outputs.
 EXPORTS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[dict[str, int], list[str]]]]] = {

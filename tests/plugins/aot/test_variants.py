@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot import variants
-from deepseek_trt.plugins.aot.variants import KERNELS, SAMPLING, variants_for
+from deepseek_trt.plugins.aot.variants import KERNELS, OVERLAPPING, SAMPLING, variants_for
+from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 
@@ -54,6 +56,7 @@ KIMI_K2 = dataclasses.replace(V3, num_attention_heads=64, n_routed_experts=384, 
 MODELS = pytest.mark.parametrize(
     "config", [SMALL, V2_LITE, V2, V3, KIMI_K2], ids=["small", "V2-Lite", "V2", "V3", "Kimi-K2"]
 )
+ROUTING = ("moe_logits", "moe_choose")
 ROUTERS = {"MoeRouter": "moe_router", "MoeBiasedRouter": "moe_biased_router"}
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 CHIPS = pytest.mark.parametrize("sm", SHARED_LIMITS)
@@ -67,7 +70,7 @@ SOURCES = Path(variants.__file__).parents[1] / "kernels"
 def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
     rows = variants_for(config, dtype, sm)
     other = "MoeRouter" if config.biased_routing else "MoeBiasedRouter"
-    assert {row.op for row in rows} == {*KERNEL_OPS, SAMPLING} - {other}
+    assert {row.op for row in rows} == {*KERNEL_OPS, *(op.name for op in FUSED_OPS), SAMPLING} - {other}
     assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]}
     assert set(Counter((row.op, row.kernel, row.max_tokens) for row in rows).values()) == {1}
     for op, kernel in {(row.op, row.kernel) for row in rows}:
@@ -82,10 +85,42 @@ def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
 def test_both_grouped_gemms_of_a_bucket_share_the_block(config, dtype, sm):
     blocks = {}
     for row in variants_for(config, dtype, sm):
-        if row.kernel in ("moe_gate_up", "moe_down"):
-            blocks.setdefault(row.max_tokens, []).append(dict(row.constexprs)["BLOCK_M"])
-    assert blocks
+        if row.kernel.endswith(("_gate_up", "_down")):
+            blocks.setdefault((row.op, row.max_tokens), []).append(dict(row.constexprs)["BLOCK_M"])
+    assert {op for op, _ in blocks} == {"MoeExperts", "MoeLayer"}
     assert all(len(pair) == 2 and len(set(pair)) == 1 for pair in blocks.values())
+
+
+@MODELS
+@CHIPS
+def test_a_step_of_decode_is_routed_in_two_launches(config, sm):
+    """One program sorts as many tokens as it holds in registers; logits are split alike in both kernels."""
+    rows = [row for row in variants_for(config, "bfloat16", sm) if row.op == "MoeLayer"]
+    logits, choose = ({r.max_tokens: dict(r.constexprs) for r in rows if r.kernel == k} for k in ROUTING)
+    assert logits.keys() == choose.keys()
+    most = max(choose)
+    assert most == {SMALL: 64, V2_LITE: 64, V2: 32, V3: 32, KIMI_K2: 16}[config]
+    for tokens, sizes in choose.items():
+        assert sizes["SPLITS"] == logits[tokens]["SPLITS"]
+        assert sizes["SORT"] == int(tokens > 0)
+        assert not sizes["SORT"] or sizes["BLOCK_T"] >= tokens
+
+
+@pytest.mark.parametrize("config", [V2_LITE, V2, V3, KIMI_K2], ids=["V2-Lite", "V2", "V3", "Kimi-K2"])
+@pytest.mark.parametrize("sm", [80, 90, 100, 103])
+def test_one_token_fills_a_large_chip(config, sm):
+    """An H100 has 132 SMs: gate_up's blocks for one token are as many."""
+    for kernel in ("moe_gate_up", "moe_layer_gate_up"):
+        row = next(row for row in variants_for(config, "bfloat16", sm) if row.kernel == kernel)
+        columns = -(-config.moe_intermediate_size // dict(row.constexprs)["BLOCK_N"])
+        assert (row.num_stages == 5) == (row.max_tokens == 16)
+        assert config.num_experts_per_tok * columns >= 132
+
+
+@DTYPES
+def test_without_shared_experts_there_is_no_layer_as_one_op(dtype):
+    rows = variants_for(dataclasses.replace(SMALL, n_shared_experts=0), dtype, 90)
+    assert "MoeLayer" not in {row.op for row in rows}
 
 
 @MODELS
@@ -97,14 +132,30 @@ def test_both_decode_kernels_split_alike(config, sm):
     assert [split[name] for name in shared] == [combine[name] for name in shared]
 
 
-def parsed(kernel):
-    return ast.parse((SOURCES / f"{KERNELS[kernel].module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+def source_of(kernel):
+    """The file that the kernel is written in."""
+    return SOURCES.joinpath(*KERNELS[kernel].module.split(".")).with_suffix(".py")
+
+
+@functools.cache
+def function_of(kernel):
+    """The kernel's source, read without importing Triton."""
+    tree = ast.parse(source_of(kernel).read_text(encoding="utf-8"))
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == kernel)
+
+
+@MODELS
+@CHIPS
+def test_kernels_that_wait_by_themselves_start_early_where_the_chip_can(config, sm):
+    for row in variants_for(config, "bfloat16", sm):
+        waits = "after_previous_kernel(PDL)" in ast.unparse(function_of(row.kernel).body[1])
+        assert waits == (row.kernel in OVERLAPPING) == ("PDL" in dict(row.constexprs)), "the first statement"
+        assert row.overlaps == (waits and sm >= 90)
 
 
 def parameters(kernel):
-    """(arguments, constants) in the order of the kernel's source, read without importing Triton."""
-    function = next(node for node in parsed(kernel).body if isinstance(node, ast.FunctionDef) and node.name == kernel)
-    args = function.args.args
+    """(arguments, constants) in the order of the kernel's source."""
+    args = function_of(kernel).args.args
     return [a.arg for a in args if a.annotation is None], [a.arg for a in args if a.annotation is not None]
 
 
@@ -120,7 +171,7 @@ def test_rows_give_what_the_kernel_takes(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_docstrings_tell_each_launch(kernel):
     """The C++ launcher is written from the docstring: arguments and types must be those of the table."""
-    text = ast.get_docstring(parsed(kernel))
+    text = ast.get_docstring(ast.parse(source_of(kernel).read_text(encoding="utf-8")))
     launch = re.search(rf"^ +{kernel} +grid.*?\n((?: {{8}}.*\n?)+)", text, re.MULTILINE)
     assert launch, f"{kernel}'s launch is not described"
     told = re.findall(r"\b(\w+) (\*?(?:T|fp32|fp64|i32|i64))\b", launch.group(1))
@@ -141,7 +192,7 @@ def test_types_follow_the_dtype(dtype, kind):
 
 def test_a_dense_model_has_no_expert_kernels():
     rows = variants_for(ModelConfig(n_routed_experts=0), "bfloat16", 86)
-    assert {row.op for row in rows} == {"MlaPrefill", "MlaDecode", SAMPLING}
+    assert {row.op for row in rows} == {"MlaPrefill", "MlaDecode", "MlaQuery", "MlaValue", SAMPLING}
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import onnx
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
-from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.tensorrt.loading import load_library
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable
+from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
 
 ONNX_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -25,7 +25,7 @@ ONNX_TYPES = {
     "int32": TensorProto.INT32,
 }
 FREE = {"B": (1, 8), "S": (1, 64), "P": (2, 33), "M": (1, 4), "T": (1, 512)}  # smallest, largest
-SPECS = {op.name: op for op in OPS}
+SPECS = {op.name: op for op in PLUGIN_OPS}
 
 
 class Log(trt.ILogger):  # type: ignore[misc]

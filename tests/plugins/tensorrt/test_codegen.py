@@ -11,14 +11,13 @@ import pytest
 from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
-from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.aot.records import Binary, KernelArg
 from deepseek_trt.plugins.cxx import find_compiler
 from deepseek_trt.plugins.tensorrt import codegen
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes, in_parts, ops_header
-from deepseek_trt.plugins.tensorrt.sources import ops_of, source_files
+from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS, ops_of, source_files
 
-SPECS = {op.name: op for op in OPS}
+SPECS = {op.name: op for op in PLUGIN_OPS}
 
 
 def table(op: str, config: ModelConfig, dtype: str = "float16") -> OpTable:
@@ -92,7 +91,7 @@ def test_kernels_are_grouped_by_op(plugin_config: ModelConfig, uncompiled: Calla
     names = [(t.namespace, t.struct) for t in tables]
     assert ("mla_decode", "LatentWrite") in names
     assert ("mla_prefill", "LatentWrite") in names
-    assert ops_of(tables) == ("MlaPrefill", "MlaDecode", "MoeRouter", "MoeExperts")
+    assert ops_of(tables) == ("MlaPrefill", "MlaDecode", "MoeRouter", "MoeExperts", "MlaQuery", "MlaValue", "MoeLayer")
     for t in tables:
         assert {b.sm for b in t.binaries} == {80, 86, 90}
 

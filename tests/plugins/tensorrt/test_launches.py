@@ -11,7 +11,6 @@ import pytest
 
 from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.ops.spec import OpSpec
 from deepseek_trt.plugins.aot.records import Variant
 from deepseek_trt.plugins.aot.variants import SAMPLING, variants_for
@@ -19,6 +18,7 @@ from deepseek_trt.plugins.kernels import launches
 from deepseek_trt.plugins.kernels.launches import cdiv
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes
+from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
 
 DTYPE = "bfloat16"
 ELEMENT = 2
@@ -44,7 +44,11 @@ FIELDS = {
     ],
     "MoeExperts": ["activation:s:4:silu"],
 }
-SPECS = {op.name: op for op in OPS if op.name in FIELDS}
+FIELDS["MlaQuery"] = ["eps:f:1:0.125"]
+FIELDS["MlaValue"] = []
+FIELDS["MoeLayer"] = [*FIELDS["MoeRouter"], "biased:i:1:0"]
+V3_FIELDS = {**FIELDS, "MoeLayer": [*FIELDS["MoeBiasedRouter"], "biased:i:1:1"]}
+SPECS = {op.name: op for op in PLUGIN_OPS if op.name in FIELDS}
 OF_V2 = [name for name in SPECS if name != "MoeBiasedRouter"]  # those in plugin_library
 TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "i32"}
 
@@ -120,7 +124,8 @@ class Expected:
         image = f"{self.op.name}/{kernel}/{self.chip.label}/{v.max_tokens}"
         blocks = " ".join(map(str, [*grid, 1, 1][:3]))
         how = f"{blocks} | {32 * v.num_warps} 1 1 | {shared} | {STREAM:#x}"
-        self.lines.append(f"launch {kernel} | {image} | {how} | {' '.join(params)}")
+        early = " | attribute 6 = 1" if v.overlaps else ""  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        self.lines.append(f"launch {kernel} | {image} | {how} | {' '.join(params)}{early}")
 
     def _param(self, value: int | float | str, kind: str) -> str:
         if isinstance(value, str):
@@ -169,6 +174,20 @@ def prefill(e: Expected, n: Sizes) -> None:
         e.launch("mla_prefill_attend", [steps, part.count, n["B"]], [*attend, part.first, n["S"], capacity])
 
 
+def query(e: Expected, n: Sizes) -> None:
+    grid = [n["H"] * cdiv(n["L"], e.tile("mla_query", "BLOCK_L", n["T"])) + 1]
+    grid.append(cdiv(n["T"], e.tile("mla_query", "BLOCK_T", n["T"])))
+    args = ["q", "kv", "cos", "sin", "latent_norm", "w_uk", "query", "latent", n["T"], SCALE]
+    e.launch("mla_query", grid, args, n["T"])
+
+
+def value(e: Expected, n: Sizes) -> None:
+    tokens = n["B"] * n["S"]
+    grid = [n["H"] * cdiv(n["V"], e.tile("mla_value", "BLOCK_V", tokens))]
+    grid.append(cdiv(tokens, e.tile("mla_value", "BLOCK_T", tokens)))
+    e.launch("mla_value", grid, ["attended", "w_uv", "values", tokens], tokens)
+
+
 def router(e: Expected, n: Sizes) -> None:
     grid = [cdiv(n["T"], e.tile("moe_router", "BLOCK_T"))]
     e.launch("moe_router", grid, ["logits", "weights", "ids", n["T"], 16.0])
@@ -199,12 +218,46 @@ def experts(e: Expected, n: Sizes) -> None:
     e.launch("moe_combine", grid, [outer, "weights", "output", T])
 
 
+def layer(e: Expected, n: Sizes) -> None:
+    """Five launches, and three more where one program cannot sort all tokens."""
+    T, shared = n["T"], n["SI"] // n["I"]
+    slots, experts_ = T * (n["K"] + shared), n["E"] + shared
+    block = e.tile("moe_layer_gate_up", "BLOCK_M", T)
+    splits, sorts = e.tile("moe_choose", "SPLITS", T), e.tile("moe_choose", "SORT", T)
+    chunks, blocks = cdiv(slots, launches.DISPATCH_CHUNK), launches.dispatch_blocks(slots, experts_, block)
+    partial, weights, ids = e.take(splits * T * n["E"] * 4), e.take(slots * 4), e.take(slots * 4)
+    counts, offsets = e.take(chunks * experts_ * 4), e.take(chunks * experts_ * 4)
+    block_expert, sorted_slots = e.take(blocks * 4), e.take(blocks * block * 4)
+    inner, outer = e.take(slots * n["I"] * ELEMENT), e.take(slots * n["hidden"] * ELEMENT)
+    grid = [cdiv(n["E"], e.tile("moe_logits", "BLOCK_X", T)), splits, cdiv(T, e.tile("moe_logits", "BLOCK_T", T))]
+    e.launch("moe_logits", grid, ["hidden", "router_weight", partial, T], T)
+    scale = 2.5 if e.tile("moe_choose", "BIASED") else 16.0
+    order = [sorted_slots, block_expert]
+    args = [partial, "correction_bias", weights, ids, *order, T, blocks, block, scale]
+    e.launch("moe_choose", [cdiv(T, e.tile("moe_choose", "BLOCK_T", T))], args, T)
+    if not sorts:
+        count_grid = [cdiv(blocks * block, launches.DISPATCH_CHUNK)]
+        e.launch("moe_dispatch_count", count_grid, [ids, counts, sorted_slots, slots, blocks * block])
+        e.launch("moe_dispatch_offsets", [1], [counts, offsets, block_expert, chunks, blocks, block])
+        e.launch("moe_dispatch_scatter", [chunks], [ids, offsets, sorted_slots, slots])
+    columns = cdiv(n["I"], e.tile("moe_layer_gate_up", "BLOCK_N", T))
+    stacks = ["gate_proj", "up_proj", "shared_gate", "shared_up"]
+    e.launch("moe_layer_gate_up", [blocks * columns], ["hidden", *stacks, inner, *order, slots], T)
+    columns = cdiv(n["hidden"], e.tile("moe_layer_down", "BLOCK_N", T))
+    e.launch("moe_layer_down", [blocks * columns], [inner, "down_proj", "shared_down", outer, *order, slots], T)
+    grid = [cdiv(T, e.tile("moe_combine", "BLOCK_T")), cdiv(n["hidden"], e.tile("moe_combine", "BLOCK_D"))]
+    e.launch("moe_combine", grid, [outer, weights, "output", T])
+
+
 WRITERS = {
     "MlaDecode": decode,
     "MlaPrefill": prefill,
+    "MlaQuery": query,
+    "MlaValue": value,
     "MoeRouter": router,
     "MoeBiasedRouter": biased_router,
     "MoeExperts": experts,
+    "MoeLayer": layer,
 }
 CASES: list[tuple[str, Sizes]] = [
     ("MlaDecode", {"B": 1, "S": 1, "P": 40, "page": 64, "M": 4}),
@@ -216,6 +269,13 @@ CASES: list[tuple[str, Sizes]] = [
     ("MlaPrefill", {"B": 1, "S": 1, "P": 9, "page": 64, "M": 1}),
     ("MlaPrefill", {"B": 8, "S": 300, "P": 300, "page": 64, "M": 32}),
     ("MlaPrefill", {"B": 8, "S": 77, "P": 300, "page": 64, "M": 10000}),  # heads in chunks
+    ("MlaQuery", {"B": 1, "S": 1, "T": 1}),
+    ("MlaQuery", {"B": 2, "S": 8, "T": 16}),
+    ("MlaQuery", {"B": 17, "S": 1, "T": 17}),
+    ("MlaQuery", {"B": 300, "S": 8, "T": 2400}),
+    ("MlaValue", {"B": 1, "S": 1}),
+    ("MlaValue", {"B": 2, "S": 8}),
+    ("MlaValue", {"B": 300, "S": 8}),
     ("MoeRouter", {"T": 1}),
     ("MoeRouter", {"T": 257}),
     ("MoeExperts", {"T": 1}),
@@ -223,6 +283,12 @@ CASES: list[tuple[str, Sizes]] = [
     ("MoeExperts", {"T": 85}),
     ("MoeExperts", {"T": 86}),  # 16 rows an expert, and the next bucket
     ("MoeExperts", {"T": 5000}),
+    ("MoeLayer", {"T": 1}),
+    ("MoeLayer", {"T": 16}),
+    ("MoeLayer", {"T": 64}),
+    ("MoeLayer", {"T": 65}),  # more than one program sorts
+    ("MoeLayer", {"T": 86}),
+    ("MoeLayer", {"T": 5000}),
 ]
 
 
@@ -232,9 +298,9 @@ def expected(op: OpSpec, config: ModelConfig, chip: Chip, sizes: Sizes) -> Expec
     return written
 
 
-def create(op: str) -> str:
+def create(op: str, fields: Mapping[str, list[str]] = FIELDS) -> str:
     """As an engine's plugin: one of the builder's launches nothing."""
-    return " ".join(["create", op, "engine", *FIELDS[op]])
+    return " ".join(["create", op, "engine", *fields[op]])
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
@@ -260,14 +326,23 @@ def test_launches(drive: Drive, plugin_config: ModelConfig, chip: Chip) -> None:
     )
 
 
+def test_launches_of_a_step(drive: Drive, plugin_config: ModelConfig, launches_a_step: dict[str, int]) -> None:
+    """What test_kernel_count.py counts with."""
+    sizes = {"B": 1, "S": 1, "P": 40, "page": 64, "M": 4, "T": 1}
+    for name, count in launches_a_step.items():
+        shapes = tensors(SPECS[name], plugin_config, sizes)
+        output = drive([create(name), *shapes, "attach", "reshape", "enqueue"])
+        assert sum(line.startswith("launch ") for line in output) == count, name
+
+
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
 def test_launches_of_v3(drive: Drive, v3_config: ModelConfig, v3_library: PluginLibrary, chip: Chip) -> None:
     """Its router; and its experts in parts, which lie as one stack and are taken for one."""
     cases: list[tuple[str, Sizes]] = [("MoeBiasedRouter", {"T": 1}), ("MoeBiasedRouter", {"T": 257})]
-    cases += [("MoeExperts", {"T": 8}), ("MoeExperts", {"T": 86})]
+    cases += [(name, {"T": tokens}) for name in ("MoeExperts", "MoeLayer") for tokens in (8, 86)]
     commands: list[str] = []
     for name, sizes in cases:
-        commands += ["clear", create(name), *in_three_parts(name, tensors(SPECS[name], v3_config, sizes))]
+        commands += ["clear", create(name, V3_FIELDS), *in_three_parts(name, tensors(SPECS[name], v3_config, sizes))]
         commands += ["types", "configure", "attach", "reshape", "enqueue"]
     output = drive(commands, sm=chip.sm, library=v3_library.path)
     lines = [line for name, sizes in cases for line in expected(SPECS[name], v3_config, chip, sizes).lines]
@@ -277,7 +352,7 @@ def test_launches_of_v3(drive: Drive, v3_config: ModelConfig, v3_library: Plugin
 
 def in_three_parts(name: str, shapes: list[str]) -> list[str]:
     """The three stacks of 16 experts in parts of 6, 6 and 4, one after the other in memory."""
-    if name != "MoeExperts":
+    if name == "MoeBiasedRouter":
         return shapes
     lines = shapes[:3]
     for shape in shapes[3:6]:
@@ -411,11 +486,17 @@ def test_ptx_steps_in_where_binaries_do_not_load(drive: Drive, plugin_config: Mo
     )
 
 
+def test_tokens_of_two_inputs_must_agree(drive: Drive, plugin_config: ModelConfig) -> None:
+    shapes = tensors(SPECS["MlaQuery"], plugin_config, {"B": 2, "S": 3, "T": 7})
+    output = drive([create("MlaQuery"), *shapes, "attach", "reshape", "enqueue"])
+    assert output[-2:] == ["log 1 MlaQuery: input q has 7 tokens, but input cos has 2 times 3", "enqueue 1"]
+
+
 @pytest.mark.parametrize("name", OF_V2)
 def test_builders_plugins_launch_nothing(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
     """A builder times plugins on made-up inputs, which would index memory."""
-    sizes = {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
-    built = create(name).replace(" engine ", " build ")
+    sizes = {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 6}
+    built = create(name).replace(" engine", " build")
     output = drive([built, *tensors(SPECS[name], plugin_config, sizes), "attach", "reshape", "enqueue"])
     assert output == ["create ok", "attach 0", "reshape 0", "enqueue 0"]
 
@@ -423,7 +504,7 @@ def test_builders_plugins_launch_nothing(drive: Drive, plugin_config: ModelConfi
 @pytest.mark.parametrize("name", OF_V2)
 def test_misaligned_tensors_are_said(drive: Drive, plugin_config: ModelConfig, name: str) -> None:
     """Kernels load 16 bytes at a time; memory that is not aligned so would be a fault far from its cause."""
-    op, sizes = SPECS[name], {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 8}
+    op, sizes = SPECS[name], {"B": 2, "S": 3, "P": 9, "page": 64, "M": 2, "T": 6}
     shapes = tensors(op, plugin_config, sizes)
     for tensor in op.inputs + op.outputs:
         address = address_of(op, tensor.name)

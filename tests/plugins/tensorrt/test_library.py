@@ -15,14 +15,17 @@ import pytest
 
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
-from deepseek_trt.export.ops import OPS
 from deepseek_trt.export.trust.cache import cache_folder
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.cxx import Compiler, find_compiler
+from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, read_manifest
+from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
+
+OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter"}  # with plugins in its library
 
 Uncompiled = Callable[..., list[Binary]]
 
@@ -107,7 +110,7 @@ def test_manifest_describes_library(plugin_library: PluginLibrary, plugin_config
     assert manifest.sha256 == plugin_library.sha256 == hashlib.sha256(plugin_library.path.read_bytes()).hexdigest()
     assert manifest.library_id.encode() in plugin_library.path.read_bytes()
     assert (manifest.dtype, list(manifest.sms), list(manifest.ptx_sms)) == ("bfloat16", [86, 90], [80])
-    assert list(manifest.ops) == [op.name for op in OPS if op.name in KERNEL_OPS and op.name != "MoeBiasedRouter"]
+    assert list(manifest.ops) == [op.name for op in PLUGIN_OPS if op.name in OF_V2]
     assert manifest.sizes["H"] == plugin_config.num_attention_heads
     assert manifest.versions.keys() == {"triton", "ptxas", "compiler", "nvinfer_headers"}
     row = next(r for r in manifest.binaries if r["kernel"] == "moe_gate_up" and r["sm"] == 90 and r["max_tokens"])

@@ -19,14 +19,17 @@ import pytest
 
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BackendError, BuildError
-from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.aot.records import Binary
+from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.tensorrt import loading, rtx_shim
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.loading import load_library
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST
 from deepseek_trt.plugins.tensorrt.op_tables import fixed_sizes
+from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
+
+OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter"}  # with plugins in its library
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "MlaPrefill": {"scale": 0.125},
@@ -35,6 +38,8 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
     "MoeBiasedRouter": {"top_k": 3, "n_group": 4, "topk_group": 2, "norm_topk_prob": 1, "routed_scaling_factor": 2.5},
     "MoeExperts": {"activation": "silu"},
 }
+ATTRIBUTES |= {"MlaQuery": {"eps": 1e-6}, "MlaValue": {}}
+ATTRIBUTES["MoeLayer"] = {**ATTRIBUTES["MoeRouter"], "biased": 0}
 
 Play = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
@@ -74,7 +79,7 @@ def test_every_op_builds(
     v3_config: ModelConfig,
 ) -> None:
     """Each model's router is in its own library."""
-    of_v2 = [op.name for op in OPS if op.name in KERNEL_OPS and op.name != "MoeBiasedRouter"]
+    of_v2 = [op.name for op in PLUGIN_OPS if op.name in OF_V2]
     libraries = [plugin_library] * len(of_v2) + [v3_library]
     cases = [case(name, plugin_library, plugin_config) for name in of_v2]
     results = play([*cases, case("MoeBiasedRouter", v3_library, v3_config)])

@@ -14,6 +14,7 @@ struct Binary {
     char const* entry;
     int32_t shared_bytes;
     int32_t threads;
+    bool overlaps;  // it waits for the kernel before it by itself, and may be started before that ends
     unsigned char const* image;
 };
 

@@ -13,7 +13,26 @@ using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
 using CUfunction = struct CUfunc_st*;
 
+struct CUlaunchAttribute {
+    int id;
+    char padding[4];
+    union {
+        char bytes[64];
+        void* pointer;  // for its alignment
+        int programmatic_stream_serialization_allowed;
+    } value;
+};
+
+struct CUlaunchConfig {
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    cudaStream_t stream;
+    CUlaunchAttribute* attributes;
+    unsigned attribute_count;
+};
+
 constexpr CUresult CUDA_SUCCESS = 0;
+
+constexpr int CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
@@ -32,6 +51,5 @@ CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, char const* nam
 CUresult cuKernelSetAttribute(int attribute, int value, CUkernel kernel, CUdevice device);
 CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel);
 CUresult cuFuncLoad(CUfunction function);
-CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-    unsigned block_y, unsigned block_z, unsigned shared_bytes, cudaStream_t stream, void** params, void** extra);
+CUresult cuLaunchKernelEx(CUlaunchConfig const* config, CUfunction function, void** params, void** extra);
 }

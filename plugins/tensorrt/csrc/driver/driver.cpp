@@ -44,7 +44,7 @@ Driver::Driver() {
     resolve(libcuda, "cuKernelSetAttribute", cuKernelSetAttribute);
     resolve(libcuda, "cuKernelGetFunction", cuKernelGetFunction);
     resolve(libcuda, "cuFuncLoad", cuFuncLoad);
-    resolve(libcuda, "cuLaunchKernel", cuLaunchKernel);
+    resolve(libcuda, "cuLaunchKernelEx", cuLaunchKernelEx);
     check(cuInit(0), "cuInit");
 }
 

@@ -30,7 +30,7 @@ struct Driver {
     decltype(&::cuKernelSetAttribute) cuKernelSetAttribute;
     decltype(&::cuKernelGetFunction) cuKernelGetFunction;
     decltype(&::cuFuncLoad) cuFuncLoad;
-    decltype(&::cuLaunchKernel) cuLaunchKernel;
+    decltype(&::cuLaunchKernelEx) cuLaunchKernelEx;
 
 private:
     Driver();

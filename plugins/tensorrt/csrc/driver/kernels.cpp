@@ -15,10 +15,13 @@ void launch_params(Binary const& binary, CUkernel kernel, Grid grid, cudaStream_
     }
     Driver const& driver = Driver::get();
     auto function = reinterpret_cast<CUfunction>(kernel);  // the driver takes either, and finds the context itself
-    driver.check(driver.cuLaunchKernel(function, static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                     static_cast<unsigned>(grid.z), static_cast<unsigned>(binary.threads), 1, 1,
-                     static_cast<unsigned>(binary.shared_bytes), stream, params, nullptr),
-        binary.entry);
+    CUlaunchAttribute early{};
+    early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    early.value.programmatic_stream_serialization_allowed = 1;
+    CUlaunchConfig const config{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+        static_cast<unsigned>(grid.z), static_cast<unsigned>(binary.threads), 1, 1,
+        static_cast<unsigned>(binary.shared_bytes), stream, &early, binary.overlaps ? 1u : 0u};
+    driver.check(driver.cuLaunchKernelEx(&config, function, params, nullptr), binary.entry);
 }
 
 CUkernel load_kernel(Library const& library, Binary const& binary, Device const& device) {

@@ -113,12 +113,17 @@ EXPORT CUresult cuFuncLoad(CUfunction function) {
     return CUDA_SUCCESS;
 }
 
-EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-    unsigned block_y, unsigned block_z, unsigned shared_bytes, cudaStream_t stream, void** params, void** extra) {
+EXPORT CUresult cuLaunchKernelEx(CUlaunchConfig const* config, CUfunction function, void** params, void** extra) {
     auto const* kernel = reinterpret_cast<Kernel*>(function);
-    std::printf("launch %s | %s | %u %u %u | %u %u %u | %u | %p | %s%s\n", kernel->name.c_str(), kernel->image.c_str(),
-        grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes, static_cast<void*>(stream),
+    auto const& c = *config;
+    std::printf("launch %s | %s | %u %u %u | %u %u %u | %u | %p | %s%s", kernel->name.c_str(), kernel->image.c_str(),
+        c.grid_x, c.grid_y, c.grid_z, c.block_x, c.block_y, c.block_z, c.shared_bytes, static_cast<void*>(c.stream),
         describe_params(kernel->name, params).c_str(), extra ? " extra" : "");
+    for (unsigned i = 0; i < c.attribute_count; ++i) {
+        std::printf(" | attribute %d = %d", c.attributes[i].id,
+            c.attributes[i].value.programmatic_stream_serialization_allowed);
+    }
+    std::printf("\n");
     return from_environment("FAKE_LAUNCH_FAILS", 0) ? 700 : CUDA_SUCCESS;
 }
 }

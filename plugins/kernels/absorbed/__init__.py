@@ -1,0 +1,1 @@
+"""MlaQuery and MlaValue: what stands before and after decode's attention, one launch each."""
