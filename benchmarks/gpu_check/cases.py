@@ -6,7 +6,7 @@ tolerated, so 1 is the limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,17 +126,12 @@ def router(ops: Any, place: Place, sizes: Sizes, tokens: int) -> float:
     """Softmax scores and the best group by its best expert (V2), or biased sigmoids and best two (V3)."""
     logits = place.random(tokens, sizes.experts, dtype=torch.float32)
     rest = (sizes.top_k, sizes.groups, sizes.topk_groups, int(sizes.normalise), sizes.scale)
-    grouped: Callable[[Tensor], Tensor] = lambda t: t.unflatten(-1, (sizes.groups, -1))  # noqa: E731
+    bias = place.random(sizes.experts, scale=0.1, dtype=torch.float32)
     if sizes.biased:
-        bias = place.random(sizes.experts, scale=0.1, dtype=torch.float32)
         weights, ids = ops["MoeBiasedRouter"](logits, bias, *rest)
-        scores = logits.double().sigmoid()
-        choice = scores + bias.double()
-        groups = grouped(choice).topk(2).values.sum(-1)
     else:
         weights, ids = ops["MoeRouter"](logits, *rest)
-        choice = scores = logits.double().softmax(-1)
-        groups = grouped(choice).amax(-1)
+    scores, choice, groups = reference.scores_of(logits, bias, sizes.groups, sizes.biased)
     best = reference.choose(choice, groups, sizes.topk_groups, sizes.top_k)
     normalise = sizes.normalise and sizes.top_k > 1
     factor = sizes.scale if sizes.biased or not normalise else 1.0

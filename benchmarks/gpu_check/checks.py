@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpu_check import cases
+from gpu_check import cases, fused_cases
 from gpu_check.items import Gpu, Item, NotRunError, Setting, each
 from gpu_check.launching import shipped_kernels
 from gpu_check.models import Sizes
@@ -81,7 +81,7 @@ def runs_on(target: tuple[int, bool], sm: int) -> bool:
 
 def check(what: str, library: ShippedLibrary, target: tuple[int, bool], setting: Setting, gpu: Gpu) -> Iterator[Row]:
     """A row an op, then one that says whether every binary was launched."""
-    from deepseek_trt.plugins.kernels import KERNEL_OPS
+    from deepseek_trt.plugins.kernels import FUSED_KERNEL_OPS, KERNEL_OPS
 
     torch.manual_seed(0)
     binaries = library.of(target)
@@ -101,7 +101,14 @@ def check(what: str, library: ShippedLibrary, target: tuple[int, bool], setting:
 
         works: list[Work] = [
             (f"{what} {op}", functools.partial(worst, make, op))
-            for op, make in _cases(KERNEL_OPS, place, library.sizes, binaries, setting.few or setting.rehearsal, gpu)
+            for op, make in _cases(
+                {**KERNEL_OPS, **FUSED_KERNEL_OPS},
+                place,
+                library.sizes,
+                binaries,
+                setting.few or setting.rehearsal,
+                gpu,
+            )
         ]
         left_out = set()
         for row in each(PART, works, gpu.synchronize):
@@ -134,18 +141,43 @@ def _cases(
         yield "MlaPrefill", lambda: (cases.prefill(ops, place, sizes, past, new) for past, new in chunks)
     for op in sorted(shipped & {"MoeRouter", "MoeBiasedRouter"}):
         yield op, lambda: (cases.router(ops, place, sizes, tokens) for tokens in counts)
+    for op, case in (("MlaQuery", fused_cases.query), ("MlaValue", fused_cases.value)):
+        if op in shipped:
+            yield op, functools.partial(_each_bucket, functools.partial(case, ops, place, sizes), binaries, op)
     if "MoeExperts" in shipped:
-        yield "MoeExperts", lambda: _experts(ops, place, sizes, binaries, gpu)
+        yield "MoeExperts", lambda: _experts(cases.experts, "MoeExperts", ops, place, sizes, binaries, gpu)
+    if "MoeLayer" in shipped:
+        yield "MoeLayer", lambda: _experts(fused_cases.layer, "MoeLayer", ops, place, sizes, binaries, gpu)
+    if "Sampling" in shipped:
+        yield (
+            "Sampling",
+            lambda: (fused_cases.sampling(place, sizes.vocab, rows) for rows in ((5,) if few else (5, 32))),
+        )
+
+
+def _counts(binaries: tuple[ShippedBinary, ...], op: str) -> tuple[int, ...]:
+    """Tokens such that each bucket's binaries are launched."""
+    largest = sorted({b.max_tokens for b in binaries if b.op == op} - {0})
+    return (1, *(most + 1 for most in largest))
+
+
+def _each_bucket(case: Callable[[int], float], binaries: tuple[ShippedBinary, ...], op: str) -> Iterator[float]:
+    yield from map(case, _counts(binaries, op))
 
 
 def _experts(
-    ops: Any, place: cases.Place, sizes: Sizes, binaries: tuple[ShippedBinary, ...], gpu: Gpu
+    case: Callable[..., float],
+    op: str,
+    ops: Any,
+    place: cases.Place,
+    sizes: Sizes,
+    binaries: tuple[ShippedBinary, ...],
+    gpu: Gpu,
 ) -> Iterator[float]:
-    """Once in each bucket of token counts, so that each bucket's binaries are launched."""
+    """Once in each bucket of token counts."""
     needed = 3 * sizes.experts * sizes.hidden * sizes.inter * place.dtype.itemsize * 1.2 + 2**30
     if gpu.free_bytes() < needed:
         raise NotRunError(f"the experts need {needed / 1e9:.1f} GB; {gpu.free_bytes() / 1e9:.1f} GB are free")
     stacks = cases.expert_stacks(place, sizes)
-    largest = sorted({b.max_tokens for b in binaries if b.kernel == "moe_gate_up"} - {0})
-    for tokens in (1, *(most + 13 for most in largest)):
-        yield cases.experts(ops, place, sizes, tokens, stacks)
+    for tokens in _counts(binaries, op):
+        yield case(ops, place, sizes, tokens, stacks)

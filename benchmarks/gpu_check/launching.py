@@ -19,6 +19,7 @@ from gpu_check.shipped import ShippedBinary
 ALIGNMENT = 16  # bytes: what kernels are compiled to load at once
 PTX_TILES_SM = 86  # whose tiles the PTX has
 _SHARED_WITHOUT_ASKING = 48 * 1024
+_KERNELS = "deepseek_trt.plugins.kernels"
 _SCALARS = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 
 
@@ -55,12 +56,17 @@ class ShippedKernel:
         self, grid: tuple[int, int, int], *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: int
     ) -> None:
         """The binary with these constants; it has its own warps: what spilled was compiled with more."""
-        binary = next((b for b in self.binaries if dict(b.constants) == constants), None)
+        binary = next((b for b in self.binaries if _of_wrappers(b) == constants), None)
         if binary is None:
             raise LookupError(f"no binary of {self.binaries[0].kernel} has {constants}")
         launch = Launch(binary, grid, args, self.execute)
         launch()
         self.journal.append(launch)
+
+
+def _of_wrappers(binary: ShippedBinary) -> dict[str, int]:
+    """Its constants as a wrapper gives them: PDL is the table of variants' own."""
+    return {name: value for name, value in binary.constants.items() if name != "PDL"}
 
 
 class DriverExecutor:
@@ -115,22 +121,27 @@ def _value(kind: str, argument: Any) -> Any:
 def shipped_kernels(binaries: Sequence[ShippedBinary], execute: Executor) -> Iterator[list[Launch]]:
     """Have the kernels' modules run `binaries`, of one chip; gives the journal of what was launched."""
     from deepseek_trt.plugins.aot.variants import KERNELS
+    from deepseek_trt.plugins.kernels import chips
+    from deepseek_trt.plugins.kernels.interpreter import KERNEL_MODULES
 
     (target,) = {(b.sm, b.is_ptx) for b in binaries}
     tiles_sm = PTX_TILES_SM if target[1] else target[0]
     journal: list[Launch] = []
     stock: list[tuple[Any, str, Any]] = []
+    modules = [importlib.import_module(f"{_KERNELS}.{name}") for name in (*KERNEL_MODULES, "sampling.run")]
 
-    def replace(module: Any, name: str, value: Any) -> None:
-        stock.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+    def replace(name: str, old: Any, new: Any) -> None:
+        """Wherever a wrapper has it by that name."""
+        for module in modules:
+            if getattr(module, name, None) is old:
+                stock.append((module, name, old))
+                setattr(module, name, new)
 
     try:
         for kernel in sorted({b.kernel for b in binaries}):
-            module = importlib.import_module(f"deepseek_trt.plugins.kernels.{KERNELS[kernel].module}")
-            replace(module, kernel, ShippedKernel([b for b in binaries if b.kernel == kernel], execute, journal))
-            if hasattr(module, "chip_of") and not any(entry[:2] == (module, "chip_of") for entry in stock):
-                replace(module, "chip_of", lambda tensor: tiles_sm)
+            own = getattr(importlib.import_module(f"{_KERNELS}.{KERNELS[kernel].module}"), kernel)
+            replace(kernel, own, ShippedKernel([b for b in binaries if b.kernel == kernel], execute, journal))
+        replace("chip_of", chips.chip_of, lambda tensor: tiles_sm)
         yield journal
     finally:
         for module, name, value in reversed(stock):

@@ -13,6 +13,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 1408,
         "num_attention_heads": 16,
         "n_routed_experts": 64,
+        "n_shared_experts": 2,
         "num_experts_per_tok": 6,
         "topk_method": "greedy",
     },
@@ -22,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 1536,
         "num_attention_heads": 128,
         "n_routed_experts": 160,
+        "n_shared_experts": 2,
         "num_experts_per_tok": 6,
         "topk_method": "group_limited_greedy",
         "n_group": 8,
@@ -35,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 2048,
         "num_attention_heads": 128,
         "n_routed_experts": 256,
+        "n_shared_experts": 1,
         "num_experts_per_tok": 8,
         "topk_method": "noaux_tc",
         "n_group": 8,
@@ -43,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
     },
 }
+_VOCABULARY = 102400  # DeepSeek-V2's, where a config says none
 # Model and dtype of each library that is compiled for the check; the demo's lie in its bundles.
 LIBRARIES = (
     ("v2-lite", "bfloat16"),
@@ -56,7 +60,7 @@ DEMO_DTYPES = ("float32", "bfloat16")
 
 def raw_config(model: str) -> dict[str, Any]:
     """A config.json of the model; two layers, as their number changes no kernel."""
-    return {"model_type": "deepseek_v2", "num_hidden_layers": 2, **MODELS[model]}
+    return {"model_type": "deepseek_v2", "num_hidden_layers": 2, "vocab_size": _VOCABULARY, **MODELS[model]}
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Sizes:
     normalise: bool
     scale: float
     biased: bool
+    shared: int
+    vocab: int
 
     @property
     def width(self) -> int:
@@ -102,4 +108,6 @@ class Sizes:
             normalise=raw.get("norm_topk_prob", False),
             scale=raw.get("routed_scaling_factor", 1.0),
             biased=raw["topk_method"] == "noaux_tc",
+            shared=raw.get("n_shared_experts") or 0,
+            vocab=raw.get("vocab_size", _VOCABULARY),
         )

@@ -57,14 +57,55 @@ def prefill_row(query: Tensor, keys: Tensor, w_uk: Tensor, w_uv: Tensor, scale: 
 
 def choose(choice: Tensor, group_scores: Tensor, topk_groups: int, top_k: int) -> Tensor:
     """The ids [T, K] of the best in `choice` [T, E], of the best groups by group_scores [T, G] alone, best first."""
+    return _of_best_groups(choice, group_scores, topk_groups).topk(top_k).indices
+
+
+def margin(choice: Tensor, group_scores: Tensor, topk_groups: int, top_k: int) -> Tensor:
+    """By how much the last that is chosen is better than the first that is not, of experts and of groups, [T]."""
+    import torch
+
+    gaps = []
+    kept = _of_best_groups(choice, group_scores, topk_groups)
+    for scores, count in (kept, top_k), (group_scores, topk_groups):
+        if count < scores.shape[1]:
+            best = scores.topk(count + 1).values
+            gaps.append(best[:, -2] - best[:, -1])
+    return torch.stack(gaps).amin(0) if gaps else torch.full((len(choice),), torch.inf, device=choice.device)
+
+
+def _of_best_groups(choice: Tensor, group_scores: Tensor, topk_groups: int) -> Tensor:
     import torch
 
     groups = group_scores.shape[1]
-    if topk_groups < groups:
-        kept = torch.zeros_like(group_scores, dtype=torch.bool)
-        kept.scatter_(1, group_scores.topk(topk_groups).indices, True)
-        choice = choice.masked_fill(~kept.repeat_interleave(choice.shape[1] // groups, 1), -torch.inf)
-    return choice.topk(top_k).indices
+    if topk_groups >= groups:
+        return choice
+    kept = torch.zeros_like(group_scores, dtype=torch.bool)
+    kept.scatter_(1, group_scores.topk(topk_groups).indices, True)
+    return choice.masked_fill(~kept.repeat_interleave(choice.shape[1] // groups, 1), -torch.inf)
+
+
+def scores_of(logits: Tensor, bias: Tensor, groups: int, biased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, what is chosen by [T, E], and the groups' scores [T, G]: V2's softmax, V3's biased sigmoids."""
+    logits = logits.double()
+    scores = logits.sigmoid() if biased else logits.softmax(-1)
+    choice = scores + bias.double() if biased else scores
+    grouped = choice.unflatten(-1, (groups, -1))
+    return scores, choice, grouped.topk(2).values.sum(-1) if biased else grouped.amax(-1)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Adjacent pairs of x [..., R] turned by angles [..., R / 2]."""
+    import torch
+
+    x = x.double().unflatten(-1, (-1, 2))
+    cos, sin = angles.double().cos(), angles.double().sin()
+    return torch.stack((x[..., 0] * cos - x[..., 1] * sin, x[..., 0] * sin + x[..., 1] * cos), -1).flatten(-2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Of x [..., L]: divided by its root mean square, times weight [L]."""
+    x = x.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
 
 
 def expert_sum(hidden: Tensor, weights: Tensor, ids: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -26,3 +26,9 @@ KERNEL_OPS: dict[str, Callable[..., Any]] = {
     "MoeBiasedRouter": _first_call_imports("moe_biased_router"),
     "MoeExperts": _first_call_imports("moe_experts"),
 }
+# Likewise, of those in plugins.fused.
+FUSED_KERNEL_OPS: dict[str, Callable[..., Any]] = {
+    "MlaQuery": _first_call_imports("absorbed.query"),
+    "MlaValue": _first_call_imports("absorbed.value"),
+    "MoeLayer": _first_call_imports("moe.layer"),
+}

@@ -37,7 +37,7 @@ def stand_in_library(folder: Path, raw=DEMO, sm=90, ops=None):
         variants = variants_for(ModelConfig.from_hf(raw), "bfloat16", 86 if is_ptx else own)
         for v in (v for v in variants if ops is None or v.op in ops):
             start = b"// PTX\n" if is_ptx else b"\x7fELF"
-            image = start + repr((v.kernel, v.max_tokens, v.constexprs, own)).encode()
+            image = start + repr((v.kernel, v.constexprs, own)).encode()
             data += image + b"\0"
             data += bytes(-len(data) % shipped.ALIGNMENT)
             row = {key: getattr(v, key) for key in ("op", "kernel", "dtype", "max_tokens")}
@@ -80,7 +80,17 @@ def test_rehearsal_launches_every_binary_and_times_all_ops(tmp_path):
     kernels = results(found, "kernels")
     assert set(kernels.values()) == {"good"}
     for target in ("cubin 90", "PTX 80"):
-        for op in ("MlaDecode", "MlaPrefill", "MoeRouter", "MoeExperts", "all"):
+        for op in (
+            "MlaDecode",
+            "MlaPrefill",
+            "MoeRouter",
+            "MoeExperts",
+            "MlaQuery",
+            "MlaValue",
+            "MoeLayer",
+            "Sampling",
+            "all",
+        ):
             assert f"demo bfloat16 {target} {op}" in kernels
     timed = {row["what"]: row["figures"] for row in found["rows"] if row["part"] == "speed"}
     assert len(timed) == 1 + 1 + 2 + 1  # the ceilings, decode, the experts' products and all of the experts, prefill
@@ -88,7 +98,7 @@ def test_rehearsal_launches_every_binary_and_times_all_ops(tmp_path):
 
 
 def test_what_is_wrong_in_a_library_fails(tmp_path):
-    """A kernel that computes something else, and one that nothing launches: a sampler before it has cases."""
+    """A kernel that computes something else, and one that nothing launches: an op that has no cases yet."""
     bundle = tmp_path / "demo" / "bfloat16"
     manifest = stand_in_library(bundle, ops=("MlaDecode", "MlaPrefill"))
     rows = manifest["binaries"]
@@ -171,6 +181,7 @@ def test_a_graph_holds_many_calls_that_take_turns():
 def test_the_cache_is_flushed_by_reading(monkeypatch):
     """Written lines would have to go back to memory while the calls are timed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "played")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(L2_cache_size=2**10))
     stock = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, device, **options: stock(*shape, **options))
