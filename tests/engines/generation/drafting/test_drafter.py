@@ -155,7 +155,10 @@ def test_ways():
     assert isinstance(drafter_of("auto", plain), LookupDrafter)
     assert isinstance(drafter_of("auto", drafting), MtpDrafter)
     assert isinstance(drafter_of("mtp", drafting), MtpDrafter)
-    with pytest.raises(RequestError, match="speculate 'mtp': export a checkpoint that has one with --mtp"):
+    with pytest.raises(
+        RequestError,
+        match="speculate 'mtp': this session has no such layer: export a checkpoint that has one with --mtp",
+    ):
         drafter_of("mtp", plain)
 
 
