@@ -10,6 +10,8 @@ from deepseek_trt.export.ops.mla_prefill import mla_prefill as prefill_reference
 from deepseek_trt.export.ops.moe_biased_router import moe_biased_router as biased_reference
 from deepseek_trt.export.ops.moe_experts import moe_experts as experts_reference
 from deepseek_trt.export.ops.moe_router import moe_router as router_reference
+from deepseek_trt.plugins.fused.mla_query import mla_query
+from deepseek_trt.plugins.fused.mla_value import mla_value
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -147,6 +149,59 @@ def test_moe_experts(model, dtype, tokens, config_of, use_kernels):
     x, weights = random(tokens, hidden, dtype=dtype), torch.rand(tokens, ids.shape[1], device="cuda")
     actual = KERNEL_OPS["MoeExperts"](x, weights, ids, *stacks, "silu")
     assert_close(actual, in_float32(x, weights, ids, stacks), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=NAMES.get)
+@pytest.mark.parametrize("model", ["v2-lite", "v2"])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 300])
+def test_moe_layer(model, dtype, tokens, config_of, use_kernels):
+    from deepseek_trt.plugins.kernels.moe import layer  # not before the interpreter's tests had the chance to enable it
+
+    config = config_of(model)
+    experts, hidden, inter = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    shared = config.n_shared_experts * inter
+    needed = 3 * (experts * inter + shared) * hidden * dtype.itemsize * 1.2 + 2**30
+    free = torch.cuda.mem_get_info()[0]
+    if free < needed:
+        pytest.skip(f"{model}'s experts in {NAMES[dtype]} need {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
+    use_kernels(config, NAMES[dtype], "MoeLayer")
+    shapes = [(experts, inter, hidden)] * 2 + [(experts, hidden, inter)] + [(shared, hidden)] * 2 + [(hidden, shared)]
+    stacks = [random(*shape, dtype=dtype, scale=shape[-1] ** -0.5) for shape in shapes]
+    x, router = random(tokens, hidden, dtype=dtype), random(experts, hidden, dtype=dtype, scale=hidden**-0.5)
+    choice = (config.num_experts_per_tok, *config.routing_groups, int(config.norm_topk_prob))
+    choice = (*choice, config.routed_scaling_factor)
+    actual = layer.run(x, router, torch.zeros(experts, device="cuda"), *stacks, *choice, 0)
+    weights, ids = router_reference(x.float() @ router.float().T, *choice)
+    gate, up, down = (stack.float() for stack in stacks[3:])
+    added = torch.nn.functional.linear(torch.nn.functional.silu(x.float() @ gate.T) * (x.float() @ up.T), down)
+    assert_close(actual, in_float32(x, weights, ids, stacks[:3]) + added, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=NAMES.get)
+@pytest.mark.parametrize("model", ["v2-lite", "v2"])
+@pytest.mark.parametrize(("batch", "seq"), [(1, 1), (4, 8), (300, 1)])
+def test_mla_query_and_value(model, dtype, batch, seq, config_of, use_kernels):
+    from deepseek_trt.plugins.kernels.absorbed import query, value
+
+    config = config_of(model)
+    heads, rank, rope, nope = (
+        config.num_attention_heads,
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.qk_nope_head_dim,
+    )
+    use_kernels(config, NAMES[dtype], "MlaQuery")
+    use_kernels(config, NAMES[dtype], "MlaValue")
+    angles = torch.rand(batch, seq, rope // 2, device="cuda") * 6
+    q, kv = random(batch * seq, heads * (nope + rope), dtype=dtype), random(batch * seq, rank + rope, dtype=dtype)
+    norm, w_uk = random(rank, dtype=dtype), random(heads, nope, rank, dtype=dtype, scale=nope**-0.5)
+    w_uv = random(heads, config.v_head_dim, rank, dtype=dtype, scale=rank**-0.5)
+    made = query.run(q, kv, angles.cos(), angles.sin(), norm, w_uk, 1e-6)
+    expected = mla_query(*widened(q, kv, angles.cos(), angles.sin(), norm, w_uk), 1e-6)
+    for actual, exact in zip(made, expected, strict=True):
+        assert_close(actual, exact, dtype)
+    attended = random(batch, seq, heads, rank, dtype=dtype)
+    assert_close(value.run(attended, w_uv), mla_value(*widened(attended, w_uv)), dtype)
 
 
 def in_float32(x, weights, ids, stacks):
