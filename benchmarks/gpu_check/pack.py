@@ -32,12 +32,12 @@ RUNS = (
     "engines",
 )
 # What the runtime imports beside torch, triton, numpy, onnx and cuda-bindings and what those bring.
-PACKAGES = ("onnx-ir", "ml_dtypes", "tokenizers")
+PACKAGES = ("onnx-ir", "ml_dtypes", "tokenizers", "packaging")
 RTX = ("tensorrt-rtx-cu13-bindings",)  # a wheel for each Python; the others are for all, and are taken from here
 RTX_OF_ALL = ("tensorrt-rtx-cu13", "tensorrt-rtx-cu13-libs")
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-# Machine code in 64 bits first, then as wide a window as the largest library.
-_FILTERS = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 2**28}]
+# lzma's presets: TensorRT-RTX takes several times as long by 6, and two parts of 64 MiB by either.
+_PRESET, _RTX_PRESET = 6, 1
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,18 @@ def _rtx(prepared: Prepared, python: str) -> bytes:
     what = _packages(site, RTX, RTX_OF_ALL, python)
 
     def make(folder: Path) -> None:
-        (folder / "rtx.tar.xz").write_bytes(_archive(_placed(site, prepared)))
+        (folder / "rtx.tar.xz").write_bytes(_archive(_placed(site, prepared), _RTX_PRESET))
 
     keep(kept, what, make)
     return (kept / "rtx.tar.xz").read_bytes()
 
 
-def _archive(contents: Iterable[tuple[Path, str]]) -> bytes:
+def _archive(contents: Iterable[tuple[Path, str]], preset: int = _PRESET) -> bytes:
+    """A tar of the files by their names, compressed as xz; machine code is filtered before."""
     data = io.BytesIO()
+    filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": 2**26}]
     with (
-        lzma.LZMAFile(data, "wb", format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=_FILTERS) as packed,
+        lzma.LZMAFile(data, "wb", format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=filters) as packed,
         tarfile.open(fileobj=packed, mode="w") as tar,
     ):
         for path, name in contents:

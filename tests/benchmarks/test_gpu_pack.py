@@ -39,15 +39,27 @@ def bare_python(folder: Path) -> Path:
     """A Python whose packages are links to those."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    for distribution in needed_by(BARE):
+    link(needed_by(BARE), site)
+    return folder / "bin" / "python"
+
+
+def link(distributions, site: Path) -> None:
+    for distribution in distributions:
         for top in {file.parts[0] for file in distribution.files} - {".."}:
             if not (site / top).exists():
                 (site / top).symlink_to(distribution.locate_file(top))
-    return folder / "bin" / "python"
+
+
+def bring_along(site: Path, names) -> None:
+    """The packages of a pack for this very Python, which need no network so."""
+    site.mkdir()
+    link(map(metadata.distribution, names), site)
+    (site / "python").write_text(f"{sys.version_info[0]}.{sys.version_info[1]}\n")
 
 
 def rehearse(there: Path, python: Path, out: Path):
     variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    variables |= {"XDG_CACHE_HOME": str(out / "cache"), "HOME": str(out)}  # nothing that was compiled before
     command = [there / "gpu-check" / "scripts" / "gpu-check", "--rehearse", "--out", out]
     done = subprocess.run(
         command,
@@ -70,6 +82,9 @@ def test_the_unpacked_pack_rehearses_on_a_bare_python(tmp_path):
     assert file.stat().st_size < pack.MOST
     with tarfile.open(file) as tar:
         tar.extractall(there, filter="data")
+    prepared = there / "gpu-check" / "build" / "gpu-check"
+    bring_along(prepared / "site", pack.PACKAGES)
+    bring_along(prepared / "site-rtx", (*pack.RTX, *pack.RTX_OF_ALL))
     rows = rehearse(there, bare_python(tmp_path / "bare"), tmp_path / "out")
     parts = {
         part: {row["what"]: row for row in rows if row["part"] == part} for part in ("kernels", "speed", "engines")
@@ -80,7 +95,10 @@ def test_the_unpacked_pack_rehearses_on_a_bare_python(tmp_path):
     assert {row["result"] for row in parts["speed"].values()} == {"good"}
     too_large = [row for row in parts["kernels"].values() if "too large" in row["note"]]
     assert len(too_large) == 2 * 5  # a cubin and a PTX row of each published model's library: read, not launched
-    assert all("tensorrt" in row["note"] for row in parts["engines"].values() if row["result"] == "not run")
+    assert all("'tensorrt'" in row["note"] for row in parts["engines"].values() if row["result"] == "not run")
+    for dtype in ("float32", "bfloat16"):
+        assert "plugin layers {'MlaPrefill': 5" in parts["engines"][f"demo {dtype} rtx build"]["note"]
+        assert parts["engines"][f"demo {dtype} rtx tokens"]["result"] == "good"
 
 
 def test_parts_are_the_whole(tmp_path):
