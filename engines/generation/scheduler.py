@@ -111,12 +111,13 @@ class Scheduler:
         self.counters = Counters()
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
-        self._payoff, self._drafter = Payoff(), drafter_of(self.limits.speculate, session)
+        self._payoff = Payoff()
         self._native = load_sampler(session.library, session.threads) if session.library else None
         self._waiting: deque[Request] = deque()
         self._rows: DecodeRows | None = None  # those that decoded in the last step, as it left them
         self._running: list[Request] = []  # in order of arrival, all earlier than those waiting
         self._next_id = 0
+        self._drafter = drafter_of(self.limits.speculate, session)
 
     @property
     def running(self) -> int:
