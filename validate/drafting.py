@@ -25,6 +25,7 @@ from deepseek_trt.validate.report.report import BackendReport, backend_report
 from deepseek_trt.validate.steps import Script, Step
 
 _DECODE_STEPS = 4
+_WRONG_CHOICE = "FAIL: the drafting layer's router chose experts that rounding does not explain"
 
 
 class DraftStepper:
@@ -83,8 +84,10 @@ def compare_drafting(backend: str, session: SessionRequest, reference: TorchSess
 def with_drafting(report: BackendReport, pair: Pair) -> BackendReport:
     """The backend's report with the layer's outputs among its own."""
     drafts = backend_report(pair)
+    wrong = [] if all(flip.near_tie for flip in pair.flips) else [_WRONG_CHOICE]
     return dataclasses.replace(
         report,
+        note="; ".join(filter(None, [report.note, *wrong])),
         passed=report.passed and drafts.passed,
         set_aside={**report.set_aside, **drafts.set_aside},
         outputs=(*report.outputs, *drafts.outputs),

@@ -115,7 +115,7 @@ class Scheduler:
         self.counters = Counters()
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config
-        self._payoff, self._drafter = Payoff(), drafter_of(self.limits.speculate, session)
+        self._payoff = Payoff()
         sizes = self.limits.prefill_chunk, self.limits.token_budget, session.cache.page_size
         self._chunks = Chunks(PrefillCost.of_model(config), *sizes)
         native = load_sampler(session.library, session.threads) if session.library else None
@@ -125,6 +125,7 @@ class Scheduler:
         self._rows: DecodeRows | None = None  # those that decoded in the last step, as it left them
         self._running: list[Request] = []  # in order of arrival, all earlier than those waiting
         self._next_id = 0
+        self._drafter = drafter_of(self.limits.speculate, session)
 
     @property
     def running(self) -> int:
