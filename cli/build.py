@@ -35,8 +35,7 @@ _DEFAULTS = BuildSpec()
 @click.option(
     "--max-input-len",
     type=COUNT,
-    default=_DEFAULTS.max_input_len,
-    show_default=True,
+    show_default="4096 on SM 90 to 103, else 2048; less where memory or --max-seq-len is short",
     help="Tokens of one prefill, of each sequence.",
 )
 @click.option(
@@ -56,7 +55,7 @@ _DEFAULTS = BuildSpec()
 @click.option("--embed-plugins", is_flag=True, help="Put the plugin library into the plans.")
 @verify_option
 @output_options("Print one JSON object a plan.")
-def command(bundle: Path, as_json: bool, **options: Any) -> None:
+def command(bundle: Path, as_json: bool, max_input_len: int | None, **options: Any) -> None:
     """Turn the graphs of BUNDLE into TensorRT engines, MLA and MoE as plugins.
 
     Example: deepseek-trt build ./v2-lite --sm 86 --sm 120 --max-batch-size 16
@@ -64,8 +63,11 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
     from deepseek_trt.cli.printing.progress import build_progress, plugin_reporter
     from deepseek_trt.engines.plans.request import BuildRequest, build_plans
 
+    spec = BuildSpec(max_input_len=max_input_len or _DEFAULTS.max_input_len, **options)
     with plugin_reporter() as plugins, build_progress() as progress:
-        plans = build_plans(BuildRequest(bundle, BuildSpec(**options)), progress, plugins)
+        plans = build_plans(BuildRequest(bundle, spec), progress, plugins)
+    if not max_input_len:
+        say(f"engines take {plans[0].record.spec.max_input_len} tokens of a prompt at once (--max-input-len)")
     for note in filter(None, dict.fromkeys(plan.note for plan in plans)):
         say(f"note: {note}")
     for plan in plans:

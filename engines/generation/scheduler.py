@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,16 @@ from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.request import Event, Request, Work
 from deepseek_trt.engines.generation.sampling import Choice, Picking, Sampler
 from deepseek_trt.engines.generation.speculation import AUTO, OFF, Payoff, check_speculate
-from deepseek_trt.engines.sessions.session import Session
+from deepseek_trt.engines.sessions.session import CHUNK, Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BackendError, RequestError
 from deepseek_trt.plugins.cpu.sampler import load_sampler
 from deepseek_trt.plugins.cpu.sampling_row import NOT_FINITE
+
+
+class _Default(int):
+    """A number that nobody gave: it is one of a CPU, and another device takes its own."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class SchedulerLimits:
 
     max_running: requests that own pages. token_budget: tokens computed in a step, one a decoding request and the rest
     for prefill, padding counted; beside decoding requests prefill also costs no more than so many tokens do at the
-    beginning of prompts (chunking/cost.py). prefill_chunk: tokens of one prompt at once (an engine's --max-input-len).
+    beginning of prompts (chunking/cost.py). prefill_chunk: tokens of one prompt at once. Those two, where they are not
+    given, grow with the session's own chunk (Session.chunk): engines take up to 4,096 tokens where a CPU takes 512.
     prefix_reuse: full pages with the same tokens before and in them are computed once and shared.
     speculate: "lookup" has every decode step without prefill compute what followed the last tokens where they stood
     before, too, within the budget; "mtp" what the layer of multi-token prediction drafts; "auto" the latter where the
@@ -42,8 +48,8 @@ class SchedulerLimits:
     """
 
     max_running: int = 32
-    token_budget: int = 1024
-    prefill_chunk: int = 512
+    token_budget: int = _Default(2 * CHUNK)
+    prefill_chunk: int = _Default(CHUNK)
     prefix_reuse: bool = True
     speculate: str = OFF
 
@@ -59,7 +65,17 @@ class SchedulerLimits:
     @classmethod
     def for_batch(cls, rows: int, speculate: str = OFF) -> SchedulerLimits:
         """For `rows` requests that come together: a chunk of every prompt in one step, and nothing used again."""
-        return cls(max(rows, 1), max(rows, 1) * cls.prefill_chunk, prefix_reuse=False, speculate=speculate)
+        budget = _Default(max(rows, 1) * CHUNK)
+        return cls(max(rows, 1), budget, prefix_reuse=False, speculate=speculate)
+
+    def on(self, chunk: int) -> SchedulerLimits:
+        """The limits where a step takes `chunk` tokens of a prompt best, as far as nobody gave others."""
+        if not isinstance(self.prefill_chunk, _Default):
+            return self
+        budget = self.token_budget
+        if isinstance(budget, _Default):
+            budget = _Default(max(budget, budget * chunk // CHUNK))
+        return dataclasses.replace(self, prefill_chunk=_Default(chunk), token_budget=budget)
 
 
 @dataclass
@@ -111,7 +127,7 @@ class Scheduler:
     ) -> None:
         """`guides` compiles guides, which take a tokenizer; without it requests with one are refused."""
         self._guides = guides
-        self.limits = limits or SchedulerLimits()
+        self.limits = (limits or SchedulerLimits()).on(session.chunk)
         self.counters = Counters()
         self.pool = PagePool(session.pages)
         self._session, self._config = session, config

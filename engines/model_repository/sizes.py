@@ -8,7 +8,7 @@ from deepseek_trt.engines.generation.drafting.drafter import check_drafts
 from deepseek_trt.engines.generation.pages import MIB, pages_needed, pages_within, sequence_pages
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.generation.speculation import OFF
-from deepseek_trt.engines.plans.check import Limits, limits_of, read_plans
+from deepseek_trt.engines.plans.check import Limits, chunk_of, limits_of, read_plans
 from deepseek_trt.engines.plans.plan import has_plan
 from deepseek_trt.engines.serving.settings import ServingSettings
 from deepseek_trt.engines.sessions.opening import AUTO, Choice, check_narrow, choose_backend
@@ -45,15 +45,14 @@ def settings_for(bundle: Bundle, request: SizeRequest) -> ServingSettings:
     plans = limits_of(read_plans(bundle)) if backend == "tensorrt" else None
     running = min(request.max_running, request.max_inflight, plans.batch if plans else request.max_running)
     length = _model_len(bundle, request, plans)
-    limits = SchedulerLimits()
-    chunk = min(limits.prefill_chunk, plans.input_len if plans else limits.prefill_chunk)
+    limits = SchedulerLimits().on(chunk_of(plans)) if plans else SchedulerLimits()
     return ServingSettings(
         backend=backend,
         max_inflight=request.max_inflight,
         max_running=running,
         max_model_len=length,
         pages=_pages(bundle, request, running, length, plans),
-        prefill_chunk=chunk,
+        prefill_chunk=int(limits.prefill_chunk),
         token_budget=max(limits.token_budget, running),
         threads=request.threads,
         prefix_reuse=request.prefix_reuse,

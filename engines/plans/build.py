@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.engines.plans.check import has_kernels
-from deepseek_trt.engines.plans.chips import chips_of, stand_in_note
+from deepseek_trt.engines.plans.chips import chips_of, memory_of, stand_in_note
 from deepseek_trt.engines.plans.deferred import deferred
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
+from deepseek_trt.engines.plans.input_len import with_input_len
 from deepseek_trt.engines.plans.parse import Parsed, layers_by_kind, network_tensors, parse_graph
 from deepseek_trt.engines.plans.plan import BuildSpec, Plan, PlanRecord, Profile, plan_files, plan_path
 from deepseek_trt.engines.plans.profiles import profile_of
@@ -50,6 +51,7 @@ def build_with_library(
     as a plugin.
     """
     flavour = check_build(bundle, spec)
+    spec = sized(bundle, spec, flavour)
     library = _placed(library, bundle)
     manifest = load_library(library, flavour.trt)
     if manifest.dtype != bundle.manifest.dtype:
@@ -85,8 +87,15 @@ def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
     flavour = open_flavour(spec.flavour)
     flavour.check_chips(spec.sms)
     for graph in bundle.manifest.graphs:
-        profile_of(graph, bundle.manifest.cache, spec)
+        profile_of(graph, bundle.manifest.cache, sized(bundle, spec, flavour))
     return flavour
+
+
+def sized(bundle: Bundle, spec: BuildSpec, flavour: Flavour) -> BuildSpec:
+    """The spec with a max_input_len: its own, or what suits the chips that it is for."""
+    if spec.max_input_len:
+        return spec
+    return with_input_len(spec, bundle, chips_of(spec, flavour), memory_of(flavour))
 
 
 @dataclass(frozen=True)

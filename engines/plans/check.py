@@ -16,6 +16,7 @@ from deepseek_trt.export.errors import BackendError, BuildError, BundleError
 from deepseek_trt.plugins.kernels.chips import runs_on
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, Manifest, read_manifest
 
+MOST_CHUNK = 4096  # tokens; beyond, an H100's matrix units are busy anyway (input_len.py)
 AGAIN = "run deepseek-trt build again"
 
 
@@ -143,6 +144,11 @@ def limits_of(plans: dict[str, Plan]) -> Limits:
     shapes = plans["prefill"].record.profile.shapes
     batch, input_len = shapes["input_ids"][2]
     return Limits(batch, input_len, shapes["page_table"][2][1], shapes[past_name(0)][2][0])
+
+
+def chunk_of(limits: Limits) -> int:
+    """Tokens of a prompt in one step: what the engines were built for, as far as decoding rows should wait for it."""
+    return min(limits.input_len, MOST_CHUNK)
 
 
 def check_pages(limits: Limits, cache: CacheSpec, pages: int) -> None:

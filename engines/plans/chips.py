@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec
-from deepseek_trt.engines.sessions.tensorrt.cuda import visible_sm
+from deepseek_trt.engines.sessions.tensorrt.cuda import visible_memory, visible_sm
 from deepseek_trt.export.errors import BackendError, BuildError
 from deepseek_trt.plugins.kernels.chips import OLDEST, runs_on
 from deepseek_trt.plugins.tensorrt.manifest import Manifest
@@ -28,6 +28,16 @@ def chips_of(spec: BuildSpec, flavour: Flavour) -> tuple[int, ...]:
             f"the plugins' kernels need SM {OLDEST} or newer; this GPU is SM {sm}: run the bundle with ort"
         )
     return (sm,)
+
+
+def memory_of(flavour: Flavour) -> int | None:
+    """Bytes of this machine's GPU where the flavour builds for that; None where it builds for others."""
+    if flavour.targets_chips:
+        return None
+    try:
+        return visible_memory()
+    except BackendError:
+        return None
 
 
 def stand_in_note(manifest: Manifest, sms: Sequence[int]) -> str:

@@ -25,13 +25,15 @@ Shape = tuple[int, ...]
 class BuildSpec:
     """What to build. max_seq_len counts prompt and answer of one sequence; sms is empty where the GPU decides.
 
+    max_input_len 0 is for the build to choose, by chip and memory (input_len.py); a plan's record has what it chose.
+
     weights "shared": large tensors are engine inputs, so that both engines bind one copy; "embedded": plans hold them.
     """
 
     flavour: str = "rtx"
     sms: tuple[int, ...] = ()
     max_batch_size: int = 8
-    max_input_len: int = 1024
+    max_input_len: int = 0
     max_seq_len: int = 4096
     weights: Weights = "shared"
     embed_plugins: bool = False

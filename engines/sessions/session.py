@@ -15,6 +15,8 @@ from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.plugins.cpu.library import ExpertsHit
 
+CHUNK = 512  # tokens of a prompt that a step takes best on a CPU
+
 
 class Session(Protocol):
     """Prefill and decode over one set of page pools, which are bound as past and present at once.
@@ -22,9 +24,10 @@ class Session(Protocol):
     Sessions have it as their base, which gives what most of them have in common. `note` says what a user should know
     about how it computes (e.g. another dtype than the bundle's), or is empty. `library` is the file of the compiled CPU
     operators, where whoever samples the logits finds the compiled sampler, and `threads` those that they run on.
-    `rounds_tokens` says that products with int8 or int4 take tokens as 16-bit integers, 32 of them by their largest.
-    `drafts` says whether there is `draft`; then `hidden` holds the states of the last call of any of the three, float32
-    [B, S, hidden], of padding meaningless, and of draft [B, hidden].
+    `chunk` is how many tokens of one prompt a step takes best. `rounds_tokens` says that products with int8 or int4
+    take tokens as 16-bit integers, 32 of them by their largest. `drafts` says whether there is `draft`; then `hidden`
+    holds the states of the last call of any of the three, float32 [B, S, hidden], of padding meaningless, and of draft
+    [B, hidden].
     """
 
     backend: str
@@ -33,6 +36,7 @@ class Session(Protocol):
     pages: int
     library: Path | None = None
     threads: int = 1
+    chunk: int = CHUNK
     rounds_tokens: bool = False
     drafts: bool = False
     hidden: Floats = np.zeros((0, 0, 0), dtype=np.float32)

@@ -43,8 +43,8 @@ _ATTEND = (
     "scale_log2 fp32, first_head i32, steps i32, capacity i32"
 )
 _ADJUST = (
-    "logits *fp32, adjusted *fp32, places *i32, starts *i32, ids *i32, counts *fp32, biases *fp32, "
-    "repetitions *fp32, presences *fp32, frequencies *fp32"
+    "logits *fp32, adjusted *fp32, places *i32, starts *i32, ids *i32, counts *fp32, drops *fp32, "
+    "biases *fp32, repetitions *fp32, presences *fp32"
 )
 _PICK = (
     "logits *fp32, adjusted *fp32, places *i32, starts *i32, keys *i64, draws *i64, steepness *fp32, top_ps *fp64, "

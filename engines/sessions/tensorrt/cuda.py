@@ -60,6 +60,12 @@ def visible_sm() -> int:
     return 10 * major + minor
 
 
+def visible_memory() -> int:
+    """Bytes of the first GPU's memory, in use or not. BackendError where `open_device` raises it."""
+    driver = _started_driver()
+    return int(_first(driver, driver.cuDeviceTotalMem(_first(driver, driver.cuDeviceGet(0)))))
+
+
 def _first(driver: Any, answer: tuple[Any, ...]) -> Any:
     if answer[0] != driver.CUresult.CUDA_SUCCESS:
         raise BackendError(f"the NVIDIA driver finds no GPU ({_words(driver, answer[0])}): {NO_GPU}")

@@ -23,10 +23,10 @@ from deepseek_trt.plugins.kernels.sampling.batch import (
 )
 
 _FLOAT = 4
-_ADJUST = ("places", "starts", "ids", "counts", "biases", "repetitions", "presences", "frequencies")
+_ADJUST = ("places", "starts", "ids", "counts", "drops", "biases", "repetitions", "presences")
 _PICK = ("places", "starts", "keys", "draws", "steepness", "top_ps", "top_ks", "leasts", "wanted")
 _CHANGES = 4096  # of a row, on the average of a turn
-_ROOM = 64  # bytes of a row's arguments, beside its changes: nine numbers of 4 and three of 8
+_ROOM = 64  # bytes of a row's arguments, beside its changes: eight numbers of 4 and three of 8
 
 
 class Picker:
@@ -40,7 +40,7 @@ class Picker:
         self._vocab, self._rows, self._row_bytes = vocab, rows, vocab * _FLOAT
         self._adjusted = device.allocate(rows * self._row_bytes, "logits with penalties")
         self._changes = max(MOST_CHANGES, rows * _CHANGES)
-        given = rows * _ROOM + 3 * _FLOAT * self._changes + 16 * aligned(1)  # each of 15 arrays is aligned
+        given = rows * _ROOM + 4 * _FLOAT * self._changes + 16 * aligned(1)  # each of 15 arrays is aligned
         self._given, self._pinned_given = device.allocate(given, "what sampling is given"), device.pin(given)
         self._offsets = _offsets(rows)
         size = self._offsets[RESULTS[-1].name] + aligned(RESULTS[-1].nbytes(rows))

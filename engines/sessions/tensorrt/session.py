@@ -15,6 +15,7 @@ from deepseek_trt.engines.plans.check import (
     check_library,
     check_pages,
     check_version,
+    chunk_of,
     kernels_note,
     limits_of,
     open_plan,
@@ -83,6 +84,7 @@ class TrtSession(Session):
         self.vocab_size = bundle.manifest.model.vocab_size
         self._all_logits = bundle.manifest.all_logits
         self._on_its_way = False  # whether a run was not waited for
+        self.chunk = chunk_of(self.limits)
         self._plans, self._cuda_graphs = plans, cuda_graphs
         with contextlib.ExitStack() as stack:
             self._open(bundle, make_device, stack, progress)

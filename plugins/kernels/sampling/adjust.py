@@ -4,13 +4,13 @@ Launch, once the changed rows' logits were copied to their places in `adjusted` 
 
     sample_adjust  grid (rows, cdiv(most changes of a row, BLOCK), 1)
         logits *fp32 [places, VOCAB], adjusted *fp32 [rows, VOCAB], places *i32 [rows], starts *i32 [rows + 1],
-        ids *i32 [changes], counts *fp32 [changes], biases *fp32 [changes], repetitions *fp32 [rows],
-        presences *fp32 [rows], frequencies *fp32 [rows]
+        ids *i32 [changes], counts *fp32 [changes], drops *fp32 [changes], biases *fp32 [changes],
+        repetitions *fp32 [rows], presences *fp32 [rows]
 
 Row r's changes are starts[r] to starts[r + 1], each of another token: counts say how often it came up in the answer,
--1 for a token that has no penalties; biases are added afterwards, -infinity for one that is banned. Each product and
-difference is rounded by itself, as the CPU samplers do: a product goes through float64, where it is exact, so that no
-compiler makes one operation of it and what follows.
+-1 for a token that has no penalties; drops are the frequency penalty times counts; biases are added afterwards,
+-infinity for one that is banned. Each product and difference is rounded by itself, as the CPU samplers do: drops are
+products made on the host, as a compiler would make one operation of a product and the difference that it goes into.
 """
 
 # Triton gives kernels' arguments their types.
@@ -23,12 +23,6 @@ import triton.language as tl
 
 
 @triton.jit
-def rounded_product(a, b):
-    """The product in float32, rounded by itself."""
-    return (a.to(tl.float64) * b.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
 def sample_adjust(
     logits,
     adjusted,
@@ -36,10 +30,10 @@ def sample_adjust(
     starts,
     ids,
     counts,
+    drops,
     biases,
     repetitions,
     presences,
-    frequencies,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -54,8 +48,8 @@ def sample_adjust(
     value = tl.load(logits + place * VOCAB + token, mask=mask, other=0.0)
     repetition = tl.load(repetitions + row)
     less = tl.div_rn(value, tl.zeros_like(value) + repetition)
-    repeated = tl.where(value > 0.0, less, rounded_product(value, repetition))
+    repeated = tl.where(value > 0.0, less, value * repetition)
     present = repeated - tl.where(count > 0.0, tl.load(presences + row), 0.0)
-    penalised = present - rounded_product(count, tl.load(frequencies + row))
+    penalised = present - tl.load(drops + at, mask=mask, other=0.0)
     value = tl.where(count >= 0.0, penalised, value) + bias
     tl.store(adjusted + row.to(tl.int64) * VOCAB + token, value, mask=mask)

@@ -19,7 +19,7 @@ from deepseek_trt.plugins.kernels.launches import SAMPLING_TOPS
 MOST_CHANGES = 16384  # tokens of a row with a penalty, a bias or a ban
 _HEAVIEST = 2**30
 _UNSEEN = np.float32(-1)
-_NONE = tuple(np.empty(0, dtype=dtype) for dtype in (np.int32, np.float32, np.float32))
+_NONE = tuple(np.empty(0, dtype=dtype) for dtype in (np.int32, *[np.float32] * 3))
 
 # A token, and where they were asked for its log-probability and the likeliest tokens (see sampling_row.unpack).
 Picked = tuple[int, float | None, bytes]
@@ -42,7 +42,7 @@ def packed(rows: Sequence[SamplingRow], places: Int32s) -> Arrays:
     """The arguments that are read, by name, beside the logits: row r's are logits[places[r]]."""
     changes = [_changes(row) if changes_of(row) else _NONE for row in rows]
     some = [change for change in changes if change is not _NONE] or [_NONE]
-    ids, counts, biases = (np.concatenate(parts) for parts in zip(*some, strict=True))
+    ids, counts, drops, biases = (np.concatenate(parts) for parts in zip(*some, strict=True))
     column = {name: np.array([getattr(row, field) for row in rows], dtype) for name, (field, dtype) in _FIELDS.items()}
     return {
         "places": np.asarray(places, dtype=np.int32),
@@ -52,6 +52,7 @@ def packed(rows: Sequence[SamplingRow], places: Int32s) -> Arrays:
         "leasts": np.array([math.ceil(row.min_p * _HEAVIEST) for row in rows], dtype=np.int32),
         "ids": ids,
         "counts": counts,
+        "drops": drops,
         "biases": biases,
     }
 
@@ -64,21 +65,22 @@ _FIELDS = {
     "wanted": ("logprobs", np.int32),
     "repetitions": ("repetition", np.float32),
     "presences": ("presence", np.float32),
-    "frequencies": ("frequency", np.float32),
 }
 
 
-def _changes(row: SamplingRow) -> tuple[Int32s, Floats, Floats]:
-    """Tokens, each once, with their number in the answer (-1: no penalties) and what is added to their logits."""
+def _changes(row: SamplingRow) -> tuple[Int32s, Floats, Floats, Floats]:
+    """Tokens, each once: how often it came in the answer (-1: no penalties), the penalty for that, and its bias."""
     ids, counts = row.history()
+    drops = np.float32(row.frequency) * counts
     if not row.biased_count and not len(row.bans()):
-        return ids, counts, np.zeros(len(ids), dtype=np.float32)
+        return ids, counts, drops, np.zeros_like(counts)
     added = dict(zip(*(array.tolist() for array in row.bias()), strict=True))
     added.update(dict.fromkeys(row.bans().tolist(), -math.inf))
     others = np.array(sorted(added.keys() - set(ids.tolist())), dtype=np.int32)
     every = np.concatenate([ids, others])
     biases = np.array([added.get(token, 0.0) for token in every.tolist()], dtype=np.float32)
-    return every, np.concatenate([counts, np.full(len(others), _UNSEEN)]), biases
+    unseen = np.full(len(others), _UNSEEN)
+    return every, np.concatenate([counts, unseen]), np.concatenate([drops, np.zeros_like(unseen)]), biases
 
 
 @dataclass(frozen=True)

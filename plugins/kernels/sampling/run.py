@@ -38,8 +38,8 @@ def run(rows: Sequence[SamplingRow], logits: Tensor, places: Sequence[int] | Non
     adjusted = logits[at].contiguous()
     constants, adjust, pick = sampling_constants(vocab), sample_adjust_tile(sm), sample_pick_tile(vocab, sm)
     if most:
-        changes = [given[name] for name in ("places", "starts", "ids", "counts", "biases")]
-        rules = [given[name] for name in ("repetitions", "presences", "frequencies")]
+        changes = [given[name] for name in ("places", "starts", "ids", "counts", "drops", "biases")]
+        rules = [given[name] for name in ("repetitions", "presences")]
         grid = (count, cdiv(most, adjust["BLOCK"]))
         options = {**constants.adjust, **adjust.launch_options()}
         sample_adjust[grid](logits, adjusted, *changes, *rules, **options)

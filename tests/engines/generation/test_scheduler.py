@@ -469,3 +469,24 @@ def test_demo_model_under_pressure_equals_alone(demo, speculate):
     assert list(made.values()) == expected
     assert (scheduler.counters.drafted > 0) == (speculate == "lookup")
     assert scheduler.counters.preemptions > 0
+
+
+def test_limits_that_nobody_gave_grow_with_the_sessions_chunk():
+    plain, given = SchedulerLimits(max_running=4), SchedulerLimits(max_running=4, prefill_chunk=512)
+    assert (plain.on(512), given.on(4096)) == (plain, given)
+    assert (plain.on(4096).prefill_chunk, plain.on(4096).token_budget) == (4096, 8192)
+    assert (plain.on(16).prefill_chunk, plain.on(16).token_budget) == (16, 1024)
+    budget = SchedulerLimits(token_budget=100).on(2048)
+    assert (budget.prefill_chunk, budget.token_budget) == (2048, 100)
+    assert SchedulerLimits.for_batch(3).on(2048).token_budget == 3 * 2048
+    assert dataclasses.replace(plain, speculate="lookup").on(2048).prefill_chunk == 2048
+
+
+def test_a_session_with_a_chunk_of_its_own_gets_prompts_in_such():
+    session = fake.FakeSession(20)
+    session.chunk = 6
+    scheduler = Scheduler(session, fake.Config)
+    scheduler.add([2] * 16, SamplingParams(1))
+    while scheduler.busy:
+        scheduler.step()
+    assert session.calls == [("prefill", (1, 6)), ("prefill", (1, 6)), ("prefill", (1, 4))]

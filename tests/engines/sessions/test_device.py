@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from deepseek_trt.engines.sessions.tensorrt.cuda import CudaDevice, open_device
+from deepseek_trt.engines.sessions.tensorrt import cuda
+from deepseek_trt.engines.sessions.tensorrt.cuda import CudaDevice, open_device, visible_memory, visible_sm
 from deepseek_trt.export.errors import BackendError
 
 bindings = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
@@ -54,6 +55,8 @@ class Recorder:
             return (one[name],)
         if name == "cuLaunchKernel":
             self.found_launch(arguments)
+        if name == "cuDeviceTotalMem":
+            return (self.room,)
         if name == "cuMemGetInfo":
             return (self.room, self.room)
         handles = ("cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuStreamCreate", "cuEventCreate", "cuStreamEndCapture")
@@ -109,6 +112,12 @@ def read_addresses(pointers, count):
     """What the first `count` kernel parameters hold."""
     places = (ctypes.c_void_p * count).from_address(pointers)
     return [ctypes.c_uint64.from_address(place).value for place in places]
+
+
+def test_the_gpus_memory(monkeypatch):
+    monkeypatch.setattr(cuda, "_started_driver", lambda: Recorder(room=80 * 10**9))
+    assert visible_memory() == 80 * 10**9
+    assert visible_sm() == 86
 
 
 def test_a_full_gpu_names_what_has_no_room():

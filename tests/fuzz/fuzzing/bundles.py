@@ -97,7 +97,7 @@ class Plans:
         from deepseek_trt.export.bundle.folder import Bundle
 
         files = exported(folder)
-        graph, spec = Bundle.open(folder / "out").graph("decode"), BuildSpec(sms=(90,))
+        graph, spec = Bundle.open(folder / "out").graph("decode"), BuildSpec(sms=(90,), max_input_len=1024)
         plan = b"a plan"
         record = PlanRecord(
             graph="decode",

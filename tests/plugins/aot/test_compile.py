@@ -78,6 +78,14 @@ def test_memory_is_touched_after_the_kernel_before(kernel):
     assert new.index("griddepcontrol.wait") < new.index("griddepcontrol.launch_dependents") < min(touched)
 
 
+def test_no_product_of_a_penalty_is_fused_with_what_follows():
+    """A fused multiply-add rounds once where the CPU samplers round twice; Triton's interpreter would not show it."""
+    (compiled,) = aot.compile_requests([Request(variant("sample_adjust"), 80, as_ptx=True)], jobs=1)
+    assert b"mul.f32" in compiled.binary.image
+    assert b"sub.f32" in compiled.binary.image
+    assert b"fma" not in compiled.binary.image
+
+
 def test_compiles_a_whole_model_in_order():
     calls = []
     binaries = aot.compile_all(DENSE, "float16", [90], jobs=2, on_progress=lambda *done: calls.append(done))
