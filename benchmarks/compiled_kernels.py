@@ -33,8 +33,7 @@ class CompiledKernel:
         self, grid: Sequence[int], *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: int
     ) -> None:
         """The binary with these constants; it has its own warps: what spilled was compiled with more."""
-        binary = next((b for b in self.binaries if dict(b.variant.constexprs) == constants), None)
-        assert binary is not None, f"no binary has {constants}"
+        binary = self._binary(constants)
         kinds = [arg.type for arg in binary.variant.args]
         values = [_value(kind, arg) for kind, arg in zip(kinds, args, strict=True)]
         values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]  # Triton's scratch pointers
@@ -42,6 +41,20 @@ class CompiledKernel:
         launch = (*grid, binary.threads, 1, 1, binary.shared_bytes, self.stream(), ctypes.addressof(pointers), 0)
         _call(self.driver, "cuLaunchKernel", self._load(binary), *launch)
         self.launches += 1
+
+    def resident_blocks(self, **constants: int) -> int:
+        """Blocks of the binary with these constants that the first GPU runs at a time, as a plugin asks the driver."""
+        binary = self._binary(constants)
+        how = (self._load(binary), binary.threads, binary.shared_bytes)
+        count = self.driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        blocks: int = _call(self.driver, "cuOccupancyMaxActiveBlocksPerMultiprocessor", *how)
+        multiprocessors: int = _call(self.driver, "cuDeviceGetAttribute", count, 0)
+        return blocks * multiprocessors
+
+    def _binary(self, constants: dict[str, int]) -> Binary:
+        binary = next((b for b in self.binaries if dict(b.variant.constexprs) == constants), None)
+        assert binary is not None, f"no binary has {constants}"
+        return binary
 
     def _load(self, binary: Binary) -> Any:
         """The function, its module loaded once and never unloaded."""

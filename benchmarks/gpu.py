@@ -167,7 +167,7 @@ def _decode_call(heads: int, context: int, batch: int, device: str) -> Callable[
     """A call on operands of its own."""
     from deepseek_trt.plugins.kernels import chips, mla_decode
     from deepseek_trt.plugins.kernels.constants import decode_constants
-    from deepseek_trt.plugins.kernels.launches import cdiv, decode_splits
+    from deepseek_trt.plugins.kernels.launches import cdiv, decode_parts, decode_programs
     from deepseek_trt.plugins.kernels.tiles import decode_combine_tile, decode_tile
 
     entries = cdiv(context, PAGE)
@@ -181,18 +181,22 @@ def _decode_call(heads: int, context: int, batch: int, device: str) -> Callable[
     sm, constants = chips.chip_of(query), decode_constants(heads, RANK, ROPE, PAGE)
     tile, combine = decode_tile("bfloat16", heads, sm, capacity, PAGE), decode_combine_tile(RANK, sm)
     head_tiles = cdiv(heads, tile["BLOCK_H"])
-    splits = decode_splits(batch, head_tiles, capacity, tile["BLOCK_N"])
-    partial = torch.empty(batch, heads, splits, RANK, device=device)
-    lse = torch.empty(batch, heads, splits, device=device)
+    split = mla_decode.mla_decode_split
+    shipped = hasattr(split, "resident_blocks")  # else Triton's own, compiled or interpreted
+    resident = split.resident_blocks(**constants.split, **dict(tile.sizes)) if shipped else chips.resident_blocks(query)
+    parts = decode_parts(decode_programs(resident, head_tiles), batch)
+    partial = torch.empty(parts + batch, heads, RANK, device=device)
+    lse = torch.empty(parts + batch, heads, device=device)
     scale = WIDTH**-0.5 * math.log2(math.e)
 
     def run() -> None:
-        mla_decode.mla_decode_split[(head_tiles, splits, batch)](
-            query, pool, table, past, new, partial, lse, scale, 1, splits, entries, pages, **constants.split,
+        mla_decode.mla_decode_split[(head_tiles, parts + batch)](
+            query, pool, table, past, new, partial, lse, attended, scale, batch, 1, parts, entries, pages,
+            **constants.split,
             **tile.launch_options(),
         )  # fmt: skip
         mla_decode.mla_decode_combine[(batch * heads, cdiv(RANK, combine["BLOCK_D"]))](
-            partial, lse, past, new, attended, 1, splits, capacity, **constants.combine, BLOCK_N=tile["BLOCK_N"],
+            partial, lse, past, new, attended, batch, 1, parts, capacity, **constants.combine, BLOCK_N=tile["BLOCK_N"],
             **combine.launch_options(),
         )  # fmt: skip
 

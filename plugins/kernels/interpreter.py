@@ -19,6 +19,7 @@ from deepseek_trt.export.errors import BackendError
 KERNEL_MODULES = (
     "bounds",
     "latent_write",
+    "mla_schedule",
     "mla_decode",
     "mla_prefill",
     "moe_router",

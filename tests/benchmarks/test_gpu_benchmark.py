@@ -152,9 +152,9 @@ def test_what_is_timed_are_the_binaries_of_the_library(monkeypatch):
     with compiled_kernels.shipped_kernels(CONFIG, "bfloat16", 90, driver, lambda: 77):
         for _ in range(2):
             launch = mla_decode.mla_decode_combine[(3, 4)]
-            launch(*[tensor] * 5, 8, 5, 6, **dict(row.constexprs), num_warps=row.num_warps, num_stages=2)
+            launch(*[tensor] * 5, 8, 5, 6, 7, **dict(row.constexprs), num_warps=row.num_warps, num_stages=2)
         with pytest.raises(AssertionError, match="no binary has"):
-            launch(*[tensor] * 5, 8, 5, 6, BLOCK_S=1)
+            launch(*[tensor] * 5, 8, 5, 6, 7, BLOCK_S=1)
     assert driver.loaded == [b"mla_decode_combine\0"]
     assert driver.shared == [60_000]
     assert driver.launched == [(b"mla_decode_combine", 3, 4, 1, 999, 1, 1, 60_000, 77, 0x7000)] * 2

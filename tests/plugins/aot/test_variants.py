@@ -92,7 +92,7 @@ def test_both_grouped_gemms_of_a_bucket_share_the_block(config, dtype, sm):
 @CHIPS
 def test_both_decode_kernels_split_alike(config, sm):
     rows = {row.kernel: dict(row.constexprs) for row in variants_for(config, "bfloat16", sm)}
-    shared = ("BLOCK_N", "MIN_TILES", "H", "LAT")
+    shared = ("BLOCK_B", "BLOCK_N", "MIN_TILES", "H", "LAT")
     split, combine = rows["mla_decode_split"], rows["mla_decode_combine"]
     assert [split[name] for name in shared] == [combine[name] for name in shared]
 

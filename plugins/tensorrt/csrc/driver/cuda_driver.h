@@ -15,6 +15,7 @@ using CUfunction = struct CUfunc_st*;
 
 constexpr CUresult CUDA_SUCCESS = 0;
 
+constexpr int CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
 constexpr int CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;
@@ -32,6 +33,8 @@ CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, char const* nam
 CUresult cuKernelSetAttribute(int attribute, int value, CUkernel kernel, CUdevice device);
 CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel);
 CUresult cuFuncLoad(CUfunction function);
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(
+    int* blocks, CUfunction function, int block_threads, size_t dynamic_shared_bytes);
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
     unsigned block_y, unsigned block_z, unsigned shared_bytes, cudaStream_t stream, void** params, void** extra);
 }

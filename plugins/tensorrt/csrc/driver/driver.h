@@ -30,6 +30,7 @@ struct Driver {
     decltype(&::cuKernelSetAttribute) cuKernelSetAttribute;
     decltype(&::cuKernelGetFunction) cuKernelGetFunction;
     decltype(&::cuFuncLoad) cuFuncLoad;
+    decltype(&::cuOccupancyMaxActiveBlocksPerMultiprocessor) cuOccupancyMaxActiveBlocksPerMultiprocessor;
     decltype(&::cuLaunchKernel) cuLaunchKernel;
 
 private:
@@ -42,6 +43,7 @@ struct Device {
 
     CUdevice ordinal;
     int32_t sm;                // e.g. 86
+    int32_t multiprocessors;
     int32_t max_shared_bytes;  // a block may ask for at most this much
 };
 
