@@ -28,11 +28,11 @@ _WRITE = (
 )
 _SPLIT = (
     "query *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, partial *fp32, partial_lse *fp32, "
-    "scale_log2 fp32, steps i32, num_splits i32, table_width i32, pages i32"
+    "attended *T, scale_log2 fp32, batch i32, steps i32, parts i32, table_width i32, pages i32"
 )
 _COMBINE = (
-    "partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T, steps i32, "
-    "num_splits i32, capacity i32"
+    "partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T, batch i32, steps i32, "
+    "parts i32, capacity i32"
 )
 _EXPAND = (
     "pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T, w_uv *T, k_nope *T, value *T, "

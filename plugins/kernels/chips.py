@@ -23,6 +23,7 @@ SHARED_LIMITS = {
     121: 101376,
 }
 OLDEST = min(SHARED_LIMITS)
+INTERPRETED_BLOCKS = 4  # that the interpreter is taken to run at a time: enough to cut sequences in pieces
 INTERPRETER = 0  # stands for an SM version where kernels are interpreted on the CPU
 
 
@@ -68,6 +69,15 @@ def chip_of(tensor: Tensor) -> int:
     if sm < OLDEST:
         raise BackendError(f"the kernels need SM {OLDEST} or newer; this GPU is SM {sm}: use another backend")
     return sm if sm in SHARED_LIMITS else 86  # the smallest tiles run everywhere
+
+
+def resident_blocks(tensor: Tensor) -> int:
+    """Blocks of a kernel that a tensor's device runs at a time, taken to be one an SM: a plugin asks the driver."""
+    if tensor.device.type == "cpu":
+        return INTERPRETED_BLOCKS
+    import torch
+
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepseek_trt.plugins.kernels.launches import (
-    DECODE_MAX_SPLITS,
+    DECODE_MAX_PROGRAMS,
     DECODE_MIN_TILES,
+    DECODE_ROWS,
     DISPATCH_CHUNK,
     SAMPLING_TOPS,
     dot_size,
@@ -34,10 +35,10 @@ class DecodeConstants:
 
 def decode_constants(heads: int, rank: int, rope: int, page: int) -> DecodeConstants:
     """For `heads` query heads over latents of `rank` and rope keys of `rope`, in pages of `page` tokens."""
-    shared = {"H": heads, "LAT": rank, "MIN_TILES": DECODE_MIN_TILES}
+    shared = {"H": heads, "LAT": rank, "BLOCK_B": DECODE_ROWS, "MIN_TILES": DECODE_MIN_TILES}
     return DecodeConstants(
         split={**shared, "ROPE": rope, "PAGE": page, "BLOCK_L": dot_size(rank), "BLOCK_R": dot_size(rope)},
-        combine={**shared, "MAX_SPLITS": DECODE_MAX_SPLITS},
+        combine={**shared, "MAX_PIECES": next_power_of_2(DECODE_MAX_PROGRAMS)},
     )
 
 

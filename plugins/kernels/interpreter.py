@@ -20,6 +20,7 @@ KERNEL_MODULES = (
     "bounds",
     "order",
     "latent_write",
+    "mla_schedule",
     "mla_decode",
     "mla_prefill",
     "moe_router",

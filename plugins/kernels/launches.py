@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-DECODE_PROGRAMS = 256  # about two programs for each SM of the largest chips
-DECODE_MAX_SPLITS = 128
-DECODE_MIN_TILES = 4  # a split shorter than this many tiles costs more to combine than it saves
+DECODE_MAX_PROGRAMS = 320  # two for each SM of the largest chips: bounds the workspace, as plans know no SM count
+DECODE_MIN_TILES = 4  # a piece shorter than this many tiles costs more to combine than it saves
+DECODE_ROWS = 128  # sequences whose lengths a program of decode loads at a time
 PREFILL_WORKSPACE = 1 << 30  # bytes of expanded keys and values at a time
 SAMPLING_TOPS = 32  # likeliest tokens a row may ask for: each is a pass over its logits
 DISPATCH_CHUNK = 128  # slots one program of the counting sort ranks
@@ -32,11 +32,20 @@ def dot_size(n: int) -> int:
     return max(16, next_power_of_2(n))
 
 
-def decode_splits(batch: int, tiles: int, capacity: int, block_n: int) -> int:
-    """Into how many pieces each sequence's cache (capacity = M * page tokens) is split at most, by its query tiles."""
-    wanted = cdiv(DECODE_PROGRAMS, batch * tiles)
-    useful = cdiv(capacity, DECODE_MIN_TILES * block_n)
-    return max(1, min(wanted, useful, DECODE_MAX_SPLITS))
+def decode_programs(resident: int, tiles: int) -> int:
+    """How many programs share the cached tokens, for each of `tiles` tiles of queries: as many as run at a time."""
+    return max(1, min(resident, DECODE_MAX_PROGRAMS) // tiles)
+
+
+def decode_parts(programs: int, batch: int) -> int:
+    """Of how many the tokens of all sequences are cut for: at most `programs`; parts + batch pieces come of it at most.
+
+    Few sequences leave room for the piece that each may have more. As many as fit once or several times are cut alike,
+    so that sequences of one length fill the chip; more than fit are cut where one is longer than a program's share.
+    """
+    if 4 * batch <= programs:
+        return programs - batch
+    return batch * (programs // batch) if batch <= programs else programs
 
 
 def prefill_chunk_heads(batch: int, capacity: int, heads: int, row_bytes: int) -> int:

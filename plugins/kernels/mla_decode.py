@@ -1,27 +1,30 @@
 """MlaDecode: split-KV attention of few new tokens a sequence over the paged latents, absorbed, then a combine.
 
 All heads share one key row (kv_lora_rank latents and the rotated rope part), whose latent part is the value too: a tile
-of queries, one a new token and head, reads each cached row once (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Long
-sequences are cut into splits so that a small batch fills the chip; a split's result is normalised by its own sum and
-carries that sum's logarithm. Where a new token sees nothing of a split, that is minus infinity.
+of queries, one a new token and head, reads each cached row once (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+
+Each block takes one piece of one sequence, all of nearly the same length: plugins/kernels/mla_schedule.py says which. A
+piece that is a whole sequence is written to the output directly; of the others each result is normalised by its own sum
+and carries that sum's logarithm, and a second kernel weighs them. Where a new token sees nothing of a piece, that is
+minus infinity.
 
 Launches, after latent_write on the present pool. BLOCK_H, BLOCK_N, BLOCK_D from the variants; Q = S * H;
-tiles = cdiv(Q, BLOCK_H); splits = launches.decode_splits(B, tiles, M * page, BLOCK_N)
-    = max(1, min(cdiv(256, B * tiles), cdiv(M * page, 4 * BLOCK_N), 128)):
+tiles = cdiv(Q, BLOCK_H); resident: blocks of mla_decode_split that the GPU runs at a time;
+programs = max(1, min(resident, 320) / tiles); parts = launches.decode_parts(programs, B)
+    = programs - B where 4 * B <= programs, else B * (programs / B) where B <= programs, else programs:
 
-    mla_decode_split    grid (tiles, splits, B)
+    mla_decode_split    grid (tiles, parts + B, 1)
         query *T [B, S, H, D], pool *T (present), page_table *i32, past_lengths *i32, sequence_lengths *i32,
-        partial *fp32 (workspace 1), partial_lse *fp32 (workspace 2),
-        scale_log2 fp32 = scale * log2(e) (product in double, then rounded), steps i32 = S, num_splits i32 = splits,
-        table_width i32 = M, pages i32 = P
+        partial *fp32 (workspace 1), partial_lse *fp32 (workspace 2), attended *T [B, S, H, L],
+        scale_log2 fp32 = scale * log2(e) (product in double, then rounded), batch i32 = B, steps i32 = S,
+        parts i32 = parts, table_width i32 = M, pages i32 = P
     mla_decode_combine  grid (B * Q, cdiv(L, BLOCK_D), 1)
-        partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T [B, S, H, L],
-        steps i32 = S, num_splits i32 = splits, capacity i32 = M * page
+        partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T, batch i32 = B,
+        steps i32 = S, parts i32 = parts, capacity i32 = M * page
 
-    workspace 1: B * Q * splits * L * 4 bytes; workspace 2: B * Q * splits * 4 bytes, each rounded up to 256.
-    At build time, B * splits is at most 256 / tiles rounded up, plus B, and at most 128 * B, for each S.
-Parts of the workspace of splits that a short sequence does not use are neither written nor read. Queries that are
-padding get finite numbers.
+    workspace 1: (parts + B) * Q * L * 4 bytes; workspace 2: (parts + B) * Q * 4 bytes; each rounded up to 256. At build
+    time, parts is at most max(1, 320 / tiles) for each S.
+Slots of the workspace that no piece has are neither written nor read. Queries that are padding get finite numbers.
 """
 
 # Triton gives kernels' arguments their types.
@@ -35,29 +38,16 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from deepseek_trt.plugins.kernels.bounds import clamp_int, pages_of_tile
-from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
+from deepseek_trt.plugins.kernels.bounds import pages_of_tile
+from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name, resident_blocks
 from deepseek_trt.plugins.kernels.constants import decode_constants
 from deepseek_trt.plugins.kernels.latent_write import write
-from deepseek_trt.plugins.kernels.launches import cdiv, decode_splits
+from deepseek_trt.plugins.kernels.launches import cdiv, decode_parts, decode_programs
+from deepseek_trt.plugins.kernels.mla_schedule import pieces_before, row_of_piece, tiles_a_piece, tokens_of
 from deepseek_trt.plugins.kernels.tiles import decode_combine_tile, decode_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@triton.jit
-def tiles_a_split(length, num_splits, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr):
-    """How many tiles of BLOCK_N tokens each split of a sequence takes: the same number in both kernels."""
-    return tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_N), num_splits), MIN_TILES)
-
-
-@triton.jit
-def tokens_of(past_lengths, sequence_lengths, row, steps, capacity):
-    """The row's tokens before the new ones, and in all: at least one, so that a row without any has a result."""
-    past = clamp_int(tl.load(past_lengths + row), capacity)
-    new = clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
-    return past, tl.maximum(past + new, 1)
 
 
 @triton.jit
@@ -69,9 +59,11 @@ def mla_decode_split(
     sequence_lengths,
     partial,
     partial_lse,
+    attended,
     scale_log2,
+    batch,
     steps,
-    num_splits,
+    parts,
     table_width,
     pages,
     H: tl.constexpr,
@@ -80,20 +72,26 @@ def mla_decode_split(
     PAGE: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
-    """One split of a sequence for BLOCK_H queries: partial [B, Q, splits, LAT], partial_lse [B, Q, splits], base 2."""
+    """One piece for BLOCK_H queries: partial [slots, Q, LAT] and partial_lse [slots, Q], base 2; or attended."""
     D: tl.constexpr = LAT + ROPE
-    split = tl.program_id(1)
-    row = tl.program_id(2)
-    past, length = tokens_of(past_lengths, sequence_lengths, row, steps, table_width * PAGE)
-    tiles = tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES)
-    start = split * tiles * BLOCK_N
-    end = tl.minimum(start + tiles * BLOCK_N, length)
-    if start >= length:
+    capacity = table_width * PAGE
+    piece = tl.program_id(1)
+    share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)
+    row, before = row_of_piece(past_lengths, sequence_lengths, batch, steps, capacity, share, piece, BLOCK_B, BLOCK_N)
+    if row >= batch:
         return
+    past, length = tokens_of(past_lengths, sequence_lengths, row, True, steps, capacity)
+    tiles = tl.cdiv(length, BLOCK_N)
+    tokens = tl.cdiv(tiles, tl.cdiv(tiles, share)) * BLOCK_N  # of each of the row's pieces
+    start = (piece - before) * tokens
+    end = tl.minimum(start + tokens, length)
+    if start >= length:
+        return  # the row's pieces before this one took all tiles
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)  # of S * H
     offs_l = tl.arange(0, BLOCK_L)
     offs_r = tl.arange(0, BLOCK_R)
@@ -129,11 +127,15 @@ def mla_decode_split(
         top = new_top
         page = next_page
 
-    slot = head * num_splits + split
     mask_out = mask_h[:, None] & mask_l[None, :]
-    share = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(partial + slot[:, None] * LAT + offs_l[None, :], share, mask=mask_out)
-    tl.store(partial_lse + slot, top + tl.log2(total), mask=mask_h)
+    divisor = tl.where(total == 0.0, 1.0, total)[:, None]
+    if (start == 0) & (end == length):
+        out_ptrs = attended + head[:, None] * LAT + offs_l[None, :]
+        tl.store(out_ptrs, (acc / divisor).to(attended.dtype.element_ty), mask=mask_out)
+    else:
+        slot = piece.to(tl.int64) * steps * H + offs_h
+        tl.store(partial + slot[:, None] * LAT + offs_l[None, :], acc / divisor, mask=mask_out)
+        tl.store(partial_lse + slot, top + tl.log2(total), mask=mask_h)
 
 
 @triton.jit
@@ -143,39 +145,50 @@ def mla_decode_combine(
     past_lengths,
     sequence_lengths,
     attended,
+    batch,
     steps,
-    num_splits,
+    parts,
     capacity,
     H: tl.constexpr,
     LAT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    MAX_PIECES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """BLOCK_D numbers of one query's output: its splits' results, weighted by their softmax sums."""
-    head = tl.program_id(0).to(tl.int64)  # of all B * S * H
+    """BLOCK_D numbers of one query's output: its pieces' results, weighted by their softmax sums."""
+    head = tl.program_id(0)  # of all B * S * H
+    row = head // (steps * H)
+    share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)
+    _, length = tokens_of(past_lengths, sequence_lengths, row, True, steps, capacity)
+    tiles = tl.cdiv(length, BLOCK_N)
+    pieces = tl.cdiv(tiles, share)
+    pieces = tl.cdiv(tiles, tl.cdiv(tiles, pieces))
+    if pieces == 1:
+        return  # written already
+    before = pieces_before(past_lengths, sequence_lengths, row, steps, capacity, share, BLOCK_B, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < LAT
-    _, length = tokens_of(past_lengths, sequence_lengths, head // (steps * H), steps, capacity)
-    used = tl.cdiv(tl.cdiv(length, BLOCK_N), tiles_a_split(length, num_splits, BLOCK_N, MIN_TILES))
-    offs_all = tl.arange(0, MAX_SPLITS)
-    lse = tl.load(partial_lse + head * num_splits + offs_all, mask=offs_all < used, other=-float("inf"))
+    slot = before.to(tl.int64) * steps * H + head % (steps * H)  # of the first piece; then S * H on each
+    offs_all = tl.arange(0, MAX_PIECES)
+    lse = tl.load(partial_lse + slot + offs_all * (steps * H), mask=offs_all < pieces, other=-float("inf"))
     top = tl.max(lse, 0)
     total = tl.sum(tl.exp2(lse - top), 0)
 
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(0, used, BLOCK_S):
+    for first in range(0, pieces, BLOCK_S):
         offs_s = first + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < used
-        slot = head * num_splits + offs_s
-        share = tl.exp2(tl.load(partial_lse + slot, mask=mask_s, other=-float("inf")) - top)
-        part_ptrs = partial + slot[:, None] * LAT + offs_d[None, :]
+        mask_s = offs_s < pieces
+        slots = slot + offs_s * (steps * H)
+        weight = tl.exp2(tl.load(partial_lse + slots, mask=mask_s, other=-float("inf")) - top)
+        part_ptrs = partial + slots[:, None] * LAT + offs_d[None, :]
         part = tl.load(part_ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
-        acc += tl.sum(share[:, None] * part, 0)
+        acc += tl.sum(weight[:, None] * part, 0)
 
-    tl.store(attended + head * LAT + offs_d, (acc / total).to(attended.dtype.element_ty), mask=mask_d)
+    out_ptrs = attended + head.to(tl.int64) * LAT + offs_d
+    tl.store(out_ptrs, (acc / total).to(attended.dtype.element_ty), mask=mask_d)
 
 
 def run(
@@ -199,10 +212,12 @@ def run(
     sm = chip_of(query)
     tile = decode_tile(dtype_name(query), heads, sm, capacity, page_size)
     tiles = cdiv(steps * heads, tile["BLOCK_H"])
-    splits = decode_splits(batch, tiles, capacity, tile["BLOCK_N"])
-    partial = query.new_empty((batch, steps * heads, splits, kv_lora_rank), dtype=torch.float32)
-    partial_lse = query.new_empty((batch, steps * heads, splits), dtype=torch.float32)
-    mla_decode_split[(tiles, splits, batch)](
+    parts = decode_parts(decode_programs(resident_blocks(query), tiles), batch)
+    slots = parts + batch
+    partial = query.new_empty((slots, steps * heads, kv_lora_rank), dtype=torch.float32)
+    partial_lse = query.new_empty((slots, steps * heads), dtype=torch.float32)
+    attended = query.new_empty((batch, steps, heads, kv_lora_rank))
+    mla_decode_split[(tiles, slots)](
         query.contiguous(),
         present,
         page_table.contiguous(),
@@ -210,15 +225,16 @@ def run(
         sequence_lengths,
         partial,
         partial_lse,
+        attended,
         scale * math.log2(math.e),
+        batch,
         steps,
-        splits,
+        parts,
         page_table.shape[1],
         past_latent.shape[0],
         **constants.split,
         **tile.launch_options(),
     )
-    attended = query.new_empty((batch, steps, heads, kv_lora_rank))
     combine = decode_combine_tile(kv_lora_rank, sm)
     mla_decode_combine[(batch * steps * heads, cdiv(kv_lora_rank, combine["BLOCK_D"]))](
         partial,
@@ -226,8 +242,9 @@ def run(
         past_lengths,
         sequence_lengths,
         attended,
+        batch,
         steps,
-        splits,
+        parts,
         capacity,
         **constants.combine,
         BLOCK_N=tile["BLOCK_N"],

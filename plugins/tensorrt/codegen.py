@@ -18,8 +18,7 @@ from deepseek_trt.plugins.tensorrt.op_tables import ELEMENTS, GENERATED
 EXPORTS_MAP = "{ global: setLoggerFinder; getCreators; local: *; };\n"
 _CPP_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "float", "i32": "int32_t"}
 _LAUNCH_CONSTANTS = {
-    "kDecodePrograms": launches.DECODE_PROGRAMS,
-    "kDecodeMaxSplits": launches.DECODE_MAX_SPLITS,
+    "kDecodeMaxPrograms": launches.DECODE_MAX_PROGRAMS,
     "kPrefillWorkspace": launches.PREFILL_WORKSPACE,
     "kDispatchChunk": launches.DISPATCH_CHUNK,
     "kPointerAlignment": POINTER_ALIGNMENT,

@@ -127,7 +127,7 @@ def test_without_shared_experts_there_is_no_layer_as_one_op(dtype):
 @CHIPS
 def test_both_decode_kernels_split_alike(config, sm):
     rows = {row.kernel: dict(row.constexprs) for row in variants_for(config, "bfloat16", sm)}
-    shared = ("BLOCK_N", "MIN_TILES", "H", "LAT")
+    shared = ("BLOCK_B", "BLOCK_N", "MIN_TILES", "H", "LAT")
     split, combine = rows["mla_decode_split"], rows["mla_decode_combine"]
     assert [split[name] for name in shared] == [combine[name] for name in shared]
 

@@ -8,24 +8,32 @@ from deepseek_trt.plugins.kernels import launches
 
 
 @pytest.mark.parametrize(
-    ("batch", "head_tiles", "capacity", "block_n", "splits"),
+    ("resident", "tiles", "programs"),
+    [(264, 1, 264), (132, 2, 66), (1000, 1, 320), (132, 200, 1), (0, 1, 1)],
+)
+def test_decode_programs(resident, tiles, programs):
+    assert launches.decode_programs(resident, tiles) == programs
+
+
+@pytest.mark.parametrize(
+    ("programs", "batch", "parts"),
     [
-        (1, 1, 163840, 32, 128),  # no more than the combine can hold
-        (1, 1, 4096, 32, 32),  # no more than there are pieces of four tiles
-        (1, 1, 64, 32, 1),
-        (4, 8, 163840, 32, 8),  # as many as fill the chip
-        (300, 1, 163840, 32, 1),
+        (264, 1, 263),  # each sequence may have one piece more than its share
+        (264, 66, 198),
+        (264, 100, 200),  # two of each, where they are alike
+        (264, 200, 200),  # all whole
+        (264, 300, 264),
+        (1, 1, 1),
     ],
 )
-def test_decode_splits(batch, head_tiles, capacity, block_n, splits):
-    assert launches.decode_splits(batch, head_tiles, capacity, block_n) == splits
+def test_decode_parts(programs, batch, parts):
+    assert launches.decode_parts(programs, batch) == parts
 
 
-def test_decode_workspace_bound():
+def test_decode_parts_are_at_most_the_programs():
     """What mla_decode's docstring promises for sizing a workspace."""
-    for batch, tiles in itertools.product(range(1, 300), (1, 2, 8)):
-        slots = batch * launches.decode_splits(batch, tiles, 163840, 32)
-        assert slots <= min(launches.cdiv(256, tiles) + batch, 128 * batch)
+    for programs, batch in itertools.product((1, 2, 66, 320), range(1, 400)):
+        assert 1 <= launches.decode_parts(programs, batch) <= programs
 
 
 def test_prefill_workspace_bound():

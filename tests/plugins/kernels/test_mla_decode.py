@@ -82,11 +82,11 @@ def test_changes_one_slot_a_row(device, make_pages):
 
 
 @pytest.mark.parametrize("new", [(1, 1, 1), (8, 2, 8)])
-@pytest.mark.parametrize("splits", [1, 2, 5, 128])
-def test_splits_agree(splits, new, device, make_pages, monkeypatch, use_tiles, poison_new_memory, assert_within):
-    """Short sequences use fewer splits than there are; the workspace of the others is never read."""
+@pytest.mark.parametrize("parts", [1, 2, 5, 128])
+def test_pieces_agree(parts, new, device, make_pages, monkeypatch, use_tiles, poison_new_memory, assert_within):
+    """Whatever the number of pieces; the workspace that none has is never read."""
     use_tiles(86, mla_decode)
-    monkeypatch.setattr(mla_decode, "decode_splits", lambda *sizes: splits)
+    monkeypatch.setattr(mla_decode, "decode_parts", lambda *sizes: parts)
     pages, query, latent, counts = make_operands(make_pages, F32, 4, 32, 16, 32, (252, 0, 127), new, device)
     attended, _ = mla_decode.run(query, latent, pages.pool, pages.table, pages.past, counts, 0.3, 32)
     expected, magnitude = expected_attention(pages, query, latent, new, 0.3, 32)

@@ -25,6 +25,7 @@ ELEMENT = 2
 WORKSPACE = 0x900000000  # drive.cpp's
 STREAM = 0x57
 SCALE = 0.125
+RESIDENT = 264  # recording_driver.cpp: 132 multiprocessors, two blocks each
 FIELDS = {
     "MlaPrefill": ["scale:f:1:0.125"],
     "MlaDecode": ["scale:f:1:0.125", "kv_lora_rank:i:1:32"],
@@ -140,18 +141,19 @@ def decode(e: Expected, n: Sizes) -> None:
     heads, rank, capacity = n["H"], n["L"], n["M"] * n["page"]
     queries = n["S"] * heads
     tiles = cdiv(queries, e.tile("mla_decode_split", "BLOCK_H"))
-    splits = launches.decode_splits(n["B"], tiles, capacity, e.tile("mla_decode_split", "BLOCK_N"))
-    partial = e.take(n["B"] * queries * splits * rank * 4)
-    lse = e.take(n["B"] * queries * splits * 4)
+    parts = launches.decode_parts(launches.decode_programs(RESIDENT, tiles), n["B"])
+    partial = e.take((parts + n["B"]) * queries * rank * 4)
+    lse = e.take((parts + n["B"]) * queries * 4)
     paging = [n["M"], n["P"]]
     lengths = ["past_lengths", "sequence_lengths"]
     rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
     e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", "page_table", *lengths, n["S"], *paging])
     cached = ["query", "present_latent", "page_table", *lengths]
-    scale = SCALE * math.log2(math.e)
-    e.launch("mla_decode_split", [tiles, splits, n["B"]], [*cached, partial, lse, scale, n["S"], splits, *paging])
+    counts = [n["B"], n["S"], parts]
+    split = [*cached, partial, lse, "attended", SCALE * math.log2(math.e), *counts, *paging]
+    e.launch("mla_decode_split", [tiles, parts + n["B"]], split)
     columns = cdiv(rank, e.tile("mla_decode_combine", "BLOCK_D"))
-    args = [partial, lse, *lengths, "attended", n["S"], splits, capacity]
+    args = [partial, lse, *lengths, "attended", *counts, capacity]
     e.launch("mla_decode_combine", [n["B"] * queries, columns], args)
 
 
@@ -348,6 +350,19 @@ def test_launches_of_v3(drive: Drive, v3_config: ModelConfig, v3_library: Plugin
     lines = [line for name, sizes in cases for line in expected(SPECS[name], v3_config, chip, sizes).lines]
     assert [line for line in output if line.startswith("launch ")] == lines
     assert not [line for line in output if line.startswith("log ")]
+
+
+@pytest.mark.parametrize(("sm", "blocks"), [(90, "2"), (86, "1")])
+def test_decode_fills_the_chip_whatever_the_capacity(
+    drive: Drive, plugin_config: ModelConfig, sm: int, blocks: str
+) -> None:
+    """As many blocks as run at a time; kernels/test_mla_schedule.py says how evenly they share the tokens."""
+    grids = []
+    for pages in (17, 513):
+        shapes = tensors(SPECS["MlaDecode"], plugin_config, {"B": 8, "S": 1, "P": 5000, "page": 64, "M": pages})
+        output = drive([create("MlaDecode"), *shapes, "attach", "reshape", "enqueue"], sm=sm, FAKE_BLOCKS=blocks)
+        grids += [line.split(" | ")[2] for line in output if line.startswith("launch mla_decode_split ")]
+    assert grids == [f"1 {132 * int(blocks)} 1"] * 2
 
 
 def in_three_parts(name: str, shapes: list[str]) -> list[str]:

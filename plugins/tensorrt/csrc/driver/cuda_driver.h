@@ -34,6 +34,7 @@ constexpr CUresult CUDA_SUCCESS = 0;
 
 constexpr int CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 
+constexpr int CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
 constexpr int CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;
@@ -51,5 +52,7 @@ CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, char const* nam
 CUresult cuKernelSetAttribute(int attribute, int value, CUkernel kernel, CUdevice device);
 CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel);
 CUresult cuFuncLoad(CUfunction function);
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(
+    int* blocks, CUfunction function, int block_threads, size_t dynamic_shared_bytes);
 CUresult cuLaunchKernelEx(CUlaunchConfig const* config, CUfunction function, void** params, void** extra);
 }

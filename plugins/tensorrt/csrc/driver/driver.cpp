@@ -44,6 +44,7 @@ Driver::Driver() {
     resolve(libcuda, "cuKernelSetAttribute", cuKernelSetAttribute);
     resolve(libcuda, "cuKernelGetFunction", cuKernelGetFunction);
     resolve(libcuda, "cuFuncLoad", cuFuncLoad);
+    resolve(libcuda, "cuOccupancyMaxActiveBlocksPerMultiprocessor", cuOccupancyMaxActiveBlocksPerMultiprocessor);
     resolve(libcuda, "cuLaunchKernelEx", cuLaunchKernelEx);
     check(cuInit(0), "cuInit");
 }
@@ -75,6 +76,7 @@ Device Device::current() {
     driver.check(driver.cuCtxGetDevice(&device.ordinal), "cuCtxGetDevice");
     device.sm = 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device.ordinal)
         + attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device.ordinal);
+    device.multiprocessors = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device.ordinal);
     device.max_shared_bytes = attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device.ordinal);
     return device;
 }

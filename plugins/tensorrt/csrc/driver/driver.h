@@ -30,6 +30,7 @@ struct Driver {
     decltype(&::cuKernelSetAttribute) cuKernelSetAttribute;
     decltype(&::cuKernelGetFunction) cuKernelGetFunction;
     decltype(&::cuFuncLoad) cuFuncLoad;
+    decltype(&::cuOccupancyMaxActiveBlocksPerMultiprocessor) cuOccupancyMaxActiveBlocksPerMultiprocessor;
     decltype(&::cuLaunchKernelEx) cuLaunchKernelEx;
 
 private:
@@ -41,7 +42,8 @@ struct Device {
     static Device current();
 
     CUdevice ordinal;
-    int32_t sm;                // e.g. 86
+    int32_t sm;  // e.g. 86
+    int32_t multiprocessors;
     int32_t max_shared_bytes;  // a block may ask for at most this much
 };
 

@@ -38,6 +38,15 @@ CUkernel load_kernel(Library const& library, Binary const& binary, Device const&
     return kernel;
 }
 
+int32_t resident_blocks(Binary const& binary, CUkernel kernel, Device const& device) {
+    Driver const& driver = Driver::get();
+    int blocks = 0;
+    driver.check(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<CUfunction>(kernel),
+                     binary.threads, static_cast<size_t>(binary.shared_bytes)),
+        "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+    return blocks * device.multiprocessors;
+}
+
 void check_aligned(char const* kernel, char const* argument, uint64_t address, int64_t alignment) {
     if (address % static_cast<uint64_t>(alignment)) {
         char text[32];

@@ -47,6 +47,7 @@ template <class Kernel>
 struct Loaded {
     typename Kernel::Row const* row;
     CUkernel kernel;
+    int32_t resident;  // blocks that the device runs at a time
 
     Binary const& binary() const { return row->binary; }
     typename Kernel::Constants const& constants() const { return row->constants; }
@@ -56,6 +57,9 @@ void launch_params(Binary const& binary, CUkernel kernel, Grid grid, cudaStream_
 
 // Loads the binary for `device` in full, so that launching it never loads anything.
 CUkernel load_kernel(Library const& library, Binary const& binary, Device const& device);
+
+// Blocks of a loaded kernel that the device runs at a time.
+int32_t resident_blocks(Binary const& binary, CUkernel kernel, Device const& device);
 
 // Throws where a pointer that a kernel was compiled to load from in 16 bytes at a time is not a multiple of them.
 void check_aligned(char const* kernel, char const* argument, uint64_t address, int64_t alignment);
@@ -78,7 +82,8 @@ public:
         for (auto const& row : Kernel::rows()) {
             if (target_of(row.binary) == target) {
                 libraries_.emplace_back(row.binary.image);
-                loaded_.push_back({&row, load_kernel(libraries_.back(), row.binary, device)});
+                CUkernel const kernel = load_kernel(libraries_.back(), row.binary, device);
+                loaded_.push_back({&row, kernel, resident_blocks(row.binary, kernel, device)});
             }
         }
         std::sort(loaded_.begin(), loaded_.end(), [](auto const& a, auto const& b) { return largest(a) < largest(b); });

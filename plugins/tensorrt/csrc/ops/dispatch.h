@@ -35,8 +35,8 @@ struct SortMemory {
 
 // Count, Offsets and Scatter are the op's own kernels.
 template <class Count, class Offsets, class Scatter, class Kernels>
-void sort_slots(Kernels const& kernels, cudaStream_t stream, Ptr<int32_t> ids, Dispatch const& dispatch,
-    SortMemory const& memory) {
+void sort_slots(
+    Kernels const& kernels, cudaStream_t stream, Ptr<int32_t> ids, Dispatch const& dispatch, SortMemory const& memory) {
     auto const& count = kernels.template get<Count>();
     auto const& offsets = kernels.template get<Offsets>();
     auto const& scatter = kernels.template get<Scatter>();

@@ -23,7 +23,7 @@ struct Op {
         check_attribute("kv_lora_rank", attributes.kv_lora_rank, Sizes::L);
     }
 
-    // Room for `rows` = B * S * splits pieces of all heads.
+    // Room for `rows` = slots * S results of all heads.
     static Workspace lay_out(Arena& arena, int64_t rows) {
         auto partial = arena.take<float>(rows * Sizes::H * Sizes::L * int64_t{sizeof(float)});
         return {partial, arena.take<float>(rows * Sizes::H * int64_t{sizeof(float)})};
@@ -34,21 +34,28 @@ struct Op {
         return ceil_div(steps * Sizes::H, tile.BLOCK_H);
     }
 
-    // Host-known sizes only: the lengths are on the device.
-    static int64_t splits(Sizes const& sizes, MlaDecodeSplit::Constants const& tile) {
-        int64_t const wanted = ceil_div(kDecodePrograms, sizes.B * tiles(sizes.S, tile));
-        int64_t const useful = ceil_div(sizes.M * sizes.page, int64_t{tile.MIN_TILES} * tile.BLOCK_N);
-        return std::max<int64_t>(1, std::min({wanted, useful, kDecodeMaxSplits}));
+    // Blocks of one tile of queries, of all that run at a time.
+    static int64_t programs(int64_t resident, int64_t tiles) {
+        return std::max<int64_t>(1, std::min(resident, kDecodeMaxPrograms) / tiles);
     }
 
-    // A smaller batch is cut into more splits: B * splits stays below kDecodePrograms / tiles + B.
+    // Of how many the cached tokens of `batch` sequences are cut for: launches.py's decode_parts. The lengths are on
+    // the device, which cuts into at most parts + batch pieces.
+    static int64_t parts(int64_t programs, int64_t batch) {
+        if (4 * batch <= programs) {
+            return programs - batch;
+        }
+        return batch <= programs ? batch * (programs / batch) : programs;
+    }
+
+    // For whatever GPU runs it: one that runs kDecodeMaxPrograms blocks at a time. Parts are at most programs.
     static size_t workspace(Sizes const& largest) {
         size_t bytes = 0;
         for (auto const& row : MlaDecodeSplit::rows()) {
             for (int64_t steps = 1; steps <= largest.S; ++steps) {
-                int64_t const pieces = ceil_div(kDecodePrograms, tiles(steps, row.constants)) + largest.B;
                 Arena arena;
-                lay_out(arena, steps * std::min(pieces, kDecodeMaxSplits * largest.B));
+                int64_t const most = programs(kDecodeMaxPrograms, tiles(steps, row.constants));
+                lay_out(arena, steps * (most + largest.B));
                 bytes = std::max(bytes, arena.size());
             }
         }
@@ -65,20 +72,22 @@ struct Op {
         check_alike("MIN_TILES", split.constants().MIN_TILES, combine.constants().MIN_TILES);
         check_page(write.constants().PAGE, Sizes::page);
         check_page(split.constants().PAGE, Sizes::page);
-        check_alike("MAX_SPLITS", kDecodeMaxSplits, combine.constants().MAX_SPLITS);
+        check_alike("BLOCK_B", split.constants().BLOCK_B, combine.constants().BLOCK_B);
 
-        int64_t const pieces = splits(call.sizes, split.constants());
+        int64_t const query_tiles = tiles(S, split.constants());
+        int64_t const cut = parts(programs(split.resident, query_tiles), B);
         Arena arena(call.workspace);
-        Workspace const w = lay_out(arena, B * S * pieces);
+        Workspace const w = lay_out(arena, S * (cut + B));
 
         launch(write, {ceil_div(S, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
-            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(call.sizes.P));
-        launch(split, {tiles(S, split.constants()), pieces, B}, call.stream, call.in.query, call.out.present_latent,
-            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, w.partial, w.partial_lse,
-            base_2_scale(call.attributes.scale), as_i32(S), as_i32(pieces), as_i32(M), as_i32(call.sizes.P));
+            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M),
+            as_i32(call.sizes.P));
+        launch(split, {query_tiles, cut + B}, call.stream, call.in.query, call.out.present_latent, call.in.page_table,
+            call.in.past_lengths, call.in.sequence_lengths, w.partial, w.partial_lse, call.out.attended,
+            base_2_scale(call.attributes.scale), as_i32(B), as_i32(S), as_i32(cut), as_i32(M), as_i32(call.sizes.P));
         launch(combine, {B * S * Sizes::H, ceil_div(Sizes::L, combine.constants().BLOCK_D)}, call.stream, w.partial,
-            w.partial_lse, call.in.past_lengths, call.in.sequence_lengths, call.out.attended, as_i32(S), as_i32(pieces),
-            as_i32(capacity));
+            w.partial_lse, call.in.past_lengths, call.in.sequence_lengths, call.out.attended, as_i32(B), as_i32(S),
+            as_i32(cut), as_i32(capacity));
     }
 };
 

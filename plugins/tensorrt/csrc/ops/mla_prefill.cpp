@@ -55,7 +55,8 @@ struct Op {
         auto const& write = call.kernels.get<LatentWrite>(S);
         check_page(write.constants().PAGE, Sizes::page);
         launch(write, {ceil_div(S, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
-            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M), as_i32(call.sizes.P));
+            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M),
+            as_i32(call.sizes.P));
         for (int64_t first = 0; first < Sizes::H; first += chunk) {
             launch_heads(call, w, first, std::min(chunk, Sizes::H - first));
         }

@@ -23,8 +23,7 @@ struct Op {
         }
         auto const& query = call.kernels.get<MlaQuery>(tokens);
         launch(query,
-            {Sizes::H * ceil_div(Sizes::L, query.constants().BLOCK_L) + 1,
-                ceil_div(tokens, query.constants().BLOCK_T)},
+            {Sizes::H * ceil_div(Sizes::L, query.constants().BLOCK_L) + 1, ceil_div(tokens, query.constants().BLOCK_T)},
             call.stream, call.in.q, call.in.kv, call.in.cos, call.in.sin, call.in.latent_norm, call.in.w_uk,
             call.out.query, call.out.latent, as_i32(tokens), call.attributes.eps);
     }

@@ -65,7 +65,8 @@ struct Op {
         auto const& combine = call.kernels.get<MoeCombine>(tokens);
         check_alike("BLOCK_M", gate_up.constants().BLOCK_M, down.constants().BLOCK_M);
         launch(gate_up, {dispatch.blocks * ceil_div(Sizes::I, gate_up.constants().BLOCK_N)}, call.stream,
-            call.in.hidden, call.in.gate_proj, call.in.up_proj, w.inner, w.sort.sorted_slots, w.sort.block_expert, slots);
+            call.in.hidden, call.in.gate_proj, call.in.up_proj, w.inner, w.sort.sorted_slots, w.sort.block_expert,
+            slots);
         launch(down, {dispatch.blocks * ceil_div(Sizes::hidden, down.constants().BLOCK_N)}, call.stream, w.inner,
             call.in.down_proj, w.outer, w.sort.sorted_slots, w.sort.block_expert, slots);
         launch(combine,

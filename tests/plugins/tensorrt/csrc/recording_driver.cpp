@@ -1,6 +1,7 @@
 // A libcuda.so.1 that runs nothing and prints one line a call: what would be loaded and launched, with every argument.
 //
 // FAKE_DEVICE, FAKE_SM and FAKE_SHARED say what chip it plays, FAKE_CUDA the newest CUDA it knows (12040 is 12.4);
+// FAKE_BLOCKS how many blocks of a kernel each of its 132 multiprocessors runs at a time;
 // FAKE_PARAMS names a file with one line a kernel: its
 // name, then its parameters' sizes in bytes. Images are taken for text, and are named by it.
 #include "cuda_driver.h"
@@ -73,6 +74,7 @@ EXPORT CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice) {
     switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = sm / 10; break;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = sm % 10; break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = from_environment("FAKE_SHARED", 232448); break;
     default: return 1;
     }
@@ -110,6 +112,11 @@ EXPORT CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
 
 EXPORT CUresult cuFuncLoad(CUfunction function) {
     std::printf("ready %s\n", reinterpret_cast<Kernel*>(function)->image.c_str());
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction, int, size_t) {
+    *blocks = from_environment("FAKE_BLOCKS", 2);
     return CUDA_SUCCESS;
 }
 
