@@ -21,6 +21,7 @@ from pathlib import Path
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.writing.working import scratch_folder
+from deepseek_trt.plugins.aot.narrow_use import ALL_WHOLE, NarrowUse
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.aot.variants import variants_for
 from deepseek_trt.plugins.aot.worker import Compiled, Request
@@ -43,16 +44,19 @@ def compile_all(
     jobs: int = 1,
     on_progress: Progress | None = None,
     fallback: bool = True,
+    narrow: NarrowUse = ALL_WHOLE,
 ) -> tuple[Binary, ...]:
-    """Compile all variants of `config` for all `sms`, in their order, then the PTX fallback.
+    """Compile all variants of `config` for all `sms`, in their order, then the PTX fallback; `narrow` as variants_for.
 
     A variant that spills registers is compiled once more with twice its warps, which halves what a thread holds; the
     binary's variant says so. on_progress(done, total) is called after each, in the caller's thread. Raises BuildError
     where a variant spills even so, or does not fit a chip.
     """
-    requests = [Request(variant, sm) for sm in dict.fromkeys(sms) for variant in variants_for(config, dtype, sm)]
+    requests = [
+        Request(variant, sm) for sm in dict.fromkeys(sms) for variant in variants_for(config, dtype, sm, narrow)
+    ]
     if fallback:
-        small = variants_for(config, dtype, FALLBACK_TILES_SM)
+        small = variants_for(config, dtype, FALLBACK_TILES_SM, narrow)
         requests += [Request(variant, FALLBACK_SM, as_ptx=True) for variant in small]
     return tuple(checked(c) for c in _compile_without_spills(requests, jobs, on_progress))
 

@@ -25,4 +25,6 @@ KERNEL_OPS: dict[str, Callable[..., Any]] = {
     "MoeRouter": _first_call_imports("moe_router"),
     "MoeBiasedRouter": _first_call_imports("moe_biased_router"),
     "MoeExperts": _first_call_imports("moe_experts"),
+    "LinearNarrow": _first_call_imports("narrow.linear"),
+    "MoeExpertsNarrow": _first_call_imports("narrow.experts"),
 }

@@ -25,6 +25,9 @@ KERNEL_MODULES = (
     "moe_biased_router",
     "moe_dispatch",
     "moe_experts",
+    "narrow.codes",
+    "narrow.linear",
+    "narrow.experts",
 )
 
 _enabled = False

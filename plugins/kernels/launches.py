@@ -14,6 +14,9 @@ DECODE_MAX_SPLITS = 128
 DECODE_MIN_TILES = 4  # a split shorter than this many tiles costs more to combine than it saves
 PREFILL_WORKSPACE = 1 << 30  # bytes of expanded keys and values at a time
 DISPATCH_CHUNK = 128  # slots one program of the counting sort ranks
+LINEAR_PROGRAMS = 256  # of a narrow product: about two for each SM of the largest chips
+LINEAR_MAX_SPLITS = 16
+LINEAR_MIN_STEPS = 8  # a split of fewer steps costs more to sum than it saves
 
 
 def cdiv(a: int, b: int) -> int:
@@ -41,6 +44,12 @@ def decode_splits(batch: int, tiles: int, capacity: int, block_n: int) -> int:
 def prefill_chunk_heads(batch: int, capacity: int, heads: int, row_bytes: int) -> int:
     """Heads expanded at a time. row_bytes = (N + V) * sizeof(T): one head's keys and values of one token."""
     return max(1, min(heads, PREFILL_WORKSPACE // (batch * capacity * row_bytes)))
+
+
+def linear_splits(blocks: int, columns: int, block_k: int) -> int:
+    """Into how many pieces along K the sums of a narrow product of `blocks` programs are split."""
+    useful = cdiv(columns, block_k) // LINEAR_MIN_STEPS
+    return max(1, min(LINEAR_PROGRAMS // blocks, useful, LINEAR_MAX_SPLITS))
 
 
 def dispatch_blocks(slots: int, experts: int, block: int) -> int:

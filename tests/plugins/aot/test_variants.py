@@ -11,9 +11,11 @@ import pytest
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot import variants
+from deepseek_trt.plugins.aot.narrow_use import NarrowUse
 from deepseek_trt.plugins.aot.variants import KERNELS, variants_for
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
+from deepseek_trt.plugins.narrow_ops import NARROW_PLUGINS
 
 SMALL = ModelConfig(
     hidden_size=128,
@@ -59,6 +61,9 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 CHIPS = pytest.mark.parametrize("sm", SHARED_LIMITS)
 
 SOURCES = Path(variants.__file__).parents[1] / "kernels"
+ALL_FORMATS = NarrowUse((("int8", 32), ("int4", 32), ("fp8", 128)), ("int8", "int4", "fp8"), whole_experts=True)
+OF_NARROW = {"moe_gate_up_narrow", "moe_down_narrow", "linear_narrow", "linear_narrow_sum"}
+WHOLE_OPS = {name for name in KERNEL_OPS if "Narrow" not in name}
 
 
 @MODELS
@@ -67,8 +72,27 @@ SOURCES = Path(variants.__file__).parents[1] / "kernels"
 def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
     rows = variants_for(config, dtype, sm)
     other = "MoeRouter" if config.biased_routing else "MoeBiasedRouter"
-    assert {row.op for row in rows} == set(KERNEL_OPS) - {other}
-    assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]}
+    assert {row.op for row in rows} == WHOLE_OPS - {other}
+    assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]} - OF_NARROW
+    check_buckets(rows)
+
+
+@MODELS
+@DTYPES
+@CHIPS
+def test_narrow_weights_have_the_rows_of_each_format(config, dtype, sm):
+    rows, whole = variants_for(config, dtype, sm, ALL_FORMATS), variants_for(config, dtype, sm)
+    assert rows[: len(whole)] == whole
+    assert {row.op for row in rows[len(whole) :]} == {op.name for op in NARROW_PLUGINS}
+    assert {row.kernel for row in rows} - {row.kernel for row in whole} == OF_NARROW
+    check_buckets(rows)
+    without = variants_for(config, dtype, sm, NarrowUse((("fp8", 64),), ("int4",), whole_experts=False))
+    assert {row.op for row in without} >= {"LinearNarrowFp8", "MoeExpertsNarrowInt4"}
+    assert "MoeExperts" not in {row.op for row in without}
+    assert {dict(row.constexprs)["UNIT"] for row in without if row.kernel == "linear_narrow"} == {64}
+
+
+def check_buckets(rows):
     assert set(Counter((row.op, row.kernel, row.max_tokens) for row in rows).values()) == {1}
     for op, kernel in {(row.op, row.kernel) for row in rows}:
         buckets = [row.max_tokens for row in rows if (row.op, row.kernel) == (op, kernel)]
@@ -81,9 +105,9 @@ def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
 @CHIPS
 def test_both_grouped_gemms_of_a_bucket_share_the_block(config, dtype, sm):
     blocks = {}
-    for row in variants_for(config, dtype, sm):
-        if row.kernel in ("moe_gate_up", "moe_down"):
-            blocks.setdefault(row.max_tokens, []).append(dict(row.constexprs)["BLOCK_M"])
+    for row in variants_for(config, dtype, sm, ALL_FORMATS):
+        if row.kernel.startswith(("moe_gate_up", "moe_down")):
+            blocks.setdefault((row.op, row.max_tokens), []).append(dict(row.constexprs)["BLOCK_M"])
     assert blocks
     assert all(len(pair) == 2 and len(set(pair)) == 1 for pair in blocks.values())
 
@@ -97,9 +121,13 @@ def test_both_decode_kernels_split_alike(config, sm):
     assert [split[name] for name in shared] == [combine[name] for name in shared]
 
 
+def source(kernel):
+    return (SOURCES / f"{KERNELS[kernel].module.replace('.', '/')}.py").read_text(encoding="utf-8")
+
+
 def parameters(kernel):
     """(arguments, constants) in the order of the kernel's source, read without importing Triton."""
-    tree = ast.parse((SOURCES / f"{KERNELS[kernel].module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(source(kernel))
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == kernel)
     args = function.args.args
     return [a.arg for a in args if a.annotation is None], [a.arg for a in args if a.annotation is not None]
@@ -108,7 +136,7 @@ def parameters(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_give_what_the_kernel_takes(kernel):
     arguments, constants = parameters(kernel)
-    for row in (*variants_for(V2, "bfloat16", 90), *variants_for(V3, "bfloat16", 90)):
+    for row in (*variants_for(V2, "bfloat16", 90, ALL_FORMATS), *variants_for(V3, "bfloat16", 90)):
         if row.kernel == kernel:
             assert [arg.name for arg in row.args] == arguments
             assert sorted(name for name, _ in row.constexprs) == sorted(constants)
@@ -117,11 +145,11 @@ def test_rows_give_what_the_kernel_takes(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_docstrings_tell_each_launch(kernel):
     """The C++ launcher is written from the docstring: arguments and types must be those of the table."""
-    text = ast.get_docstring(ast.parse((SOURCES / f"{KERNELS[kernel].module}.py").read_text(encoding="utf-8")))
+    text = ast.get_docstring(ast.parse(source(kernel)))
     launch = re.search(rf"^ +{kernel} +grid.*?\n((?: {{8}}.*\n?)+)", text, re.MULTILINE)
     assert launch, f"{kernel}'s launch is not described"
-    told = re.findall(r"\b(\w+) (\*?(?:T|fp32|i32))\b", launch.group(1))
-    full = re.findall(r"\b(\w+) \*(?:T|fp32|i32)\b|\b(\w+) (?:i32|fp32)\b", launch.group(1))
+    told = re.findall(r"\b(\w+) (\*?(?:T|S|fp32|i32|i8))\b", launch.group(1))
+    full = re.findall(r"\b(\w+) \*(?:T|S|fp32|i32|i8)\b|\b(\w+) (?:i32|fp32)\b", launch.group(1))
     assert [first or second for first, second in full] == [name for name, _ in told]
     assert told == [tuple(part.split()) for part in KERNELS[kernel].args.split(", ")]
 

@@ -78,7 +78,7 @@ def test_creators_declare_the_contract(drive: Drive) -> None:
     lines = [
         " ".join([f"creator {op.name} '1' ''", *(f"{a.name}:{types[a.type]}" for a in op.attributes)])
         for op in OPS
-        if op.name in KERNEL_OPS and op.name != "MoeBiasedRouter"  # of another model
+        if op.name in KERNEL_OPS and "Narrow" not in op.name and op.name != "MoeBiasedRouter"  # of another model
     ]
     assert drive(["names"]) == lines
 
