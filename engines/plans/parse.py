@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from deepseek_trt.engines.plans.flavour import Flavour
+from deepseek_trt.engines.plans.narrow_nodes import with_narrow_plugins
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import DOMAIN, GraphSpec, TensorSpec
@@ -25,6 +26,7 @@ DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
     "BF16": "bfloat16",
+    "INT8": "int8",
     "INT32": "int32",
     "INT64": "int64",
 }
@@ -52,6 +54,9 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     data, place = bundle.traced_bytes(graph.name), str(bundle.traced_path(graph.name))
     bundle.prove_weights()  # the parser reads the file by itself
     model = onnx.load_model_from_string(data)
+    if bundle.manifest.is_narrow:
+        model = with_narrow_plugins(model)
+        data = model.SerializeToString()
     wanted = collections.Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN)
     weights: tuple[str, ...] = ()
     parts = {w.recipe.name: tensorrt_parts(w.recipe) for w in bundle.manifest.weights}
