@@ -219,7 +219,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(made, tmp_path, value: 
     assert f"1 weights are NaN or infinite, in 1 tensors of model.safetensors: {name} (1)" in done.output
 
 
-def test_check_counts_narrow_bytes_and_names_what_tensorrt_does(made) -> None:
+def test_check_counts_narrow_bytes_of_engines_too(made) -> None:
     checkpoint = made("v2", **SIZES).path
 
     def facts(*options: str) -> dict[str, Any]:
@@ -233,20 +233,17 @@ def test_check_counts_narrow_bytes_and_names_what_tensorrt_does(made) -> None:
     sizes = [{n["step"]: n for n in f["needs"]} for f in (whole, small)]
     assert sizes[1]["export"]["disk"] < sizes[0]["export"]["disk"]
     assert "export --by-reference" not in sizes[1]
-    assert "TensorRT does not take narrow weights yet" in next(
-        n["refused"] for n in small["needs"] if n["step"].startswith("engines")
-    )
+    engines = "engines on a GPU, without cache"
+    assert sizes[1][engines]["memory"] < sizes[0][engines]["memory"]
+    assert not sizes[1][engines]["refused"]
 
 
-@pytest.mark.parametrize(
-    "command", [["build"], ["plugins"], ["bench", "--backend", "tensorrt", "--context", "8", "--new-tokens", "4"]]
-)
-def test_tensorrt_refuses_by_name(made, tmp_path, command: list[str]) -> None:
+def test_tensorrt_asks_for_plans(made, tmp_path) -> None:
     assert export(made("v2", **SIZES).path, tmp_path / "out", "--quantize", "int8").exit_code == 0
-    done = CliRunner().invoke(main, [command[0], str(tmp_path / "out"), *command[1:]])
+    command = ["bench", str(tmp_path / "out"), "--backend", "tensorrt", "--context", "8", "--new-tokens", "4"]
+    done = CliRunner().invoke(main, command)
     assert done.exit_code == 1
-    assert "TensorRT does not take narrow weights yet" in done.output
-    assert not (tmp_path / "out" / "plugins").exists()
+    assert "make it with deepseek-trt build" in done.output
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])
