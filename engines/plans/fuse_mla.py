@@ -94,7 +94,9 @@ class _Rotation:
 
 def _rotation(value: ir.Value | None) -> _Rotation | None:
     node = made_by(_uncast(_reshaped(value)), "RotaryEmbedding")
-    if node is None or node.attributes.get_int("interleaved", 0) != 1 or len(node.inputs) != 3:
+    if node is None or len(node.inputs) != 3:
+        return None
+    if (node.attributes.get_int("interleaved", 0), node.attributes.get_int("rotary_embedding_dim", 0)) != (1, 0):
         return None
     return _Rotation(_uncast(node.inputs[0]), tuple(node.inputs[1:]), node.attributes.get_int("num_heads", 0))
 
