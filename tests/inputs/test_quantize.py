@@ -15,8 +15,11 @@ from click.testing import CliRunner
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.engines.sessions.graphs import OrtGraphs, TorchGraphs
+from deepseek_trt.engines.sessions.opening import choose_backend
+from deepseek_trt.engines.sessions.tensorrt.session import TrtSession
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import WeightReader
+from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32, "v_head_dim": 32}
@@ -238,12 +241,11 @@ def test_check_counts_narrow_bytes_of_engines_too(made) -> None:
     assert not sizes[1][engines]["refused"]
 
 
-def test_tensorrt_asks_for_plans(made, tmp_path) -> None:
-    assert export(made("v2", **SIZES).path, tmp_path / "out", "--quantize", "int8").exit_code == 0
-    command = ["bench", str(tmp_path / "out"), "--backend", "tensorrt", "--context", "8", "--new-tokens", "4"]
-    done = CliRunner().invoke(main, command)
-    assert done.exit_code == 1
-    assert "make it with deepseek-trt build" in done.output
+def test_tensorrt_asks_for_plans_alone(made, tmp_path) -> None:
+    bundle = export_bundle(ExportRequest(made("v2", **SIZES).path, tmp_path / "out", quantize="int8")).bundle
+    assert choose_backend(bundle, "tensorrt").backend == "tensorrt"
+    with pytest.raises(BundleError, match="make it with deepseek-trt build"):
+        TrtSession(bundle, 4)
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])
