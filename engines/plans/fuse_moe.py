@@ -68,8 +68,6 @@ def _match(router: ir.Node) -> _Match | None:
     if any(user not in whole for node in whole[:-1] for value in node.outputs for user, _ in value.uses()):
         return None
     router_weight = _before_cast(logits.weight)
-    if router_weight.dtype != hidden.dtype:
-        return None
     bias = router.inputs[1] if router.op_type == "MoeBiasedRouter" else None
     inputs = (hidden, router_weight, *(stack for stack in stacks if stack is not None), *weights)
     return _Match(router, inputs, bias, whole, last)
