@@ -24,7 +24,7 @@ from typing import Any
 
 from sampling import shipped_bundle
 
-from deepseek_trt.engines.generation import scheduler as scheduling
+from deepseek_trt.engines.generation import sampling as sampled
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
 from deepseek_trt.engines.generation.speculation import AUTO, LOOKUP, OFF
@@ -129,11 +129,11 @@ class Bench:
         for row in range(rows):
             prompt = self._text.encode(kind.prompt(_WORDS[row % len(_WORDS)]))[:512]
             answers[scheduler.add(prompt, kind.params(row, self._tokens))] = []
-        plain, scheduling.sample_rows = scheduling.sample_rows, self.sampling.around(scheduling.sample_rows)
+        plain, sampled.sample_rows = sampled.sample_rows, self.sampling.around(sampled.sample_rows)
         try:
             return self._run(scheduler, answers), list(answers.values())
         finally:
-            scheduling.sample_rows = plain
+            sampled.sample_rows = plain
 
     def _run(self, scheduler: Scheduler, answers: dict[int, list[int]]) -> Measured:
         counters, parts = scheduler.counters, []

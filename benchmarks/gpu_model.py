@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deepseek_trt.plugins.kernels.launches import DECODE_MIN_TILES, cdiv, decode_splits
+from deepseek_trt.plugins.kernels.launches import DECODE_MIN_TILES, cdiv, decode_parts, decode_programs
 from deepseek_trt.plugins.kernels.tiles import decode_tile, gemm_buckets
 
 BYTES = 2  # bfloat16
@@ -23,9 +23,9 @@ BYTES = 2  # bfloat16
 COPY, MATMUL, GROUPED, ATTEND = 0.90, 0.75, 0.65, 0.45
 KERNEL = 2.0e-6  # seconds: a kernel of a CUDA graph, from the end of the one before to the end of its own ramp
 ROUND_TRIP = 0.8e-6  # seconds of a load that misses L2 on a busy chip
-PAGED_TILE = 2 * ROUND_TRIP  # decode waits for the page's number, then for the rows
-LAYER_KERNELS = 26  # of a MoE layer's decode, counted in a plan; of them ATTENTION and EXPERTS in the formulas below
-HOST, HOST_ROW = 0.2e-3, 0.1e-3  # seconds a step, and a row of it: scheduling, 4 bytes a logit over PCIe, sampling
+AHEAD = 2  # tiles of decode that are on their way while one is used; their pages' numbers came before
+LAYER_KERNELS = 26  # of a MoE layer's prefill, counted in a plan; of them ATTENTION and EXPERTS in the formulas below
+HOST, HOST_ROW = 0.2e-3, 0.01e-3  # seconds a step, and a row of it: scheduling, and what sampling on the GPU is given
 HALF = 2  # half of the SMs draw all of the bandwidth
 
 
@@ -102,11 +102,17 @@ class Model:
         dense = self.attention_weights + 3 * self.hidden * self.dense
         return BYTES * ((self.layers - 1) * moe + dense + 2 * self.vocab * self.hidden)
 
+    @property
+    def decode_kernels(self) -> int:
+        """Of a layer of experts, counted in a plan (tests/plugins/tensorrt/test_kernel_count.py)."""
+        return 17 if self.q_rank else 15
+
     def hit(self, tokens: int) -> float:
         """Experts that at least one of `tokens` chooses, where all are as likely."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
 
+PAGE = 64  # tokens, as exported
 V2_LITE = Model("V2-Lite", 27, 2048, 16, 0, 1408, 64, 6, 2, 10944)
 V2 = Model("V2", 60, 5120, 128, 1536, 1536, 160, 6, 2, 12288)
 
@@ -127,19 +133,21 @@ def roofline(chip: Chip, nbytes: float, flops: float, blocks: int | None = None,
 def decode(chip: Chip, heads: int, context: int, batch: int) -> float:
     """Split and combine of one layer, one new token a row."""
     rank, width = V2.rank, V2.width
-    tile = decode_tile("bfloat16", heads, chip.sm, context)
+    tile = decode_tile("bfloat16", heads, chip.sm, context, PAGE)
     height, block_n = tile["BLOCK_H"], tile["BLOCK_N"]
     tiles = cdiv(heads, height)
-    splits = decode_splits(batch, tiles, context, block_n)
-    steps = max(cdiv(cdiv(context, block_n), splits), DECODE_MIN_TILES)
     resident = chip.few_heads if heads <= 16 else chip.many_heads
-    waves = cdiv(batch * tiles * cdiv(cdiv(context, block_n), steps), chip.sms * resident)
+    parts = decode_parts(decode_programs(chip.sms * resident, tiles), batch)
+    rows = cdiv(context, block_n)
+    steps = max(cdiv(batch * rows, parts), DECODE_MIN_TILES)
+    splits = cdiv(rows, steps)
+    waves = cdiv(batch * tiles * splits, chip.sms * resident)
     product = 2.0 * height * block_n * (width + rank) / (MATMUL * ATTEND * chip.flops / chip.sms)
-    chain = waves * steps * (PAGED_TILE + product * resident) + 2 * ROUND_TRIP
+    chain = waves * (min(steps, rows) * max(ROUND_TRIP / AHEAD, product * resident) + 2 * ROUND_TRIP)
     read = batch * context * width * BYTES
     flops = 2.0 * batch * heads * context * (width + rank)
     split = max(roofline(chip, read, flops, share=ATTEND), KERNEL + chain)
-    partial = batch * heads * splits * rank * 4
+    partial = batch * heads * splits * rank * 4 if splits > 1 else 0
     return split + roofline(chip, 2 * partial, 0) + 2 * ROUND_TRIP
 
 
@@ -167,7 +175,7 @@ def decode_layer(chip: Chip, model: Model, context: int, batch: int) -> float:
     """One MoE layer of decode: projections and shared experts, attention, routed experts, and all small kernels."""
     dense = model.attention_weights + model.shared * model.expert + 2 * model.hidden * model.experts
     own = roofline(chip, dense * BYTES, 2.0 * batch * dense)
-    small = (LAYER_KERNELS - 5) * KERNEL  # attention's and the experts' two count themselves, and `own` one
+    small = (model.decode_kernels - 5) * KERNEL  # attention's and the experts' two count themselves, and `own` one
     return own + small + decode(chip, model.heads, context, batch) + experts(chip, model, batch)
 
 

@@ -37,6 +37,8 @@ class ServingSettings:
     speculate: str = OFF
 
     def __post_init__(self) -> None:
+        for name in ("prefill_chunk", "token_budget"):  # of the scheduler's own kind of int, which cannot be sent
+            object.__setattr__(self, name, int(getattr(self, name)))
         for name in ("max_inflight", "max_running", "max_model_len", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} {getattr(self, name)}: must be at least 1")

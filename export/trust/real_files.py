@@ -20,8 +20,11 @@ def flaw_of_name(name: str) -> str:
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
         return "leads out of the folder"
-    if any(len(os.fsencode(part)) > _LONGEST for part in parts):
-        return "is too long"
+    try:
+        if any(len(os.fsencode(part)) > _LONGEST for part in parts):
+            return "is too long"
+    except UnicodeEncodeError:
+        return "has half a character"
     return ""
 
 
