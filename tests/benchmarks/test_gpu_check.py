@@ -249,12 +249,14 @@ def test_the_driver_gets_the_binaries_of_the_library(tmp_path):
     with launching.shipped_kernels(binaries, launching.DriverExecutor(driver, lambda: 77)) as journal:
         assert mla_decode.chip_of(tensor) == 90
         for _ in range(2):
-            mla_decode.mla_decode_combine[(3, 4)](*[tensor] * 5, 8, 5, 6, **binary.constants, num_warps=4, num_stages=2)
+            mla_decode.mla_decode_combine[(3, 4)](
+                *[tensor] * 5, 2, 8, 5, 6, **binary.constants, num_warps=4, num_stages=2
+            )
         with pytest.raises(LookupError, match="no binary of mla_decode_combine"):
-            mla_decode.mla_decode_combine[(3, 4)](*[tensor] * 5, 8, 5, 6, BLOCK_S=1)
+            mla_decode.mla_decode_combine[(3, 4)](*[tensor] * 5, 2, 8, 5, 6, BLOCK_S=1)
         odd = types.SimpleNamespace(is_cuda=True, is_contiguous=lambda: True, data_ptr=lambda: 0x7002)
         with pytest.raises(ValueError, match="multiples of 16"):
-            mla_decode.mla_decode_combine[(3, 4)](*[odd] * 5, 8, 5, 6, **binary.constants)
+            mla_decode.mla_decode_combine[(3, 4)](*[odd] * 5, 2, 8, 5, 6, **binary.constants)
     assert [launch.binary for launch in journal] == [binary] * 2
     assert driver.loaded == [binary.image + b"\0"]
     assert driver.shared == [60_000]

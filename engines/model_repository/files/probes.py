@@ -43,6 +43,7 @@ class Health:
     def look(self, status: int | None, beating: Pulses, cpu: Mapping[str, float | None], elapsed: float) -> None:
         """`status` is the server's answer to whether it is ready; `cpu` is processor seconds by model, "" the server's.
 
+        A model without a process is not loaded: its count stands, and its heart begins anew when it is loaded again.
         Asked about a model before it is up, tritonserver 2.51 crashes: up means that it has said that it is ready.
         """
         self.up = self.up or status == 200
@@ -50,11 +51,14 @@ class Health:
         self.status, self.beating = status, beating or self.beating
         self.server.look(self.answers or None, cpu.get(""), elapsed)
         for model in self.beating:
+            if model not in cpu:
+                self.hearts.pop(model, None)
+                continue
             heart = self.hearts.setdefault(model, Heart(self.stall_seconds))
             heart.look(beating.get(model, {}).get("heartbeats_total"), cpu.get(model), elapsed)
 
     def stopped(self) -> list[str]:
-        """Models whose hearts stand still: those that are not loaded among them."""
+        """Models whose hearts stand still."""
         return [model for model, heart in self.hearts.items() if heart.stopped]
 
     def why_not(self, kind: str) -> str:

@@ -464,6 +464,18 @@ def test_flags_of_serve_sh():
         module.split_flags(["8000"])
 
 
+def test_a_model_that_is_loaded_again_has_its_time_anew():
+    """While it was not loaded its count of steps stood still, which is no engine's fault."""
+    health, beating = script("probes.py").Health(1.0), {"m": {"heartbeats_total": 5.0}}
+    loaded, unloaded = {"": 1.0, "m": 1.0}, {"": 1.0}
+    for _ in range(4):
+        health.look(200, beating, loaded, 0.5)
+    assert health.stopped() == ["m"]
+    health.look(503, beating, unloaded, 0.5)
+    health.look(200, beating, loaded, 0.5)
+    assert health.stopped() == []
+
+
 def test_control_endpoints_ask_for_a_key_unless_given_flags_say_otherwise():
     control = script("control.py")
     key, flags = control.control_key(None), {}
