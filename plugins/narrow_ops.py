@@ -14,13 +14,7 @@ from deepseek_trt.export.ops.linear_narrow import LINEAR_NARROW
 from deepseek_trt.export.ops.moe_experts_narrow import MOE_EXPERTS_NARROW
 from deepseek_trt.export.ops.spec import OpSpec, TensorArg
 from deepseek_trt.plugins.fused import FUSED_OPS
-
-CODES_DTYPE = "int8"
-
-
-def plugin_name(op: str, format: str) -> str:
-    """The plugin of LinearNarrow or MoeExpertsNarrow for a format, e.g. LinearNarrowInt4."""
-    return f"{op}{format.capitalize()}"
+from deepseek_trt.plugins.narrow_names import plugin_name
 
 
 def _for_format(spec: OpSpec, kind: Format) -> OpSpec:

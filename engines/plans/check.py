@@ -16,7 +16,7 @@ from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.errors import BackendError, BuildError, BundleError
 from deepseek_trt.plugins.aot.narrow_use import narrow_use
 from deepseek_trt.plugins.kernels.chips import runs_on
-from deepseek_trt.plugins.narrow_ops import CODES_DTYPE, plugin_name
+from deepseek_trt.plugins.narrow_names import CODES_DTYPE, plugin_name
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, Manifest, read_manifest
 
 MOST_CHUNK = 4096  # tokens; beyond, an H100's matrix units are busy anyway (input_len.py)

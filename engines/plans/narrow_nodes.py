@@ -12,7 +12,7 @@ import onnx
 from deepseek_trt.export.bundle.graph import DOMAIN
 from deepseek_trt.export.ops.linear_narrow import LINEAR_NARROW
 from deepseek_trt.export.ops.moe_experts_narrow import MOE_EXPERTS_NARROW
-from deepseek_trt.plugins.narrow_ops import plugin_name
+from deepseek_trt.plugins.narrow_names import plugin_name
 
 _CODES = {
     spec.name: [i for i, tensor in enumerate(spec.inputs) if tensor.dtype == "codes"]

@@ -22,7 +22,7 @@ from deepseek_trt.plugins.kernels.moe import constants as layer
 from deepseek_trt.plugins.kernels.narrow import constants as narrow_constants
 from deepseek_trt.plugins.kernels.narrow import tiles as narrow_tiles
 from deepseek_trt.plugins.kernels.narrow.formats import KERNEL_FORMATS
-from deepseek_trt.plugins.narrow_ops import plugin_name
+from deepseek_trt.plugins.narrow_names import plugin_name
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 

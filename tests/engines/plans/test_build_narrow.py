@@ -43,8 +43,9 @@ def codes_of(bundle):
 @pytest.mark.tensorrt
 def test_every_narrow_node_is_a_plugin(built):
     preset, bundle, plans = built
-    for plan, attention in zip(plans, ("MlaPrefill", "MlaDecode"), strict=True):
-        assert plan.record.plugins == {attention: 5, "MoeRouter": 4, **PLUGINS[preset]}
+    around = {"MlaPrefill": 5}, {"MlaDecode": 5, "MlaQuery": 5, "MlaValue": 5}
+    for plan, attention in zip(plans, around, strict=True):
+        assert plan.record.plugins == {**attention, "MoeRouter": 4, **PLUGINS[preset]}
         assert "MoeExperts" not in plan.record.plugins
     assert [plan.record for plan in plans] == [plan.record for plan in read_plans(bundle.listed_anew()).values()]
 
