@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-NO_NARROW_ENGINES = "TensorRT does not take narrow weights yet: run the bundle with ort, or export whole weights"
 GROUP = 32  # numbers along K that share a scale, of whole numbers
 BLOCK = 128  # rows and columns that share a scale, of fp8
 SCALE = "_scale"  # what the name of the scales adds to that of the codes
