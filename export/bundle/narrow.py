@@ -18,6 +18,7 @@ SCALE_DTYPE = "float16"  # of whole numbers
 ABSMAX, LEAST_SQUARES = "absmax", "least_squares"  # methods that find scales
 PUBLISHED: Literal["published"] = "published"  # codes and scales are the checkpoint's
 KEEP = "keep"  # what --quantize calls the checkpoint's own codes
+NONE = "none"  # and weights that are all whole
 
 
 @dataclass(frozen=True)
