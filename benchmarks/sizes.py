@@ -16,10 +16,10 @@ from make_checkpoint import PUBLISHED, write_sparse
 from deepseek_trt.export.survey import Facts, survey
 
 MODELS = {"v2-lite": "DeepSeek-V2-Lite", "v2": "DeepSeek-V2", "v3": "DeepSeek-V3, R1"}
-WAYS: tuple[str | None, ...] = (None, "fp8", "int8", "int4")
+WAYS = ("none", "fp8", "int8", "int4")
 
 
-def facts(checkpoint: Path, quantize: str | None) -> Facts:
+def facts(checkpoint: Path, quantize: str) -> Facts:
     found = survey(checkpoint, quantize=quantize)
     if found.facts is None:
         raise SystemExit(f"{checkpoint}: {found.problem or found.unsupported}")

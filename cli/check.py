@@ -27,7 +27,7 @@ _MEANING = (
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the export.  [default: the checkpoint's]")
 @click.option("--task", type=click.Choice(TASKS), help="Of the export.  [default: what the checkpoint is for]")
-@click.option("--quantize", metavar="int8|int4|fp8|keep|FILE", help="What the export is to narrow.")
+@click.option("--quantize", metavar="int8|int4|fp8|keep|none|FILE", help="What the export is to narrow.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA folder that the export is to merge.")
 @click.option(
     "--gpu-memory",

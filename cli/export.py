@@ -13,7 +13,10 @@ from deepseek_trt.cli.printing.output import dropped_lines, output_options, prin
 from deepseek_trt.export.bundle.interface import IOS, NATIVE, TASKS
 from deepseek_trt.export.config.model_config import DTYPES
 
-QUANTIZE_HELP = "Store weights in narrow formats: a preset, keep (fp8 as it is), or a JSON file (docs/narrow.md)."
+QUANTIZE_HELP = (
+    "Store weights in narrow formats: a preset, keep (fp8 as it is), none, or a JSON file (docs/narrow.md)."
+    "  [default: keep where the checkpoint is fp8, else none]"
+)
 MTP_HELP = "A third graph: the layer of multi-token prediction, for --speculate mtp."
 KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [default: 1]"
 
@@ -32,7 +35,7 @@ KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [defa
 @click.option("--by-reference", is_flag=True, help="Write no weights: read the checkpoint's at run time.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA folder of peft to merge into the weights.")
 @click.option("--mtp", is_flag=True, help=MTP_HELP)
-@click.option("--quantize", metavar="int8|int4|fp8|keep|FILE", help=QUANTIZE_HELP)
+@click.option("--quantize", metavar="int8|int4|fp8|keep|none|FILE", help=QUANTIZE_HELP)
 @click.option("--num-layers", type=COUNT, help="Export so many of the first layers alone, to debug.  [default: all]")
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite; a note says which.")
 @click.option("--allow-zeros", is_flag=True, help="Go on where matrices or norms are zeros alone; a note says which.")

@@ -25,6 +25,7 @@ from deepseek_trt.export.bundle.folder import (
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, CacheSpec, GraphSpec, graphs_of
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, TRANSFORMERS, Interface
 from deepseek_trt.export.bundle.manifest import Speculation, write_manifest
+from deepseek_trt.export.bundle.narrow import NONE
 from deepseek_trt.export.bundle.proof import remember_weights
 from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD, Recipe
 from deepseek_trt.export.dtypes import computed_in, dtype_of
@@ -56,7 +57,8 @@ class ExportRequest:
     `checkpoint` is a folder, or a name on Hugging Face's hub that the local cache holds. `adapter` is a LoRA folder of
     peft to merge. allow_nonfinite goes on with weights that are NaN or infinite, allow_zeros with matrices and norms
     of zeros alone; both make a note. `quantize` says what weights become narrow: "int8", "int4", "fp8", "keep" (a
-    checkpoint's own fp8), or the path of a JSON file of rules (docs/narrow.md). The options that Interface has too are
+    checkpoint's own fp8), or the path of a JSON file of rules (docs/narrow.md); None keeps fp8 where it can be, which
+    "none" dequantises. The options that Interface has too are
     explained there; all_logits is logits_to_keep 0, mtp adds the layer of multi-token prediction.
     """
 
@@ -170,14 +172,16 @@ def _plan(request: ExportRequest) -> _Job:
     request = dataclasses.replace(request, checkpoint=checkpoint_folder(request.checkpoint))
     if request.by_reference and request.allowed != Allowed():
         raise ConfigError("--by-reference reads no numbers: leave out --allow-nonfinite and --allow-zeros")
-    if request.by_reference and request.quantize is not None:
+    if request.by_reference and request.quantize not in (None, NONE):
         raise ConfigError("--quantize writes codes and scales of its own: leave out --by-reference")
     if request.mtp:
         check_alone(by_reference=request.by_reference)
-    if request.allow_nonfinite and request.quantize is not None:
+    if request.allow_nonfinite and request.quantize not in (None, NONE):
         raise ConfigError("--quantize has no codes for NaN and infinities: leave out --allow-nonfinite")
     wanted = request.interface if request.task is None else request.interface(request.task)
-    source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter, request.quantize)
+    whole = request.by_reference or request.allow_nonfinite  # fp8 is kept where nothing else is asked for
+    quantize = request.quantize or (NONE if whole else None)
+    source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter, quantize)
     dtype = export_dtype(source, request.dtype, request.by_reference)
     adapter = _record(source.adapter) if source.adapter else None
     return _Job(request, source, dtype, adapter, _fingerprint(request, source, dtype, adapter))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_trt.engines.plans.check import has_kernels
+from deepseek_trt.engines.plans.check import has_kernels, has_narrow
 from deepseek_trt.engines.plans.chips import chips_of, memory_of, stand_in_note
 from deepseek_trt.engines.plans.deferred import deferred
 from deepseek_trt.engines.plans.flavour import Flavour, open_flavour
@@ -21,7 +21,6 @@ from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec
 from deepseek_trt.export.bundle.manifest import list_added
-from deepseek_trt.export.bundle.narrow import NO_NARROW_ENGINES
 from deepseek_trt.export.bundle.recipes import too_large_for_tensorrt
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
@@ -56,6 +55,8 @@ def build_with_library(
     manifest = load_library(library, flavour.trt)
     if manifest.dtype != bundle.manifest.dtype:
         raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
+    if not has_narrow(manifest, bundle):
+        raise BuildError(f"{library} has no kernels for the formats of the bundle's narrow weights: build it again")
     chips = chips_of(spec, flavour)
     for sm in chips:
         if not has_kernels(manifest, sm):
@@ -71,8 +72,6 @@ def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
     """The flavour that builds, once all that is knowable before kernels are compiled is right; BuildError otherwise."""
     if spec.weights == "embedded" and bundle.manifest.by_reference:
         raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
-    if bundle.manifest.is_narrow:
-        raise BuildError(f"{bundle.path}: {NO_NARROW_ENGINES}")
     if bundle.manifest.speculation is not None:
         raise BuildError(
             f"{bundle.path} was exported with --mtp, and of the graphs with hidden states and the graph mtp no engines "

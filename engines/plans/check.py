@@ -11,9 +11,12 @@ from deepseek_trt.engines.plans.flavour import MODULES, Flavour
 from deepseek_trt.engines.plans.plan import Plan, PlanRecord, plan_files
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec, TensorSpec, past_name
+from deepseek_trt.export.bundle.manifest import WeightRecord
 from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.errors import BackendError, BuildError, BundleError
+from deepseek_trt.plugins.aot.narrow_use import narrow_use
 from deepseek_trt.plugins.kernels.chips import runs_on
+from deepseek_trt.plugins.narrow_names import CODES_DTYPE, plugin_name
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, Manifest, read_manifest
 
 MOST_CHUNK = 4096  # tokens; beyond, an H100's matrix units are busy anyway (input_len.py)
@@ -66,13 +69,19 @@ def _alike(built: TensorSpec, exported: TensorSpec) -> bool:
 
 def _check_weights(plan: Plan, bundle: Bundle) -> None:
     """The bundle's weights are those that the plan wants to be given, by name, shape and dtype."""
-    stored = {p.name: (p.shape, w.dtype) for w in bundle.manifest.weights for p in tensorrt_parts(w.recipe)}
+    stored = {p.name: (p.shape, given_dtype(w)) for w in bundle.manifest.weights for p in tensorrt_parts(w.recipe)}
     for tensor in plan.record.inputs:
         if tensor.name in plan.record.weights and stored.get(tensor.name) != (tensor.dims, tensor.dtype):
             raise BackendError(
                 f"{plan.path} wants {tensor.name} as {tensor.dtype} {list(tensor.dims)}, the bundle has "
                 f"{stored.get(tensor.name, 'none')}: {AGAIN}"
             )
+
+
+def given_dtype(weight: WeightRecord) -> str:
+    """What TensorRT is given the weight as: codes as bytes."""
+    recipe = weight.recipe
+    return weight.dtype if recipe.narrow is None or recipe.is_scales else CODES_DTYPE
 
 
 def check_version(plan: Plan, flavour: Flavour) -> None:
@@ -132,6 +141,16 @@ def kernels_note(bundle: Bundle, plan: Plan, sm: int) -> str:
 def has_kernels(manifest: Manifest, sm: int) -> bool:
     """The library's own rule: compiled code for this chip, or an earlier 8.x for a later one; else PTX."""
     return any(runs_on(own, sm) for own in manifest.sms) or any(ptx <= sm for ptx in manifest.ptx_sms)
+
+
+def has_narrow(manifest: Manifest, bundle: Bundle) -> bool:
+    """Whether the library has kernels for the formats of the bundle's narrow weights, and for their columns."""
+    use = narrow_use(weight.recipe for weight in bundle.manifest.weights)
+    units = {row["op"]: row["constants"]["UNIT"] for row in manifest.binaries if row["kernel"] == "linear_narrow"}
+    linear = {plugin_name("LinearNarrow", format): unit for format, unit in use.linear}
+    experts = {plugin_name("MoeExpertsNarrow", format) for format in use.experts}
+    experts |= {"MoeExperts"} if use.whole_experts and bundle.manifest.model.n_routed_experts else set()
+    return units == linear and experts <= set(manifest.ops)
 
 
 def open_plan(bundle: Bundle, plan: Plan) -> BinaryIO:

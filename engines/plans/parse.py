@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from deepseek_trt.engines.plans.flavour import Flavour
 from deepseek_trt.engines.plans.fuse import fuse
+from deepseek_trt.engines.plans.narrow_nodes import with_narrow_plugins
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import DOMAIN, GraphSpec, TensorSpec
@@ -26,6 +27,7 @@ DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
     "BF16": "bfloat16",
+    "INT8": "int8",
     "INT32": "int32",
     "INT64": "int64",
 }
@@ -55,15 +57,19 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     data, place = bundle.traced_bytes(graph.name), str(bundle.traced_path(graph.name))
     bundle.prove_weights()  # the parser reads the file by itself
-    model = ir.serde.deserialize_model(onnx.load_model_from_string(data))
-    fused = fuse(model, graph.name, ops)
+    traced = onnx.load_model_from_string(data)
+    changed = bundle.manifest.is_narrow
+    if changed:
+        traced = with_narrow_plugins(traced)
+    model = ir.serde.deserialize_model(traced)
+    changed |= fuse(model, graph.name, ops)
     wanted = collections.Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
     weights: tuple[str, ...] = ()
     parts = {w.recipe.name: tensorrt_parts(w.recipe) for w in bundle.manifest.weights}
     split = {name for name, of in parts.items() if len(of) > 1}
     if spec.weights == "shared" or split:
         weights, data = _with_shared_weights(bundle, model, parts, None if spec.weights == "shared" else split)
-    elif fused:
+    elif changed:
         data = ir.to_proto(model).SerializeToString()
     if not parser.parse(data, place):
         reason = flavour.log.last()

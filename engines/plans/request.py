@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deepseek_trt.engines.plans.build import BuildProgress, BuiltPlan, build_with_library, check_build
+from deepseek_trt.engines.plans.check import has_narrow
 from deepseek_trt.engines.plans.chips import chips_of
 from deepseek_trt.engines.plans.plan import BuildSpec
 from deepseek_trt.export.bundle.folder import Bundle
@@ -68,7 +69,9 @@ def _suits(library: Path, bundle: Bundle, sms: Sequence[int]) -> bool:
     ours = bundle.manifest
     sizes = fixed_sizes(ours.model, ours.cache.page_size)
     same_model = (manifest.dtype, dict(manifest.sizes)) == (ours.dtype, sizes)
-    return same_model and set(sms) <= set(manifest.sms) and bool(sms or manifest.ptx_sms)
+    if not same_model or not has_narrow(manifest, bundle):
+        return False
+    return set(sms) <= set(manifest.sms) and bool(sms or manifest.ptx_sms)
 
 
 def _return_freed_memory() -> None:

@@ -11,7 +11,6 @@ from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import visible_gpu
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.narrow import NO_NARROW_ENGINES
 from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 
@@ -125,19 +124,12 @@ def check_backend(wanted: str) -> None:
         raise RequestError(f"backend {wanted!r}: must be one of {', '.join(CHOICES)}")
 
 
-def check_narrow(bundle: Bundle, wanted: str) -> None:
-    """BackendError for a backend that takes no narrow weights, where the bundle has some."""
-    if wanted == "tensorrt" and bundle.manifest.is_narrow:
-        raise BackendError(f"{bundle.path}: {NO_NARROW_ENGINES}")
-
-
 def choose_backend(bundle: Bundle, wanted: str = AUTO, around: Surroundings | None = None) -> Choice:
     """The backend `wanted`, or the fastest that this machine and the bundle allow; RequestError for an unknown one.
 
     "ort" is ONNX Runtime on the GPU where there is one that it can use.
     """
     check_backend(wanted)
-    check_narrow(bundle, wanted)
     if wanted not in (AUTO, "ort"):
         return Choice(wanted, "it was asked for")
     around = around or Surroundings()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-NO_NARROW_ENGINES = "TensorRT does not take narrow weights yet: run the bundle with ort, or export whole weights"
 GROUP = 32  # numbers along K that share a scale, of whole numbers
 BLOCK = 128  # rows and columns that share a scale, of fp8
 SCALE = "_scale"  # what the name of the scales adds to that of the codes
@@ -19,6 +18,7 @@ SCALE_DTYPE = "float16"  # of whole numbers
 ABSMAX, LEAST_SQUARES = "absmax", "least_squares"  # methods that find scales
 PUBLISHED: Literal["published"] = "published"  # codes and scales are the checkpoint's
 KEEP = "keep"  # what --quantize calls the checkpoint's own codes
+NONE = "none"  # and weights that are all whole
 
 
 @dataclass(frozen=True)

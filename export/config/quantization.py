@@ -63,7 +63,7 @@ FP8_KEYS: dict[str, str] = {
     "activation_scheme": "harmless: activations are computed in the dtype of the export",
     "modules_to_not_convert": "harmless: each tensor's dtype says it",
     "ignored_layers": "harmless: each tensor's dtype says it",
-    "dequantize": "harmless: weights are dequantised at export, unless by `--quantize keep`",
+    "dequantize": "harmless: fp8 is kept at export, or dequantised by `--quantize none`",
 }
 _ADVICE = (
     "use the bfloat16 checkpoint, or DeepSeek's own fp8 one, or one in compressed-tensors (pack-quantized), GPTQ or "

@@ -14,8 +14,8 @@ ATTRIBUTES = (
     Attribute("group", "int", f"numbers of a row that share a scale: {GROUP}; of fp8 {BLOCK}, and as many rows"),
 )
 LIMITS = (
-    "no plugin exists yet, TensorRT refuses bundles with narrow weights; the last dim is a multiple of the group, but "
-    "of fp8, whose last blocks may be smaller"
+    "TensorRT has a plugin a format, named after it (LinearNarrowInt4), which takes the bytes of codes as int8; the "
+    "last dim is a multiple of the group, but of fp8, whose last blocks may be smaller"
 )
 
 

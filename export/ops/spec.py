@@ -18,7 +18,7 @@ class TensorArg:
     """
 
     name: str
-    dtype: Literal["T", "float32", "float16", "int32", "codes", "scales"]
+    dtype: Literal["T", "float32", "float16", "int32", "int8", "codes", "scales"]
     dims: tuple[str, ...]
     doc: str
 

@@ -44,5 +44,5 @@ class AddHiddenStates(ir.passes.InPlacePass):
 
 
 def _named(value: ir.Value, name: str) -> ir.Value:
-    value.name, value.dtype = name, ir.DataType.FLOAT
+    value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
     return value

@@ -47,7 +47,7 @@ def _cast_weight(graph: ir.Graph, weight: ir.Value) -> None:
         if node.op_type == "Gather" and index == 0:
             (rows,) = node.outputs
             users = tuple(rows.uses())
-            rows.dtype = _NARROW
+            rows.type = ir.TensorType(_NARROW)
             cast = _cast(rows, f"{weight.name}.rows")
             graph.insert_after(node, cast)
             for user, place in users:
@@ -87,5 +87,5 @@ def _casts_weight(node: ir.Node) -> bool:
 def _widen(values: Sequence[ir.Value]) -> bool:
     narrow = [value for value in values if value.dtype == _NARROW]
     for value in narrow:
-        value.dtype = _WIDE
+        value.type = ir.TensorType(_WIDE)  # a new one: clones of a model share the old
     return bool(narrow)

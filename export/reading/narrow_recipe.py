@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepseek_trt.export.bundle.narrow import FORMATS, KEEP, KEPT, PRESETS, Quantization, Rule
+from deepseek_trt.export.bundle.narrow import FORMATS, KEEP, KEPT, NONE, PRESETS, Quantization, Rule
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.files import read_file
 from deepseek_trt.export.json_file import value_of
@@ -14,11 +14,11 @@ from deepseek_trt.export.trust.typed import typed
 
 _MOST = 2**20  # bytes of a file
 _MEND = "a rule is an object of pattern, format, group and method (docs/narrow.md)"
-_NAMED = {**PRESETS, KEEP: KEPT}
+_NAMED = {**PRESETS, KEEP: KEPT, NONE: None}
 
 
-def read_quantization(wanted: str) -> Quantization:
-    """What goes by that name, or what the file there says. ConfigError, naming file and key, where it is none."""
+def read_quantization(wanted: str) -> Quantization | None:
+    """What goes by that name, or what the file there says. ConfigError, naming file and key, where it is neither."""
     if wanted in _NAMED:
         return _NAMED[wanted]
     path, choices = Path(wanted), ", ".join(_NAMED)

@@ -27,7 +27,7 @@ from deepseek_trt.export.reading.weight_files import CONFIG_FILE
 from deepseek_trt.export.text.reading import read_text
 from deepseek_trt.export.text.wording import shown, some
 from deepseek_trt.export.writing.carried_files import check_carried
-from deepseek_trt.export.writing.kept_plan import kept
+from deepseek_trt.export.writing.kept_plan import kept, kept_if_any
 from deepseek_trt.export.writing.narrow_plan import narrowed
 from deepseek_trt.export.writing.packed_plan import taken
 from deepseek_trt.export.writing.weight_plan import WeightPlan, main_dtype, plan_weights
@@ -66,7 +66,8 @@ def read_source(
     """Read all that is known of the checkpoint in `folder` before a weight is read: check and export accept the same.
 
     Without an interface, or where it is a function of the task, the task is the one that the checkpoint is for.
-    `quantize` names what the export narrows. Raises ConfigError or CheckpointError, naming key, file or tensor.
+    `quantize` names what the export narrows; None keeps fp8 where it can be. Raises ConfigError or CheckpointError,
+    naming key, file or tensor.
     """
     quantization = None if quantize is None else read_quantization(quantize)
     check_folder(folder)
@@ -81,7 +82,7 @@ def read_source(
     if not isinstance(interface, Interface):
         interface = (interface or _default_interface)(task_of(raw, checkpoint))
     if interface.mtp:
-        check_alone(num_layers=num_layers, adapter=adapter, quantize=quantize)
+        check_alone(num_layers=num_layers, adapter=adapter, quantize=quantization)
         _check_not_packed(packed, base)
     declared, notes = config_of_tensors(written, checkpoint, written_keys(raw, interface.task))
     declared, text_notes = read_text(folder, raw, declared)
@@ -99,6 +100,8 @@ def read_source(
         plan, quantization, narrow_notes = taken(plan, base.tensors, packed.label)
     elif quantization == KEPT:
         plan, quantization, narrow_notes = kept(plan, checkpoint.tensors)
+    elif quantize is None and not (interface.mtp or adapter):
+        plan, quantization, narrow_notes = kept_if_any(plan, checkpoint.tensors)
     else:
         plan, narrow_notes = narrowed(plan, quantization) if quantization else (plan, ())
     notes = (

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
-from deepseek_trt.export.bundle.narrow import BLOCK, KEEP, KEPT, PUBLISHED, Quantization
+from deepseek_trt.export.bundle.narrow import BLOCK, KEEP, KEPT, NONE, PUBLISHED, Quantization
 from deepseek_trt.export.bundle.recipes import EXPERTS, SCALE_SUFFIX, Piece, Recipe, narrow_pair
 from deepseek_trt.export.errors import ConfigError
 from deepseek_trt.export.reading.tensors import StoredTensor
@@ -21,9 +21,7 @@ def kept(plan: WeightPlan, tensors: Mapping[str, StoredTensor]) -> tuple[WeightP
     Linear layers and stacks of experts are kept whose tensors are fp8 and lie in the graphs as in the checkpoint; other
     fp8 weights are dequantised. ConfigError where nothing can be kept, or where an adapter changes what would be.
     """
-    fp8 = [recipe.name for recipe in plan.recipes if any(piece.scale for piece in recipe.pieces)]
-    fitting = {recipe.name for recipe in plan.recipes if _fits(recipe, tensors)}
-    names = {name for name in fitting if all(other in fitting for other in together(name))}
+    fp8, names = _fp8(plan), _kept_names(plan, tensors)
     if not names:
         what = f"of the {len(fp8)} fp8 weights none can be" if fp8 else f"no weight is fp8 with *{SCALE_SUFFIX}, to be"
         raise ConfigError(f"--quantize {KEEP}: {what} kept as it is stored: leave it out, or say which format to make")
@@ -31,6 +29,22 @@ def kept(plan: WeightPlan, tensors: Mapping[str, StoredTensor]) -> tuple[WeightP
     recipes = tuple(part for recipe in plan.recipes for part in _parts(recipe, recipe.name in names))
     notes = tuple(_notes(names, [name for name in fp8 if name not in names], plan.dtype))
     return dataclasses.replace(plan, recipes=recipes), KEPT, notes
+
+
+def kept_if_any(
+    plan: WeightPlan, tensors: Mapping[str, StoredTensor]
+) -> tuple[WeightPlan, Quantization | None, tuple[str, ...]]:
+    """As `kept`, of an export that does not say what to narrow: with no fp8 to keep, the plan as it is."""
+    return kept(plan, tensors) if _kept_names(plan, tensors) else (plan, None, ())
+
+
+def _fp8(plan: WeightPlan) -> list[str]:
+    return [recipe.name for recipe in plan.recipes if any(piece.scale for piece in recipe.pieces)]
+
+
+def _kept_names(plan: WeightPlan, tensors: Mapping[str, StoredTensor]) -> set[str]:
+    fitting = {recipe.name for recipe in plan.recipes if _fits(recipe, tensors)}
+    return {name for name in fitting if all(other in fitting for other in together(name))}
 
 
 def _fits(recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -61,7 +75,7 @@ def _notes(names: set[str], left: list[str], dtype: str) -> Iterator[str]:
     stacks = sum(EXPERTS in name for name in names)
     yield (
         f"--quantize {KEEP}: {len(names)} weights ({stacks} of them stacks of experts) hold the checkpoint's fp8 codes "
-        "and scales as they are"
+        f"and scales as they are; --quantize {NONE} dequantises them"
     )
     if left:
         yield (

@@ -7,6 +7,7 @@ pinned wheel (Triton's own is newer than many drivers). Without line information
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -22,6 +23,7 @@ from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.export.writing.working import scratch_folder
+from deepseek_trt.plugins.aot.narrow_use import ALL_WHOLE, NarrowUse
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.aot.variants import variants_for
 from deepseek_trt.plugins.aot.worker import Compiled, Request
@@ -45,16 +47,19 @@ def compile_all(
     on_progress: Progress | None = None,
     fallback: bool = True,
     page_size: int = DEFAULT_PAGE_SIZE,
+    narrow: NarrowUse = ALL_WHOLE,
 ) -> tuple[Binary, ...]:
-    """Compile all variants of `config` for all `sms`, in their order, then the PTX fallback: for pages of `page_size`.
+    """Compile all variants of `config` for all `sms`, in their order, then the PTX fallback: for pages of `page_size`
+    tokens; `narrow` as variants_for.
 
     A variant that spills registers is compiled once more with twice its warps, which halves what a thread holds; the
     binary's variant says so. on_progress(done, total) is called after each, in the caller's thread. Raises BuildError
     where a variant spills even so, or does not fit a chip.
     """
-    requests = [Request(v, sm) for sm in dict.fromkeys(sms) for v in variants_for(config, dtype, sm, page_size)]
+    wanted = functools.partial(variants_for, config, dtype, page_size=page_size, narrow=narrow)
+    requests = [Request(variant, sm) for sm in dict.fromkeys(sms) for variant in wanted(sm)]
     if fallback:
-        small = variants_for(config, dtype, FALLBACK_TILES_SM, page_size)
+        small = wanted(FALLBACK_TILES_SM)
         requests += [Request(variant, FALLBACK_SM, as_ptx=True) for variant in small]
     return tuple(checked(c) for c in _compile_without_spills(requests, jobs, on_progress))
 

@@ -1,8 +1,8 @@
 """The table of what gets compiled: for one model, dtype and chip, each kernel with its constants and tiles.
 
 Row dtype is that of the op's T (float32 for routers and sampling, whose logits are float32 in every model). max_tokens
-is 0, any count, everywhere but for the grouped GEMMs, moe_logits and moe_choose, where it counts T, the tokens of one
-call.
+is 0, any count, everywhere but for the products with weights, moe_logits and moe_choose, where it counts T, the tokens
+of one call. Narrow weights have the ops and rows of each format that a bundle holds.
 """
 
 from __future__ import annotations
@@ -13,15 +13,21 @@ from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
 from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
+from deepseek_trt.plugins.aot.narrow_use import ALL_WHOLE, NarrowUse
 from deepseek_trt.plugins.aot.records import KernelArg, Variant
 from deepseek_trt.plugins.kernels import constants, tiles
 from deepseek_trt.plugins.kernels.absorbed import constants as absorbed
 from deepseek_trt.plugins.kernels.chips import shared_limit
 from deepseek_trt.plugins.kernels.moe import constants as layer
+from deepseek_trt.plugins.kernels.narrow import constants as narrow_constants
+from deepseek_trt.plugins.kernels.narrow import tiles as narrow_tiles
+from deepseek_trt.plugins.kernels.narrow.formats import KERNEL_FORMATS
+from deepseek_trt.plugins.narrow_names import plugin_name
 
 TRITON_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
-# Each kernel's module (in plugins/kernels) and the arguments it takes at launch, in order; T is the op's dtype.
+# Each kernel's module (in plugins/kernels) and the arguments it takes at launch, in order; T is the op's dtype, S that
+# of a narrow format's scales.
 _WRITE = (
     "pool *T, latent *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, steps i32, table_width i32, "
     "pages i32"
@@ -58,6 +64,13 @@ _CHOOSE = (
 _LAYER_GATE_UP = (
     "hidden *T, gate_proj *T, up_proj *T, shared_gate *T, shared_up *T, inner *T, sorted_slots *i32, "
     "block_expert *i32, slots i32"
+)
+_GATE_UP_NARROW = (
+    "hidden *T, gate_proj *i8, gate_proj_scale *S, up_proj *i8, up_proj_scale *S, inner *T, sorted_slots *i32, "
+    "block_expert *i32, slots i32"
+)
+_LINEAR_NARROW = (
+    "x *T, weight *i8, weight_scale *S, output *T, partial *fp32, tokens i32, rows i32, units i32, splits i32"
 )
 
 
@@ -109,16 +122,33 @@ KERNELS = {
         "moe.experts",
         "inner *T, down_proj *T, shared_down *T, outer *T, sorted_slots *i32, block_expert *i32, slots i32",
     ),
+    "moe_gate_up_narrow": KernelSource("narrow.experts", _GATE_UP_NARROW),
+    "moe_down_narrow": KernelSource(
+        "narrow.experts",
+        "inner *T, down_proj *i8, down_proj_scale *S, outer *T, sorted_slots *i32, block_expert *i32, slots i32",
+    ),
+    "linear_narrow": KernelSource("narrow.linear", _LINEAR_NARROW),
+    "linear_narrow_sum": KernelSource("narrow.linear", "partial *fp32, output *T, size i32, splits i32"),
 }
 SAMPLING = "Sampling"  # no op of a graph: a session launches its kernels itself, after a graph has run
 
 # Kernels that call order.after_previous_kernel, and the first chip on which that does anything.
-OVERLAPPING = frozenset(k for k in KERNELS if k.startswith("moe_")) | {"mla_query", "mla_value"}
+OVERLAPPING = frozenset(k for k in KERNELS if k.startswith("moe_") and not k.endswith("_narrow")) | {
+    "mla_query",
+    "mla_value",
+}
 OVERLAPS_FROM = 90
 
 
-def variants_for(config: ModelConfig, dtype: str, sm: int, page_size: int = DEFAULT_PAGE_SIZE) -> tuple[Variant, ...]:
-    """All variants that `config` needs in `dtype` on the chip `sm`, in a fixed order, for pages of `page_size` tokens.
+def variants_for(
+    config: ModelConfig,
+    dtype: str,
+    sm: int,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    narrow: NarrowUse = ALL_WHOLE,
+) -> tuple[Variant, ...]:
+    """All variants that `config` needs in `dtype` on the chip `sm`, in a fixed order, for pages of `page_size` tokens;
+    `narrow` are its narrow weights.
 
     Raises BuildError where a dtype, chip or activation has no kernels.
     """
@@ -130,10 +160,17 @@ def variants_for(config: ModelConfig, dtype: str, sm: int, page_size: int = DEFA
     if missing:
         raise BuildError(f"{missing}: run it with ort")
     if config.n_routed_experts and config.num_experts_per_tok:
-        rows += _router_rows(config, sm) + _experts_rows(config, dtype, sm)
-        if config.n_shared_experts:
-            rows += _layer_rows(config, dtype, sm)
-    return tuple(_overlapping(row, sm) for row in rows + _sampling_rows(config.vocab_size, sm))
+        rows += _router_rows(config, sm)
+        if narrow.whole_experts:
+            rows += _experts_rows(config, dtype, sm)
+            rows += _layer_rows(config, dtype, sm) if config.n_shared_experts else ()
+    rows += _sampling_rows(config.vocab_size, sm)
+    if config.n_routed_experts and config.num_experts_per_tok:
+        for format in narrow.experts:
+            rows += _narrow_experts_rows(config, dtype, sm, format)
+    for format, unit in narrow.linear:
+        rows += _linear_rows(dtype, format, unit)
+    return tuple(_overlapping(row, sm) for row in rows)
 
 
 def _overlapping(row: Variant, sm: int) -> Variant:
@@ -187,16 +224,12 @@ def _layer_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]
     choice = layer.Choice(top_k, *config.routing_groups, int(config.norm_topk_prob), config.biased_routing)
     inter, shared = config.moe_intermediate_size, config.n_shared_experts
     sizes = layer.LayerSizes(routed, shared, config.hidden_size, inter, choice)
-    sort, gemm = constants.dispatch_constants(routed + shared), layer.layer_constants(sizes)
+    gemm = layer.layer_constants(sizes)
     rows = []
     for bucket in layer.routing_buckets(sizes, sm):
         rows.append(_row("MoeLayer", "moe_logits", dtype, *bucket.logits, bucket.max_tokens))
         rows.append(_row("MoeLayer", "moe_choose", dtype, *bucket.choose, bucket.max_tokens))
-    rows += [
-        _row("MoeLayer", "moe_dispatch_count", dtype, sort.count, tiles.tile()),
-        _row("MoeLayer", "moe_dispatch_offsets", dtype, sort.offsets, tiles.dispatch_tile(sm)),
-        _row("MoeLayer", "moe_dispatch_scatter", dtype, sort.scatter, tiles.tile()),
-    ]
+    rows += _dispatch_rows("MoeLayer", routed + shared, dtype, sm)
     for of_gemm in tiles.gemm_buckets(dtype, top_k, routed, sm):
         most = of_gemm.max_tokens
         rows.append(_row("MoeLayer", "moe_layer_gate_up", dtype, gemm.gate_up, of_gemm.tiles.gate_up, most))
@@ -207,13 +240,8 @@ def _layer_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]
 
 def _experts_rows(config: ModelConfig, dtype: str, sm: int) -> tuple[Variant, ...]:
     experts, top_k, width = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
-    sort = constants.dispatch_constants(experts)
     gemm = constants.experts_constants(width, config.moe_intermediate_size, top_k)
-    rows = [
-        _row("MoeExperts", "moe_dispatch_count", dtype, sort.count, tiles.tile()),
-        _row("MoeExperts", "moe_dispatch_offsets", dtype, sort.offsets, tiles.dispatch_tile(sm)),
-        _row("MoeExperts", "moe_dispatch_scatter", dtype, sort.scatter, tiles.tile()),
-    ]
+    rows = [*_dispatch_rows("MoeExperts", experts, dtype, sm)]
     for bucket in tiles.gemm_buckets(dtype, top_k, experts, sm):
         most = bucket.max_tokens
         rows.append(_row("MoeExperts", "moe_gate_up", dtype, gemm.gate_up, bucket.tiles.gate_up, most))
@@ -230,20 +258,60 @@ def _sampling_rows(vocab: int, sm: int) -> tuple[Variant, ...]:
     )
 
 
-def _row(op: str, kernel: str, dtype: str, dims: constants.Constants, size: tiles.Tile, max_tokens: int = 0) -> Variant:
+def _dispatch_rows(op: str, experts: int, dtype: str, sm: int) -> tuple[Variant, ...]:
+    sort = constants.dispatch_constants(experts)
+    return (
+        _row(op, "moe_dispatch_count", dtype, sort.count, tiles.tile()),
+        _row(op, "moe_dispatch_offsets", dtype, sort.offsets, tiles.dispatch_tile(sm)),
+        _row(op, "moe_dispatch_scatter", dtype, sort.scatter, tiles.tile()),
+    )
+
+
+def _narrow_experts_rows(config: ModelConfig, dtype: str, sm: int, format: str) -> tuple[Variant, ...]:
+    experts, top_k, width = config.n_routed_experts, config.num_experts_per_tok, config.hidden_size
+    kind, op = KERNEL_FORMATS[format], plugin_name("MoeExpertsNarrow", format)
+    gemm = narrow_constants.narrow_experts_constants(kind, width, config.moe_intermediate_size, top_k)
+    rows = [*_dispatch_rows(op, experts, dtype, sm)]
+    for bucket in narrow_tiles.experts_buckets(kind, dtype, top_k, experts):
+        most, both = bucket.max_tokens, bucket.tiles
+        rows.append(_row(op, "moe_gate_up_narrow", dtype, gemm.gate_up, both.gate_up, most, kind.scale))
+        rows.append(_row(op, "moe_down_narrow", dtype, gemm.down, both.down, most, kind.scale))
+    rows.append(_row(op, "moe_combine", dtype, gemm.combine, tiles.combine_tile(1, width, sm)))
+    return tuple(rows)
+
+
+def _linear_rows(dtype: str, format: str, unit: int) -> tuple[Variant, ...]:
+    kind, op = KERNEL_FORMATS[format], plugin_name("LinearNarrow", format)
+    dims = narrow_constants.linear_constants(kind, unit)
+    products = (
+        _row(op, "linear_narrow", dtype, dims, bucket.tile, bucket.max_tokens, kind.scale)
+        for bucket in narrow_tiles.linear_buckets(kind, dtype)
+    )
+    return (*products, _row(op, "linear_narrow_sum", dtype, {}, narrow_tiles.SUM))
+
+
+def _row(
+    op: str,
+    kernel: str,
+    dtype: str,
+    dims: constants.Constants,
+    size: tiles.Tile,
+    max_tokens: int = 0,
+    scale: str = "",
+) -> Variant:
     return Variant(
         kernel=kernel,
         op=op,
         dtype=dtype,
         max_tokens=max_tokens,
         constexprs=(*dims.items(), *size.sizes),
-        args=_args(KERNELS[kernel].args, TRITON_TYPES[dtype]),
+        args=_args(KERNELS[kernel].args, TRITON_TYPES[dtype], scale),
         num_warps=size.num_warps,
         num_stages=size.num_stages,
     )
 
 
-def _args(text: str, dtype: str) -> tuple[KernelArg, ...]:
-    """From "pool *T, steps i32" to arguments, T replaced."""
+def _args(text: str, dtype: str, scale: str) -> tuple[KernelArg, ...]:
+    """From "pool *T, steps i32" to arguments, T and S replaced."""
     pairs = (part.split() for part in text.split(", "))
-    return tuple(KernelArg(name, kind.replace("T", dtype)) for name, kind in pairs)
+    return tuple(KernelArg(name, kind.replace("T", dtype).replace("S", scale)) for name, kind in pairs)

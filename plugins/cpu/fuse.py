@@ -109,7 +109,7 @@ class FuseForCpu(ir.passes.InPlacePass):
             return
         attributes: Attributes = {"padded": int(padded), "eps": _epsilon(found["norm"])}
         node = _node(graph, _producer(logits), HEAD, {**found, **_lengths(graph)}, attributes)
-        node.outputs[0].dtype = ir.DataType.FLOAT
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         graph.insert_after(_producer(logits), node)
         _move(logits, node.outputs[0])
         self.fused += 1

@@ -25,6 +25,8 @@ KERNEL_OPS: dict[str, Callable[..., Any]] = {
     "MoeRouter": _first_call_imports("moe_router"),
     "MoeBiasedRouter": _first_call_imports("moe_biased_router"),
     "MoeExperts": _first_call_imports("moe_experts"),
+    "LinearNarrow": _first_call_imports("narrow.linear"),
+    "MoeExpertsNarrow": _first_call_imports("narrow.experts"),
 }
 # Likewise, of those in plugins.fused.
 FUSED_KERNEL_OPS: dict[str, Callable[..., Any]] = {

@@ -36,6 +36,9 @@ KERNEL_MODULES = (
     "moe.choose",
     "moe.experts",
     "moe.layer",
+    "narrow.codes",
+    "narrow.linear",
+    "narrow.experts",
 )
 
 _enabled = False

@@ -15,6 +15,9 @@ DECODE_ROWS = 128  # sequences whose lengths a program of decode loads at a time
 PREFILL_WORKSPACE = 1 << 30  # bytes of expanded keys and values at a time
 SAMPLING_TOPS = 32  # likeliest tokens a row may ask for: each is a pass over its logits
 DISPATCH_CHUNK = 128  # slots one program of the counting sort ranks
+LINEAR_PROGRAMS = 256  # of a narrow product: about two for each SM of the largest chips
+LINEAR_MAX_SPLITS = 16
+LINEAR_MIN_STEPS = 8  # a split of fewer steps costs more to sum than it saves
 
 
 def cdiv(a: int, b: int) -> int:
@@ -51,6 +54,12 @@ def decode_parts(programs: int, batch: int) -> int:
 def prefill_chunk_heads(batch: int, capacity: int, heads: int, row_bytes: int) -> int:
     """Heads expanded at a time. row_bytes = (N + V) * sizeof(T): one head's keys and values of one token."""
     return max(1, min(heads, PREFILL_WORKSPACE // (batch * capacity * row_bytes)))
+
+
+def linear_splits(blocks: int, columns: int, block_k: int) -> int:
+    """Into how many pieces along K the sums of a narrow product of `blocks` programs are split."""
+    useful = cdiv(columns, block_k) // LINEAR_MIN_STEPS
+    return max(1, min(LINEAR_PROGRAMS // blocks, useful, LINEAR_MAX_SPLITS))
 
 
 def dispatch_blocks(slots: int, experts: int, block: int) -> int:

@@ -16,11 +16,14 @@ from deepseek_trt.plugins.tensorrt.op_tables import ELEMENTS, GENERATED
 
 # The linker's version script: the two entry points that TensorRT looks for, and nothing else.
 EXPORTS_MAP = "{ global: setLoggerFinder; getCreators; local: *; };\n"
-_CPP_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "float", "i32": "int32_t"}
+_CPP_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "float", "i32": "int32_t", "i8": "int8_t"}
 _LAUNCH_CONSTANTS = {
     "kDecodeMaxPrograms": launches.DECODE_MAX_PROGRAMS,
     "kPrefillWorkspace": launches.PREFILL_WORKSPACE,
     "kDispatchChunk": launches.DISPATCH_CHUNK,
+    "kLinearPrograms": launches.LINEAR_PROGRAMS,
+    "kLinearMaxSplits": launches.LINEAR_MAX_SPLITS,
+    "kLinearMinSteps": launches.LINEAR_MIN_STEPS,
     "kPointerAlignment": POINTER_ALIGNMENT,
 }
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.manifest import list_added
-from deepseek_trt.export.bundle.narrow import NO_NARROW_ENGINES
-from deepseek_trt.export.errors import BuildError, BundleError, RequestError
+from deepseek_trt.export.errors import BundleError, RequestError
 from deepseek_trt.export.writing.working import locked
 from deepseek_trt.plugins.aot.compile import compile_all
+from deepseek_trt.plugins.aot.narrow_use import narrow_use
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.manifest import LIBRARY, MANIFEST, PLUGINS_FOLDER
 
@@ -59,8 +59,6 @@ def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLib
     """As `build_plugins`, for whoever has locked the bundle."""
     bundle = Bundle.open(request.bundle)
     manifest = bundle.manifest
-    if manifest.is_narrow:
-        raise BuildError(f"{bundle.path}: {NO_NARROW_ENGINES}")
     binaries = compile_all(
         manifest.model,
         manifest.dtype,
@@ -69,6 +67,7 @@ def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLib
         jobs=request.jobs,
         on_progress=report.advance,
         fallback=request.fallback,
+        narrow=narrow_use(weight.recipe for weight in manifest.weights),
     )
     folder = bundle.path / PLUGINS_FOLDER
     if not is_listed(bundle):

@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.ops import OPS
 from deepseek_trt.plugins.cxx import written_sources
-from deepseek_trt.plugins.fused import FUSED_OPS
+from deepseek_trt.plugins.narrow_ops import PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt import codegen
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes, in_parts, ops_header
 
 UNITS = ("all.cpp", "images.S")  # what the compiler is given; all.cpp takes in every other .cpp
-
-
-PLUGIN_OPS = (*OPS, *FUSED_OPS)
 
 
 def ops_of(tables: Sequence[codegen.KernelTable]) -> tuple[str, ...]:

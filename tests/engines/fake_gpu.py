@@ -17,13 +17,15 @@ import torch
 
 from deepseek_trt.engines.sessions.tensorrt.device import Pinned
 from deepseek_trt.export.bundle.graph import past_name, present_name
+from deepseek_trt.export.bundle.narrow import SCALE
+from deepseek_trt.export.bundle.widened import widened
 from deepseek_trt.export.errors import BackendError
 from deepseek_trt.export.model import DeepseekV2
 from deepseek_trt.plugins.aot.variants import KERNELS
 from deepseek_trt.plugins.kernels.constants import sampling_constants
 from deepseek_trt.plugins.kernels.launches import next_power_of_2
 
-DTYPES = {"float32": np.float32, "int32": np.int32, "int64": np.int64}
+DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8, "int32": np.int32, "int64": np.int64}
 
 
 class FakeDevice:
@@ -319,7 +321,7 @@ class Context:
         where = tuple(addresses[name] for name in self.record.weights)
         if self.model is None or self.model[0] != where:  # its parameters are the device's memory itself
             state = {**self.trt.constants, **shared}
-            self.model = (where, self.trt.model_of(state))
+            self.model = (where, self.trt.model_of(in_whole_numbers(state, self.trt.narrow)))
         model = self.model[1]
         pools = [given[past_name(layer)] for layer in layers]
         asked = ["input_ids", "sequence_lengths", "past_lengths", "page_table"]
@@ -330,6 +332,17 @@ class Context:
             pool.copy_(new)
         out = self.trt.device.bytes_at(addresses["logits"], logits.numel() * 4)
         out[:] = logits.numpy().reshape(-1).view(np.uint8)
+
+
+def in_whole_numbers(state, narrow):
+    """The model's weights, those in `narrow` widened from the codes and scales that were bound."""
+    widened_ones = {}
+    for name, of in narrow.items():
+        codes = state[name].numpy()
+        codes = codes if of.format == "int8" else codes.view(np.uint8)
+        widened_ones[name] = torch.from_numpy(widened(codes, state[f"{name}{SCALE}"].numpy(), of))
+    scales = {f"{name}{SCALE}" for name in narrow}
+    return {name: tensor for name, tensor in (state | widened_ones).items() if name not in scales}
 
 
 class Engine:
@@ -364,6 +377,8 @@ def fake_trt(name, bundle, records, device, weights):
     trt.on_context = lambda: None
     trt.capturable, trt.refuse_captured_runs, trt.refuse_more_contexts = True, False, False
     trt.constants = weights
+    recipes = [weight.recipe for weight in bundle.manifest.weights]
+    trt.narrow = {recipe.name: recipe.narrow for recipe in recipes if recipe.narrow and not recipe.is_scales}
     trt.ExecutionContextAllocationStrategy = Strategy
     trt.DynamicShapesKernelSpecializationStrategy = Specialisation
     trt.EngineValidity, trt.EngineInvalidityDiagnostics = EngineValidity, EngineInvalidityDiagnostics

@@ -148,7 +148,9 @@ def verdict(tmp_path: Path) -> Callable[..., Verdict]:
 
     def judge(folder: Path, *options: str) -> Verdict:
         out = tmp_path / f"bundle-of-{folder.name}"
-        both = [pair for pair in itertools.pairwise(options) if pair[0] in ("--adapter", "--task", "--dtype")]
+        both = [
+            pair for pair in itertools.pairwise(options) if pair[0] in ("--adapter", "--task", "--dtype", "--quantize")
+        ]
         check = CliRunner().invoke(main, ["check", str(folder), *itertools.chain(*both)])
         export = CliRunner().invoke(main, ["export", str(folder), str(out), *options])
         for result in (check, export):

@@ -183,9 +183,22 @@ def test_experts_of_which_one_is_whole_are_dequantised(fp8, tmp_path) -> None:
     assert not [name for name in names if name.startswith(EXPERTS)]
 
 
-def test_without_keep_fp8_is_dequantised(fp8, tmp_path) -> None:
-    assert export(fp8().path, tmp_path / "out").exit_code == 0
-    assert Bundle.open(tmp_path / "out").manifest.quantization is None
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ([], "keep"),
+        (["--dtype", "float16"], "keep"),
+        (["--quantize", "none"], None),
+        (["--by-reference"], None),
+        (["--by-reference", "--quantize", "none"], None),
+        (["--allow-nonfinite"], None),
+    ],
+)
+def test_fp8_is_kept_unless_something_else_is_asked_for(fp8, tmp_path, options: list[str], name: str | None) -> None:
+    done = export(fp8().path, tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    narrow = Bundle.open(tmp_path / "out").manifest.quantization
+    assert (narrow.name if narrow else None) == name
 
 
 def put(name: str, code: int | None = None, scale: float | None = None) -> Any:
@@ -275,6 +288,9 @@ def test_an_adapter_may_change_what_is_not_kept_alone(fp8, tmp_path) -> None:
     assert O_PROJ in narrow(Bundle.open(tmp_path / "out"))
     done = export(one.path, tmp_path / "sums", "--quantize", "fp8", "--adapter", touched)
     assert done.exit_code == 0, done.output
+    done = export(one.path, tmp_path / "whole", "--adapter", touched)
+    assert done.exit_code == 0, done.output
+    assert Bundle.open(tmp_path / "whole").manifest.quantization is None
 
 
 def test_whole_weights_become_fp8_but_the_head(made, tmp_path) -> None:
@@ -337,5 +353,5 @@ def test_check_counts_a_byte_a_weight(fp8) -> None:
         assert done.exit_code == 0, done.output
         return next(n["disk"] for n in json.loads(done.stdout)["facts"]["needs"] if n["step"] == "export")
 
-    sizes = [disk(), disk("--quantize", "fp8"), disk("--quantize", "keep")]
-    assert sizes[1] == sizes[2] < sizes[0]
+    sizes = [disk("--quantize", way) for way in ("none", "fp8", "keep")]
+    assert disk() == sizes[1] == sizes[2] < sizes[0]

@@ -15,8 +15,11 @@ from click.testing import CliRunner
 
 from deepseek_trt.cli.main import main
 from deepseek_trt.engines.sessions.graphs import OrtGraphs, TorchGraphs
+from deepseek_trt.engines.sessions.opening import choose_backend
+from deepseek_trt.engines.sessions.tensorrt.session import TrtSession
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.weights import WeightReader
+from deepseek_trt.export.errors import BundleError
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "q_lora_rank": 32, "v_head_dim": 32}
@@ -219,7 +222,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(made, tmp_path, value: 
     assert f"1 weights are NaN or infinite, in 1 tensors of model.safetensors: {name} (1)" in done.output
 
 
-def test_check_counts_narrow_bytes_and_names_what_tensorrt_does(made) -> None:
+def test_check_counts_narrow_bytes_of_engines_too(made) -> None:
     checkpoint = made("v2", **SIZES).path
 
     def facts(*options: str) -> dict[str, Any]:
@@ -233,20 +236,16 @@ def test_check_counts_narrow_bytes_and_names_what_tensorrt_does(made) -> None:
     sizes = [{n["step"]: n for n in f["needs"]} for f in (whole, small)]
     assert sizes[1]["export"]["disk"] < sizes[0]["export"]["disk"]
     assert "export --by-reference" not in sizes[1]
-    assert "TensorRT does not take narrow weights yet" in next(
-        n["refused"] for n in small["needs"] if n["step"].startswith("engines")
-    )
+    engines = "engines on a GPU, without cache"
+    assert sizes[1][engines]["memory"] < sizes[0][engines]["memory"]
+    assert not sizes[1][engines]["refused"]
 
 
-@pytest.mark.parametrize(
-    "command", [["build"], ["plugins"], ["bench", "--backend", "tensorrt", "--context", "8", "--new-tokens", "4"]]
-)
-def test_tensorrt_refuses_by_name(made, tmp_path, command: list[str]) -> None:
-    assert export(made("v2", **SIZES).path, tmp_path / "out", "--quantize", "int8").exit_code == 0
-    done = CliRunner().invoke(main, [command[0], str(tmp_path / "out"), *command[1:]])
-    assert done.exit_code == 1
-    assert "TensorRT does not take narrow weights yet" in done.output
-    assert not (tmp_path / "out" / "plugins").exists()
+def test_tensorrt_asks_for_plans_alone(made, tmp_path) -> None:
+    bundle = export_bundle(ExportRequest(made("v2", **SIZES).path, tmp_path / "out", quantize="int8")).bundle
+    assert choose_backend(bundle, "tensorrt").backend == "tensorrt"
+    with pytest.raises(BundleError, match="make it with deepseek-trt build"):
+        TrtSession(bundle, 4)
 
 
 @pytest.mark.parametrize("backend", ["ort", "torch"])

@@ -14,6 +14,7 @@ import pytest
 
 from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.config.model_config import ModelConfig
+from deepseek_trt.plugins.aot.narrow_use import ALL_WHOLE, NarrowUse
 from deepseek_trt.plugins.aot.records import Binary, Variant
 from deepseek_trt.plugins.aot.variants import variants_for
 from deepseek_trt.plugins.cxx import find_compiler
@@ -44,10 +45,12 @@ def binary_of(variant: Variant, sm: int, is_ptx: bool = False) -> Binary:
     return Binary(variant, sm, is_ptx, variant.kernel, shared, 32 * variant.num_warps, image, digest)
 
 
-def binaries_of(config: ModelConfig, dtype: str = DTYPE, sms: Sequence[int] = (86, 90)) -> list[Binary]:
+def binaries_of(
+    config: ModelConfig, dtype: str = DTYPE, sms: Sequence[int] = (86, 90), narrow: NarrowUse = ALL_WHOLE
+) -> list[Binary]:
     """All binaries for `sms` and the PTX fallback, uncompiled."""
-    compiled = [binary_of(v, sm) for sm in sms for v in variants_for(config, dtype, sm)]
-    return compiled + [binary_of(v, 80, is_ptx=True) for v in variants_for(config, dtype, 86)]
+    compiled = [binary_of(v, sm) for sm in sms for v in variants_for(config, dtype, sm, narrow=narrow)]
+    return compiled + [binary_of(v, 80, is_ptx=True) for v in variants_for(config, dtype, 86, narrow=narrow)]
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +97,27 @@ def v3_library(v3_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def narrow_use() -> NarrowUse:
+    """Every format, for linear layers and for experts."""
+    return NarrowUse((("int8", 32), ("int4", 32), ("fp8", 16)), ("int8", "int4", "fp8"), whole_experts=False)
+
+
+@pytest.fixture(scope="session")
+def narrow_config(plugin_config: ModelConfig) -> ModelConfig:
+    """Of whole groups of 32."""
+    return dataclasses.replace(plugin_config, moe_intermediate_size=96)
+
+
+@pytest.fixture(scope="session")
+def narrow_library(
+    narrow_config: ModelConfig, narrow_use: NarrowUse, tmp_path_factory: pytest.TempPathFactory
+) -> PluginLibrary:
+    """A library of a model whose weights are narrow, in every format; its images are text."""
+    binaries = binaries_of(narrow_config, narrow=narrow_use)
+    return build_library(binaries, narrow_config, DTYPE, tmp_path_factory.mktemp("narrow"))
+
+
+@pytest.fixture(scope="session")
 def uncompiled() -> Callable[..., list[Binary]]:
     return binaries_of
 
@@ -126,11 +150,11 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def drive(played: Path, plugin_library: PluginLibrary, plugin_config: ModelConfig) -> Drive:
+def drive(played: Path, plugin_library: PluginLibrary, plugin_config: ModelConfig, narrow_use: NarrowUse) -> Drive:
     """drive(commands, sm=86, driver=True, library=..., FAKE_...=...): what the program prints."""
     params = played / "params.txt"
     variants = variants_for(plugin_config, DTYPE, 86)
-    variants += variants_for(v3_like(plugin_config), DTYPE, 86)
+    variants += variants_for(v3_like(plugin_config), DTYPE, 86, narrow=narrow_use)
     lines = [" ".join([v.kernel, *("8" if a.type[0] == "*" else "4" for a in v.args), "8", "8"]) for v in variants]
     params.write_text("\n".join(dict.fromkeys(lines)))
 

@@ -15,6 +15,7 @@ char const* name_of(DataType type) {
     case DataType::kFLOAT: return "float32";
     case DataType::kHALF: return "float16";
     case DataType::kBF16: return "bfloat16";
+    case DataType::kINT8: return "int8";
     case DataType::kINT32: return "int32";
     case DataType::kINT64: return "int64";
     default: return "another type";
@@ -152,7 +153,7 @@ void check_parts(TensorTable const& table, void const* const* inputs) {
             continue;
         }
         Tensor const& before = table.tensors[table.tensors[i].before];
-        int64_t bytes = before.type == DataType::kFLOAT ? 4 : 2;
+        int64_t bytes = before.type == DataType::kFLOAT ? 4 : before.type == DataType::kINT8 ? 1 : 2;
         for (int32_t axis = 0; axis < before.rank; ++axis) {
             bytes *= before.axes[axis].fixed;
         }

@@ -22,6 +22,7 @@ from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.pages import answer_lengths, page_table, pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+from deepseek_trt.engines.plans.check import given_dtype
 from deepseek_trt.engines.plans.flavour import ErrorLog, Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord
 from deepseek_trt.engines.plans.profiles import profile_of
@@ -99,7 +100,7 @@ class World:
             TensorSpec(t.name, t.dtype, tuple(-1 if isinstance(d, str) else d for d in t.dims)) for t in graph.inputs
         ]
         large = [w for w in self.bundle.manifest.weights if self.spec.weights == "shared" and len(w.recipe.shape) > 1]
-        shared = [TensorSpec(p.name, w.dtype, p.shape) for w in large for p in tensorrt_parts(w.recipe)]
+        shared = [TensorSpec(p.name, given_dtype(w), p.shape) for w in large for p in tensorrt_parts(w.recipe)]
         return PlanRecord(
             graph=graph.name,
             spec=self.spec,
@@ -179,6 +180,23 @@ def test_gives_the_tokens_of_torch(make_world, bundle, expected, flavour, weight
     assert session.note == f"{flavour} 1.0 on a stand-in{off}"
     assert ("launch" in world.device.calls) == cuda_graphs
     assert not world.device.queue, "a step must be over when its logits are given"
+
+
+@pytest.mark.parametrize("weights", ["shared", "embedded"])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+def test_narrow_weights_give_the_tokens_of_torch(make_world, small_v2, bundle_of, quantize, weights):
+    """Codes and scales go up as they lie in the file, each once; torch has them widened."""
+    narrow = bundle_of(small_v2.checkpoint, dtype="float32", page_size=PAGE, quantize=quantize)
+    pages = pages_needed(narrow.manifest.cache, answer_lengths(narrow.manifest.model, PROMPTS, NEW))
+    world = make_world(narrow, weights=weights)
+    session = world.session()
+    assert tokens_of(session, narrow.manifest.model) == tokens_of(TorchSession(narrow, pages), narrow.manifest.model)
+    codes = {w.recipe.name: w for w in narrow.manifest.weights if w.recipe.narrow and not w.recipe.is_scales}
+    assert any(".mlp.experts." in name for name in codes)
+    context, reader = world.trt.contexts["decode"], WeightReader(world.bundle)
+    for name in codes if weights == "shared" else ():
+        stored = reader.view(name).reshape(-1).view(np.uint8)
+        assert bytes(world.device.bytes_at(context.addresses[name], stored.size)) == stored.tobytes()
 
 
 def test_experts_in_parts_give_the_same_tokens(make_world, bundle, expected, monkeypatch):

@@ -12,10 +12,12 @@ import pytest
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot import variants
+from deepseek_trt.plugins.aot.narrow_use import NarrowUse
 from deepseek_trt.plugins.aot.variants import KERNELS, OVERLAPPING, SAMPLING, variants_for
 from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
+from deepseek_trt.plugins.narrow_ops import NARROW_PLUGINS
 
 SMALL = ModelConfig(
     hidden_size=128,
@@ -62,6 +64,9 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 CHIPS = pytest.mark.parametrize("sm", SHARED_LIMITS)
 
 SOURCES = Path(variants.__file__).parents[1] / "kernels"
+ALL_FORMATS = NarrowUse((("int8", 32), ("int4", 32), ("fp8", 128)), ("int8", "int4", "fp8"), whole_experts=True)
+OF_NARROW = {"moe_gate_up_narrow", "moe_down_narrow", "linear_narrow", "linear_narrow_sum"}
+WHOLE_OPS = {name for name in KERNEL_OPS if "Narrow" not in name}
 
 
 @MODELS
@@ -70,8 +75,27 @@ SOURCES = Path(variants.__file__).parents[1] / "kernels"
 def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
     rows = variants_for(config, dtype, sm)
     other = "MoeRouter" if config.biased_routing else "MoeBiasedRouter"
-    assert {row.op for row in rows} == {*KERNEL_OPS, *(op.name for op in FUSED_OPS), SAMPLING} - {other}
-    assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]}
+    assert {row.op for row in rows} == {*WHOLE_OPS, *(op.name for op in FUSED_OPS), SAMPLING} - {other}
+    assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]} - OF_NARROW
+    check_buckets(rows)
+
+
+@MODELS
+@DTYPES
+@CHIPS
+def test_narrow_weights_have_the_rows_of_each_format(config, dtype, sm):
+    rows, whole = variants_for(config, dtype, sm, narrow=ALL_FORMATS), variants_for(config, dtype, sm)
+    assert rows[: len(whole)] == whole
+    assert {row.op for row in rows[len(whole) :]} == {op.name for op in NARROW_PLUGINS}
+    assert {row.kernel for row in rows} - {row.kernel for row in whole} == OF_NARROW
+    check_buckets(rows)
+    without = variants_for(config, dtype, sm, narrow=NarrowUse((("fp8", 64),), ("int4",), whole_experts=False))
+    assert {row.op for row in without} >= {"LinearNarrowFp8", "MoeExpertsNarrowInt4"}
+    assert not {"MoeExperts", "MoeLayer"} & {row.op for row in without}
+    assert {dict(row.constexprs)["UNIT"] for row in without if row.kernel == "linear_narrow"} == {64}
+
+
+def check_buckets(rows):
     assert set(Counter((row.op, row.kernel, row.max_tokens) for row in rows).values()) == {1}
     for op, kernel in {(row.op, row.kernel) for row in rows}:
         buckets = [row.max_tokens for row in rows if (row.op, row.kernel) == (op, kernel)]
@@ -84,10 +108,10 @@ def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
 @CHIPS
 def test_both_grouped_gemms_of_a_bucket_share_the_block(config, dtype, sm):
     blocks = {}
-    for row in variants_for(config, dtype, sm):
-        if row.kernel.endswith(("_gate_up", "_down")):
+    for row in variants_for(config, dtype, sm, narrow=ALL_FORMATS):
+        if row.kernel.removesuffix("_narrow").endswith(("_gate_up", "_down")):
             blocks.setdefault((row.op, row.max_tokens), []).append(dict(row.constexprs)["BLOCK_M"])
-    assert {op for op, _ in blocks} == {"MoeExperts", "MoeLayer"}
+    assert {"MoeExperts", "MoeLayer"} < {op for op, _ in blocks}
     assert all(len(pair) == 2 and len(set(pair)) == 1 for pair in blocks.values())
 
 
@@ -162,7 +186,7 @@ def parameters(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_give_what_the_kernel_takes(kernel):
     arguments, constants = parameters(kernel)
-    for row in (*variants_for(V2, "bfloat16", 90), *variants_for(V3, "bfloat16", 90)):
+    for row in (*variants_for(V2, "bfloat16", 90, narrow=ALL_FORMATS), *variants_for(V3, "bfloat16", 90)):
         if row.kernel == kernel:
             assert [arg.name for arg in row.args] == arguments
             assert sorted(name for name, _ in row.constexprs) == sorted(constants)
@@ -174,8 +198,8 @@ def test_docstrings_tell_each_launch(kernel):
     text = ast.get_docstring(ast.parse(source_of(kernel).read_text(encoding="utf-8")))
     launch = re.search(rf"^ +{kernel} +grid.*?\n((?: {{8}}.*\n?)+)", text, re.MULTILINE)
     assert launch, f"{kernel}'s launch is not described"
-    told = re.findall(r"\b(\w+) (\*?(?:T|fp32|fp64|i32|i64))\b", launch.group(1))
-    full = re.findall(r"\b(\w+) \*(?:T|fp32|fp64|i32|i64)\b|\b(\w+) (?:i32|fp32)\b", launch.group(1))
+    told = re.findall(r"\b(\w+) (\*?(?:T|S|fp32|fp64|i32|i64|i8))\b", launch.group(1))
+    full = re.findall(r"\b(\w+) \*(?:T|S|fp32|fp64|i32|i64|i8)\b|\b(\w+) (?:i32|fp32)\b", launch.group(1))
     assert [first or second for first, second in full] == [name for name, _ in told]
     assert told == [tuple(part.split()) for part in KERNELS[kernel].args.split(", ")]
 

@@ -16,6 +16,8 @@ MODULES = {
     "MoeRouter": "moe_router",
     "MoeBiasedRouter": "moe_biased_router",
     "MoeExperts": "moe_experts",
+    "LinearNarrow": "narrow.linear",
+    "MoeExpertsNarrow": "narrow.experts",
 }
 
 
@@ -59,7 +61,25 @@ def operands(name):
             torch.randn(6, 12, 7),
             "silu",
         ),
+        "LinearNarrow": (torch.randn(4, 32), *narrow(7, 32), "int4", 32),
+        "MoeExpertsNarrow": (
+            torch.randn(4, 32),
+            torch.rand(4, 2),
+            torch.tensor([[0, 5], [5, 1], [2, 1], [0, 1]], dtype=torch.int32),
+            *narrow(6, 32, 32),
+            *narrow(6, 32, 32),
+            *narrow(6, 32, 32),
+            "silu",
+            "int4",
+            32,
+        ),
     }[name]
+
+
+def narrow(*shape):
+    """Codes of 4 bits and their scales."""
+    *rows, columns = shape
+    return torch.randint(0, 256, (*rows, columns // 2), dtype=torch.uint8), torch.rand(*rows, columns // 32).half() / 16
 
 
 @pytest.mark.parametrize("op", WITH_KERNELS, ids=lambda op: op.name)

@@ -14,9 +14,9 @@ import onnx
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper
 
+from deepseek_trt.plugins.narrow_ops import PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt.loading import load_library
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable
-from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
 
 ONNX_TYPES = {
     "float32": TensorProto.FLOAT,

@@ -13,9 +13,10 @@ from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot.records import Binary, KernelArg
 from deepseek_trt.plugins.cxx import find_compiler
+from deepseek_trt.plugins.narrow_ops import PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt import codegen
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes, in_parts, ops_header
-from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS, ops_of, source_files
+from deepseek_trt.plugins.tensorrt.sources import ops_of, source_files
 
 SPECS = {op.name: op for op in PLUGIN_OPS}
 

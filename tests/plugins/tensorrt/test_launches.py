@@ -12,13 +12,14 @@ import pytest
 from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.ops.spec import OpSpec
+from deepseek_trt.plugins.aot.narrow_use import ALL_WHOLE, NarrowUse
 from deepseek_trt.plugins.aot.records import Variant
 from deepseek_trt.plugins.aot.variants import SAMPLING, variants_for
 from deepseek_trt.plugins.kernels import launches
 from deepseek_trt.plugins.kernels.launches import cdiv
+from deepseek_trt.plugins.narrow_ops import NARROW_PLUGINS, PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary
 from deepseek_trt.plugins.tensorrt.op_tables import OpTable, fixed_sizes
-from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
 
 DTYPE = "bfloat16"
 ELEMENT = 2
@@ -51,7 +52,7 @@ FIELDS["MoeLayer"] = [*FIELDS["MoeRouter"], "biased:i:1:0"]
 V3_FIELDS = {**FIELDS, "MoeLayer": [*FIELDS["MoeBiasedRouter"], "biased:i:1:1"]}
 SPECS = {op.name: op for op in PLUGIN_OPS if op.name in FIELDS}
 OF_V2 = [name for name in SPECS if name != "MoeBiasedRouter"]  # those in plugin_library
-TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "i32"}
+TYPES = {"float32": "f32", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "float16": "f16"}
 
 Drive = Callable[..., list[str]]
 Sizes = Mapping[str, int]
@@ -94,10 +95,10 @@ CHIPS = [
 class Expected:
     """The launches of one op on one chip, written down in order."""
 
-    def __init__(self, op: OpSpec, config: ModelConfig, chip: Chip) -> None:
+    def __init__(self, op: OpSpec, config: ModelConfig, chip: Chip, narrow: NarrowUse = ALL_WHOLE) -> None:
         self.op = op
         self.chip = chip
-        self.variants = [v for v in variants_for(config, DTYPE, chip.tiles) if v.op == op.name]
+        self.variants = [v for v in variants_for(config, DTYPE, chip.tiles, narrow=narrow) if v.op == op.name]
         self.lines: list[str] = []
         self._next = WORKSPACE
 
@@ -200,9 +201,12 @@ def biased_router(e: Expected, n: Sizes) -> None:
     e.launch("moe_biased_router", grid, ["logits", "correction_bias", "weights", "ids", n["T"], 2.5])
 
 
-def experts(e: Expected, n: Sizes) -> None:
+def experts(e: Expected, n: Sizes, gate_up: str = "moe_gate_up", down: str = "moe_down") -> None:
+    def stack(name: str) -> list[str]:
+        return [name, f"{name}_scale"] if down != "moe_down" else [name]
+
     T, slots = n["T"], n["T"] * n["K"]
-    block = e.tile("moe_gate_up", "BLOCK_M", T)
+    block = e.tile(gate_up, "BLOCK_M", T)
     chunks, blocks = cdiv(slots, launches.DISPATCH_CHUNK), launches.dispatch_blocks(slots, n["E"], block)
     counts, offsets = e.take(chunks * n["E"] * 4), e.take(chunks * n["E"] * 4)
     block_expert, sorted_slots = e.take(blocks * 4), e.take(blocks * block * 4)
@@ -211,11 +215,11 @@ def experts(e: Expected, n: Sizes) -> None:
     e.launch("moe_dispatch_count", count_grid, ["ids", counts, sorted_slots, slots, blocks * block])
     e.launch("moe_dispatch_offsets", [1], [counts, offsets, block_expert, chunks, blocks, block])
     e.launch("moe_dispatch_scatter", [chunks], ["ids", offsets, sorted_slots, slots])
-    columns = cdiv(n["I"], e.tile("moe_gate_up", "BLOCK_N", T))
+    columns = cdiv(n["I"], e.tile(gate_up, "BLOCK_N", T))
     order = [sorted_slots, block_expert, slots]
-    e.launch("moe_gate_up", [blocks * columns], ["hidden", "gate_proj", "up_proj", inner, *order], T)
-    columns = cdiv(n["hidden"], e.tile("moe_down", "BLOCK_N", T))
-    e.launch("moe_down", [blocks * columns], [inner, "down_proj", outer, *order], T)
+    e.launch(gate_up, [blocks * columns], ["hidden", *stack("gate_proj"), *stack("up_proj"), inner, *order], T)
+    columns = cdiv(n["hidden"], e.tile(down, "BLOCK_N", T))
+    e.launch(down, [blocks * columns], [inner, *stack("down_proj"), outer, *order], T)
     grid = [cdiv(T, e.tile("moe_combine", "BLOCK_T")), cdiv(n["hidden"], e.tile("moe_combine", "BLOCK_D"))]
     e.launch("moe_combine", grid, [outer, "weights", "output", T])
 
@@ -554,3 +558,105 @@ def test_cache_must_be_updated_in_place(drive: Drive, plugin_config: ModelConfig
 def test_old_loggers_are_understood(drive: Drive, plugin_library: PluginLibrary) -> None:
     output = drive(["finder old", "create MoeRouter build"])
     assert output[0].startswith('log 1 MoeRouter: attribute "top_k" is missing')
+
+
+def linear(e: Expected, n: Sizes) -> None:
+    T, rows, tile = n["T"], n["out"], lambda name: e.tile("linear_narrow", name, n["T"])
+    blocks = cdiv(rows, tile("BLOCK_N")) * cdiv(T, tile("BLOCK_M"))
+    splits = launches.linear_splits(blocks, n["in"], tile("BLOCK_K"))
+    partial = e.take(splits * T * rows * 4 if splits > 1 else 0)
+    given = ["x", "weight", "weight_scale", "output", partial, T, rows, n["in"] // tile("UNIT"), splits]
+    e.launch("linear_narrow", [blocks, splits], given, T)
+    if splits > 1:
+        grid = [cdiv(T * rows, e.tile("linear_narrow_sum", "BLOCK"))]
+        e.launch("linear_narrow_sum", grid, [partial, "output", T * rows, splits])
+
+
+def narrow_experts(e: Expected, n: Sizes) -> None:
+    experts(e, n, "moe_gate_up_narrow", "moe_down_narrow")
+
+
+def shares(tokens: int, rows: int, columns: int) -> Sizes:
+    """The sizes of a product's tensors, of any format."""
+    parts = {f"in_by_{n}": cdiv(columns, n) for n in (2, 32, 128)}
+    return {"T": tokens, "out": rows, "in": columns, "out_by_128": cdiv(rows, 128), **parts}
+
+
+LINEAR_CASES = [shares(1, 192, 64), shares(1, 64, 2048), shares(16, 320, 1536), shares(17, 64, 2048)]
+LINEAR_CASES += [shares(65, 64, 8192), shares(300, 640, 64)]
+NARROW_CASES = [(op, sizes) for op in NARROW_PLUGINS if op.name.startswith("Linear") for sizes in LINEAR_CASES]
+NARROW_CASES += [(op, {"T": t}) for op in NARROW_PLUGINS if op.name.startswith("Moe") for t in (1, 8, 86, 500, 5000)]
+
+
+def create_narrow(op: OpSpec) -> str:
+    format = op.name.removeprefix("LinearNarrow").removeprefix("MoeExpertsNarrow").lower()
+    fields = [f"format:s:{len(format)}:{format}", f"group:i:1:{128 if format == 'fp8' else 32}"]
+    activation = [] if op.name.startswith("Linear") else ["activation:s:4:silu"]
+    return " ".join(["create", op.name, "engine", *activation, *fields])
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
+def test_launches_over_narrow_weights(
+    drive: Drive, narrow_config: ModelConfig, narrow_library: PluginLibrary, narrow_use: NarrowUse, chip: Chip
+) -> None:
+    """Codes of every format as bytes; a product with few blocks is split along K, and summed."""
+    commands: list[str] = []
+    for op, sizes in NARROW_CASES:
+        shapes = tensors(op, narrow_config, sizes)
+        commands += ["clear", create_narrow(op), *shapes, "types", "configure", "workspace", "attach", "reshape"]
+        commands += ["enqueue"]
+    output = drive(commands, sm=chip.sm, library=narrow_library.path)
+
+    cases = []
+    for op, sizes in NARROW_CASES:
+        case = Expected(op, narrow_config, chip, narrow_use)
+        write = linear if op.name.startswith("Linear") else narrow_experts
+        write(case, {**fixed_sizes(narrow_config), **sizes})
+        cases.append(case)
+    assert not [line for line in output if line.startswith("log ")]
+    assert [line for line in output if line.startswith("launch ")] == [line for case in cases for line in case.lines]
+    assert any("linear_narrow_sum" in line for line in output)
+    workspaces = [int(line.split()[1]) for line in output if line.startswith("workspace ")]
+    for (op, sizes), case, size in zip(NARROW_CASES, cases, workspaces, strict=True):
+        assert case.workspace <= size + 255, (op.name, sizes)
+
+
+@pytest.mark.parametrize("op", NARROW_PLUGINS[:3], ids=lambda op: op.name)
+def test_workspace_of_products_covers_all_smaller_sizes(
+    drive: Drive, narrow_config: ModelConfig, narrow_library: PluginLibrary, narrow_use: NarrowUse, op: OpSpec
+) -> None:
+    largest = shares(700, 192, 4096)
+    output = drive([create_narrow(op), *tensors(op, narrow_config, largest), "workspace"], library=narrow_library.path)
+    size, needs = int(output[-1].split()[1]), []
+    for tokens in (1, 15, 16, 17, 63, 64, 65, 128, 129, 256, 300, 640, 700):
+        for chip in CHIPS:
+            case = Expected(op, narrow_config, chip, narrow_use)
+            linear(case, {**largest, "T": tokens})
+            needs.append(case.workspace)
+    assert max(needs) <= size <= max(needs) + 1024
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("LinearNarrowInt8", {"in_by_32": 3}, "input weight_scale has 3 for 64 numbers, where there should be 2"),
+        ("LinearNarrowInt4", {"in_by_2": 64}, "input weight has 64 for 64 numbers, where there should be 32"),
+        ("LinearNarrowFp8", {"out_by_128": 1}, "input weight_scale has 1 for 192 numbers, where there should be 2"),
+        ("LinearNarrowFp8", {"in": 72}, "72 columns, but this plugin library was made for multiples of 16"),
+    ],
+)
+def test_codes_and_scales_that_do_not_fit_are_said(
+    drive: Drive, narrow_config: ModelConfig, narrow_library: PluginLibrary, op: str, change: Sizes, message: str
+) -> None:
+    spec = next(found for found in NARROW_PLUGINS if found.name == op)
+    shapes = tensors(spec, narrow_config, {**shares(1, 192, 64), **change})
+    output = drive([create_narrow(spec), *shapes, "attach", "reshape", "enqueue"], library=narrow_library.path)
+    assert message in output[-2]
+    assert output[-1] == "enqueue 1"
+
+
+def test_another_format_is_said(drive: Drive, narrow_library: PluginLibrary) -> None:
+    wrong = ["format:s:4:int8", "group:i:1:32"]
+    output = drive([" ".join(["create LinearNarrowInt4 build", *wrong])], library=narrow_library.path)
+    assert 'are "int8" and 32, but this plugin reads "int4" in groups of 32' in output[0]
+    assert output[1] == "create null"

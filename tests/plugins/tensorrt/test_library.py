@@ -21,11 +21,12 @@ from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.cxx import Compiler, find_compiler
 from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
+from deepseek_trt.plugins.narrow_ops import PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, read_manifest
-from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
 
-OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter"}  # with plugins in its library
+OF_OTHERS = {"MoeBiasedRouter", "LinearNarrow", "MoeExpertsNarrow"}  # of other models
+OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - OF_OTHERS  # with plugins in its library
 
 Uncompiled = Callable[..., list[Binary]]
 

@@ -22,14 +22,14 @@ from deepseek_trt.export.errors import BackendError, BuildError
 from deepseek_trt.plugins.aot.records import Binary
 from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
+from deepseek_trt.plugins.narrow_ops import PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt import loading, rtx_shim
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.loading import load_library
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST
 from deepseek_trt.plugins.tensorrt.op_tables import fixed_sizes
-from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
 
-OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter"}  # with plugins in its library
+OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter", "LinearNarrow", "MoeExpertsNarrow"}
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "MlaPrefill": {"scale": 0.125},

@@ -8,11 +8,11 @@ import pytest
 
 from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
+from deepseek_trt.plugins.narrow_ops import PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary
 from deepseek_trt.plugins.tensorrt.manifest import read_manifest
-from deepseek_trt.plugins.tensorrt.sources import PLUGIN_OPS
 
-OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter"}  # with plugins in its library
+OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter", "LinearNarrow", "MoeExpertsNarrow"}
 
 Drive = Callable[..., list[str]]
 

@@ -5,7 +5,7 @@
 //   create OP build|runtime FIELD...  FIELD is name:i|f|s|d:length:value (d: a double)
 //   create OP engine FIELD...         as TensorRT does: built from FIELDs, then made from its own serialised fields
 //   roundtrip                         make the plugin anew from its own serialised fields
-//   tensor in|out TYPE ADDRESS DIM... TYPE is f32, f16, bf16, i32 or i64; the next command reads DIMs as both ends
+//   tensor in|out TYPE ADDRESS DIM... TYPE is f32, f16, bf16, i8, i32 or i64; the next command reads DIMs as both ends
 //   clear | types | formats | configure | workspace | aliases | names | attach | reshape | enqueue
 #include <NvInferRuntime.h>
 
@@ -62,6 +62,7 @@ DataType type_from(std::string const& name) {
     if (name == "f32") return DataType::kFLOAT;
     if (name == "f16") return DataType::kHALF;
     if (name == "bf16") return DataType::kBF16;
+    if (name == "i8") return DataType::kINT8;
     return name == "i32" ? DataType::kINT32 : DataType::kINT64;
 }
 
