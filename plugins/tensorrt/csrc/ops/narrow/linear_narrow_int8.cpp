@@ -11,9 +11,7 @@ struct Format {
     static constexpr char const* kName = "int8";
     static constexpr int64_t kGroup = 32;
 
-    static void check(Spec::Sizes const& sizes) {
-        check_share("weight_scale", sizes.in, kGroup, sizes.in_by_32);
-    }
+    static void check(Spec::Sizes const& sizes) { check_share("weight_scale", sizes.in, kGroup, sizes.in_by_32); }
 };
 
 }  // namespace

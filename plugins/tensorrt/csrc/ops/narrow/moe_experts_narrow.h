@@ -80,8 +80,8 @@ struct MoeExpertsNarrowOp {
         auto const& scatter = call.kernels.template get<Scatter>(call.sizes.T);
         check_alike("CHUNK", kDispatchChunk, count.constants().CHUNK);
         check_alike("CHUNK", kDispatchChunk, scatter.constants().CHUNK);
-        launch(count, {ceil_div(plan.sorted, kDispatchChunk)}, call.stream, call.in.ids, plan.counts,
-            plan.sorted_slots, slots, as_i32(plan.sorted));
+        launch(count, {ceil_div(plan.sorted, kDispatchChunk)}, call.stream, call.in.ids, plan.counts, plan.sorted_slots,
+            slots, as_i32(plan.sorted));
         launch(offsets, {1}, call.stream, plan.counts, plan.offsets, plan.block_expert, as_i32(plan.chunks),
             as_i32(plan.blocks), as_i32(block));
         launch(scatter, {plan.chunks}, call.stream, call.in.ids, plan.offsets, plan.sorted_slots, slots);
