@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(PUBLISHED)}")
     given = parser.parse_args()
-    print("| model | parameters | as published | bundle | fp8 | int8 | int4 |\n|---|---|---|---|---|---|---|")
+    print("| model | parameters | as published | whole | fp8 | int8 | int4 |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         for model in given.models or MODELS:
             print(row(model, Path(name)))
