@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deepseek_trt.engines.generation.guiding import RowGuide
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling_numpy import log_probabilities, pick_rows
 from deepseek_trt.engines.sessions.holding import Holding
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.plugins.cpu.sampler import NativeSampler
 from deepseek_trt.plugins.cpu.sampling_row import PAIR, History, SamplingRow, key_of, pack, steepness
+
+if TYPE_CHECKING:
+    from deepseek_trt.engines.generation.guiding import RowGuide  # which takes a tokenizer
 
 # A picked token, and where they were asked for its log-probability and the likeliest tokens (see sampling_row.unpack).
 # A class of its own would take five times as long to make as a tuple, once a token.
