@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepseek_trt.engines.generation.answer import Piece as Piece
     from deepseek_trt.engines.generation.answer import Result as Result
+    from deepseek_trt.engines.generation.batching.limits import SchedulerLimits as SchedulerLimits
     from deepseek_trt.engines.generation.guide import Guide as Guide
     from deepseek_trt.engines.generation.llm import LLM as LLM
     from deepseek_trt.engines.generation.params import SamplingParams as SamplingParams
-    from deepseek_trt.engines.generation.scheduler import SchedulerLimits as SchedulerLimits
     from deepseek_trt.engines.plans.plan import BuildSpec as BuildSpec
     from deepseek_trt.engines.plans.request import BuildRequest as BuildRequest
     from deepseek_trt.engines.plans.request import build_plans as build_plans
@@ -57,7 +57,7 @@ _HOMES = {
     "Piece": "engines.generation.answer",
     "Result": "engines.generation.answer",
     "SamplingParams": "engines.generation.params",
-    "SchedulerLimits": "engines.generation.scheduler",
+    "SchedulerLimits": "engines.generation.batching.limits",
     "Embedder": "engines.tasks.embed",
     "TextClassifier": "engines.tasks.classify",
     "Bundle": "export.bundle.folder",

@@ -21,9 +21,10 @@ from cpu_point import (
     serve,
 )
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.pages import page_table
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.sessions.opening import BACKENDS, SessionRequest
 from deepseek_trt.engines.sessions.session import Session, row_latents
 from deepseek_trt.export.arrays import Int32s, Int64s

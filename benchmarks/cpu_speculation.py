@@ -25,8 +25,9 @@ from typing import Any
 from sampling import shipped_bundle
 
 from deepseek_trt.engines.generation import sampling as sampled
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.generation.speculation import AUTO, LOOKUP, OFF
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.text.text import Text

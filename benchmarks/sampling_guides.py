@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from stand_in import STEP_SECONDS, OrtSession
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.engines.generation.guiding import Guides
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.text.text import Text
 from deepseek_trt.export.bundle.folder import Bundle
 

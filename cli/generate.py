@@ -23,9 +23,9 @@ from deepseek_trt.cli.prompting.speed import Speed
 
 if TYPE_CHECKING:
     from deepseek_trt.engines.generation.answer import Result
+    from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
     from deepseek_trt.engines.generation.llm import LLM
     from deepseek_trt.engines.generation.params import SamplingParams
-    from deepseek_trt.engines.generation.scheduler import SchedulerLimits
     from deepseek_trt.engines.text.text import Text
     from deepseek_trt.export.bundle.folder import Bundle
 
@@ -78,8 +78,8 @@ class Engine:
 
 def _answer(path: Path, prompts: Prompts, params: SamplingParams, engine: Engine, as_json: bool) -> None:
     """Print the answers to all prompts, run as one batch, and on stderr how fast they came."""
+    from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
     from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
-    from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 
     bundle, text = _bundle_and_text(path, wants_text=not prompts.token_ids)
     ids = prompts.encode(text)
@@ -103,8 +103,8 @@ def _answer(path: Path, prompts: Prompts, params: SamplingParams, engine: Engine
 def _chat(path: Path, prompts: Prompts, params: SamplingParams, engine: Engine) -> None:
     """Chat until the terminal ends; the cache holds the model's whole length, as far as it fits."""
     from deepseek_trt.cli.prompting.chat import Chat
+    from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
     from deepseek_trt.engines.generation.pages import pages_needed, pages_within
-    from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 
     bundle, text = _bundle_and_text(path, wants_text=True)
     assert text is not None

@@ -12,10 +12,11 @@ import numpy as np
 
 from deepseek_trt.engines.bench.bandwidth import copy_bandwidth, read_bandwidth
 from deepseek_trt.engines.bench.roofline import decode_traffic, distinct_experts
+from deepseek_trt.engines.generation.batching.limits import Counters, SchedulerLimits
 from deepseek_trt.engines.generation.drafting.drafter import check_drafts
 from deepseek_trt.engines.generation.pages import pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Counters, Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.generation.speculation import OFF, check_speculate
 from deepseek_trt.engines.sessions.huge_pages import Progress
 from deepseek_trt.engines.sessions.opening import (

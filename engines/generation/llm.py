@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_trt.engines.generation.answer import Answer, Piece, Result
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.generation.drafting.drafter import check_drafts
 from deepseek_trt.engines.generation.guiding import Guides
@@ -20,7 +21,7 @@ from deepseek_trt.engines.generation.loop import EngineLoop, Ticket
 from deepseek_trt.engines.generation.pages import pages_needed, pages_within
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.request import Event
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.sessions.opening import (
     AUTO,
     Choice,

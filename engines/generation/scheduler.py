@@ -2,112 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from deepseek_trt.engines.generation.batching.decode_rows import DecodeRows
+from deepseek_trt.engines.generation.batching.limits import Counters, SchedulerLimits
+from deepseek_trt.engines.generation.batching.steps import Steps
 from deepseek_trt.engines.generation.chunking.chunks import Chunks
 from deepseek_trt.engines.generation.chunking.cost import PrefillCost
-from deepseek_trt.engines.generation.decode_rows import DecodeRows
 from deepseek_trt.engines.generation.drafting.drafter import drafter_of
 from deepseek_trt.engines.generation.guiding import Guides, RowGuide
-from deepseek_trt.engines.generation.pages import PagePool, page_table, sequence_pages
+from deepseek_trt.engines.generation.pages import PagePool, sequence_pages
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
 from deepseek_trt.engines.generation.request import Event, Request, Work
 from deepseek_trt.engines.generation.sampling import Choice, Picking, Sampler
-from deepseek_trt.engines.generation.speculation import AUTO, OFF, Payoff, check_speculate
-from deepseek_trt.engines.sessions.session import CHUNK, Session
+from deepseek_trt.engines.generation.speculation import AUTO, Payoff
+from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.arrays import Floats, Int32s
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BackendError, RequestError
 from deepseek_trt.plugins.cpu.sampler import load_sampler
 from deepseek_trt.plugins.cpu.sampling_row import NOT_FINITE
-
-
-class _Default(int):
-    """A number that nobody gave: it is one of a CPU, and another device takes its own."""
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """What one step may hold.
-
-    max_running: requests that own pages. token_budget: tokens computed in a step, one a decoding request and the rest
-    for prefill, padding counted; beside decoding requests prefill also costs no more than so many tokens do at the
-    beginning of prompts (chunking/cost.py). prefill_chunk: tokens of one prompt at once. Those two, where they are not
-    given, grow with the session's own chunk (Session.chunk): engines take up to 4,096 tokens where a CPU takes 512.
-    prefix_reuse: full pages with the same tokens before and in them are computed once and shared.
-    speculate: "lookup" has every decode step without prefill compute what followed the last tokens where they stood
-    before, too, within the budget; "mtp" what the layer of multi-token prediction drafts; "auto" the latter where the
-    bundle has it, else the former, while that gives more tokens a second; "off". Answers stay the same.
-    """
-
-    max_running: int = 32
-    token_budget: int = _Default(2 * CHUNK)
-    prefill_chunk: int = _Default(CHUNK)
-    prefix_reuse: bool = True
-    speculate: str = OFF
-
-    def __post_init__(self) -> None:
-        check_speculate(self.speculate)
-        if self.max_running < 1:
-            raise RequestError(f"max_running {self.max_running}: must be at least 1")
-        if self.prefill_chunk < 1:
-            raise RequestError(f"prefill_chunk {self.prefill_chunk}: must be at least 1")
-        if self.token_budget < self.max_running:
-            raise RequestError(f"token_budget {self.token_budget}: must be at least max_running, {self.max_running}")
-
-    @classmethod
-    def for_batch(cls, rows: int, speculate: str = OFF) -> SchedulerLimits:
-        """For `rows` requests that come together: a chunk of every prompt in one step, and nothing used again."""
-        budget = _Default(max(rows, 1) * CHUNK)
-        return cls(max(rows, 1), budget, prefix_reuse=False, speculate=speculate)
-
-    def on(self, chunk: int) -> SchedulerLimits:
-        """The limits where a step takes `chunk` tokens of a prompt best, as far as nobody gave others."""
-        if not isinstance(self.prefill_chunk, _Default):
-            return self
-        budget = self.token_budget
-        if isinstance(budget, _Default):
-            budget = _Default(max(budget, budget * chunk // CHUNK))
-        return dataclasses.replace(self, prefill_chunk=_Default(chunk), token_budget=budget)
-
-
-@dataclass
-class Counters:
-    """What a scheduler has done so far, in tokens but for `preemptions`.
-
-    decoded: tokens of answers that decode steps gave; accepted: those of them that were drafted, which took no step of
-    their own. So a row got decoded / (decoded - accepted) tokens a step.
-    """
-
-    prefilled: int = 0
-    decoded: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    reused: int = 0
-    preemptions: int = 0
-
-    @property
-    def tokens_a_step(self) -> float:
-        """Of a row in a decode step."""
-        return self.decoded / max(self.decoded - self.accepted, 1)
-
-    @property
-    def acceptance(self) -> float:
-        """The share of drafted tokens that were picked; 0 where none was drafted."""
-        return self.accepted / max(self.drafted, 1)
-
-    @property
-    def line(self) -> str:
-        """What speculation gave."""
-        share = f"{self.accepted} of {self.drafted} proposed tokens were picked ({100 * self.acceptance:.0f} %)"
-        return f"speculation: {share}, {self.tokens_a_step:.2f} tokens a step"
 
 
 class Scheduler:
@@ -135,13 +54,13 @@ class Scheduler:
         sizes = self.limits.prefill_chunk, self.limits.token_budget, session.cache.page_size
         self._chunks = Chunks(PrefillCost.of_model(config), *sizes)
         native = load_sampler(session.library, session.threads) if session.library else None
-        self._holding = session.holding()  # then logits are places from here on, else numbers: rows of either kind
-        self._picking = Picking(native, self._holding)
+        self._drafter = drafter_of(self.limits.speculate, session)
+        self._steps = Steps(session, config.vocab_size, self._drafter)
+        self._picking = Picking(native, self._steps.holding)
         self._waiting: deque[Request] = deque()
         self._rows: DecodeRows | None = None  # those that decoded in the last step, as it left them
         self._running: list[Request] = []  # in order of arrival, all earlier than those waiting
         self._next_id = 0
-        self._drafter = drafter_of(self.limits.speculate, session)
 
     @property
     def running(self) -> int:
@@ -238,7 +157,7 @@ class Scheduler:
                 return self._decode_all(decoding)
             return self._decode_rows(DecodeRows(self._running, self._session.cache.page_size)) if decoding else []
         prefilling = self._chunks.of(self._running)
-        prefilled, decoded = self._prefill(prefilling), self._decode(decoding)
+        prefilled, decoded = self._steps.prefill(prefilling), self._steps.decode(decoding)
         self._advance(prefilling, decoding)
         work = zip([*prefilling, *decoding], [*prefilled, *(row[0] for row in decoded)], strict=True)
         logits = {w.request.id: row for w, row in work}
@@ -247,8 +166,7 @@ class Scheduler:
 
     def _decode_rows(self, rows: DecodeRows) -> list[Event]:
         """A step without prefill or drafts, whose rows are kept for the next one while none joins or leaves."""
-        decode = self._holding.decode_held if self._holding else self._session.decode
-        logits: Any = np.ascontiguousarray(decode(rows.ids, rows.new, rows.past, rows.table)[:, 0])
+        logits = self._steps.decode_rows(rows)
         full = rows.advance()
         if self.limits.prefix_reuse:
             for request in full:
@@ -268,7 +186,7 @@ class Scheduler:
         start = self._payoff.clock()
         try:
             work = self._with_drafts(decoding)
-            logits = self._decode(work)
+            logits = self._steps.decode(work)
         except BaseException:
             for w in decoding:
                 self._cut(w.request)
@@ -278,7 +196,7 @@ class Scheduler:
         self._advance([], work)
         first: Any = np.ascontiguousarray(logits[:, 0])
         events = latest = self._sample([w.request for w in work], first)
-        if self._holding:  # whose step was not over before
+        if self._steps.holding:  # whose step was not over before
             seconds = self._payoff.clock() - start
         going, at = [row for row, w in enumerate(work) if w.draft], 0
         if not going:
@@ -367,40 +285,6 @@ class Scheduler:
         full = (len(request.tokens) - 1) // self._session.cache.page_size
         return self.pool.find(request.keys.of(request.tokens, full))
 
-    def _prefill(self, work: list[Work]) -> Sequence[Floats] | Floats | Int32s:
-        """Logits [vocab], or their place, at the end of each row's chunk."""
-        if not work:
-            return ()
-        ids = np.zeros((len(work), max(w.new for w in work)), dtype=np.int64)
-        for row, w in enumerate(work):
-            ids[row, : w.new] = w.request.tokens[w.request.cached : w.request.cached + w.new]
-        prefill = self._holding.prefill_held if self._holding else self._session.prefill
-        logits = prefill(ids, _int32([w.new for w in work]), *self._cached(work))
-        if self._drafter is not None:
-            self._drafter.keep(work)
-        if logits.ndim == 3:  # exported with all logits
-            return [logits[row, w.new - 1] for row, w in enumerate(work)]
-        return logits
-
-    def _decode(self, work: list[Work]) -> Floats | Int32s:
-        """Logits [B, S, vocab], or places [B, S], after each row's last token and its drafts."""
-        if not work:
-            return np.empty((0, 1, self._config.vocab_size), dtype=np.float32)
-        longest = max(w.new for w in work)
-        ids = [[w.request.tokens[-1], *w.draft, *[0] * (longest - w.new)] for w in work]
-        new = _int32([w.new for w in work])
-        decode = self._holding.decode_held if self._holding else self._session.decode
-        logits = decode(np.array(ids, dtype=np.int64), new, *self._cached(work))
-        if self._drafter is not None:
-            self._drafter.keep(work)
-        return logits
-
-    def _cached(self, work: list[Work]) -> tuple[Int32s, Int32s]:
-        """past_lengths [B] and page_table [B, M] of the pages that this step reaches: prefill expands all it gets."""
-        reached = [self._session.cache.pages_for(w.request.cached + w.new) for w in work]
-        tables = [w.request.pages[:count] for w, count in zip(work, reached, strict=True)]
-        return _int32([w.request.cached for w in work]), page_table(tables)
-
     def _advance(self, prefilling: list[Work], decoding: list[Work]) -> None:
         self.counters.prefilled += sum(w.new for w in prefilling)
         self.counters.decoded += len(decoding)
@@ -481,7 +365,3 @@ def _agreeing(work: list[Work], rows: list[int], at: int, picked: list[Event]) -
     return [
         row for row in rows if at < len(work[row].draft) and tokens.get(work[row].request.id) == work[row].draft[at]
     ]
-
-
-def _int32(values: list[int]) -> Int32s:
-    return np.array(values, dtype=np.int32)

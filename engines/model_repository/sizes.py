@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.drafting.drafter import check_drafts
 from deepseek_trt.engines.generation.pages import MIB, pages_needed, pages_within, sequence_pages
-from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.generation.speculation import OFF
 from deepseek_trt.engines.plans.check import Limits, chunk_of, limits_of, read_plans
 from deepseek_trt.engines.plans.plan import has_plan

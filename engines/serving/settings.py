@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deepseek_trt.engines.generation.scheduler import SchedulerLimits
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.speculation import OFF, check_speculate
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.errors import RequestError

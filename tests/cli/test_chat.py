@@ -207,9 +207,9 @@ def test_what_was_said_before_is_not_computed_again(demo, monkeypatch, capsys):
     """The pages of the conversation are found by their tokens."""
     from deepseek_trt.cli.prompting.chat import Chat
     from deepseek_trt.cli.prompting.prompts import ChatOptions
+    from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
     from deepseek_trt.engines.generation.llm import LLM
     from deepseek_trt.engines.generation.params import SamplingParams
-    from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 
     lines = iter(["word " * 100, "and then?"])
 

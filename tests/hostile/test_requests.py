@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.defaults import SamplingDefaults
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.serving.stream import Failure
 from deepseek_trt.engines.text.stops import StopText
 from deepseek_trt.export.errors import RequestError

@@ -19,9 +19,10 @@ from click.testing import CliRunner
 from deepseek_trt.cli.main import main
 from deepseek_trt.cli.printing.output import print_json
 from deepseek_trt.engines.bench.bench import BenchRequest, bench
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.tasks.classify import scores_of
 from deepseek_trt.export.errors import BackendError, CheckpointError, ConfigError
 from deepseek_trt.export.exporter import ExportRequest, Reporter, export_bundle

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_trt.engines.generation.batching.limits import Counters, SchedulerLimits
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Counters, Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.bundle.graph import CacheSpec
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.pages import answer_lengths, pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
-from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.sessions.ort import OrtSession
 from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.engines.text.text import Text

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.text.stream import Part
 from deepseek_trt.export.errors import BackendError, RequestError
 

@@ -10,10 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.pages import PagePool, answer_lengths, page_table, pages_needed, pages_within
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.prefix import PrefixKeys
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.errors import RequestError
 

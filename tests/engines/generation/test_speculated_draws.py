@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.plugins.cpu.library import cpu_library

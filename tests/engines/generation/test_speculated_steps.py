@@ -30,13 +30,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 pytest.importorskip("llguidance", reason="the extra `guided` is not installed")
 
 from deepseek_trt.engines.generation.answer import Answer
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.engines.generation.guiding import Guides
 from deepseek_trt.engines.generation.loop import EngineLoop
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.request import Event
 from deepseek_trt.engines.generation.sampling import Sampler, sample_rows
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.engines.generation.speculation import MOST_DRAFTED
 from deepseek_trt.engines.text.stream import TextStream
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from deepseek_trt.engines.generation.answer import Answer
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.serving import metrics as m
 from deepseek_trt.engines.serving.request import GenerateRequest, parse_request
 from deepseek_trt.engines.serving.service import Service

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.generation.sampling import Sampler
-from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.export.errors import BackendError
 
 _SPEC = importlib.util.spec_from_file_location("trt_world", Path(__file__).with_name("test_tensorrt.py"))

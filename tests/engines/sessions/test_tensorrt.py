@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.pages import answer_lengths, page_table, pages_needed
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import SchedulerLimits
 from deepseek_trt.engines.plans.check import given_dtype
 from deepseek_trt.engines.plans.flavour import ErrorLog, Flavour
 from deepseek_trt.engines.plans.plan import BuildSpec, PlanRecord

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deepseek_trt.engines.generation.batching.limits import SchedulerLimits
 from deepseek_trt.engines.generation.drafting.drafter import LookupDrafter, MtpDrafter, drafter_of
 from deepseek_trt.engines.generation.drafting.states import MOST_DEPTH, States
 from deepseek_trt.engines.generation.llm import LLM
 from deepseek_trt.engines.generation.params import SamplingParams
-from deepseek_trt.engines.generation.scheduler import Scheduler, SchedulerLimits
+from deepseek_trt.engines.generation.scheduler import Scheduler
 from deepseek_trt.export.errors import RequestError
 
 _SPEC = importlib.util.spec_from_file_location("fake_session", Path(__file__).parents[2] / "fake_session.py")

@@ -1,0 +1,1 @@
+"""Rows of a step: what one may hold, and what the session computes of it."""
