@@ -91,8 +91,8 @@ def test_compiles_a_whole_model_in_order():
     binaries = aot.compile_all(DENSE, "float16", [90], jobs=2, on_progress=lambda *done: calls.append(done))
     wanted = [*variants_for(DENSE, "float16", 90), *variants_for(DENSE, "float16", aot.FALLBACK_TILES_SM)]
     assert [b.variant for b in binaries] == wanted
-    assert [(b.sm, b.is_ptx) for b in binaries] == [(90, False)] * 12 + [(80, True)] * 12
-    assert calls == [(n + 1, 24) for n in range(24)]
+    assert [(b.sm, b.is_ptx) for b in binaries] == [(90, False)] * 11 + [(80, True)] * 11
+    assert calls == [(n + 1, 22) for n in range(22)]
 
 
 def test_refuses_what_does_not_fit_the_chip():
