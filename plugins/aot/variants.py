@@ -113,7 +113,7 @@ KERNELS = {
 SAMPLING = "Sampling"  # no op of a graph: a session launches its kernels itself, after a graph has run
 
 # Kernels that call order.after_previous_kernel, and the first chip on which that does anything.
-OVERLAPPING = frozenset(k for k in KERNELS if k.startswith("moe_")) | {"mla_query", "mla_value"}
+OVERLAPPING = frozenset(k for k in KERNELS if k.startswith(("mla_", "moe_"))) | {"latent_write"}
 OVERLAPS_FROM = 90
 
 

@@ -22,6 +22,7 @@ from deepseek_trt.plugins.kernels.bounds import clamp_int, page_of
 from deepseek_trt.plugins.kernels.chips import chip_of
 from deepseek_trt.plugins.kernels.constants import write_constants
 from deepseek_trt.plugins.kernels.launches import cdiv
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import write_tile
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ def latent_write(
     PAGE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Copy BLOCK_S rows of one sequence. Padding rows share page 0: what they write there is never read."""
+    after_previous_kernel(PDL)
     row = tl.program_id(1)
     offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)

@@ -48,6 +48,7 @@ from deepseek_trt.plugins.kernels.constants import decode_constants
 from deepseek_trt.plugins.kernels.latent_write import write_new_tokens
 from deepseek_trt.plugins.kernels.launches import cdiv, decode_parts, decode_programs
 from deepseek_trt.plugins.kernels.mla_schedule import pieces_before, row_of_piece, tiles_a_piece, tokens_of
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import decode_combine_tile, decode_tile
 
 if TYPE_CHECKING:
@@ -82,8 +83,10 @@ def mla_decode_split(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """One piece for BLOCK_H queries: partial [slots, Q, LAT] and partial_lse [slots, Q], base 2; or attended."""
+    after_previous_kernel(PDL)
     D: tl.constexpr = LAT + ROPE
     capacity = table_width * PAGE
     piece = tl.program_id(1)
@@ -188,8 +191,10 @@ def mla_decode_combine(
     MAX_PIECES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """BLOCK_D numbers of one query's output: its pieces' results, weighted by their softmax sums."""
+    after_previous_kernel(PDL)
     head = tl.program_id(0)  # of all B * S * H
     row = head // (steps * H)
     share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)

@@ -68,7 +68,11 @@ def test_two_builds_give_the_same_bytes(tmp_path, monkeypatch):
     assert b".target sm_80" in ptx.image
 
 
-@pytest.mark.parametrize("kernel", ["moe_logits", "moe_choose", "moe_layer_gate_up", "mla_query"])
+WAITING = ["moe_logits", "moe_choose", "moe_layer_gate_up", "mla_query", "mla_decode_split", "mla_decode_combine"]
+WAITING += ["latent_write", "mla_prefill_expand", "mla_prefill_attend"]
+
+
+@pytest.mark.parametrize("kernel", WAITING)
 def test_memory_is_touched_after_the_kernel_before(kernel):
     """On SM 90 each kernel waits for it first; on older chips, which know no such instruction, none does."""
     requests = [Request(variant(kernel, sm=sm), sm, as_ptx=True) for sm in (86, 90)]
