@@ -105,7 +105,7 @@ class Model:
     @property
     def decode_kernels(self) -> int:
         """Of a layer of experts, counted in a plan (tests/plugins/tensorrt/test_kernel_count.py)."""
-        return 17 if self.q_rank else 15
+        return 16 if self.q_rank else 14
 
     def hit(self, tokens: int) -> float:
         """Experts that at least one of `tokens` chooses, where all are as likely."""

@@ -172,7 +172,7 @@ def _ops() -> dict[str, Callable[..., Any]]:
 
 
 def decode_works(place: cases.Place, sizes: Sizes, points: Points, journal: list[Launch], gpu: Gpu) -> Named:
-    """Attention of one token a row to the cached ones; the write of the new one is not timed."""
+    """Attention of one token a row to the cached ones, and the write of the new one."""
 
     def make(context: int, batch: int) -> Work:
         width = place.dtype.itemsize

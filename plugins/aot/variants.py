@@ -33,8 +33,8 @@ _WRITE = (
     "pages i32"
 )
 _SPLIT = (
-    "query *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, partial *fp32, partial_lse *fp32, "
-    "attended *T, scale_log2 fp32, batch i32, steps i32, parts i32, table_width i32, pages i32"
+    "query *T, latent *T, pool *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, partial *fp32, "
+    "partial_lse *fp32, attended *T, scale_log2 fp32, batch i32, steps i32, parts i32, table_width i32, pages i32"
 )
 _COMBINE = (
     "partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T, batch i32, steps i32, "
@@ -133,9 +133,8 @@ KERNELS = {
 SAMPLING = "Sampling"  # no op of a graph: a session launches its kernels itself, after a graph has run
 
 # Kernels that call order.after_previous_kernel, and the first chip on which that does anything.
-OVERLAPPING = frozenset(k for k in KERNELS if k.startswith("moe_") and not k.endswith("_narrow")) | {
-    "mla_query",
-    "mla_value",
+OVERLAPPING = frozenset(k for k in KERNELS if k.startswith(("mla_", "moe_")) and not k.endswith("_narrow")) | {
+    "latent_write"
 }
 OVERLAPS_FROM = 90
 
@@ -188,7 +187,6 @@ def _mla_rows(config: ModelConfig, dtype: str, sm: int, page: int) -> tuple[Vari
     combine = {**decode.combine, "BLOCK_N": split["BLOCK_N"]}
     write, write_sizes = tiles.write_tile(1, sm), constants.write_constants(config.latent_dim, page)
     return (
-        _row("MlaDecode", "latent_write", dtype, write_sizes, write),
         _row("MlaDecode", "mla_decode_split", dtype, decode.split, split),
         _row("MlaDecode", "mla_decode_combine", dtype, combine, tiles.decode_combine_tile(rank, sm)),
         _row("MlaPrefill", "latent_write", dtype, write_sizes, write),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from deepseek_trt.plugins.kernels.launches import (
     DECODE_MAX_PROGRAMS,
     DECODE_MIN_TILES,
+    DECODE_NEW_TOKENS,
     DECODE_ROWS,
     DISPATCH_CHUNK,
     SAMPLING_TOPS,
@@ -36,8 +37,9 @@ class DecodeConstants:
 def decode_constants(heads: int, rank: int, rope: int, page: int) -> DecodeConstants:
     """For `heads` query heads over latents of `rank` and rope keys of `rope`, in pages of `page` tokens."""
     shared = {"H": heads, "LAT": rank, "BLOCK_B": DECODE_ROWS, "MIN_TILES": DECODE_MIN_TILES}
+    padded = {"BLOCK_L": dot_size(rank), "BLOCK_R": dot_size(rope), "BLOCK_S": DECODE_NEW_TOKENS}
     return DecodeConstants(
-        split={**shared, "ROPE": rope, "PAGE": page, "BLOCK_L": dot_size(rank), "BLOCK_R": dot_size(rope)},
+        split={**shared, **padded, "ROPE": rope, "PAGE": page},
         combine={**shared, "MAX_PIECES": next_power_of_2(DECODE_MAX_PROGRAMS)},
     )
 

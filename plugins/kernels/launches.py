@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 DECODE_MAX_PROGRAMS = 320  # two for each SM of the largest chips: bounds the workspace, as plans know no SM count
 DECODE_MIN_TILES = 4  # a piece shorter than this many tiles costs more to combine than it saves
+DECODE_NEW_TOKENS = 8  # new tokens of a sequence that a program of decode stores at a time: all that a graph takes
 DECODE_ROWS = 128  # sequences whose lengths a program of decode loads at a time
 PREFILL_WORKSPACE = 1 << 30  # bytes of expanded keys and values at a time
 SAMPLING_TOPS = 32  # likeliest tokens a row may ask for: each is a pass over its logits

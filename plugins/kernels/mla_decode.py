@@ -3,21 +3,25 @@
 All heads share one key row (kv_lora_rank latents and the rotated rope part), whose latent part is the value too: a tile
 of queries, one a new token and head, reads each cached row once (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
 
+New tokens' keys are read from `latent`, and only those before them from the pages: so no block waits for another's
+stores. The block of a sequence's last piece and first queries puts its new tokens into their pages, padding apart.
+
 Each block takes one piece of one sequence, all of nearly the same length: plugins/kernels/mla_schedule.py says which. A
 piece that is a whole sequence is written to the output directly; of the others each result is normalised by its own sum
 and carries that sum's logarithm, and a second kernel weighs them. Where a new token sees nothing of a piece, that is
 minus infinity.
 
-Launches, after latent_write on the present pool. BLOCK_H, BLOCK_N, BLOCK_D from the variants; Q = S * H;
-tiles = cdiv(Q, BLOCK_H); resident: blocks of mla_decode_split that the GPU runs at a time;
+Launches, on memory that already holds past_latent (where the output is not past_latent's own memory, copy it first).
+BLOCK_H, BLOCK_N, BLOCK_D from the variants; Q = S * H; tiles = cdiv(Q, BLOCK_H); resident: blocks of mla_decode_split
+that the GPU runs at a time;
 programs = max(1, min(resident, 320) / tiles); parts = launches.decode_parts(programs, B)
     = programs - B where 4 * B <= programs, else B * (programs / B) where B <= programs, else programs:
 
     mla_decode_split    grid (tiles, parts + B, 1)
-        query *T [B, S, H, D], pool *T (present), page_table *i32, past_lengths *i32, sequence_lengths *i32,
-        partial *fp32 (workspace 1), partial_lse *fp32 (workspace 2), attended *T [B, S, H, L],
-        scale_log2 fp32 = scale * log2(e) (product in double, then rounded), batch i32 = B, steps i32 = S,
-        parts i32 = parts, table_width i32 = M, pages i32 = P
+        query *T [B, S, H, D], latent *T [B, S, D], pool *T [P, page, D] (present), page_table *i32,
+        past_lengths *i32, sequence_lengths *i32, partial *fp32 (workspace 1), partial_lse *fp32 (workspace 2),
+        attended *T [B, S, H, L], scale_log2 fp32 = scale * log2(e) (product in double, then rounded), batch i32 = B,
+        steps i32 = S, parts i32 = parts, table_width i32 = M, pages i32 = P
     mla_decode_combine  grid (B * Q, cdiv(L, BLOCK_D), 1)
         partial *fp32, partial_lse *fp32, past_lengths *i32, sequence_lengths *i32, attended *T, batch i32 = B,
         steps i32 = S, parts i32 = parts, capacity i32 = M * page
@@ -41,9 +45,10 @@ import triton.language as tl
 from deepseek_trt.plugins.kernels.bounds import pages_of_tile
 from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name, resident_blocks
 from deepseek_trt.plugins.kernels.constants import decode_constants
-from deepseek_trt.plugins.kernels.latent_write import write
+from deepseek_trt.plugins.kernels.latent_write import write_new_tokens
 from deepseek_trt.plugins.kernels.launches import cdiv, decode_parts, decode_programs
 from deepseek_trt.plugins.kernels.mla_schedule import pieces_before, row_of_piece, tiles_a_piece, tokens_of
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import decode_combine_tile, decode_tile
 
 if TYPE_CHECKING:
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
 @triton.jit
 def mla_decode_split(
     query,
+    latent,
     pool,
     page_table,
     past_lengths,
@@ -73,11 +79,14 @@ def mla_decode_split(
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """One piece for BLOCK_H queries: partial [slots, Q, LAT] and partial_lse [slots, Q], base 2; or attended."""
+    after_previous_kernel(PDL)
     D: tl.constexpr = LAT + ROPE
     capacity = table_width * PAGE
     piece = tl.program_id(1)
@@ -92,6 +101,24 @@ def mla_decode_split(
     end = tl.minimum(start + tokens, length)
     if start >= length:
         return  # the row's pieces before this one took all tiles
+    if (end == length) & (tl.program_id(0) == 0):
+        write_new_tokens(
+            pool,
+            latent,
+            page_table,
+            sequence_lengths,
+            row,
+            past,
+            steps,
+            table_width,
+            pages,
+            LAT,
+            ROPE,
+            PAGE,
+            BLOCK_L,
+            BLOCK_R,
+            BLOCK_S,
+        )
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)  # of S * H
     offs_l = tl.arange(0, BLOCK_L)
     offs_r = tl.arange(0, BLOCK_R)
@@ -108,14 +135,21 @@ def mla_decode_split(
     total = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
     page = pages_of_tile(page_table, row, start, end, table_width, pages, PAGE, BLOCK_N)
+    new_rows = latent + row.to(tl.int64) * steps * D
     for first in range(start, end, BLOCK_N):
         next_page = pages_of_tile(page_table, row, first + BLOCK_N, end, table_width, pages, PAGE, BLOCK_N)
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
-        k_ptrs = pool + (page * PAGE + offs_n % PAGE)[:, None] * D
-        latent = tl.load(k_ptrs + offs_l[None, :], mask=mask_n[:, None] & mask_l[None, :], other=0.0)
+        if PAGE % BLOCK_N == 0:  # the tile's rows lie one after the other, in the page as in `latent`
+            offs_t = tl.arange(0, BLOCK_N)
+            old_rows = pool + (page * PAGE + first % PAGE) * D
+            k_rows = tl.where(offs_t < past - first, old_rows, new_rows + (first - past) * D) + offs_t * D
+        else:
+            k_rows = tl.where(offs_n < past, pool + (page * PAGE + offs_n % PAGE) * D, new_rows + (offs_n - past) * D)
+        k_ptrs = k_rows[:, None]
+        k_latent = tl.load(k_ptrs + offs_l[None, :], mask=mask_n[:, None] & mask_l[None, :], other=0.0)
         k_rope = tl.load(k_ptrs + LAT + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-        scores = tl.dot(q_latent, latent.T, input_precision="ieee")
+        scores = tl.dot(q_latent, k_latent.T, input_precision="ieee")
         scores = tl.dot(q_rope, k_rope.T, scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
         seen = mask_n[None, :] & (offs_n[None, :] <= last[:, None])
         scores = tl.where(seen, scores * scale_log2, -float("inf"))
@@ -123,7 +157,7 @@ def mla_decode_split(
         shrink = tl.exp2(top - new_top)
         weights = tl.exp2(scores - new_top[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(latent.dtype), latent, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(k_latent.dtype), k_latent, acc * shrink[:, None], input_precision="ieee")
         top = new_top
         page = next_page
 
@@ -157,8 +191,10 @@ def mla_decode_combine(
     MAX_PIECES: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """BLOCK_D numbers of one query's output: its pieces' results, weighted by their softmax sums."""
+    after_previous_kernel(PDL)
     head = tl.program_id(0)  # of all B * S * H
     row = head // (steps * H)
     share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)
@@ -204,7 +240,7 @@ def run(
     """What export.ops.mla_decode.mla_decode computes, by the kernels: attended [B, S, H, L] and the present pool."""
     import torch
 
-    present = write(past_latent, latent, page_table, past_lengths, sequence_lengths)
+    present = past_latent.clone().contiguous()
     batch, steps, heads, width = query.shape
     page_size = past_latent.shape[1]
     constants = decode_constants(heads, kv_lora_rank, width - kv_lora_rank, page_size)
@@ -219,6 +255,7 @@ def run(
     attended = query.new_empty((batch, steps, heads, kv_lora_rank))
     mla_decode_split[(tiles, slots)](
         query.contiguous(),
+        latent.contiguous(),
         present,
         page_table.contiguous(),
         past_lengths,

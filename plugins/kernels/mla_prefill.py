@@ -41,6 +41,7 @@ from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
 from deepseek_trt.plugins.kernels.constants import prefill_constants
 from deepseek_trt.plugins.kernels.latent_write import write
 from deepseek_trt.plugins.kernels.launches import cdiv, head_chunks, prefill_chunk_heads
+from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import prefill_attend_tile, prefill_expand_tile
 
 if TYPE_CHECKING:
@@ -73,8 +74,10 @@ def mla_prefill_expand(
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Keys and values of BLOCK_T cached tokens for one head: c W_UK^T and c W_UV^T; and all heads' rope keys, once."""
+    after_previous_kernel(PDL)
     D: tl.constexpr = LAT + ROPE
     row = tl.program_id(2)
     past = clamp_int(tl.load(past_lengths + row), capacity)
@@ -140,8 +143,10 @@ def mla_prefill_attend(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """BLOCK_M queries of one head against all tokens they may see."""
+    after_previous_kernel(PDL)
     Q: tl.constexpr = NOPE + ROPE
     row = tl.program_id(2)
     past = clamp_int(tl.load(past_lengths + row), capacity)

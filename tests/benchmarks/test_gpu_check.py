@@ -278,8 +278,8 @@ def test_small_faults_of_a_kernel_are_seen(tmp_path, fault):
             arguments[4].mul_(1.02)  # attended
         if binary.kernel == "mla_decode_combine" and fault == "nan":
             arguments[4].view(-1)[-1] = torch.nan
-        if binary.kernel == "latent_write" and fault == "stray write":
-            arguments[0][-1, -1, -1] = 1.0  # of the pool's last page
+        if binary.kernel == "mla_decode_split" and fault == "stray write":
+            arguments[2][-1, -1, -1] = 1.0  # of the pool's last page
 
     gpu.executor = lambda: spoiled
     setting = Setting(Prepared(tmp_path), rehearsal=True)

@@ -3,6 +3,8 @@
 A process does one or the other: on a machine with a GPU the interpreter's half is skipped, unless the GPU is hidden.
 """
 
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -110,6 +112,42 @@ def poison_new_memory(monkeypatch):
         return out.fill_(torch.nan if out.is_floating_point() else -77)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def note_accesses(monkeypatch):
+    """Of each interpreted launch in turn: the addresses that each program loads, and that it stores to, by grid index.
+
+    A program that stores to one address twice is noted with it once.
+    """
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    launches = []
+    stock_args, stock_load, stock_store = (
+        GridExecutor._init_args_hst,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+
+    def note_launch(self, args, kwargs):
+        launches.append((defaultdict(set), defaultdict(set)))
+        return stock_args(self, args, kwargs)
+
+    def note(found, builder, pointers, mask):
+        found[builder.grid_idx].update(pointers.data[mask.data.astype(bool)].reshape(-1).tolist())
+
+    def load(self, pointers, mask, *rest):
+        note(launches[-1][0], self, pointers, mask)
+        return stock_load(self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        note(launches[-1][1], self, pointers, mask)
+        return stock_store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", note_launch)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", store)
+    return launches
 
 
 @pytest.fixture

@@ -72,13 +72,55 @@ def test_attends_to_cached_tokens_only(
         assert torch.equal(pages.read(present, row, past + count)[past:], latent[row, :count].cpu().double())
 
 
-def test_changes_one_slot_a_row(device, make_pages):
-    pages, query, latent, new = make_operands(make_pages, F32, 4, 16, 16, 16, (0, 16, 20), (1, 1, 1), device)
+@pytest.mark.parametrize("new", [(1, 1, 1), (3, 0, 8), (20, 7, 2)])
+def test_changes_the_new_tokens_slots_only(new, device, make_pages, use_tiles):
+    """Padding goes nowhere; more than eight new tokens a row are stored, too."""
+    use_tiles(86, mla_decode)
+    pages, query, latent, counts = make_operands(make_pages, F32, 4, 16, 16, 16, (0, 16, 20), new, device)
     before = pages.pool.clone()
-    _, present = mla_decode.run(query, latent, pages.pool, pages.table, pages.past, new, 1.0, 16)
+    _, present = mla_decode.run(query, latent, pages.pool, pages.table, pages.past, counts, 1.0, 16)
     assert torch.equal(pages.pool.nan_to_num(9.0), before.nan_to_num(9.0)), "the input pool was written"
     changed = (present.nan_to_num(9.0) != before.nan_to_num(9.0)).any(-1)
-    assert changed.sum() == 3
+    assert changed.sum() == sum(new)
+
+
+@pytest.mark.parametrize(("dtype", "sm"), [(F32, 86), (F16, 90), (BF16, 90)])
+def test_a_new_token_counts_as_a_cached_one(dtype, sm, device, make_pages, use_tiles):
+    """Bit for bit, whether it is read from `latent` or, once it is stored and counted as cached, from the pages."""
+    use_tiles(sm, mla_decode)
+    lengths = (0, 31, 32, 300)
+    operands = make_operands(make_pages, dtype, 20, 64, 16, 16, lengths, (1, 1, 1, 1), device)
+    pages, query, latent, new = operands
+    attended, present = mla_decode.run(query, latent, pages.pool, pages.table, pages.past, new, 0.3, 64)
+    gone = torch.full_like(latent, torch.nan)
+    again, kept = mla_decode.run(query, gone, present, pages.table, pages.past + 1, torch.zeros_like(new), 0.3, 64)
+    assert torch.equal(attended, again)
+    assert torch.equal(kept.nan_to_num(9.0), present.nan_to_num(9.0))
+
+
+def test_a_row_of_padding_reads_no_page(device, make_pages):
+    """It has neither cached nor new tokens, and pages of NaN in its table."""
+    pages, query, latent, new = make_operands(make_pages, F16, 4, 16, 16, 16, (0, 5), (0, 1), device)
+    pages.table[0] = 0
+    attended, present = mla_decode.run(query, latent, pages.pool, pages.table, pages.past, new, 1.0, 16)
+    assert attended.isfinite().all()
+    assert present[0].isnan().all(), "the scratch page was written"
+
+
+def test_no_program_needs_anothers_stores(device, make_pages, use_tiles, note_accesses, monkeypatch):
+    """No address is stored to by two programs of a launch, or stored to by one and read by another."""
+    if device.type == "cuda":
+        pytest.skip("the interpreter is what watches memory here")
+    use_tiles(86, mla_decode)
+    monkeypatch.setattr(mla_decode, "decode_parts", lambda *sizes: 9)
+    # tiles of 16 queries and 16 tokens: new ones in two tiles, two pieces and two pages, and six tiles of queries
+    pages, query, latent, new = make_operands(make_pages, F32, 12, 32, 16, 32, (60, 0, 125), (8, 1, 8), device)
+    mla_decode.run(query, latent, pages.pool, pages.table, pages.past, new, 0.3, 32)
+    assert len(note_accesses) == 2
+    for loads, stores in note_accesses:
+        written = [address for addresses in stores.values() for address in addresses]
+        assert len(written) == len(set(written)), "stored to twice"
+        assert not set(written) & set().union(*loads.values()), "read and stored to"
 
 
 @pytest.mark.parametrize("new", [(1, 1, 1), (8, 2, 8)])

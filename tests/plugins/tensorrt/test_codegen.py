@@ -90,7 +90,7 @@ def test_ops_header_holds_contract(plugin_config: ModelConfig) -> None:
 def test_kernels_are_grouped_by_op(plugin_config: ModelConfig, uncompiled: Callable[..., list[Binary]]) -> None:
     tables = codegen.kernel_tables(uncompiled(plugin_config))
     names = [(t.namespace, t.struct) for t in tables]
-    assert ("mla_decode", "LatentWrite") in names
+    assert ("mla_decode", "MlaDecodeSplit") in names
     assert ("mla_prefill", "LatentWrite") in names
     assert ops_of(tables) == ("MlaPrefill", "MlaDecode", "MoeRouter", "MoeExperts", "MlaQuery", "MlaValue", "MoeLayer")
     for t in tables:
@@ -120,7 +120,7 @@ def test_equal_images_are_stored_once(plugin_config: ModelConfig, uncompiled: Ca
 def test_variants_that_differ_are_refused(plugin_config: ModelConfig, uncompiled: Callable[..., list[Binary]]) -> None:
     first, *_ = uncompiled(plugin_config)
     more = dataclasses.replace(first.variant, args=(*first.variant.args, KernelArg("extra", "i32")))
-    with pytest.raises(ValueError, match="latent_write for MlaDecode differ"):
+    with pytest.raises(ValueError, match="mla_decode_split for MlaDecode differ"):
         codegen.kernel_tables([first, dataclasses.replace(first, sm=90, variant=more)])
     with pytest.raises(ValueError, match="same chip and tokens"):
         codegen.kernel_tables([first, first])

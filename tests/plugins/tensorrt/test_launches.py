@@ -145,13 +145,10 @@ def decode(e: Expected, n: Sizes) -> None:
     parts = launches.decode_parts(launches.decode_programs(RESIDENT, tiles), n["B"])
     partial = e.take((parts + n["B"]) * queries * rank * 4)
     lse = e.take((parts + n["B"]) * queries * 4)
-    paging = [n["M"], n["P"]]
     lengths = ["past_lengths", "sequence_lengths"]
-    rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
-    e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", "page_table", *lengths, n["S"], *paging])
-    cached = ["query", "present_latent", "page_table", *lengths]
+    tokens = ["query", "latent", "present_latent", "page_table", *lengths]
     counts = [n["B"], n["S"], parts]
-    split = [*cached, partial, lse, "attended", SCALE * math.log2(math.e), *counts, *paging]
+    split = [*tokens, partial, lse, "attended", SCALE * math.log2(math.e), *counts, n["M"], n["P"]]
     e.launch("mla_decode_split", [tiles, parts + n["B"]], split)
     columns = cdiv(rank, e.tile("mla_decode_combine", "BLOCK_D"))
     args = [partial, lse, *lengths, "attended", *counts, capacity]

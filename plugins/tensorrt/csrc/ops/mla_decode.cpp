@@ -12,7 +12,7 @@ namespace {
 struct Op {
     using Spec = spec::MlaDecode;
     using Sizes = Spec::Sizes;
-    using Kernels = KernelSet<LatentWrite, MlaDecodeSplit, MlaDecodeCombine>;
+    using Kernels = KernelSet<MlaDecodeSplit, MlaDecodeCombine>;
 
     struct Workspace {
         Ptr<float> partial;
@@ -65,12 +65,10 @@ struct Op {
     static void enqueue(Call<Op> const& call) {
         int64_t const B = call.sizes.B, S = call.sizes.S, M = call.sizes.M, page = call.sizes.page;
         int64_t const capacity = M * page;
-        auto const& write = call.kernels.get<LatentWrite>(S);
         auto const& split = call.kernels.get<MlaDecodeSplit>(capacity);
         auto const& combine = call.kernels.get<MlaDecodeCombine>(capacity);
         check_alike("BLOCK_N", split.constants().BLOCK_N, combine.constants().BLOCK_N);
         check_alike("MIN_TILES", split.constants().MIN_TILES, combine.constants().MIN_TILES);
-        check_page(write.constants().PAGE, Sizes::page);
         check_page(split.constants().PAGE, Sizes::page);
         check_alike("BLOCK_B", split.constants().BLOCK_B, combine.constants().BLOCK_B);
 
@@ -79,12 +77,10 @@ struct Op {
         Arena arena(call.workspace);
         Workspace const w = lay_out(arena, S * (cut + B));
 
-        launch(write, {ceil_div(S, write.constants().BLOCK_S), B}, call.stream, call.out.present_latent, call.in.latent,
-            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, as_i32(S), as_i32(M),
+        launch(split, {query_tiles, cut + B}, call.stream, call.in.query, call.in.latent, call.out.present_latent,
+            call.in.page_table, call.in.past_lengths, call.in.sequence_lengths, w.partial, w.partial_lse,
+            call.out.attended, base_2_scale(call.attributes.scale), as_i32(B), as_i32(S), as_i32(cut), as_i32(M),
             as_i32(call.sizes.P));
-        launch(split, {query_tiles, cut + B}, call.stream, call.in.query, call.out.present_latent, call.in.page_table,
-            call.in.past_lengths, call.in.sequence_lengths, w.partial, w.partial_lse, call.out.attended,
-            base_2_scale(call.attributes.scale), as_i32(B), as_i32(S), as_i32(cut), as_i32(M), as_i32(call.sizes.P));
         launch(combine, {B * S * Sizes::H, ceil_div(Sizes::L, combine.constants().BLOCK_D)}, call.stream, w.partial,
             w.partial_lse, call.in.past_lengths, call.in.sequence_lengths, call.out.attended, as_i32(B), as_i32(S),
             as_i32(cut), as_i32(capacity));
