@@ -21,7 +21,6 @@ from deepseek_trt.engines.plans.profiles import profile_of
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.graph import GraphSpec
 from deepseek_trt.export.bundle.manifest import list_added
-from deepseek_trt.export.bundle.narrow import NO_NARROW_ENGINES
 from deepseek_trt.export.bundle.recipes import too_large_for_tensorrt
 from deepseek_trt.export.errors import BuildError, BundleError
 from deepseek_trt.export.files import file_sha256
@@ -71,8 +70,8 @@ def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
     """The flavour that builds, once all that is knowable before kernels are compiled is right; BuildError otherwise."""
     if spec.weights == "embedded" and bundle.manifest.by_reference:
         raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
-    if bundle.manifest.is_narrow:
-        raise BuildError(f"{bundle.path}: {NO_NARROW_ENGINES}")
+    if bundle.manifest.engines_refusal:
+        raise BuildError(f"{bundle.path}: {bundle.manifest.engines_refusal}")
     if bundle.manifest.speculation is not None:
         raise BuildError(
             f"{bundle.path} was exported with --mtp, and of the graphs with hidden states and the graph mtp no engines "

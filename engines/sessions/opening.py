@@ -11,7 +11,6 @@ from deepseek_trt.engines.sessions.session import Session
 from deepseek_trt.engines.sessions.tensorrt.cuda import visible_gpu
 from deepseek_trt.engines.sessions.threads import check_threads
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.narrow import NO_NARROW_ENGINES
 from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.errors import BackendError, BundleError, RequestError
 
@@ -126,9 +125,9 @@ def check_backend(wanted: str) -> None:
 
 
 def check_narrow(bundle: Bundle, wanted: str) -> None:
-    """BackendError for a backend that takes no narrow weights, where the bundle has some."""
-    if wanted == "tensorrt" and bundle.manifest.is_narrow:
-        raise BackendError(f"{bundle.path}: {NO_NARROW_ENGINES}")
+    """BackendError for a backend that takes no narrow weights or no narrow cache, where the bundle has them."""
+    if wanted == "tensorrt" and bundle.manifest.engines_refusal:
+        raise BackendError(f"{bundle.path}: {bundle.manifest.engines_refusal}")
 
 
 def choose_backend(bundle: Bundle, wanted: str = AUTO, around: Surroundings | None = None) -> Choice:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.manifest import list_added
-from deepseek_trt.export.bundle.narrow import NO_NARROW_ENGINES
 from deepseek_trt.export.errors import BuildError, BundleError, RequestError
 from deepseek_trt.export.writing.working import locked
 from deepseek_trt.plugins.aot.compile import compile_all
@@ -59,8 +58,8 @@ def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLib
     """As `build_plugins`, for whoever has locked the bundle."""
     bundle = Bundle.open(request.bundle)
     manifest = bundle.manifest
-    if manifest.is_narrow:
-        raise BuildError(f"{bundle.path}: {NO_NARROW_ENGINES}")
+    if manifest.engines_refusal:
+        raise BuildError(f"{bundle.path}: {bundle.manifest.engines_refusal}")
     binaries = compile_all(
         manifest.model,
         manifest.dtype,
