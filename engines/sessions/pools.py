@@ -20,7 +20,9 @@ def shapes_of(cache: CacheSpec, pages: int) -> list[tuple[tuple[int, ...], Any]]
 
 
 def numbers_of(cache: CacheSpec, pools: Sequence[Array]) -> Array:
-    """The latents [.., D] that rows of a layer's pools stand for: the one pool itself where the cache is whole."""
+    """The latents [.., D] that rows of a layer's pools stand for: the one pool itself where the cache is whole, else a
+    copy that cannot be written, as nothing would come of it.
+    """
     if cache.narrow is None:
         return pools[0]
     codes, rest = pools
@@ -29,7 +31,9 @@ def numbers_of(cache: CacheSpec, pools: Sequence[Array]) -> Array:
     scales = rest[..., -groups:].astype(np.float32)
     grouped = values.reshape(*values.shape[:-1], groups, cache.narrow.group) * scales[..., None]
     latents = grouped.reshape(values.shape).astype(rest.dtype)
-    return np.concatenate([latents, rest[..., :-groups]], axis=-1)
+    numbers: Array = np.concatenate([latents, rest[..., :-groups]], axis=-1)
+    numbers.flags.writeable = False
+    return numbers
 
 
 def fill_pools(pools: Sequence[Array], value: float) -> None:
