@@ -12,6 +12,7 @@ import click
 from deepseek_trt.cli.options import MOST, FiniteRange
 from deepseek_trt.cli.printing.output import dropped_lines, output_options, print_json, print_rich, say_error
 from deepseek_trt.export.bundle.interface import TASKS
+from deepseek_trt.export.bundle.narrow_cache import CACHE_DTYPES
 from deepseek_trt.export.config.model_config import DTYPES, ModelConfig
 from deepseek_trt.export.memory import CHUNK, CONTEXT
 from deepseek_trt.export.survey import GIB, Facts, survey
@@ -28,6 +29,7 @@ _MEANING = (
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the export.  [default: the checkpoint's]")
 @click.option("--task", type=click.Choice(TASKS), help="Of the export.  [default: what the checkpoint is for]")
 @click.option("--quantize", metavar="int8|int4|fp8|keep|none|FILE", help="What the export is to narrow.")
+@click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES), help="What the export is to cache latents as.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA folder that the export is to merge.")
 @click.option(
     "--gpu-memory",
@@ -61,7 +63,7 @@ def _print_tables(facts: Facts, gpu_memory: float) -> None:
     from rich.table import Table
 
     model = Table(show_header=False, box=None)
-    for name, value in _model_rows(facts):
+    for name, value in _model_rows(facts, gpu_memory):
         model.add_row(name, escaped(value))
     needs = Table("step", "disk", "memory", "file pages", box=None)
     for need in facts.needs:
@@ -76,7 +78,7 @@ def _print_tables(facts: Facts, gpu_memory: float) -> None:
     print_rich(model, needs, *refused, _MEANING, *([capacity] if facts.capacities else []), *notes)
 
 
-def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
+def _model_rows(facts: Facts, gpu_memory: float) -> Iterator[tuple[str, str]]:
     c = facts.config
     yield "parameters", f"{facts.parameters:,} ({facts.active_parameters / 1e9:.1f}e9 active per token)"
     yield "checkpoint", f"{_size(facts.stored_bytes)}, {facts.tensors:,} tensors, {facts.shards} shards"
@@ -86,8 +88,10 @@ def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "attention", _attention(c)
     yield "router", _router(c)
     yield "rope", _rope(c)
-    yield "cache per token", f"{facts.cache_bytes_per_token:,} bytes; expanded {facts.expanded_bytes_per_token:,}"
+    held = f"{facts.cache_bytes_per_token:,} bytes ({facts.cache})"
+    yield "cache per token", f"{held}; expanded {facts.expanded_bytes_per_token:,}"
     yield "saved by latents", f"{100 * facts.cache_saving:.1f} %"
+    yield f"cache beside weights, {gpu_memory:g} GiB", f"{facts.context_tokens:,} tokens of context, by memory alone"
 
 
 def _attention(c: ModelConfig) -> str:

@@ -11,6 +11,7 @@ import click
 from deepseek_trt.cli.options import COUNT, MOST
 from deepseek_trt.cli.printing.output import dropped_lines, output_options, print_result, say, wrote
 from deepseek_trt.export.bundle.interface import IOS, NATIVE, TASKS
+from deepseek_trt.export.bundle.narrow_cache import CACHE_DTYPES
 from deepseek_trt.export.config.model_config import DTYPES
 
 QUANTIZE_HELP = (
@@ -18,6 +19,7 @@ QUANTIZE_HELP = (
     "  [default: keep where the checkpoint is fp8, else none]"
 )
 MTP_HELP = "A third graph: the layer of multi-token prediction, for --speculate mtp."
+CACHE_HELP = "Cache latents as codes of 8 bits with scales (docs/narrow.md).  [default: whole]"
 KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [default: 1]"
 
 
@@ -36,6 +38,7 @@ KEEP_HELP = "Prefill gives the logits of this many last tokens; 0 is all.  [defa
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA folder of peft to merge into the weights.")
 @click.option("--mtp", is_flag=True, help=MTP_HELP)
 @click.option("--quantize", metavar="int8|int4|fp8|keep|none|FILE", help=QUANTIZE_HELP)
+@click.option("--cache-dtype", type=click.Choice(CACHE_DTYPES), help=CACHE_HELP)
 @click.option("--num-layers", type=COUNT, help="Export so many of the first layers alone, to debug.  [default: all]")
 @click.option("--allow-nonfinite", is_flag=True, help="Go on where weights are NaN or infinite; a note says which.")
 @click.option("--allow-zeros", is_flag=True, help="Go on where matrices or norms are zeros alone; a note says which.")
@@ -60,5 +63,7 @@ def command(checkpoint: Path, out: Path, as_json: bool, **options: Any) -> None:
     tensors, narrow = len(manifest.weights), manifest.quantization
     facts = {"bundle": str(out), "fresh": result.fresh, "dtype": manifest.dtype, "tensors": tensors}
     facts["quantization"] = None if narrow is None else asdict(narrow)
+    facts["cache"] = manifest.cache.format
     kinds = manifest.dtype if narrow is None else f"{manifest.dtype}, {' and '.join(manifest.narrow_formats)}"
-    print_result(as_json, facts, f"{wrote(result.fresh, out)} ({kinds}, {tensors} tensors)")
+    cached = f", cache {manifest.cache.format}" if manifest.cache.narrow else ""
+    print_result(as_json, facts, f"{wrote(result.fresh, out)} ({kinds}, {tensors} tensors{cached})")

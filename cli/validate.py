@@ -41,7 +41,9 @@ class _Backend(click.Choice):  # type: ignore[type-arg]  # generic in click 8.2 
 @click.option("--checkpoint", type=click.Path(path_type=Path), help=CHECKPOINT_HELP)
 @click.option("--independent/--no-independent", default=None, help=INDEPENDENT_HELP)
 @click.option("--compare", type=click.Path(path_type=Path), help="An earlier report.json: show what moved.")
-@click.option("--max-kl", type=FiniteRange(0), help="Nats that narrow weights may cost, the mean; more exits with 3.")
+@click.option(
+    "--max-kl", type=FiniteRange(0), help="Nats that narrow weights and cache may cost, the mean; more exits with 3."
+)
 @click.option("--max-perplexity-increase", type=FiniteRange(0), help="Percent that they may cost; more exits with 3.")
 @threads_option
 @verify_option

@@ -58,8 +58,8 @@ class ExportRequest:
     peft to merge. allow_nonfinite goes on with weights that are NaN or infinite, allow_zeros with matrices and norms
     of zeros alone; both make a note. `quantize` says what weights become narrow: "int8", "int4", "fp8", "keep" (a
     checkpoint's own fp8), or the path of a JSON file of rules (docs/narrow.md); None keeps fp8 where it can be, which
-    "none" dequantises. The options that Interface has too are
-    explained there; all_logits is logits_to_keep 0, mtp adds the layer of multi-token prediction.
+    "none" dequantises. The options of Interface are explained there; all_logits is logits_to_keep 0, mtp adds the layer
+    of multi-token prediction, cache_dtype None keeps the cache whole.
     """
 
     checkpoint: Path
@@ -80,6 +80,7 @@ class ExportRequest:
     allow_zeros: bool = False
     quantize: str | None = None
     mtp: bool = False
+    cache_dtype: str | None = None
 
     @property
     def allowed(self) -> Allowed:
@@ -99,6 +100,7 @@ class ExportRequest:
             hidden_states=self.hidden_states,
             logits_to_keep=0 if self.all_logits else self.logits_to_keep,
             mtp=self.mtp,
+            cache_dtype=self.cache_dtype or "",
         )
         interface.check()
         return interface
@@ -132,7 +134,10 @@ class _Job:
 
     @property
     def cache(self) -> CacheSpec:
-        return CacheSpec.of(self.source.config, self.dtype, self.request.page_size, self.source.interface.mtp)
+        interface = self.source.interface
+        return CacheSpec.of(
+            self.source.config, self.dtype, self.request.page_size, interface.mtp, interface.cache_dtype
+        )
 
     @property
     def graphs(self) -> tuple[GraphSpec, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE, GraphSpec
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, FEATURES, GENERATION, TRANSFORMERS, Interface
+from deepseek_trt.export.bundle.narrow_cache import NarrowCache
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.contiguous import positions_of, run_masked
 from deepseek_trt.export.model import Backbone, DeepseekV2, Linear, last_tokens
@@ -27,6 +28,7 @@ class Logits(DeepseekV2):
         embeddings = not interface.inputs_embeds or config.tie_word_embeddings
         super().__init__(config, interface.all_logits, embeddings)
         self.keep = interface.logits_to_keep
+        self.model.cache_as(NarrowCache.of(config, interface.cache_dtype))
 
     def kept(self, x: Tensor, lengths: Tensor) -> Tensor:
         """[B, hidden], [B, S, hidden] or [B, keep, hidden]; rows shorter than `keep` begin with repeated ones."""

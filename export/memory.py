@@ -33,38 +33,42 @@ class Footprint:
     file: int
 
 
-def generate_mapped(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
-    """ONNX Runtime, weights mapped from the bundle's file."""
+def generate_mapped(config: ModelConfig, dtype: str, recipes: Sequence[Recipe], cache_dtype: str = "") -> Footprint:
+    """ONNX Runtime, weights mapped from the bundle's file. `cache_dtype` is Interface's, here and below."""
     weights = sum(recipe.nbytes(dtype) for recipe in recipes)
-    return Footprint(_ORT + _working(config, dtype), _ORT_FILES + weights)
+    return Footprint(_ORT + _working(config, dtype, cache_dtype), _ORT_FILES + weights)
 
 
-def generate_copied(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
+def generate_copied(config: ModelConfig, dtype: str, recipes: Sequence[Recipe], cache_dtype: str = "") -> Footprint:
     """ONNX Runtime, weights copied to huge pages."""
     weights = sum(recipe.nbytes(dtype) for recipe in recipes)
-    return Footprint(_ORT + weights + _working(config, dtype), _ORT_FILES)
+    return Footprint(_ORT + weights + _working(config, dtype, cache_dtype), _ORT_FILES)
 
 
 def generate_by_reference(
-    config: ModelConfig, dtype: str, recipes: Sequence[Recipe], assembled: Sequence[Recipe]
+    config: ModelConfig,
+    dtype: str,
+    recipes: Sequence[Recipe],
+    assembled: Sequence[Recipe],
+    cache_dtype: str = "",
 ) -> Footprint:
     """ONNX Runtime, the `assembled` weights in memory and the others mapped from the checkpoint."""
     made, every = (sum(recipe.nbytes(dtype) for recipe in some) for some in (assembled, recipes))
-    return Footprint(_ORT + made + _working(config, dtype), _ORT_FILES + every - made)
+    return Footprint(_ORT + made + _working(config, dtype, cache_dtype), _ORT_FILES + every - made)
 
 
-def generate_torch(config: ModelConfig, dtype: str, recipes: Sequence[Recipe]) -> Footprint:
+def generate_torch(config: ModelConfig, dtype: str, recipes: Sequence[Recipe], cache_dtype: str = "") -> Footprint:
     """Eager torch in float32; the largest tensor is there in both dtypes while it is converted."""
     weights = 4 * sum(recipe.numbers for recipe in recipes)
     read = [recipe.nbytes(dtype) for recipe in recipes if dtype != "float32" or recipe.narrow is not None]
     converted = max(read, default=0)
-    working = max(converted, _activations(config)) + _cache(config, "float32")
+    working = max(converted, _activations(config)) + _cache(config, "float32", cache_dtype)
     return Footprint(_TORCH + weights + working, _TORCH_FILES)
 
 
-def _working(config: ModelConfig, dtype: str) -> int:
+def _working(config: ModelConfig, dtype: str, cache_dtype: str) -> int:
     """What steps take beside the weights as they are stored: the cache, and what the compiled operators hand on."""
-    return _cache(config, computed_in(dtype)) + _scratch(config)
+    return _cache(config, computed_in(dtype), cache_dtype) + _scratch(config)
 
 
 def _scratch(config: ModelConfig) -> int:
@@ -80,8 +84,8 @@ def _scratch(config: ModelConfig) -> int:
     return 4 * (CHUNK * tokens + _BLOCK * (heads * head + 4 * latent)) + _THREADS * _THREAD
 
 
-def _cache(config: ModelConfig, dtype: str) -> int:
-    cache = CacheSpec.of(config, dtype)
+def _cache(config: ModelConfig, dtype: str, cache_dtype: str) -> int:
+    cache = CacheSpec.of(config, dtype, cache_dtype=cache_dtype)
     return cache.pages_for(CONTEXT) * cache.page_size * cache.bytes_per_token
 
 

@@ -8,7 +8,7 @@ Parameters carry the published names; w_uk and w_uv are the two halves of kv_b_p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from torch.onnx.ops import rotary_embedding
 
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
+from deepseek_trt.export.bundle.narrow_cache import NarrowCache
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.config.rope import RopeConfig
 from deepseek_trt.export.ops.activations import activate
-from deepseek_trt.export.ops.torch_ops import mla_decode, mla_prefill, moe_biased_router, moe_experts, moe_router
+from deepseek_trt.export.ops.torch_ops import (
+    mla_decode,
+    mla_decode_narrow,
+    mla_prefill,
+    mla_prefill_narrow,
+    moe_biased_router,
+    moe_experts,
+    moe_router,
+)
 
+Pools = Tensor | tuple[Tensor, ...]  # of a layer: latents; or codes, and rope parts with scales
 # A layer's cache before and after, paged or contiguous.
 Past = TypeVar("Past")
 New = TypeVar("New")
@@ -88,6 +98,8 @@ class Rope(nn.Module):
 class Attention(nn.Module):
     """Multi-head latent attention (arXiv:2405.04434, section 2.1)."""
 
+    narrow: NarrowCache | None = None  # how the cache holds latents; None is whole
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.heads, self.rank = c.num_attention_heads, c.kv_lora_rank
@@ -131,18 +143,23 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        past: Tensor | None,
+        past: Pools | None,
         page_table: Tensor,
         past_lengths: Tensor,
         sequence_lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Pools]:
         """Expanded: keys and values of all cached tokens are made from their latents. past None keeps no cache."""
         q_nope, q_rope, latent = self.project(x, cos, sin)
         past = scratch_pool(latent, page_table) if past is None else past
         query = torch.cat([q_nope, q_rope], dim=-1)  # [B, S, H, N + R]
-        attended, present = mla_prefill(
-            query, latent, past, page_table, past_lengths, sequence_lengths, self.w_uk, self.w_uv, self.scale
-        )  # [B, S, H * V]
+        constants = page_table, past_lengths, sequence_lengths, self.w_uk, self.w_uv, self.scale
+        present: Pools
+        if self.narrow is None:
+            attended, present = mla_prefill(query, latent, past, *constants)  # [B, S, H * V]
+        else:
+            kind = self.narrow.format, self.narrow.group
+            attended, *pools = mla_prefill_narrow(query, latent, *past, *constants, *kind)
+            present = tuple(pools)
         return self.o_proj(attended.flatten(0, 1)), present
 
     def decode(
@@ -150,20 +167,25 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        past: Tensor,
+        past: Pools,
         page_table: Tensor,
         past_lengths: Tensor,
         sequence_lengths: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Pools]:
         """Absorbed: W_UK moves to the query and W_UV to the output, so that attention reads latents only."""
         q_nope, q_rope, latent = self.project(x, cos, sin)
         absorbed = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), self.w_uk)  # [H, T, L]
         query = torch.cat([absorbed.transpose(0, 1), q_rope.flatten(0, 1)], dim=-1).view(
             *cos.shape[:2], self.heads, self.rank + self.rope_dim
         )  # [B, S, H, D]
-        attended, present = mla_decode(
-            query, latent, past, page_table, past_lengths, sequence_lengths, self.scale, self.rank
-        )  # [B, S, H, L]
+        constants = page_table, past_lengths, sequence_lengths, self.scale, self.rank
+        present: Pools
+        if self.narrow is None:
+            attended, present = mla_decode(query, latent, past, *constants)  # [B, S, H, L]
+        else:
+            kind = self.narrow.format, self.narrow.group
+            attended, *pools = mla_decode_narrow(query, latent, *past, *constants, *kind)
+            present = tuple(pools)
         value = torch.bmm(attended.flatten(0, 1).transpose(0, 1), self.w_uv.transpose(1, 2))  # [H, T, V]
         return self.o_proj(value.transpose(0, 1).flatten(1)), present
 
@@ -261,6 +283,16 @@ class Backbone(nn.Module):
         """The layers, as what they are."""
         return cast("list[Layer]", list(self.layers))
 
+    def cache_as(self, narrow: NarrowCache | None) -> None:
+        """Have all layers cache latents in this form."""
+        for layer in self.blocks():
+            layer.self_attn.narrow = narrow
+
+    def by_layer(self, pools: Sequence[Tensor | None]) -> list[Any]:
+        """The pools as each layer takes them: alone, or where it has two, both."""
+        each = len(pools) // len(self.layers)
+        return list(pools) if each == 1 else [tuple(pools[i : i + each]) for i in range(0, len(pools), each)]
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens side by side [T, hidden], of ids [B, S] or of embeddings [B, S, hidden]."""
         x: Tensor = tokens if tokens.is_floating_point() else cast(nn.Embedding, self.embed_tokens)(tokens)
@@ -291,11 +323,11 @@ class Backbone(nn.Module):
         positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=tokens.device)  # [B, S]
         cos, sin = self.rope(positions, (past_lengths + sequence_lengths).unsqueeze(1))
 
-        def attend(attention: Attention, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        def attend(attention: Attention, x: Tensor, past: Pools | None) -> tuple[Tensor, Pools]:
             return attention.prefill(x, cos, sin, past, page_table, past_lengths, sequence_lengths)
 
-        x, present = self.through(tokens, latents, attend)
-        return x.view(batch, seq, -1), present
+        x, present = self.through(tokens, self.by_layer(latents), attend)
+        return x.view(batch, seq, -1), side_by_side(present)
 
     def decode(
         self,
@@ -310,15 +342,16 @@ class Backbone(nn.Module):
         positions = past_lengths.unsqueeze(1) + torch.arange(seq, device=tokens.device)  # [B, S]
         cos, sin = self.rope(positions, positions + 1)
 
-        def attend(attention: Attention, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        def attend(attention: Attention, x: Tensor, past: Pools) -> tuple[Tensor, Pools]:
             return attention.decode(x, cos, sin, past, page_table, past_lengths, sequence_lengths)
 
-        x, present = self.through(tokens, latents, attend)
-        return x.view(batch, seq, -1), present
+        x, present = self.through(tokens, self.by_layer(latents), attend)
+        return x.view(batch, seq, -1), side_by_side(present)
 
 
 class DeepseekV2(nn.Module):
-    """The causal language model. Prefill and decode read and write the page pools `latents`, one [P, page, D] a layer.
+    """The causal language model. Prefill and decode read and write the page pools `latents`, one [P, page, D] a layer,
+    or where the cache is narrow the two of each, layer by layer.
 
     Each gives float32 logits and the pools with the new tokens (new tensors; the given ones are not changed).
     """
@@ -361,6 +394,11 @@ class DeepseekV2(nn.Module):
         x = self.model.norm(x)
         head = cast(nn.Embedding, self.model.embed_tokens) if self.lm_head is None else self.lm_head
         return F.linear(x, head.weight).float()
+
+
+def side_by_side(present: Sequence[Pools]) -> list[Tensor]:
+    """All layers' pools in one list."""
+    return [pool for pools in present for pool in ([pools] if isinstance(pools, Tensor) else pools)]
 
 
 def last_tokens(x: Tensor, lengths: Tensor, count: int = 1) -> Tensor:

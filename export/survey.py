@@ -11,6 +11,7 @@ from typing import Any
 from deepseek_trt.export.bundle.assemble import one_run
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
+from deepseek_trt.export.bundle.narrow_cache import NO_NARROW_CACHE_ENGINES
 from deepseek_trt.export.bundle.recipes import Dropped, too_large_for_tensorrt
 from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
@@ -66,7 +67,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Facts:
-    """A supported model in numbers. Bytes a token are of all layers together, in the dtype of the export."""
+    """A supported model in numbers. Bytes a token are of all layers together, in the dtype of the export; `cache` is
+    what latents are held as. context_tokens are those whose cache the GPU's memory holds beside the weights, by
+    arithmetic alone.
+    """
 
     config: ModelConfig
     task: str
@@ -76,10 +80,12 @@ class Facts:
     tensors: int
     parameters: int
     active_parameters: int
+    cache: str
     cache_bytes_per_token: int
     expanded_bytes_per_token: int
     needs: tuple[Need, ...]
     capacities: tuple[Capacity, ...]
+    context_tokens: int
     dropped: tuple[Dropped, ...]
     notes: tuple[str, ...]
 
@@ -113,16 +119,21 @@ def survey(
     task: str | None = None,
     adapter: Path | None = None,
     quantize: str | None = None,
+    cache_dtype: str | None = None,
 ) -> Survey:
     """Look at a checkpoint: a folder, or a name that Hugging Face's cache holds.
 
-    `dtype`, `task` and `quantize` are the export's, None for the checkpoint's own. Raises CheckpointError or
-    ConfigError only where there is no config.json or no checkpoint to look at.
+    `dtype`, `task`, `quantize` and `cache_dtype` are the export's, None for the checkpoint's own, and a whole cache.
+    Raises CheckpointError or ConfigError only where there is no config.json or no checkpoint to look at.
     """
     checkpoint = checkpoint_folder(checkpoint)
     interface = Interface(task, cache=task != CLASSIFICATION) if task else None
     try:
         source = read_source(checkpoint, interface, adapter=adapter, quantize=quantize)
+        source = dataclasses.replace(
+            source, interface=dataclasses.replace(source.interface, cache_dtype=cache_dtype or "")
+        )
+        source.interface.check()
     except (ConfigError, CheckpointError) as error:
         if not (checkpoint / CONFIG_FILE).is_file():
             raise
@@ -141,7 +152,7 @@ def _refused(checkpoint: Path, problem: str) -> Survey:
 
 def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
     config, plan, files = source.config, source.plan, source.checkpoint
-    cache = CacheSpec.of(config, dtype)
+    cache = CacheSpec.of(config, dtype, cache_dtype=source.interface.cache_dtype)
     weights = sum(recipe.nbytes(dtype) for recipe in plan.recipes)
     parameters = sum(recipe.numbers for recipe in plan.recipes)
     return Facts(
@@ -153,9 +164,11 @@ def _facts(source: Source, dtype: str, gpu_bytes: int) -> Facts:
         tensors=len(files.tensors),
         parameters=parameters,
         active_parameters=_active(config, plan, parameters),
+        cache=cache.format,
         cache_bytes_per_token=cache.bytes_per_token,
         expanded_bytes_per_token=_expanded(config, dtype),
         needs=_needs(source, weights, dtype),
+        context_tokens=_pages_beside(cache, weights, gpu_bytes) * cache.page_size,
         capacities=() if _no_engines(source) else _capacities(cache, config, weights, gpu_bytes),
         dropped=plan.dropped,
         notes=source.notes,
@@ -190,33 +203,39 @@ def _needs(source: Source, weights: int, dtype: str) -> tuple[Need, ...]:
 
 def _generating(source: Source, dtype: str, refers: bool) -> Iterator[Need]:
     """The ways to generate on a CPU."""
-    config, recipes = source.config, source.plan.recipes
+    config, recipes, cache = source.config, source.plan.recipes, source.interface.cache_dtype
 
     def need(way: str, footprint: Footprint, must_fit: int = 0) -> Need:
         refusal = too_much(must_fit)
         here = f"on this machine: it takes {refusal}" if refusal else ""
         return Need(f"generate, {way}", 0, footprint.anonymous, footprint.file, here)
 
-    yield need("weights mapped", generate_mapped(config, dtype, recipes))
-    yield need("weights copied", generate_copied(config, dtype, recipes))
+    yield need("weights mapped", generate_mapped(config, dtype, recipes, cache))
+    yield need("weights copied", generate_copied(config, dtype, recipes, cache))
     if refers:
         tensors = source.checkpoint.tensors
         made = [recipe for recipe in recipes if one_run(recipe, tensors, recipe.dtype(dtype)) is None]
         assembled = sum(recipe.nbytes(dtype) for recipe in made)
-        yield need("by reference", generate_by_reference(config, dtype, recipes, made), assembled)
-    yield need("--backend torch", generate_torch(config, dtype, recipes), 4 * sum(r.numbers for r in recipes))
+        yield need("by reference", generate_by_reference(config, dtype, recipes, made, cache), assembled)
+    yield need("--backend torch", generate_torch(config, dtype, recipes, cache), 4 * sum(r.numbers for r in recipes))
 
 
 def _no_engines(source: Source) -> str:
     """Why no TensorRT engine can be made of it, or nothing."""
+    if source.interface.cache_dtype:
+        return NO_NARROW_CACHE_ENGINES
     large = too_large_for_tensorrt(source.plan.recipes)
     held = f"{large[0].name} holds {large[0].size:,} numbers, TensorRT takes less than 2^31" if large else ""
     return "; ".join(filter(None, (without_kernel(source.config), held)))
 
 
+def _pages_beside(cache: CacheSpec, weights: int, gpu_bytes: int) -> int:
+    """Pages that a GPU's memory holds beside the weights."""
+    return max(int(gpu_bytes * _GPU_SHARE) - weights, 0) // (cache.page_size * cache.bytes_per_token)
+
+
 def _capacities(cache: CacheSpec, config: ModelConfig, weights: int, gpu_bytes: int) -> tuple[Capacity, ...]:
-    left = max(int(gpu_bytes * _GPU_SHARE) - weights, 0)
-    pages = left // (cache.page_size * cache.bytes_per_token)
+    pages = _pages_beside(cache, weights, gpu_bytes)
     contexts = [c for c in CONTEXTS if c <= config.max_position_embeddings] or [config.max_position_embeddings]
     counts = ((context, cache.pages_for(context)) for context in contexts)
     most = cache.most_pages - 1

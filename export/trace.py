@@ -167,7 +167,7 @@ def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
         return onnx.defs.OpSchema.FormalParameter(arg.name, names.get(arg.dtype, arg.dtype), arg.doc)
 
     narrow = {"codes": ["tensor(int8)", "tensor(uint8)"], "scales": ["tensor(float16)", "tensor(float)"]}
-    given = {i.dtype for i in spec.inputs}
+    given = {i.dtype for i in (*spec.inputs, *spec.outputs)}
 
     return onnx.defs.OpSchema(
         spec.name,

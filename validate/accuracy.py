@@ -73,12 +73,12 @@ def _check_limits(bundle: Bundle, request: ValidateRequest) -> None:
     name = next(iter(request.limits), None)
     if name is None:
         return
-    if not bundle.manifest.is_narrow:
+    if not (bundle.manifest.is_narrow or bundle.manifest.cache.narrow):
         raise RequestError(f"{name}: {bundle.path} has no narrow weights, which cost nothing: leave it out")
     if request.layers is not None or bundle.manifest.generation_refusal:
         what = "--layers compares parts of the model" if request.layers else f"it is for {bundle.manifest.task}"
         raise RequestError(f"{name} is of a whole model that generates, and {what}: leave it out")
-    if published_weights(bundle, request.checkpoint) is None:
+    if bundle.manifest.is_narrow and published_weights(bundle, request.checkpoint) is None:
         raise RequestError(f"{name}: {NO_WHOLE}")
     if request.max_perplexity_increase is not None and bundle.tokenizer_path is None:
         raise RequestError(f"--max-perplexity-increase: {bundle.path} has no tokenizer.json, so that no text is scored")

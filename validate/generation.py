@@ -17,7 +17,7 @@ from deepseek_trt.validate.backends.torch_watch import TorchWatcher
 from deepseek_trt.validate.cases.coverage import cover_experts
 from deepseek_trt.validate.cases.inputs import Inputs, read_inputs
 from deepseek_trt.validate.drafting import compare_drafting, drafting_script, with_drafting
-from deepseek_trt.validate.findings.narrowing import Limits, Narrowing, narrowing
+from deepseek_trt.validate.findings.narrowing import Limits, Narrowing, narrowed, narrowing
 from deepseek_trt.validate.findings.undecided import set_aside
 from deepseek_trt.validate.independent.check import Check
 from deepseek_trt.validate.pair import Pair, Side, compare, rounding_floors
@@ -43,7 +43,7 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
     inputs = read_inputs(bundle, request.text, request.seed)
     session = SessionRequest(bundle, inputs.pages, request.threads)
     runs = _Runs(session, inputs, reference_weights(bundle, weights), request.bisect, progress)
-    whole = make_reference(session, weights) if weights and bundle.manifest.is_narrow else None
+    whole = _whole_reference(session, weights)
     check = check if whole or not bundle.manifest.is_narrow else check.without(NO_WHOLE)
     independent = check.of_generation(whole or runs.reference, inputs, progress)
     cost = None if whole is None else runs.cost(whole, Limits(request.max_kl, request.max_perplexity_increase))
@@ -68,6 +68,14 @@ def compare_generation(bundle: Bundle, request: ValidateRequest, progress: Progr
         ),
         narrowing=cost,
     )
+
+
+def _whole_reference(session: SessionRequest, weights: Weights | None) -> TorchSession | None:
+    """Torch with whole weights and a whole cache, where the bundle has either otherwise and they are at hand."""
+    manifest = session.bundle.manifest
+    if manifest.is_narrow:
+        return make_reference(session, weights, whole_cache=True) if weights else None
+    return make_reference(session, weights, whole_cache=True) if manifest.cache.narrow else None
 
 
 class _Runs:
@@ -108,8 +116,8 @@ class _Runs:
         return {name: compare_drafting(name, self._session, self.reference, script) for name in made}
 
     def cost(self, whole: TorchSession, limits: Limits) -> Narrowing:
-        """What the narrow weights cost, beside a session with the whole ones."""
-        self._progress("measuring what narrow weights cost")
+        """What the narrow weights, or the narrow cache, cost, beside a session with whole ones."""
+        self._progress("measuring what narrow numbers cost")
         side = Side(
             "narrow",
             lambda seen: SessionStepper(self.reference, TorchWatcher(seen)),
@@ -117,8 +125,7 @@ class _Runs:
         )
         manifest = self._session.bundle.manifest
         (pair,) = compare([side], self._whole, manifest.model, ("hidden", *ROUTING))
-        sizes = sum(w.recipe.nbytes(manifest.dtype) for w in manifest.weights), manifest.whole_bytes
-        return narrowing(pair, manifest.narrow_formats, sizes, limits)
+        return narrowing(pair, narrowed(manifest), limits)
 
     def _floor(self) -> Pair:
         if "torch" not in self.pairs:
@@ -130,7 +137,7 @@ class _Runs:
         chosen = BACKENDS[backend]
         side = Side(
             backend,
-            lambda seen: SessionStepper(chosen.make(self._session), chosen.watch(seen) if chosen.watch else None),
+            lambda seen: SessionStepper(chosen.make(self._session), chosen.watch(seen) if chosen.watch else None, seen),
             lambda follower: SessionStepper(self.reference, follower),
         )
         (pair,) = compare([side], script, self._session.bundle.manifest.model, self._places)

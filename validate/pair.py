@@ -188,6 +188,9 @@ def _turn(side: Side, script: Script, config: ModelConfig, places: tuple[str, ..
             rounds_tokens=candidate.rounds_tokens,
         )
 
-    follower = TorchWatcher(Probes(places), seen, lambda layer: policy()(f"router_logits.{layer}").relative)
+    def allowed(place: str) -> Callable[[int], float]:
+        return lambda layer: policy()(f"{place}.{layer}").relative
+
+    follower = TorchWatcher(Probes(places), seen, allowed("router_logits"), allowed("latents"))
     reference = Runner(REFERENCE, functools.partial(side.reference, follower), script)
     return _Turn(candidate, reference, seen, follower, policy)

@@ -72,6 +72,8 @@ def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
     """The flavour that builds, once all that is knowable before kernels are compiled is right; BuildError otherwise."""
     if spec.weights == "embedded" and bundle.manifest.by_reference:
         raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
+    if bundle.manifest.engines_refusal:
+        raise BuildError(f"{bundle.path}: {bundle.manifest.engines_refusal}")
     if bundle.manifest.speculation is not None:
         raise BuildError(
             f"{bundle.path} was exported with --mtp, and of the graphs with hidden states and the graph mtp no engines "

@@ -43,7 +43,9 @@ def check_memory(needed: int, what: str, mend: str) -> None:
 
 def _check_assembled(bundle: Bundle, nbytes: int) -> None:
     manifest = bundle.manifest
-    mapped = generate_mapped(manifest.model, manifest.dtype, [weight.recipe for weight in manifest.weights])
+    mapped = generate_mapped(
+        manifest.model, manifest.dtype, [weight.recipe for weight in manifest.weights], manifest.interface.cache_dtype
+    )
     check_memory(
         nbytes,
         f"{bundle.path} takes its weights by reference, and to assemble them (experts are stacked) takes",

@@ -16,12 +16,13 @@ import onnxruntime as ort
 from deepseek_trt.engines.sessions.door import Door, check_cache_memory
 from deepseek_trt.engines.sessions.huge_pages import Progress, zeros
 from deepseek_trt.engines.sessions.loading import load_weights, weights_fit
+from deepseek_trt.engines.sessions.pools import fill_pools, shapes_of
 from deepseek_trt.engines.sessions.prepared import fused_graph
 from deepseek_trt.engines.sessions.session import GraphPair, widening_note
 from deepseek_trt.engines.sessions.threads import check_threads
-from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
+from deepseek_trt.export.arrays import Array, Arrays, Floats
 from deepseek_trt.export.bundle.folder import WEIGHTS_FILE, Bundle
-from deepseek_trt.export.bundle.graph import LAST_HIDDEN, GraphSpec, past_name, present_name
+from deepseek_trt.export.bundle.graph import LAST_HIDDEN, GraphSpec
 from deepseek_trt.export.bundle.proof import no_progress
 from deepseek_trt.export.dtypes import computed_in, dtype_of
 from deepseek_trt.export.errors import BackendError, BundleError
@@ -38,6 +39,7 @@ _DTYPES = {  # ONNX Runtime's names
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
+    "tensor(int8)": "int8",
     "tensor(int32)": "int32",
     "tensor(int64)": "int64",
 }
@@ -146,7 +148,7 @@ class _BoundSession(GraphPair):
         if place.device == "cpu":
             check_cache_memory(self.cache, pages)
         self.pages, self.vocab_size, self.library = pages, bundle.manifest.model.vocab_size, library
-        self._shape, self._dtype = (pages, cache.page_size, cache.latent_dim), np.dtype(numpy_dtype(self.cache.dtype))
+        self._shapes = shapes_of(self.cache, pages)
         self._place, self.drafts = place, bundle.manifest.speculation is not None
 
     def _bind(self, bundle: Bundle, graphs: dict[str, ort.InferenceSession], pools: list[ort.OrtValue]) -> None:
@@ -154,11 +156,15 @@ class _BoundSession(GraphPair):
             _check_inputs(bundle, bundle.graph(name).as_computed(), graph)
         self._graphs, self._pools = graphs, pools
         self._bindings = {name: graph.io_binding() for name, graph in graphs.items()}
+        named = list(zip(self.cache.pool_names, pools, strict=True))
         for name, binding in self._bindings.items():
-            own = range(len(pools) - 1, len(pools)) if name == "mtp" else range(len(pools) - self.drafts)
-            for layer in own:
-                binding.bind_ortvalue_input(past_name(layer), pools[layer])
-                binding.bind_ortvalue_output(present_name(layer), pools[layer])
+            for past, pool in named[-1:] if name == "mtp" else named[: len(named) - self.drafts]:
+                binding.bind_ortvalue_input(past, pool)
+                binding.bind_ortvalue_output(past.replace("past_key_values", "present"), pool)
+
+    def _of_layer(self, layer: int) -> slice:
+        each = len(self.cache.pools)
+        return slice(layer * each, (layer + 1) * each)
 
     def compute(self, graph: str, feeds: Arrays) -> Floats:
         binding = self._bindings[graph]
@@ -221,7 +227,7 @@ class OrtSession(_BoundSession):
             library.reason,
         )
         self.note = "; ".join(filter(None, words))
-        self._arrays = [zeros(self._shape, self._dtype) for _ in range(self.cache.layers)]
+        self._arrays = [zeros(shape, dtype) for shape, dtype in self._shapes]
         self._bind(bundle, graphs, [ort.OrtValue.ortvalue_from_numpy(array) for array in self._arrays])
 
     @property
@@ -231,8 +237,8 @@ class OrtSession(_BoundSession):
     def experts_hit(self) -> ExpertsHit:
         return self._count() if self._count else super().experts_hit()
 
-    def pool(self, layer: int) -> Array:
-        return self._arrays[layer]
+    def pools(self, layer: int) -> tuple[Array, ...]:
+        return tuple(self._arrays[self._of_layer(layer)])
 
     def _open(self, bundle: Bundle, name: str, threads: int, memory: Memory) -> tuple[ort.InferenceSession, list[str]]:
         """The graph, and the names of the custom operators that are run as exported though others are compiled."""
@@ -266,17 +272,18 @@ class OrtCudaSession(_BoundSession):
         self.note = f"{words}ONNX Runtime's {place.provider}"
         weights, names = referred_weights(bundle), [str(graph.name) for graph in bundle.manifest.graphs]
         graphs = {name: open_graph(bundle, name, threads, given=weights, place=place) for name in names}
-        zeroed = (np.zeros(self._shape, self._dtype) for _ in range(self.cache.layers))
+        zeroed = (np.zeros(shape, dtype) for shape, dtype in self._shapes)
         self._bind(bundle, graphs, [ort.OrtValue.ortvalue_from_numpy(a, place.device, place.ordinal) for a in zeroed])
 
-    def pool(self, layer: int) -> Array:
-        """A copy of the layer's pool."""
-        pool: Array = self._pools[layer].numpy()
-        return pool
+    def pools(self, layer: int) -> tuple[Array, ...]:
+        """Copies of the layer's pools."""
+        return tuple(pool.numpy() for pool in self._pools[self._of_layer(layer)])
 
     def fill(self, value: float) -> None:
-        for pool in self._pools:
-            pool.update_inplace(np.full(self._shape, value, self._dtype))
+        for pool, (shape, dtype) in zip(self._pools, self._shapes, strict=True):
+            filled = np.empty(shape, dtype)
+            fill_pools([filled], value)
+            pool.update_inplace(filled)
 
 
 def _check_inputs(bundle: Bundle, graph: GraphSpec, session: ort.InferenceSession) -> None:

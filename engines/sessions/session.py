@@ -9,6 +9,7 @@ import numpy as np
 
 from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.engines.sessions.holding import Holding
+from deepseek_trt.engines.sessions.pools import fill_pools, numbers_of
 from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.graph import PREVIOUS_HIDDEN, CacheSpec
 from deepseek_trt.export.dtypes import computed_in
@@ -74,12 +75,20 @@ class Session(Protocol):
         return None
 
     def pool(self, layer: int) -> Array:
-        """The layer's page pool [P, page, D] as it is now; a view where it can be one."""
+        """The layer's page pool [P, page, D] as it is now; a view where it can be one.
+
+        Of a narrow cache, a copy of the numbers that it stands for.
+        """
+        return numbers_of(self.cache, self.pools(layer))
+
+    def pools(self, layer: int) -> tuple[Array, ...]:
+        """The layer's pools as they are stored, in the cache's order; views where they can be."""
+        return (self.pool(layer),)
 
     def fill(self, value: float) -> None:
         """Set every number of every pool."""
         for layer in range(self.cache.layers):
-            self.pool(layer)[:] = value
+            fill_pools(self.pools(layer), value)
 
     def experts_hit(self) -> ExpertsHit:
         """What all decode steps so far have read of routed experts; zeros where that is not counted."""

@@ -14,6 +14,7 @@ from deepseek_trt.engines.sessions.loading import check_memory
 from deepseek_trt.engines.sessions.session import GraphPair
 from deepseek_trt.export.arrays import Array, Arrays, Floats
 from deepseek_trt.export.bundle.folder import Bundle, WeightRecord
+from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.bundle.recipes import EMBEDDINGS, LM_HEAD
 from deepseek_trt.export.bundle.weights import WeightReader
 from deepseek_trt.export.dtypes import dtype_bytes
@@ -30,17 +31,26 @@ class TorchSession(GraphPair):
 
     backend = "torch"
 
-    def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32", weights: Weights | None = None) -> None:
-        """`weights` gives a graph tensor by its name; None takes the bundle's own."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        pages: int,
+        dtype: str = "float32",
+        weights: Weights | None = None,
+        whole_cache: bool = False,
+    ) -> None:
+        """`weights` gives a graph tensor by its name; None takes the bundle's own. With `whole_cache` the cache is
+        whole though the bundle's is narrow.
+        """
         self.note = "" if dtype == bundle.manifest.dtype else f"{bundle.manifest.dtype} weights, computed in {dtype}"
-        self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
+        self.cache = computed_cache(bundle, dtype, whole_cache)
         self.pages, self.door = pages, Door.of(bundle, pages)
         check_cache_memory(self.cache, pages)
         self.model = load_model(bundle, dtype, weights)
+        self.model.model.cache_as(self.cache.narrow)
         self._describe(bundle)
         self.mtp = load_mtp(bundle, self.model, dtype, weights) if self.drafts else None
-        shape = (pages, self.cache.page_size, self.cache.latent_dim)
-        self._pools = [torch.zeros(shape, dtype=getattr(torch, dtype)) for _ in range(self.cache.layers)]
+        self._pools = empty_pools(self.cache, pages)
 
     def _describe(self, bundle: Bundle) -> None:
         self.drafts, self._interface = bundle.manifest.speculation is not None, bundle.manifest.interface
@@ -56,12 +66,26 @@ class TorchSession(GraphPair):
             self.hidden = _floats(states[0])
         return _floats(logits)
 
-    def pool(self, layer: int) -> Array:
-        """A view in float32, a copy in other dtypes."""
-        return _floats(self._pools[layer])
+    def pools(self, layer: int) -> tuple[Array, ...]:
+        """Views of codes and of float32, copies of other dtypes."""
+        each = len(self.cache.pools)
+        own = self._pools[layer * each : (layer + 1) * each]
+        return tuple(pool.numpy() if pool.dtype == torch.int8 else _floats(pool) for pool in own)
 
     def fill(self, value: float) -> None:
-        self._pools = [torch.full_like(pool, value) for pool in self._pools]
+        self._pools = [torch.full_like(p, 127 if p.dtype == torch.int8 else value) for p in self._pools]
+
+
+def computed_cache(bundle: Bundle, dtype: str, whole: bool = False) -> CacheSpec:
+    """The bundle's cache where torch computes in `dtype`."""
+    cache = bundle.manifest.cache
+    return dataclasses.replace(cache, dtype=dtype, narrow=None if whole else cache.narrow)
+
+
+def empty_pools(cache: CacheSpec, pages: int) -> list[torch.Tensor]:
+    """All pools, layer by layer."""
+    each = [((pages, cache.page_size, pool.width), getattr(torch, pool.dtype)) for pool in cache.pools]
+    return [torch.zeros(shape, dtype=dtype) for shape, dtype in each * cache.layers]
 
 
 def load_model(bundle: Bundle, dtype: str, weights: Weights | None = None) -> DeepseekV2:

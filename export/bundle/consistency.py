@@ -93,7 +93,7 @@ def _flaws_of_interface(manifest: Manifest) -> Iterator[str]:
         yield f"classifier does not belong to the task {interface.task}"
     if classifier and classifier.problem_type not in (None, *PROBLEM_TYPES):
         yield f"classifier.problem_type {classifier.problem_type!r} is none of {', '.join(PROBLEM_TYPES)}"
-    wanted = CacheSpec.of(manifest.model, manifest.dtype, cache.page_size, interface.mtp)
+    wanted = CacheSpec.of(manifest.model, manifest.dtype, cache.page_size, interface.mtp, interface.cache_dtype)
     if not 1 <= cache.page_size <= MAX_SIZE or cache != wanted:
         yield f"cache is not that of the model: {cache}"
         return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, DEFAULT, FEATURES, TRANSFORMERS, Interface
+from deepseek_trt.export.bundle.narrow_cache import NarrowCache
 from deepseek_trt.export.config.limits import TENSORRT_MOST_NUMBERS
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import computed_in, dtype_bytes
@@ -34,18 +36,57 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class CachePool:
+    """One of a layer's pools [pages, page_size, width]: the last part of its name, and the dtype."""
+
+    part: str
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class CacheSpec:
-    """The paged latent cache: one pool [pages, page_size, latent_dim] a layer, page 0 scratch."""
+    """The paged latent cache: one pool [pages, page_size, latent_dim] a layer, page 0 scratch.
+
+    A narrow one has two pools a layer, of codes, and of rope parts and scales.
+    """
 
     layers: int
     page_size: int
     latent_dim: int
     dtype: str
+    narrow: NarrowCache | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: str, page_size: int = DEFAULT_PAGE_SIZE, mtp: bool = False) -> CacheSpec:
-        """With `mtp`, the layer that drafts has the last pool."""
-        return cls(config.num_hidden_layers + mtp, page_size, config.latent_dim, dtype)
+    def of(
+        cls,
+        config: ModelConfig,
+        dtype: str,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        mtp: bool = False,
+        cache_dtype: str = "",
+    ) -> CacheSpec:
+        """With `mtp`, the layer that drafts has the last pool. `cache_dtype` is Interface's."""
+        narrow = NarrowCache.of(config, cache_dtype)
+        return cls(config.num_hidden_layers + mtp, page_size, config.latent_dim, dtype, narrow)
+
+    @property
+    def pools(self) -> tuple[CachePool, ...]:
+        """Those of each layer, in order."""
+        if self.narrow is None:
+            return (CachePool("latent", self.latent_dim, self.dtype),)
+        rest = self.latent_dim - self.narrow.rank + self.narrow.groups
+        return CachePool("latent", self.narrow.rank, "int8"), CachePool("rope", rest, self.dtype)
+
+    @property
+    def pool_names(self) -> tuple[str, ...]:
+        """The inputs of all layers' pools, in order, the layer that drafts included."""
+        return tuple(past_name(layer, pool.part) for layer in range(self.layers) for pool in self.pools)
+
+    @property
+    def format(self) -> str:
+        """What latents are held as: a format of codes, or the dtype."""
+        return self.narrow.format if self.narrow else self.dtype
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens of one sequence."""
@@ -54,7 +95,7 @@ class CacheSpec:
     @property
     def most_pages(self) -> int:
         """Pages of the largest pool that TensorRT takes as one tensor, page 0 included."""
-        return TENSORRT_MOST_NUMBERS // (self.page_size * self.latent_dim)
+        return TENSORRT_MOST_NUMBERS // (self.page_size * max(pool.width for pool in self.pools))
 
     def longest(self, rows: int) -> int:
         """The most tokens that each of `rows` sequences may have in the largest pool that TensorRT takes; maybe 0."""
@@ -63,7 +104,7 @@ class CacheSpec:
     @property
     def bytes_per_token(self) -> int:
         """Cache bytes that one token takes in all layers together."""
-        return self.layers * self.latent_dim * dtype_bytes(self.dtype)
+        return self.layers * sum(pool.width * dtype_bytes(pool.dtype) for pool in self.pools)
 
 
 @dataclass(frozen=True)
@@ -88,12 +129,12 @@ class GraphSpec:
         return GraphSpec(self.name, computed(self.inputs), computed(self.outputs))
 
 
-def past_name(layer: int) -> str:
-    return f"past_key_values.{layer}.latent"
+def past_name(layer: int, part: str = "latent") -> str:
+    return f"past_key_values.{layer}.{part}"
 
 
-def present_name(layer: int) -> str:
-    return f"present.{layer}.latent"
+def present_name(layer: int, part: str = "latent") -> str:
+    return f"present.{layer}.{part}"
 
 
 def hidden_name(index: int) -> str:
@@ -112,9 +153,12 @@ def graphs_of(
         return (_masked(config, cache, interface, num_labels),)
     lengths = TensorSpec("sequence_lengths", "int32", (BATCH,))
     layers = range(config.num_hidden_layers if interface.cache else 0)
-    pool = (PAGES, cache.page_size, cache.latent_dim)
-    past = [TensorSpec(past_name(i), cache.dtype, pool) for i in layers]
-    present = [TensorSpec(present_name(i), cache.dtype, pool) for i in layers]
+
+    def pools(name: Callable[[int, str], str]) -> list[TensorSpec]:
+        each = [(p.part, p.dtype, (PAGES, cache.page_size, p.width)) for p in cache.pools]
+        return [TensorSpec(name(i, part), dtype, dims) for i in layers for part, dtype, dims in each]
+
+    past, present = pools(past_name), pools(present_name)
 
     def graph(name: GraphName, *places: TensorSpec) -> GraphSpec:
         inputs = (_tokens(config, cache, interface), *places, *past)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deepseek_trt.export.bundle.narrow_cache import CACHE_DTYPES
 from deepseek_trt.export.errors import ConfigError
 
 GENERATION, FEATURES, CLASSIFICATION = TASKS = ("text-generation", "feature-extraction", "text-classification")
@@ -17,7 +18,8 @@ class Interface:
     io "native" has the paged cache and rows by length; "transformers" has a contiguous cache, an attention_mask and
     the names of transformers and optimum. logits_to_keep: None gives each row's last real token, 0 all tokens, K the
     last K. cache says whether there is one: a classifier has none. mtp has prefill and decode give hidden states, and
-    adds the graph of the layer that drafts with them.
+    adds the graph of the layer that drafts with them. cache_dtype is the format of the codes that latents are cached
+    as, empty where the cache is whole.
     """
 
     task: str = GENERATION
@@ -27,6 +29,7 @@ class Interface:
     hidden_states: bool = False
     logits_to_keep: int | None = None
     mtp: bool = False
+    cache_dtype: str = ""
 
     @property
     def all_logits(self) -> bool:
@@ -49,6 +52,15 @@ class Interface:
             raise ConfigError(f"--no-cache is for --task {FEATURES}: {GENERATION} decodes from a cache")
         if self.cache and self.task == CLASSIFICATION:
             raise ConfigError(f"{CLASSIFICATION} has no cache: a row is classified in one pass")
+        if self.cache_dtype and self.cache_dtype not in CACHE_DTYPES:
+            raise ConfigError(f"--cache-dtype {self.cache_dtype!r}: must be one of {', '.join(CACHE_DTYPES)}")
+        if self.cache_dtype and self.why_no_generation:
+            raise ConfigError(
+                "--cache-dtype is for runs of this package that generate text, from token ids: leave it out, or "
+                "--task, --io, --inputs-embeds and --logits-to-keep"
+            )
+        if self.cache_dtype and self.mtp:
+            raise ConfigError("--mtp drafts over a whole cache: leave out --cache-dtype or --mtp")
         if self.mtp and self.why_no_generation:
             raise ConfigError(
                 "--mtp drafts for runs of this package that generate text, from token ids: leave it out, or --task, "

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.bundle.narrow import FORMATS, Quantization
+from deepseek_trt.export.bundle.narrow_cache import NO_NARROW_CACHE_ENGINES
 from deepseek_trt.export.bundle.recipes import EXPERTS, Dropped, Recipe
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import dtype_bytes
@@ -29,7 +30,7 @@ from deepseek_trt.export.writing.working import aside, remove_leftover
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"  # where the bundle holds its weights itself
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 _OWN = "sha256"  # the key of the manifest's own
 
 
@@ -136,6 +137,11 @@ class Manifest:
         return self.quantization is not None
 
     @property
+    def engines_refusal(self) -> str:
+        """Why TensorRT takes no graphs of this form, and what to do; nothing where it does."""
+        return NO_NARROW_CACHE_ENGINES if self.cache.narrow else ""
+
+    @property
     def narrow_formats(self) -> tuple[str, ...]:
         """Of the weights that are codes and scales."""
         return tuple(sorted({w.recipe.narrow.format for w in self.weights if w.recipe.narrow is not None}))
@@ -146,7 +152,9 @@ class Manifest:
         `left` names the nodes of a graph that they do not compute.
         """
         takes_integers = any(not FORMATS[name].is_blocks for name in self.narrow_formats)
-        return takes_integers and len({name for name in left if "Narrow" in name}) < self._narrow_nodes
+        return (
+            takes_integers and len({n for n in left if "Narrow" in n and not n.startswith("Mla")}) < self._narrow_nodes
+        )
 
     @property
     def _narrow_nodes(self) -> int:

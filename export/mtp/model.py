@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.model import Layer, Linear, RmsNorm, Rope, last_tokens
+from deepseek_trt.export.model import Layer, Linear, RmsNorm, Rope, last_tokens, side_by_side
 
 
 class SharedHead(nn.Module):
@@ -96,4 +96,4 @@ class Mtp(nn.Module):
         x = last_tokens(x.view(*input_ids.shape, -1), sequence_lengths)[:, 0]  # [B, hidden]
         hidden = self.layer.shared_head.norm(x)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight).float(), hidden.float(), [present]
+        return F.linear(hidden, head.weight).float(), hidden.float(), side_by_side([present])

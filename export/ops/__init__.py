@@ -1,5 +1,7 @@
 """The custom ops, one file each; OPS lists them all and `register` makes them known to torch."""
 
+from deepseek_trt.export.ops.cache.mla_decode_narrow import MLA_DECODE_NARROW
+from deepseek_trt.export.ops.cache.mla_prefill_narrow import MLA_PREFILL_NARROW
 from deepseek_trt.export.ops.linear_narrow import LINEAR_NARROW
 from deepseek_trt.export.ops.mla_decode import MLA_DECODE
 from deepseek_trt.export.ops.mla_prefill import MLA_PREFILL
@@ -17,4 +19,6 @@ OPS: tuple[OpSpec, ...] = (
     MOE_EXPERTS,
     LINEAR_NARROW,
     MOE_EXPERTS_NARROW,
+    MLA_PREFILL_NARROW,
+    MLA_DECODE_NARROW,
 )

@@ -31,16 +31,21 @@ def mla_decode(
 
     Rows of `attended` at s >= sequence_lengths[b] are finite but mean nothing.
     """
-    steps = query.shape[1]
     present = paging.write_latents(past_latent, latent, page_table, past_lengths, sequence_lengths)
     latents = paging.read_latents(present, page_table, past_lengths + sequence_lengths)  # [B, T, D]
+    return attend(query, latents, past_lengths, scale, kv_lora_rank), present
+
+
+def attend(query: Tensor, latents: Tensor, past_lengths: Tensor, scale: float, kv_lora_rank: int) -> Tensor:
+    """The sums [B, S, H, L] of the latents [B, T, D] that each query sees."""
+    steps = query.shape[1]
     scores = (query.flatten(1, 2) @ latents.transpose(1, 2)).float() * scale  # [B, S * H, T]
     positions = past_lengths.long()[:, None] + torch.arange(steps, device=query.device)  # [B, S]
     future = torch.arange(latents.shape[1], device=query.device) > positions[:, :, None]  # [B, S, T]
     hidden = future.repeat_interleave(query.shape[2], 1)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     attended = weights.to(query.dtype) @ latents[..., :kv_lora_rank]  # [B, S * H, L]
-    return attended.unflatten(1, query.shape[1:3]), present
+    return attended.unflatten(1, query.shape[1:3])
 
 
 def _fake(query: Tensor, latent: Tensor, past_latent: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -54,6 +59,13 @@ def _body(attributes: Mapping[str, Any]) -> str:
     new = Cast <to = 7> (sequence_lengths)
     {paging.WRITE_BODY}
     {paging.READ_BODY}
+    {attend_body(attributes)}
+"""
+
+
+def attend_body(attributes: Mapping[str, Any]) -> str:
+    """From query and what READ_BODY gives to attended."""
+    return f"""
     steps_and_heads = Shape <start = 1, end = 3> (query)
     rows_of_queries = Concat <axis = 0> (keep_batch, latent_dim)
     queries = Reshape (query, rows_of_queries)

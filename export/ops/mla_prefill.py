@@ -31,9 +31,14 @@ def mla_prefill(
 
     Rows of `attended` at s >= sequence_lengths[b] are finite but mean nothing.
     """
-    nope, rank = w_uk.shape[1:]
     present = paging.write_latents(past_latent, latent, page_table, past_lengths, sequence_lengths)
     latents = paging.read_latents(present, page_table, past_lengths + sequence_lengths)  # [B, T, D]
+    return attend(query, latents, past_lengths, w_uk, w_uv, scale), present
+
+
+def attend(query: Tensor, latents: Tensor, past_lengths: Tensor, w_uk: Tensor, w_uv: Tensor, scale: float) -> Tensor:
+    """The sums [B, S, H * V] of the values that each query sees, expanded from latents [B, T, D]."""
+    nope, rank = w_uk.shape[1:]
     c, k_rope = latents[:, None, :, :rank], latents[:, None, :, rank:]  # [B, 1, T, L], [B, 1, T, R]
     k_nope, value = c @ w_uk.transpose(1, 2), c @ w_uv.transpose(1, 2)  # [B, H, T, N], [B, H, T, V]
     q_nope, q_rope = query.transpose(1, 2).split([nope, query.shape[-1] - nope], dim=-1)  # [B, H, S, .]
@@ -43,7 +48,7 @@ def mla_prefill(
     future = torch.arange(latents.shape[1], device=query.device) > positions[:, :, None]  # [B, S, T]
     weights = scores.masked_fill(future[:, None], -torch.inf).softmax(-1)
     attended = weights.to(query.dtype) @ value  # [B, H, S, V]
-    return attended.transpose(1, 2).flatten(2), present
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _fake(query: Tensor, latent: Tensor, past_latent: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -58,6 +63,13 @@ def _body(attributes: Mapping[str, Any]) -> str:
     new = Cast <to = 7> (sequence_lengths)
     {paging.WRITE_BODY}
     {paging.READ_BODY}
+    {attend_body(attributes)}
+"""
+
+
+def attend_body(attributes: Mapping[str, Any]) -> str:
+    """From query, w_uk, w_uv and what READ_BODY gives to attended."""
+    return f"""
     rank = Shape <start = 2> (w_uk)
     nope = Shape <start = 1, end = 2> (w_uk)
     latents_4d = Unsqueeze (latents, axis_1)

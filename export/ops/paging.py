@@ -40,8 +40,8 @@ CONSTANTS_BODY = """
     lowest = Constant <value_float = -3.0e38> ()
 """
 
-# From past_latent, latent, page_table, past_lengths, new [B] to present_latent; also table, past, positions.
-WRITE_BODY = """
+# From past_latent, latent, page_table, past_lengths, new [B] to slots; also table, past, positions.
+PLACES_BODY = """
     table = Cast <to = 7> (page_table)
     past = Cast <to = 7> (past_lengths)
     past_column = Unsqueeze (past, axis_1)
@@ -62,16 +62,15 @@ WRITE_BODY = """
     page_index = Unsqueeze (page_real, last_axis)
     offset_index = Unsqueeze (offset, last_axis)
     slots = Concat <axis = -1> (page_index, offset_index)
+"""
+
+# The same and present_latent.
+WRITE_BODY = f"""{PLACES_BODY}
     present_latent = ScatterND (past_latent, slots, latent)
 """
 
-# From present_latent, table, past and new [B] to latents [B, T, D] and is_cached [B, T].
-READ_BODY = """
-    pages = Gather <axis = 0> (present_latent, table)
-    latent_dim = Shape <start = 2> (past_latent)
-    keep_batch = Constant <value_ints = [0, -1]> ()
-    rows_shape = Concat <axis = 0> (keep_batch, latent_dim)
-    rows = Reshape (pages, rows_shape)
+# From rows [B, T, D], past and new [B] to latents, which are zero where nothing is cached, and is_cached [B, T].
+LIVE_BODY = """
     rows_dim = Shape <start = 1, end = 2> (rows)
     capacity = Squeeze (rows_dim)
     times = Range (zero, capacity, one)
@@ -81,4 +80,14 @@ READ_BODY = """
     is_cached_row = Unsqueeze (is_cached, last_axis)
     empty = CastLike (zero, rows)
     latents = Where (is_cached_row, rows, empty)
+"""
+
+# The same from present_latent and table.
+READ_BODY = f"""
+    pages = Gather <axis = 0> (present_latent, table)
+    latent_dim = Shape <start = 2> (past_latent)
+    keep_batch = Constant <value_ints = [0, -1]> ()
+    rows_shape = Concat <axis = 0> (keep_batch, latent_dim)
+    rows = Reshape (pages, rows_shape)
+    {LIVE_BODY}
 """

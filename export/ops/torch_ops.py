@@ -19,6 +19,8 @@ TORCH_OPS: dict[str, CustomOpDef] = {spec.name: _register(spec) for spec in OPS}
 
 mla_prefill = TORCH_OPS["MlaPrefill"]
 mla_decode = TORCH_OPS["MlaDecode"]
+mla_prefill_narrow = TORCH_OPS["MlaPrefillNarrow"]
+mla_decode_narrow = TORCH_OPS["MlaDecodeNarrow"]
 moe_biased_router = TORCH_OPS["MoeBiasedRouter"]
 moe_router = TORCH_OPS["MoeRouter"]
 moe_experts = TORCH_OPS["MoeExperts"]

@@ -6,6 +6,7 @@ It works on prefill and decode. What it does not recognise stays as it was expor
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -19,22 +20,36 @@ from deepseek_trt.plugins.cpu.operators import (
     ANGLES,
     ATTENTION,
     ATTENTION_FLOAT16,
+    ATTENTION_NARROW,
+    ATTENTION_NARROW_FLOAT16,
+    CACHE_FORMATS,
     CPU_DOMAIN,
     FEED_FORWARD,
     HEAD,
     PREFILL_ATTENTION,
     PREFILL_ATTENTION_FLOAT16,
+    PREFILL_ATTENTION_NARROW,
+    PREFILL_ATTENTION_NARROW_FLOAT16,
     PREFILL_FEED_FORWARD,
     Attributes,
     Operator,
 )
 from deepseek_trt.plugins.cpu.patterns import Found, match, uncast
 
-# By the cache's type.
-_ATTENTIONS: dict[ir.DataType | None, Operator] = {ir.DataType.FLOAT: ATTENTION, ir.DataType.FLOAT16: ATTENTION_FLOAT16}
-_PREFILL_ATTENTIONS: dict[ir.DataType | None, Operator] = {
-    ir.DataType.FLOAT: PREFILL_ATTENTION,
-    ir.DataType.FLOAT16: PREFILL_ATTENTION_FLOAT16,
+_Pools = tuple[ir.DataType | None, ...]
+_FLOAT, _FLOAT16, _INT8 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8
+# By the types of the cache's pools.
+_ATTENTIONS: dict[_Pools, Operator] = {
+    (_FLOAT,): ATTENTION,
+    (_FLOAT16,): ATTENTION_FLOAT16,
+    (_INT8, _FLOAT): ATTENTION_NARROW,
+    (_INT8, _FLOAT16): ATTENTION_NARROW_FLOAT16,
+}
+_PREFILL_ATTENTIONS: dict[_Pools, Operator] = {
+    (_FLOAT,): PREFILL_ATTENTION,
+    (_FLOAT16,): PREFILL_ATTENTION_FLOAT16,
+    (_INT8, _FLOAT): PREFILL_ATTENTION_NARROW,
+    (_INT8, _FLOAT16): PREFILL_ATTENTION_NARROW_FLOAT16,
 }
 
 
@@ -57,7 +72,7 @@ class FuseForCpu(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        decodes = any(node.op_type == "MlaDecode" for node in graph)
+        decodes = any(node.op_type.startswith("MlaDecode") for node in graph)
         for node in list(graph):
             if node.op_type == "Add":
                 self._fuse_half(graph, node, FEED_FORWARD if decodes else PREFILL_FEED_FORWARD)
@@ -72,8 +87,8 @@ class FuseForCpu(ir.passes.InPlacePass):
     def _fuse_half(self, graph: ir.Graph, node: ir.Node, feed_forward: Operator) -> None:
         out = node.outputs[0]
         for pattern, operators in ((halves.ATTENTION, _ATTENTIONS), (halves.PREFILL_ATTENTION, _PREFILL_ATTENTIONS)):
-            if (found := match(pattern, out)) and found["past"].dtype in operators and _same_dims(found):
-                return self._attention(graph, node, operators[found["past"].dtype], found)
+            if (found := match(pattern, out)) and _pools(found) in operators and _same_dims(found):
+                return self._attention(graph, node, operators[_pools(found)], found)
         if (found := match(halves.FEED_FORWARD, out)) and _routed_together(found):
             self._feed_forward(graph, node, feed_forward, found)
 
@@ -85,9 +100,13 @@ class FuseForCpu(ir.passes.InPlacePass):
             "eps": _epsilon(f["norm"]),
             "latent_eps": _epsilon(f["kv_norm"]),
         }
+        if "past_rope" in f:
+            attributes["cache_format"] = CACHE_FORMATS.index(mla.attributes["format"].as_string())
+            attributes["cache_group"] = mla.attributes["group"].as_int()
         node = self._insert(graph, at, operator, f, attributes)
         if node is not None:
-            _move(mla.outputs[1], node.outputs[1])
+            for old, new in zip(mla.outputs[1:], node.outputs[1:], strict=True):
+                _move(old, new)
 
     def _feed_forward(self, graph: ir.Graph, at: ir.Node, operator: Operator, f: Found) -> None:
         attributes: dict[str, float | int] = {"eps": _epsilon(f["norm"]), "shared": int("shared_down" in f)}
@@ -208,14 +227,32 @@ def _routing(router: ir.Node) -> dict[str, float | int]:
     }
 
 
+def _pools(f: Found) -> _Pools:
+    """Types of the cache's pools."""
+    return tuple(f[name].dtype for name in ("past", "past_rope") if name in f)
+
+
+def _rope_width(f: Found) -> Any:
+    """Of the rope part, as the cache and the format have it; None where they do not fit together."""
+    past, w_uk = f["past"].shape, f["w_uk"].shape
+    if past is None or w_uk is None:
+        return None
+    if "past_rope" not in f:
+        return past[2] - w_uk[2]
+    mla, rest = _producer(f["attended"]).attributes, f["past_rope"].shape
+    group = mla["group"].as_int()
+    fits = mla["format"].as_string() in CACHE_FORMATS[1:] and past[2] == w_uk[2] and group > 0 and past[2] % group == 0
+    return rest[2] - past[2] // group if rest is not None and fits else None
+
+
 def _same_dims(f: Found) -> bool:
     """Whether the slices of the query are its parts without and with rope, in this order."""
     query, w_uk, nope = f["query"].shape, f["w_uk"].shape, f["q_nope"].shape
-    rope, past = f["q_rope"].shape, f["past"].shape
-    if query is None or w_uk is None or nope is None or rope is None or past is None:
+    rope = f["q_rope"].shape
+    if query is None or w_uk is None or nope is None or rope is None:
         return False
     same_heads = query[2] == w_uk[0]
-    return same_heads and nope[3] == w_uk[1] and rope[3] == past[2] - w_uk[2] and query[3] == nope[3] + rope[3]
+    return same_heads and nope[3] == w_uk[1] and rope[3] == _rope_width(f) and query[3] == nope[3] + rope[3]
 
 
 def _routed_together(f: Found) -> bool:

@@ -60,16 +60,21 @@ _LATENT = Op(
     ),
     {"axis": -1},
 )
-_MLA = Op("MlaDecode", (_ABSORBED_QUERY, _LATENT, "past", "page_table", "past_lengths", LENGTHS), name="attended")
+_PLACES = ("page_table", "past_lengths", LENGTHS)
+
+
+def _attended(op: str, query: Op, *more: str) -> OneOf:
+    """Attention over a whole cache or a narrow one."""
+    whole = Op(op, (query, _LATENT, "past", *_PLACES, *more), name="attended")
+    return OneOf((whole, Op(f"{op}Narrow", (query, _LATENT, "past", "past_rope", *_PLACES, *more), name="attended")))
+
+
+_MLA = _attended("MlaDecode", _ABSORBED_QUERY)
 _BY_HEAD = Op("Transpose", (Op("Reshape", (_MLA, None)),), {"perm": (1, 0, 2)})
 _VALUE = Op("MatMul", (_BY_HEAD, Op("Transpose", ("w_uv",), {"perm": (0, 2, 1)})))
 ATTENTION = Op("Add", ("x", _linear(Op("Reshape", (Op("Transpose", (_VALUE,), {"perm": (1, 0, 2)}), None)), "o")))
 _EXPANDED_QUERY = Op("Concat", (_Q_NOPE, Op("Reshape", (_ROTATED, None))), {"axis": -1})
-_MLA_PREFILL = Op(
-    "MlaPrefill",
-    (_EXPANDED_QUERY, _LATENT, "past", "page_table", "past_lengths", LENGTHS, "w_uk", "w_uv"),
-    name="attended",
-)
+_MLA_PREFILL = _attended("MlaPrefill", _EXPANDED_QUERY, "w_uk", "w_uv")
 PREFILL_ATTENTION = Op("Add", ("x", _linear(Op("Reshape", (_MLA_PREFILL, None)), "o")))
 
 _GATE, _UP = _linear(_X, "shared_gate"), _linear(_X, "shared_up")

@@ -10,13 +10,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 CPU_DOMAIN = "deepseek_trt.cpu"
+CACHE_FORMATS = ("", "int8", "fp8")  # as csrc/args.h numbers them
 ACTIVATIONS = ("silu", "relu", "gelu", "gelu_pytorch_tanh")  # in a node, an activation is its place here
 
 Attributes = Mapping[str, float | int]
-DType = Literal["float32", "float16", "int32", "weights", "linear"]
+DType = Literal["float32", "float16", "int32", "int8", "weights", "linear"]
 
 _GENERATED = "// Made from plugins/cpu/operators.py when the library is built; changes here are lost.\n#pragma once\n"
-_ORT_TYPES = {"float32": "ort::FLOAT", "float16": "ort::FLOAT16", "int32": "ort::INT32", "weights": "ort::UNDEFINED"}
+_ORT_TYPES = {
+    "float32": "ort::FLOAT",
+    "float16": "ort::FLOAT16",
+    "int32": "ort::INT32",
+    "int8": "ort::INT8",
+    "weights": "ort::UNDEFINED",
+}
 _CPP_TYPES = {"int": "int64_t", "float": "float"}
 
 
@@ -75,10 +82,12 @@ def _attributes(names: str, type: Literal["int", "float"] = "int", *only_with: s
     return tuple(Attribute(name, type, only_with) for name in names.split(", "))
 
 
-def _attention(name: str, cache: DType) -> Operator:
+def _attention(name: str, *cache: DType) -> Operator:
+    """Over a cache of pools of these dtypes: latents; or codes, and rope parts with scales."""
+    pools = tuple(Input(pool, dtype) for pool, dtype in zip(("past", "past_rope"), cache, strict=False))
     inputs = (
         *_inputs("x, cos, sin", "float32"),
-        Input("past", cache),
+        *pools,
         *_inputs("page_table, past_lengths, sequence_lengths", "int32"),
         Input("norm_weight"),
         Input("kv_a", "linear"),
@@ -90,14 +99,21 @@ def _attention(name: str, cache: DType) -> Operator:
         Input("q_a_bias", only_with=("bias", "query_compression")),
     )
     attributes = (*_attributes("query_compression, bias"), *_attributes("scale, eps, latent_eps", "float"))
-    return Operator(name, inputs, attributes, ("float32", cache))
+    if len(cache) > 1:
+        attributes = (*attributes, *_attributes("cache_format, cache_group"))
+    return Operator(name, inputs, attributes, ("float32", *cache))
 
 
 ATTENTION = _attention("Attention", "float32")
 ATTENTION_FLOAT16 = _attention("AttentionFloat16", "float16")
+# Over a narrow cache, whose cache_format is a place in CACHE_FORMATS.
+ATTENTION_NARROW = _attention("AttentionNarrow", "int8", "float32")
+ATTENTION_NARROW_FLOAT16 = _attention("AttentionNarrowFloat16", "int8", "float16")
 # The same for many new tokens a sequence.
 PREFILL_ATTENTION = _attention("PrefillAttention", "float32")
 PREFILL_ATTENTION_FLOAT16 = _attention("PrefillAttentionFloat16", "float16")
+PREFILL_ATTENTION_NARROW = _attention("PrefillAttentionNarrow", "int8", "float32")
+PREFILL_ATTENTION_NARROW_FLOAT16 = _attention("PrefillAttentionNarrowFloat16", "int8", "float16")
 
 
 def _feed_forward(name: str) -> Operator:
@@ -135,8 +151,15 @@ HEAD = Operator(
     (Attribute("padded"), Attribute("eps", "float")),
 )
 
-PREFILL_OPERATORS = (PREFILL_ATTENTION, PREFILL_ATTENTION_FLOAT16, PREFILL_FEED_FORWARD)
-OPERATORS = (ATTENTION, ATTENTION_FLOAT16, FEED_FORWARD, HEAD, *PREFILL_OPERATORS)
+PREFILL_OPERATORS = (
+    PREFILL_ATTENTION,
+    PREFILL_ATTENTION_FLOAT16,
+    PREFILL_ATTENTION_NARROW,
+    PREFILL_ATTENTION_NARROW_FLOAT16,
+    PREFILL_FEED_FORWARD,
+)
+DECODE_ATTENTIONS = (ATTENTION, ATTENTION_FLOAT16, ATTENTION_NARROW, ATTENTION_NARROW_FLOAT16)
+OPERATORS = (*DECODE_ATTENTIONS, FEED_FORWARD, HEAD, *PREFILL_OPERATORS)
 # Of the rotations' angles, number by number: ONNX Runtime's own give other last bits in the rest of a block than in it,
 # and where blocks end depends on the batch and on threads.
 ANGLES = {name: Operator(name, (Input("x", "float32"),), ()) for name in ("Cos", "Sin")}

@@ -264,10 +264,10 @@ def test_manifests_that_are_no_json(bundle):
         '{"a": 1, "a": 1}',
         text.replace('"dtype"', '"dtype": "float32", "dtype"', 1),
         "[" * 100_000,
-        text.replace('"schema_version": 7', '"schema_version": NaN'),
-        text.replace('"schema_version": 7', '"schema_version": 6'),
-        text.replace('"schema_version": 7', '"schema_version": 7.0'),
-        text.replace('"schema_version": 7', '"schema_version": true'),
+        text.replace('"schema_version": 8', '"schema_version": NaN'),
+        text.replace('"schema_version": 8', '"schema_version": 7'),
+        text.replace('"schema_version": 8', '"schema_version": 8.0'),
+        text.replace('"schema_version": 8', '"schema_version": true'),
         "\ufeff" + text,
     ):
         (bundle / MANIFEST_FILE).write_text(wrong)

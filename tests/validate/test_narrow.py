@@ -53,7 +53,7 @@ def test_right_bundles_pass_and_say_what_they_cost(narrow, tmp_path, preset: str
     report = json.loads((tmp_path / "report.json").read_text())
     assert [layer["layer"] for layer in report["narrowing"]["layers"]] == [0, 1, 2]
     assert report["narrowing"]["layers"][0]["same_experts"] is None
-    assert "What narrow weights cost" in (tmp_path / "report.html").read_text()
+    assert "What narrow numbers cost" in (tmp_path / "report.html").read_text()
     if dtype != "float16":
         assert brief["backends"][0]["outputs"]["logits"]["tolerance"] < 1e-4
 

@@ -44,16 +44,19 @@ class Backend:
     check: Callable[[Bundle], object] = lambda bundle: None
 
 
-def make_reference(request: SessionRequest, weights: Weights | None = None) -> TorchSession:
+def make_reference(request: SessionRequest, weights: Weights | None = None, whole_cache: bool = False) -> TorchSession:
     """Torch in float32, with the bundle's weights or those given."""
-    return _torch(request, "float32", weights)
+    return _torch(request, "float32", weights, whole_cache)
 
 
-def _torch(request: SessionRequest, dtype: str | None = None, weights: Weights | None = None) -> TorchSession:
+def _torch(
+    request: SessionRequest, dtype: str | None = None, weights: Weights | None = None, whole_cache: bool = False
+) -> TorchSession:
     """Torch, in the bundle's dtype unless told otherwise."""
     if request.threads:
         torch.set_num_threads(request.threads)
-    return torch_session(request.bundle, request.pages, dtype or request.bundle.manifest.dtype, weights)
+    dtype = dtype or request.bundle.manifest.dtype
+    return torch_session(request.bundle, request.pages, dtype, weights, whole_cache)
 
 
 def _kernels(request: SessionRequest) -> Session:
@@ -65,6 +68,8 @@ def _kernels(request: SessionRequest) -> Session:
 def _check_whole(bundle: Bundle) -> None:
     if bundle.manifest.is_narrow:
         raise BackendError("the bundle has narrow weights, which it does not take: leave it out")
+    if bundle.manifest.cache.narrow is not None:
+        raise BackendError("the bundle has a narrow cache, which it does not take: leave it out")
 
 
 def _check_transformers(bundle: Bundle) -> None:

@@ -18,8 +18,9 @@ import onnx_ir as ir
 from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.engines.sessions.opening import SessionRequest
 from deepseek_trt.engines.sessions.ort import OrtValues, open_graph, referred_weights
+from deepseek_trt.engines.sessions.pools import shapes_of
 from deepseek_trt.engines.sessions.session import GraphPair, Session, widening_note
-from deepseek_trt.export.arrays import Array, Arrays, Floats, numpy_dtype
+from deepseek_trt.export.arrays import Array, Arrays, Floats
 from deepseek_trt.export.bundle.graph import DOMAIN, LAST_HIDDEN, past_name
 from deepseek_trt.export.dtypes import computed_in
 from deepseek_trt.validate.backends.probes import Probes
@@ -44,8 +45,8 @@ class ExportedSession(GraphPair):
         self._request = request
         self._graphs: dict[str, _Graph] = {}
         self._weights = referred_weights(request.bundle)
-        shape, dtype = (self.pages, self.cache.page_size, self.cache.latent_dim), numpy_dtype(self.cache.dtype)
-        self._pools: Arrays = {past_name(i): np.zeros(shape, dtype) for i in range(self.cache.layers)}
+        named = zip(self.cache.pool_names, shapes_of(self.cache, self.pages), strict=True)
+        self._pools: Arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in named}
         self._places: tuple[str, ...] = ()
 
     def show(self, places: tuple[str, ...]) -> None:
@@ -54,12 +55,12 @@ class ExportedSession(GraphPair):
         for graph in ("prefill", "decode"):
             self._loaded(graph)
 
-    def pool(self, layer: int) -> Array:
-        return self._pools[past_name(layer)]
+    def pools(self, layer: int) -> tuple[Array, ...]:
+        return tuple(self._pools[past_name(layer, pool.part)] for pool in self.cache.pools)
 
     def compute(self, graph: str, feeds: Arrays) -> Floats:
-        layers = list(self._pools)
-        own = layers[-1:] if graph == "mtp" else layers[: len(layers) - self.drafts]
+        names = list(self._pools)
+        own = names[-1:] if graph == "mtp" else names[: len(names) - self.drafts]
         given, self.seen = self._loaded(graph).run(feeds | {name: self._pools[name] for name in own})
         self._pools |= {name: given[name.replace("past_key_values", "present")] for name in own}
         if self.drafts:

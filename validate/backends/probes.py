@@ -34,10 +34,14 @@ ROUTING = ("router_logits", "router_ids", "router_weights", GAP)
 
 @dataclass
 class Probes:
-    """What was seen, step by step; `places` says what is kept (all of PLACES is much for a large model)."""
+    """What was seen, step by step; `places` says what is kept (all of PLACES is much for a large model).
+
+    `cached` holds what a narrow cache made of new tokens' latents, [tokens, L], by step and layer.
+    """
 
     places: tuple[str, ...] = ("hidden", *ROUTING)
     steps: dict[int, Arrays] = field(default_factory=dict)
+    cached: dict[tuple[int, int], Array] = field(default_factory=dict)
 
     def keep(self, index: int, step: Step, name: str, array: Array) -> None:
         """Keep the real tokens of `array`, whose leading axes are [B, S], [B] or [B * S]."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepseek_trt.engines.sessions.door import Door
-from deepseek_trt.engines.sessions.torch import TorchSession, Weights, bundle_weights, load_mtp
+from deepseek_trt.engines.sessions.torch import (
+    TorchSession,
+    Weights,
+    bundle_weights,
+    computed_cache,
+    empty_pools,
+    load_mtp,
+)
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.dtypes import dtype_bytes
 from deepseek_trt.export.free_memory import available_memory
@@ -23,17 +29,24 @@ class StreamedTorchSession(TorchSession):
     Embeddings, the last norm and the head stay.
     """
 
-    def __init__(self, bundle: Bundle, pages: int, dtype: str = "float32", weights: Weights | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        pages: int,
+        dtype: str = "float32",
+        weights: Weights | None = None,
+        whole_cache: bool = False,
+    ) -> None:
         self.note = f"{bundle.manifest.dtype} weights, computed in {dtype}, one layer in memory at a time"
-        self.cache = dataclasses.replace(bundle.manifest.cache, dtype=dtype)
+        self.cache = computed_cache(bundle, dtype, whole_cache)
         self.pages, self.door = pages, Door.of(bundle, pages)
         self._weights, self._dtype = weights or bundle_weights(bundle), getattr(torch, dtype)
         self._own = {w.recipe.name for w in bundle.manifest.weights if w.recipe.dtype("") == "float32"}
         with torch.device("meta"):
             self.model = Logits(bundle.manifest.model, bundle.manifest.interface)
         self.model.model.rope = Rope(bundle.manifest.model)
-        shape = (pages, self.cache.page_size, self.cache.latent_dim)
-        self._pools = [torch.zeros(shape, dtype=self._dtype) for _ in range(self.cache.layers)]
+        self.model.model.cache_as(self.cache.narrow)
+        self._pools = empty_pools(self.cache, pages)
         kept = [name for name, _ in self.model.named_parameters() if not name.startswith("model.layers.")]
         self.model.load_state_dict({name: self._load(name) for name in kept}, strict=False, assign=True)
         for index, layer in enumerate(self.model.model.layers):
@@ -57,14 +70,16 @@ class StreamedTorchSession(TorchSession):
         return tensor if name in self._own else tensor.to(self._dtype)
 
 
-def torch_session(bundle: Bundle, pages: int, dtype: str, weights: Weights | None = None) -> TorchSession:
+def torch_session(
+    bundle: Bundle, pages: int, dtype: str, weights: Weights | None = None, whole_cache: bool = False
+) -> TorchSession:
     """Layer by layer where the weights in `dtype` would take more than half of the free memory.
 
-    `weights` gives a graph tensor by its name; None takes the bundle's own.
+    `weights` and `whole_cache` are those of TorchSession.
     """
     needed = bundle.manifest.parameters * dtype_bytes(dtype)
     kind = StreamedTorchSession if needed > available_memory() / 2 else TorchSession
-    return kind(bundle, pages, dtype, weights)
+    return kind(bundle, pages, dtype, weights, whole_cache)
 
 
 def _drop(layer: nn.Module) -> None:

@@ -1,13 +1,17 @@
-"""What narrow weights cost: torch with them beside torch with the checkpoint's whole ones, both in float32."""
+"""What narrow weights or a narrow cache cost: torch with them beside torch with whole ones, both in float32."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from deepseek_trt.export.arrays import Array
+from deepseek_trt.export.bundle.manifest import Manifest
 from deepseek_trt.validate.backends.probes import all_steps
 from deepseek_trt.validate.findings.text_score import losses_of
 from deepseek_trt.validate.findings.tokens import token_agreement
@@ -36,9 +40,12 @@ class Narrowing:
     then nothing is judged.
     """
 
-    formats: tuple[str, ...]
+    formats: tuple[str, ...]  # of the weights; none where they are whole
     weight_bytes: int
     whole_bytes: int
+    cache: str  # the format of the latents in the cache, or the dtype where they are whole
+    cache_bytes: int  # a token
+    whole_cache_bytes: int
     predictions: int
     kl_mean: float
     kl_max: float
@@ -78,7 +85,13 @@ class Narrowing:
             said += f", the same experts for {self.same_experts:.2%} of choices"
         if self.perplexity_increase is not None:
             said += f", perplexity {self.perplexity:.4f} ({self.perplexity_increase:+.2f} %) over {self.scored} tokens"
-        return f"{' and '.join(self.formats)}, {self.weight_bytes / self.whole_bytes:.0%} of the bytes: {said}"
+        what = []
+        if self.formats:
+            what.append(f"{' and '.join(self.formats)}, {self.weight_bytes / self.whole_bytes:.0%} of the bytes")
+        if self.cache_bytes < self.whole_cache_bytes:
+            share = self.cache_bytes / self.whole_cache_bytes
+            what.append(f"cache {self.cache}, {share:.0%} of the bytes a token")
+        return f"{'; '.join(what)}: {said}"
 
 
 @dataclass(frozen=True)
@@ -89,16 +102,29 @@ class Limits:
     max_perplexity_increase: float | None
 
 
-def narrowing(pair: Pair, formats: tuple[str, ...], sizes: tuple[int, int], limits: Limits) -> Narrowing:
-    """The cost of a `pair` whose candidate has the narrow weights and whose reference has the whole ones."""
+def narrowed(manifest: Manifest) -> dict[str, Any]:
+    """What of a bundle is narrow, as Narrowing has it."""
+    cache = manifest.cache
+    return {
+        "formats": manifest.narrow_formats,
+        "weight_bytes": sum(w.recipe.nbytes(manifest.dtype) for w in manifest.weights),
+        "whole_bytes": manifest.whole_bytes,
+        "cache": cache.format,
+        "cache_bytes": cache.bytes_per_token,
+        "whole_cache_bytes": dataclasses.replace(cache, narrow=None).bytes_per_token,
+    }
+
+
+def narrowing(pair: Pair, what: Mapping[str, Any], limits: Limits) -> Narrowing:
+    """The cost of a `pair` whose candidate has narrow numbers and whose reference has whole ones; `what` is of
+    narrowed().
+    """
     tokens, losses = token_agreement(pair), losses_of(pair, pair.script)
     assert tokens is not None
     layers = tuple(_layer(pair, layer) for layer in range(pair.config.num_hidden_layers))
     choices = [layer.same_experts for layer in layers if layer.same_experts is not None]
     return Narrowing(
-        formats=formats,
-        weight_bytes=sizes[0],
-        whole_bytes=sizes[1],
+        **what,
         predictions=tokens.predictions,
         kl_mean=tokens.kl_mean,
         kl_max=tokens.kl_max,

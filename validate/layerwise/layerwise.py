@@ -39,6 +39,8 @@ def compare_layers(bundle: Bundle, request: ValidateRequest, layers: str, progre
 
     Raises RequestError for layers that are not there, other backends than BACKENDS, and where no checkpoint is at hand.
     """
+    if bundle.manifest.cache.narrow is not None:
+        raise RequestError("--layers compares layers over a whole cache, and the bundle's is narrow: leave it out")
     parts = parts_of(layers, bundle.manifest.model.num_hidden_layers)
     refusal = f"--layers compares {', '.join(BACKENDS)}: leave out --backend {{name}}"
     library = cpu_library(bundle)

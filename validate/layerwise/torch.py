@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deepseek_trt.engines.sessions.torch import Weights
 from deepseek_trt.export.arrays import Array, Arrays
 from deepseek_trt.export.config.model_config import ModelConfig
-from deepseek_trt.export.model import Layer, RmsNorm, Rope
+from deepseek_trt.export.model import Layer, Pools, RmsNorm, Rope
 from deepseek_trt.validate.backends.torch_watch import OpWatch, Route, array_of
 from deepseek_trt.validate.steps import Part, Step
 
@@ -62,11 +62,12 @@ class TorchPart:
         seen: dict[str, Tensor] = {}
         with OpWatch(seen.__setitem__, route, index):
             h, present = self._attend(step, layer.input_layernorm(x), past)
+            assert isinstance(present, Tensor)
             seen[f"after_attention.{index}"] = x = x + h
             seen[f"hidden.{index + 1}"] = x + layer.mlp(layer.post_attention_layernorm(x))
         return {**seen, "present": present}
 
-    def _attend(self, step: Step, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend(self, step: Step, x: Tensor, past: Tensor) -> tuple[Tensor, Pools]:
         table, past_lengths = torch.from_numpy(step.page_table), torch.from_numpy(step.past_lengths)
         lengths = torch.from_numpy(step.sequence_lengths)
         positions = past_lengths.unsqueeze(1) + torch.arange(step.input_ids.shape[1])  # [B, S]

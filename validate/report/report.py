@@ -39,7 +39,7 @@ from deepseek_trt.validate.report.integrity import Integrity, OddWeight
 from deepseek_trt.validate.report.provenance import CheckpointFile, Provenance
 from deepseek_trt.validate.steps import Script
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class AccuracyReport:
     def verdict(self) -> str:
         """One word, or what speaks against it though all lies within its tolerance."""
         if self.passed and self.costs_too_much:
-            return f"Passed its tolerances, but narrow weights cost MORE than allowed: {'; '.join(self.costs_too_much)}"
+            return f"Passed its tolerances, but narrow numbers cost MORE than allowed: {'; '.join(self.costs_too_much)}"
         if self.passed and not self.is_good:
             return "Passed its tolerances, but WORSE than the earlier report"
         return "Passed" if self.passed else "FAILED"

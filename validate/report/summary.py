@@ -61,7 +61,7 @@ def covered(report: AccuracyReport) -> list[tuple[str, str]]:
         ("Reference", f"torch, {report.reference}"),
         ("Checkpoint", f"{s.checkpoint}: {_files(s.checkpoint_files)}"),
         ("Independent check", by.get(independent.status, independent.summary)),
-        ("Cost of narrow weights", report.narrowing.sentence if report.narrowing else ""),
+        ("Cost of narrow numbers", report.narrowing.sentence if report.narrowing else ""),
         ("Machine", s.machine),
         ("Tool", s.tool),
     ]

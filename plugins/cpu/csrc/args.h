@@ -12,6 +12,9 @@ enum class Type : int { FLOAT32 = 1, FLOAT16 = 10, BFLOAT16 = 16 };  // ONNX's n
 // E4M3, of which blocks of 128 x 128 do.
 enum class Format : int { WHOLE, INT8, INT4, FP8 };
 
+// Of cached latents: numbers of a Type; or codes of 8 bits, with a scale for each group of a token's.
+enum class CacheFormat : int64_t { WHOLE, INT8, FP8 };
+
 // Counts over all calls: layers that had experts, and experts read in them, each once however many tokens chose it.
 struct ExpertsHit {
     std::atomic<int64_t> layers{0}, experts{0};
@@ -40,8 +43,12 @@ bool any_reads_integers(const Matrices&... all) {
 // D = L + R.
 struct AttentionArgs {
     const float *x, *cos, *sin;  // [B * S, hidden], [B, S, R/2], [B, S, R/2]
-    char* pool;                  // [P, page, D], written in place
-    Type pool_type;
+    char* pool;                  // [P, page, D], written in place; codes of a narrow cache [P, page, L]
+    Type pool_type;              // of a narrow cache rest's
+    CacheFormat cache;
+    char* rest;                 // of a narrow cache [P, page, R + L / group]: rope parts, then scales
+    int64_t group, rest_width;  // rest_width is R + L / group
+    int64_t codes, rest_rows;   // L as the codes' pool has it, P * page as the other has it
     const int32_t *page_table, *past_lengths, *sequence_lengths;  // [B, M], [B], [B]: real ones among the S
     float* y;                                                     // [B * S, hidden]
     int64_t batch, sequence, hidden, pages, page, table_width, heads, nope, value, rank;

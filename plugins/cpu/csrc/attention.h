@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "latents.h"
 #include "linear.h"
 #include "scratch.h"
 #include "tokens.h"
@@ -113,12 +114,13 @@ inline void each_run(const AttentionArgs& a, int64_t row, int64_t first, int64_t
     }
 }
 
-// What H heads of one sequence see in one chunk: its maximum, sum and weighted latents a head.
-template <int H, class P>
-inline void attend(const AttentionArgs& a, const P* pool, int64_t row, int64_t first, int64_t last, const float* q,
+// What H heads of one sequence see in one chunk: its maximum, sum and weighted latents a head. each_run(body) calls
+// body(slot, at, count) for runs of neighbouring slots of the pool, which hold the chunk's tokens from `at` on.
+template <int H, class P, class Runs>
+inline void attend(const AttentionArgs& a, const P* pool, int64_t tokens, const Runs& each_run, const float* q,
     float* most, float* sums, float* total, float* scores, int64_t next) {
-    const int64_t D = a.kv_a.rows, tokens = last - first;
-    each_run(a, row, first, last,
+    const int64_t D = a.kv_a.rows;
+    each_run(
         [&](int64_t slot, int64_t at, int64_t count) { score<H>(pool + slot * D, D, count, q, scores + at * H, H); });
     for (int h = 0; h < H; ++h) most[h] = -INFINITY;
     for (int64_t t = 0; t < tokens; ++t)
@@ -131,9 +133,19 @@ inline void attend(const AttentionArgs& a, const P* pool, int64_t row, int64_t f
     for (int h = 0; h < H; ++h) sums[h] = 0.0f;
     for (int64_t t = 0; t < tokens; ++t)
         for (int h = 0; h < H; ++h) sums[h] += scores[t * H + h];
-    each_run(a, row, first, last, [&](int64_t slot, int64_t at, int64_t count) {
+    each_run([&](int64_t slot, int64_t at, int64_t count) {
         const P* after = pool + (next < 0 ? slot : next + at) * D;
         weigh_all<H>(pool + slot * D, D, a.rank, count, scores + at * H, H, at == 0, total, a.rank, after);
+    });
+}
+
+// A token's latent and rope part, rotated, to its slot of a narrow cache.
+inline void write_narrow(
+    const AttentionArgs& a, const float* latent, const float* rope, const float* cos, const float* sin, int64_t slot) {
+    with_type(a.rest, a.pool_type, [&](auto* rest) {
+        auto* row = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(rest)>>*>(rest) + slot * a.rest_width;
+        write_codes(a, latent, slot, row);
+        rotate(rope, cos, sin, a.rest_width - a.rank / a.group, row);
     });
 }
 
@@ -236,6 +248,7 @@ private:
         float* c = own.take(a.rank);
         rms_norm(latent_[t], a.kv_norm, a.latent_eps, a.rank, c);
         const int64_t slot = slot_of(t, length(t) - 1);
+        if (a.cache != CacheFormat::WHOLE) return write_narrow(a, c, latent_[t] + a.rank, cos(t), sin(t), slot);
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             auto* row = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(pool)>>*>(pool) + slot * D;
             for (int64_t i = 0; i < a.rank; ++i) put(row + i, c[i]);
@@ -245,15 +258,22 @@ private:
 
     void attend_all(Team& team, Scratch& own) const {
         float* scores = own.take(LARGEST_CHUNK * WIDEST_GROUP);
+        const bool is_narrow = a.cache != CacheFormat::WHOLE;
+        float* widened = own.take(is_narrow ? LARGEST_CHUNK * D : 0);
         const int64_t groups = (a.heads + WIDEST_GROUP - 1) / WIDEST_GROUP;
         team.share(3, T * chunks_ * groups, [&](int64_t item) {
             const int64_t group = item % groups, chunk = item / groups % chunks_, t = item / groups / chunks_;
             const int64_t size = chunk_of(length(t)), first = chunk * size;
             if (first >= length(t)) return;
             const int64_t last = std::min(first + size, length(t));
+            if (is_narrow)
+                each_run(a, row(t), first, last, [&](int64_t slot, int64_t at, int64_t count) {
+                    for (int64_t i = 0; i < count; ++i) read_narrow(a, slot + i, widened + (at + i) * D);
+                });
             for (int64_t h = group * WIDEST_GROUP, end = std::min(h + WIDEST_GROUP, a.heads); h < end;) {
                 const int64_t at = (t * chunks_ + chunk) * a.heads + h;
-                h += attend_group(t, first, last, h, end - h, at, scores, slot_of(t, first + size * team.count));
+                const int64_t next = slot_of(t, first + size * team.count);
+                h += attend_group(t, first, last, h, end - h, at, scores, is_narrow ? -1 : next, widened);
             }
         });
     }
@@ -264,22 +284,29 @@ private:
         return a.page_table[row(t) * a.table_width + at / a.page] * a.page + at % a.page;
     }
 
-    // Attend with as many heads at a time as fit; returns how many.
+    // Attend with as many heads at a time as fit; returns how many. A narrow cache's tokens lie in `widened`.
     int64_t attend_group(int64_t t, int64_t first, int64_t last, int64_t h, int64_t left, int64_t at, float* scores,
-        int64_t next) const {
+        int64_t next, const float* widened) const {
         const float* q = absorbed_[t * a.heads + h];
         float *most = most_ + at, *sums = sums_ + at, *total = totals_ + at * a.rank;
         const int heads = left >= WIDEST_GROUP ? WIDEST_GROUP : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        with_type(a.pool, a.pool_type, [&](auto* pool) {
+        const int64_t tokens = last - first;
+        auto with_heads = [&](const auto* pool, const auto& runs) {
             switch (heads) {
 #ifdef __AVX512F__
-            case 8: return attend<8>(a, pool, row(t), first, last, q, most, sums, total, scores, next);
+            case 8: return attend<8>(a, pool, tokens, runs, q, most, sums, total, scores, next);
 #endif
-            case 4: return attend<4>(a, pool, row(t), first, last, q, most, sums, total, scores, next);
-            case 2: return attend<2>(a, pool, row(t), first, last, q, most, sums, total, scores, next);
-            default: return attend<1>(a, pool, row(t), first, last, q, most, sums, total, scores, next);
+            case 4: return attend<4>(a, pool, tokens, runs, q, most, sums, total, scores, next);
+            case 2: return attend<2>(a, pool, tokens, runs, q, most, sums, total, scores, next);
+            default: return attend<1>(a, pool, tokens, runs, q, most, sums, total, scores, next);
             }
-        });
+        };
+        if (a.cache != CacheFormat::WHOLE) {
+            with_heads(widened, [&](auto body) { body(0, 0, tokens); });
+            return heads;
+        }
+        with_type(a.pool, a.pool_type,
+            [&](auto* pool) { with_heads(pool, [&](auto body) { each_run(a, row(t), first, last, body); }); });
         return heads;
     }
 

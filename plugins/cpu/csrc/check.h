@@ -51,6 +51,12 @@ inline void args(const AttentionArgs& a) {
     require(a.sequence > 0 && a.tokens == a.batch * a.sequence && a.sequences == a.batch, "x or sequence_lengths");
     require(a.batch > 0 && a.hidden > 0 && a.heads > 0 && a.nope > 0 && a.value > 0 && a.rank > 0, "a shape");
     require(R > 0 && R % 2 == 0 && a.latent == D && a.page > 0 && a.pages > 0, "past");
+    if (a.cache != CacheFormat::WHOLE) {
+        number(static_cast<int64_t>(a.cache), 1, 3, "cache_format");
+        number(a.group, 1, a.rank + 1, "cache_group");
+        require(a.rank % a.group == 0 && a.codes == a.rank && a.rest_width == R + a.rank / a.group, "past_rope");
+        require(a.rest_rows == a.pages * a.page, "past_rope");
+    }
     require(a.rope_rows == a.tokens && a.rope == R / 2, "cos or sin");
     require(a.table_rows == a.batch && a.table_width > 0 && a.lengths == a.batch, "page_table or past_lengths");
     shape(a.kv_a, D, a.hidden, "kv_a");

@@ -5,6 +5,7 @@
 #include <exception>
 #include <iterator>
 #include <string>
+#include <type_traits>
 
 #include "args.h"
 #include "operators.h"  // generated
@@ -53,6 +54,35 @@ struct Call {
     Pool& pool() const { return Pool::of(node.threads); }
 };
 
+int64_t bytes_of(Type type) { return type == Type::FLOAT32 ? 4 : 2; }
+
+// The cache is written where it lies, or where ONNX Runtime wants it elsewhere, in a copy.
+char* written(char* output, const Tensor& past, int64_t bytes) {
+    if (output != past.data) std::memcpy(output, past.data, past.rows * past.columns * bytes);
+    return output;
+}
+
+// The pools of a layer: latents, or codes, and rope parts with scales.
+template <class Op, class = void>
+struct Pools {
+    static void give(AttentionArgs& a, const Call<Op>& call) {
+        const auto& past = call.in.past;
+        a.pool_type = past.type, a.latent = past.dims[2];
+        a.pool = written(call.output(1, {a.pages, a.page, past.columns}), past, bytes_of(past.type));
+    }
+};
+template <class Op>
+struct Pools<Op, std::void_t<decltype(Op::Inputs::past_rope)>> {
+    static void give(AttentionArgs& a, const Call<Op>& call) {
+        const auto &past = call.in.past, &rest = call.in.past_rope;
+        a.cache = static_cast<CacheFormat>(call.attributes.cache_format), a.group = call.attributes.cache_group;
+        a.pool_type = rest.type, a.codes = past.dims[2], a.rest_width = rest.columns, a.rest_rows = rest.rows;
+        a.latent = a.codes + a.rest_width - (a.group > 0 ? a.codes / a.group : 0);
+        a.pool = written(call.output(1, {a.pages, a.page, past.columns}), past, 1);
+        a.rest = written(call.output(2, {rest.dims[0], rest.dims[1], rest.columns}), rest, bytes_of(rest.type));
+    }
+};
+
 template <class Op>
 AttentionArgs attention_args(const Call<Op>& call) {
     const auto& node = call.attributes;
@@ -63,10 +93,10 @@ AttentionArgs attention_args(const Call<Op>& call) {
     a.batch = in.past_lengths.dims[0], a.hidden = in.x.columns;
     a.sequence_lengths = in.sequence_lengths.template as<int32_t>();
     a.sequence = in.cos.dims[1], a.tokens = in.x.rows, a.sequences = in.sequence_lengths.dims[0];
-    a.pool_type = in.past.type, a.pages = in.past.dims[0], a.page = in.past.dims[1];
+    a.pages = in.past.dims[0], a.page = in.past.dims[1];
     a.page_table = in.page_table.template as<int32_t>();
     a.table_rows = in.page_table.dims[0], a.table_width = in.page_table.dims[1];
-    a.latent = in.past.dims[2], a.rope_rows = in.cos.rows, a.rope = in.cos.columns, a.lengths = in.past_lengths.dims[0];
+    a.rope_rows = in.cos.rows, a.rope = in.cos.columns, a.lengths = in.past_lengths.dims[0];
     if (in.sin.rows != a.rope_rows || in.sin.columns != a.rope) a.rope_rows = -1;
     a.past_lengths = in.past_lengths.template as<int32_t>();
     a.heads = in.w_uk.dims[0], a.nope = in.w_uk.dims[1], a.rank = in.w_uk.dims[2], a.value = in.w_uv.dims[1];
@@ -75,9 +105,7 @@ AttentionArgs attention_args(const Call<Op>& call) {
     a.q_a_bias = in.q_a_bias, a.kv_a_bias = in.kv_a_bias, a.o_bias = in.o_bias;
     a.eps = node.eps, a.latent_eps = node.latent_eps, a.scale = node.scale;
     a.y = reinterpret_cast<float*>(call.output(0, {in.x.rows, a.hidden}));
-    a.pool = call.output(1, {a.pages, a.page, in.past.columns});
-    if (a.pool != in.past.data)  // else the cache is written where it lies
-        std::memcpy(a.pool, in.past.data, in.past.rows * in.past.columns * (a.pool_type == Type::FLOAT32 ? 4 : 2));
+    Pools<Op>::give(a, call);
     return a;
 }
 
@@ -203,7 +231,11 @@ EXPORTED void deepseek_trt_cpu_experts_hit(int64_t* layers, int64_t* experts) {
 EXPORTED ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
     using namespace operators;
     static const ort::CustomOp all[] = {make<Attention, attention<Attention>>(),
-        make<AttentionFloat16, attention<AttentionFloat16>>(), make<FeedForward, feed_forward>(), make<Head, head>(),
+        make<AttentionFloat16, attention<AttentionFloat16>>(), make<AttentionNarrow, attention<AttentionNarrow>>(),
+        make<AttentionNarrowFloat16, attention<AttentionNarrowFloat16>>(),
+        make<PrefillAttentionNarrow, prefill_attention<PrefillAttentionNarrow>>(),
+        make<PrefillAttentionNarrowFloat16, prefill_attention<PrefillAttentionNarrowFloat16>>(),
+        make<FeedForward, feed_forward>(), make<Head, head>(),
         make<PrefillAttention, prefill_attention<PrefillAttention>>(),
         make<PrefillAttentionFloat16, prefill_attention<PrefillAttentionFloat16>>(),
         make<PrefillFeedForward, prefill_feed_forward>(), make<Cos, each<Cos, std::cos>>(),

@@ -444,10 +444,11 @@ def test_thousands_of_steps_under_arrival_cancellation_and_preemption():
 
 
 @pytest.fixture(scope="module")
-def demo(demo_checkpoint, bundle_of):
-    return bundle_of(demo_checkpoint, page_size=8)
+def demo(demo_checkpoint, bundle_of, request):
+    return bundle_of(demo_checkpoint, page_size=8, cache_dtype=request.param)
 
 
+@pytest.mark.parametrize("demo", [None, "int8", "fp8"], ids=["whole", "int8", "fp8"], indirect=True)
 @pytest.mark.parametrize("speculate", ["off", "lookup"])
 def test_demo_model_under_pressure_equals_alone(demo, speculate):
     """Through ONNX Runtime: short prompts, few pages, shared prefixes; each token as in a batch of one."""

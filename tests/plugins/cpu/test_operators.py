@@ -32,7 +32,8 @@ from deepseek_trt.plugins.cpu.operators import (
 from deepseek_trt.plugins.cxx import find_compiler
 
 RECORDING = Path(__file__).parent / "csrc" / "recording_kernels.cpp"
-DTYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "weights": np.float32, "linear": np.float32}
+DTYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "int8": np.int8}
+DTYPES |= {"weights": np.float32, "linear": np.float32}
 FORMATS = {
     ("int8", "float16"): 1,
     ("uint8", "float16"): 2,
@@ -66,12 +67,17 @@ ATTRIBUTES = {
     "FeedForward": ("eps", "activation", "top_k", "groups", "top_groups", "normalised", "factor"),
     "Head": ("eps",),
 }
+SCALARS["AttentionNarrow"] = (*SCALARS["Attention"][:4], "past_rope", *SCALARS["Attention"][4:])
+MATRICES["AttentionNarrow"] = MATRICES["Attention"]
+SIZES["AttentionNarrow"] = (*SIZES["Attention"], ("past", 2), ("past_rope", 2))
+ATTRIBUTES["AttentionNarrow"] = (*ATTRIBUTES["Attention"], "cache_format", "cache_group")
 for values in (SCALARS, SIZES, MATRICES, ATTRIBUTES):
-    values |= {f"Prefill{kind}": values[kind] for kind in ("Attention", "FeedForward")}
+    values |= {f"Prefill{kind}": values[kind] for kind in ("Attention", "AttentionNarrow", "FeedForward")}
 SHAPES = {
     "sequence_lengths": (2,),
     "x": (2, WIDTH),
     "past": (5, 3, 4),
+    "past_rope": (5, 3, 7),
     "page_table": (2, 6),
     "past_lengths": (2,),
     "head": (WIDTH, 3),

@@ -33,5 +33,5 @@ def test_tiles_and_threads_change_no_bit(tmp_path: Path) -> None:
             found.add(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
     assert len(found) == 1
     lines = set(found.pop().splitlines())
-    assert len(lines) == 24
+    assert len(lines) == 34
     assert all(line.endswith(" alike") and "not" not in line for line in lines)

@@ -192,6 +192,7 @@ private:
     void write_latent(int64_t b, int64_t t, const float* cos, const float* sin, float* c) const {
         rms_norm(latent_[t], a.kv_norm, a.latent_eps, a.rank, c);
         const int64_t slot = slot_of(b, past(b) + t - tokens_.begin[b]);
+        if (a.cache != CacheFormat::WHOLE) return write_narrow(a, c, latent_[t] + a.rank, cos, sin, slot);
         with_type(a.pool, a.pool_type, [&](auto* pool) {
             auto* row = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(pool)>>*>(pool) + slot * D;
             for (int64_t i = 0; i < a.rank; ++i) put(row + i, c[i]);
@@ -244,6 +245,10 @@ private:
         for (int64_t i = from; i < from + LANES; ++i) {
             if (i >= block.count) {
                 std::memset(block.rows[i], 0, D * sizeof(float));
+                continue;
+            }
+            if (a.cache != CacheFormat::WHOLE) {
+                read_narrow(a, slot_of(b, first + i), block.rows[i]);
                 continue;
             }
             with_type(a.pool, a.pool_type, [&](auto* pool) {

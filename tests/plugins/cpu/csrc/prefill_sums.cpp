@@ -81,16 +81,30 @@ struct Sizes {
 
 bool same(const float* x, const float* y, int64_t n) { return std::memcmp(x, y, n * sizeof(float)) == 0; }
 
+int64_t pool_bytes(const AttentionArgs& a) {
+    return a.pages * a.page * (a.cache == CacheFormat::WHOLE ? a.latent * 4 : a.rank);
+}
+int64_t rest_bytes(const AttentionArgs& a) { return a.pages * a.page * a.rest_width * 4; }
+
+// A layer's pools, copied.
+struct Pools {
+    std::vector<char> pool, rest;
+
+    explicit Pools(const AttentionArgs& a)
+        : pool(a.pool, a.pool + pool_bytes(a)), rest(a.rest, a.rest + rest_bytes(a)) {}
+    void give(AttentionArgs& a) { a.pool = pool.data(), a.rest = rest.data(); }
+};
+
 // Up to 8 tokens a row at once, against one call a token; of a layer's halves and of a head.
 bool decodes_alike(AttentionArgs a, FeedForwardArgs f, const Matrix& head, Pool& pool) {
     constexpr int64_t S = 8;
     constexpr int32_t lengths[] = {8, 2, 5, 1}, one[] = {1};
     ExpertsHit hit;
-    const int64_t hidden = a.hidden, n = a.pages * a.page * a.latent;
-    const float* cached = reinterpret_cast<float*>(a.pool);
-    std::vector<float> ours(cached, cached + n), theirs = ours, y(3 * hidden + head.rows);
+    const int64_t hidden = a.hidden;
+    Pools ours(a), theirs(a);
+    std::vector<float> y(3 * hidden + head.rows);
     a.sequence = S, a.tokens = a.rope_rows = a.batch * S, a.sequence_lengths = lengths;
-    a.pool = reinterpret_cast<char*>(ours.data());
+    ours.give(a);
     f.tokens = a.tokens, f.sequence_lengths = lengths, f.hit = &hit;
     HeadArgs h{a.x, lengths, numbers(a.tokens * head.rows, 1), a.batch, a.tokens, hidden, 1e-6f, a.norm, head};
     kernels_v3.attention(a, pool), kernels_v3.feed_forward(f, pool), kernels_v3.head(h, pool);
@@ -103,7 +117,7 @@ bool decodes_alike(AttentionArgs a, FeedForwardArgs f, const Matrix& head, Pool&
             aa.batch = aa.sequence = aa.tokens = aa.rope_rows = aa.table_rows = aa.lengths = aa.sequences = 1;
             aa.x += t * hidden, aa.cos += t * a.rope, aa.sin += t * a.rope, aa.page_table += b * a.table_width;
             aa.past_lengths = past, aa.sequence_lengths = one, aa.y = y.data();
-            aa.pool = reinterpret_cast<char*>(theirs.data());
+            theirs.give(aa);
             FeedForwardArgs ff = f;
             ff.x += t * hidden, ff.y = y.data() + hidden, ff.batch = ff.tokens = 1, ff.sequence_lengths = one;
             HeadArgs hh = h;
@@ -112,10 +126,23 @@ bool decodes_alike(AttentionArgs a, FeedForwardArgs f, const Matrix& head, Pool&
             alike = alike && same(aa.y, a.y + t * hidden, hidden) && same(ff.y, f.y + t * hidden, hidden)
                 && same(hh.y, h.y + t * head.rows, head.rows);
         }
-    return alike && same(ours.data(), theirs.data(), n);
+    return alike && ours.pool == theirs.pool && ours.rest == theirs.rest;
 }
 
-void run(const Sizes& z, Type type, Format format, Pool& pool) {
+// A narrow cache of drawn codes, rope parts and scales.
+void narrow(AttentionArgs& a, CacheFormat cache) {
+    const int64_t slots = a.pages * a.page, rope = a.latent - a.rank;
+    a.cache = cache, a.group = a.rank % 128 ? a.rank : 128;
+    a.codes = a.rank, a.rest_width = rope + a.rank / a.group, a.rest_rows = slots;
+    auto* codes = new std::vector<char>(slots * a.rank);
+    for (char& code : *codes) code = static_cast<char>(255.0f * drawn());
+    float* rest = numbers(slots * a.rest_width, 2);
+    for (int64_t i = 0; i < slots * a.rest_width; ++i)
+        if (i % a.rest_width >= rope) rest[i] *= cache == CacheFormat::FP8 ? 0.003f : 0.01f;
+    a.pool = codes->data(), a.rest = reinterpret_cast<char*>(rest);
+}
+
+void run(const Sizes& z, Type type, Format format, Pool& pool, CacheFormat cache = CacheFormat::WHOLE) {
     constexpr int64_t B = 4, S = 50, page = 4, M = 200;
     constexpr int32_t past[B] = {0, 300, 520, 7}, lengths[B] = {50, 2, 33, 1};
     std::vector<int32_t> table(B * M);
@@ -146,9 +173,12 @@ void run(const Sizes& z, Type type, Format format, Pool& pool) {
     f.up = linear(z.experts * z.inner, z.hidden, type, format, z.inner);
     f.down = linear(z.experts * z.hidden, z.inner, type, format, z.hidden);
     f.top_k = 3, f.groups = f.top_groups = 1, f.factor = 1.0f;
+    if (cache != CacheFormat::WHOLE) narrow(a, cache);
     kernels_v3.prefill_attention(a, pool);
     kernels_v3.prefill_feed_forward(f, pool);
-    print(a.y, B * S * z.hidden), print(cached, pages * page * latent), print(f.y, B * S * z.hidden);
+    print(a.y, B * S * z.hidden), print(reinterpret_cast<float*>(a.pool), pool_bytes(a) / 4);
+    print(f.y, B * S * z.hidden);
+    if (cache != CacheFormat::WHOLE) print(reinterpret_cast<float*>(a.rest), rest_bytes(a) / 4);
     std::printf(" %s\n", decodes_alike(a, f, linear(70, z.hidden, type, format), pool) ? "alike" : "not alike");
 }
 
@@ -171,5 +201,10 @@ int main(int count, char**) {
         for (const Sizes& z : {Sizes{96, 3, 8, 32, 10, 6, 32, 24}, Sizes{512, 8, 9, 80, 128, 64, 128, 512}}) {
             state = 1;
             run(z, Type::FLOAT32, format, pool);
+        }
+    for (const CacheFormat cache : {CacheFormat::INT8, CacheFormat::FP8})
+        for (const Sizes& z : sizes) {
+            state = 1;
+            run(z, Type::FLOAT32, Format::WHOLE, pool, cache);
         }
 }

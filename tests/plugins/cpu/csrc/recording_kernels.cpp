@@ -40,15 +40,20 @@ struct Row {
 void attention(const AttentionArgs& a, Pool&) {
     Row row{a.y};
     row.first(a.x), row.first(a.cos), row.first(a.sin);
+    const bool is_narrow = a.cache != CacheFormat::WHOLE;
+    if (is_narrow) row.first(reinterpret_cast<const int8_t*>(a.pool));
+    const char* floats = is_narrow ? a.rest : a.pool;
     if (a.pool_type == Type::FLOAT16) {
-        row.first(reinterpret_cast<const _Float16*>(a.pool));
+        row.first(reinterpret_cast<const _Float16*>(floats));
     } else {
-        row.first(reinterpret_cast<const float*>(a.pool));
+        row.first(reinterpret_cast<const float*>(floats));
     }
     row.first(a.page_table), row.first(a.past_lengths), row.first(a.sequence_lengths);
     row.all(a.norm, a.kv_a, a.kv_norm, a.w_uk, a.w_uv, a.o, a.q, a.q_a, a.q_norm, a.kv_a_bias, a.o_bias, a.q_a_bias);
     row.all(a.batch, a.hidden, a.pages, a.page, a.table_width, a.heads, a.nope, a.value, a.rank, a.sequence);
+    if (is_narrow) row.all(a.codes, a.rest_width);
     row.all(a.scale, a.eps, a.latent_eps);
+    if (is_narrow) row.all(static_cast<int>(a.cache), a.group);
 }
 
 void feed_forward(const FeedForwardArgs& a, Pool&) {
