@@ -11,12 +11,15 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpu_check.models import DEMO_DTYPES, LIBRARIES, raw_config
+from gpu_check.models import DEMO_DTYPES, LIBRARIES, NARROW_DEMOS, NARROW_LIBRARIES, raw_config
 from gpu_check.places import ROOT, Prepared, add_package
+
+if TYPE_CHECKING:
+    from deepseek_trt.plugins.aot.records import Binary
 
 _SOURCES = ("export", "plugins", "cli/demo_model")
 DEMO = ROOT / "cli" / "demo_model"
@@ -31,8 +34,14 @@ def prepare(prepared: Prepared, sms: tuple[int, ...]) -> None:
         add_package(Path(tree))
         for model, dtype in LIBRARIES:
             keep(prepared.libraries / f"{model}-{dtype}", digest, functools.partial(_library, model, dtype, sms))
+        for model, dtype, unit in NARROW_LIBRARIES:
+            folder = prepared.libraries / f"{model}-{dtype}-narrow"
+            keep(folder, digest, functools.partial(_narrow_library, model, dtype, unit, sms))
         for dtype in DEMO_DTYPES:
-            keep(prepared.demo / dtype, digest, functools.partial(_bundle, dtype, sms))
+            keep(prepared.demo / dtype, digest, functools.partial(_bundle, dtype, None, sms))
+        for dtype, quantize in NARROW_DEMOS:
+            folder = prepared.demo / f"{dtype}-{quantize}"
+            keep(folder, digest, functools.partial(_bundle, dtype, quantize, sms))
         keep(prepared.demo / "tokens", digest, _tokens)
 
 
@@ -61,19 +70,40 @@ def _digest(sms: tuple[int, ...]) -> str:
 def _library(model: str, dtype: str, sms: tuple[int, ...], folder: Path) -> None:
     from deepseek_trt.export.config.model_config import ModelConfig
     from deepseek_trt.plugins.aot.compile import compile_all
-    from deepseek_trt.plugins.tensorrt.library import build_library
 
     config = ModelConfig.from_hf(raw_config(model))
-    build_library(compile_all(config, dtype, sms, jobs=2), config, dtype, folder)
+    _write_library(model, dtype, compile_all(config, dtype, sms, jobs=2), folder)
+
+
+def _narrow_library(model: str, dtype: str, unit: int, sms: tuple[int, ...], folder: Path) -> None:
+    """The kernels over narrow weights of all formats alone: the model's own library has the others."""
+    from deepseek_trt.export.bundle.narrow import FORMATS
+    from deepseek_trt.export.config.model_config import ModelConfig
+    from deepseek_trt.plugins.aot.compile import compile_all
+    from deepseek_trt.plugins.aot.narrow_use import NarrowUse
+    from deepseek_trt.plugins.narrow_ops import NARROW_PLUGINS
+
+    linear = tuple((name, unit if kind.is_blocks else kind.group) for name, kind in FORMATS.items())
+    use = NarrowUse(linear, tuple(FORMATS), whole_experts=False)
+    binaries = compile_all(ModelConfig.from_hf(raw_config(model)), dtype, sms, jobs=2, narrow=use)
+    ops = {op.name for op in NARROW_PLUGINS}
+    _write_library(model, dtype, [b for b in binaries if b.variant.op in ops], folder)
+
+
+def _write_library(model: str, dtype: str, binaries: Sequence[Binary], folder: Path) -> None:
+    from deepseek_trt.export.config.model_config import ModelConfig
+    from deepseek_trt.plugins.tensorrt.library import build_library
+
+    build_library(binaries, ModelConfig.from_hf(raw_config(model)), dtype, folder)
     (folder / "config.json").write_text(json.dumps(raw_config(model), indent=1) + "\n", encoding="utf-8")
 
 
-def _bundle(dtype: str, sms: tuple[int, ...], folder: Path) -> None:
+def _bundle(dtype: str, quantize: str | None, sms: tuple[int, ...], folder: Path) -> None:
     from deepseek_trt.export.exporter import ExportRequest, export_bundle
     from deepseek_trt.plugins.tensorrt.for_bundle import PluginRequest, build_plugins
 
     folder.rmdir()
-    export_bundle(ExportRequest(DEMO, folder, dtype=dtype))
+    export_bundle(ExportRequest(DEMO, folder, dtype=dtype, quantize=quantize))
     build_plugins(PluginRequest(folder, sms))
 
 

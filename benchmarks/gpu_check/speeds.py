@@ -79,6 +79,8 @@ def items(setting: Setting, gpu: Gpu) -> list[Item]:
         name = folder.parent.name if is_demo else folder.name
         points = REHEARSED if setting.rehearsal else MEASURED
         library = read_library(folder, json.loads(config.read_text(encoding="utf-8")))
+        if library.is_narrow:
+            continue
         for op in ("MlaDecode", "MoeExperts", "MlaPrefill"):
             made.append(Item(f"{name} {op}", functools.partial(_rows, name, library, op, points, measured, timer, gpu)))
     return made
