@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpu_check.engines import DEMOS, Demo
 from gpu_check.models import DEMO_DTYPES, LIBRARIES, NARROW_DEMOS, NARROW_LIBRARIES, raw_config
+from gpu_check.narrow_checkpoint import write_checkpoint
 from gpu_check.places import ROOT, Prepared, add_package
 
 if TYPE_CHECKING:
@@ -42,7 +44,10 @@ def prepare(prepared: Prepared, sms: tuple[int, ...]) -> None:
         for dtype, quantize in NARROW_DEMOS:
             folder = prepared.demo / f"{dtype}-{quantize}"
             keep(folder, digest, functools.partial(_bundle, dtype, quantize, sms))
-        keep(prepared.demo / "tokens", digest, _tokens)
+        for demo in DEMOS:
+            is_whole = demo.name in DEMO_DTYPES
+            make = functools.partial(_tokens, DEMO) if is_whole else functools.partial(_narrow_tokens, prepared, demo)
+            keep(prepared.demo / demo.tokens, digest, make)
 
 
 def keep(folder: Path, digest: str, make: Callable[[Path], None]) -> None:
@@ -107,7 +112,7 @@ def _bundle(dtype: str, quantize: str | None, sms: tuple[int, ...], folder: Path
     build_plugins(PluginRequest(folder, sms))
 
 
-def _tokens(folder: Path) -> None:
+def _tokens(checkpoint: Path, folder: Path) -> None:
     """Greedy tokens of the demo model by transformers on the CPU, which reads the checkpoint with code of its own.
 
     With each token what parts it from the next best, and the root mean square of the logits: near ties may fall the
@@ -117,7 +122,7 @@ def _tokens(folder: Path) -> None:
     import transformers
     from tokenizers import Tokenizer
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     found: list[dict[str, Any]] = []
     for prompt in PROMPTS:
@@ -133,3 +138,10 @@ def _tokens(folder: Path) -> None:
         found.append({"prompt": ids, "tokens": tokens[len(ids) :], "gaps": gaps, "rms": sizes})
     whole = {"by": f"transformers {transformers.__version__}", "dtype": "float32", "answers": found}
     (folder / "tokens.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def _narrow_tokens(prepared: Prepared, demo: Demo, folder: Path) -> None:
+    """Likewise, of the numbers that the bundle's narrow weights are."""
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as checkpoint:
+        write_checkpoint(DEMO, prepared.demo / demo.name, Path(checkpoint))
+        _tokens(Path(checkpoint), folder)

@@ -8,11 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_check import checks, launching, narrow_cases, narrow_reference, rehearsal, shipped  # noqa: E402  benchmarks are no package of the product
+from gpu_check import (  # noqa: E402  benchmarks are no package of the product
+    checks,
+    launching,
+    narrow_cases,
+    narrow_checkpoint,
+    narrow_reference,
+    rehearsal,
+    shipped,
+    speeds,
+    speeds_narrow,
+    timing,
+)
 from gpu_check.items import Setting  # noqa: E402
 from gpu_check.models import Sizes  # noqa: E402
 from gpu_check.places import Prepared  # noqa: E402
@@ -145,3 +157,50 @@ def test_products_take_the_unit_of_the_library():
             launching._unit({fp8.code: 32}, fp8, columns)
     with pytest.raises(LookupError, match="no binary is for fp8"):
         launching._unit({}, fp8, (128,))
+
+
+@interpreted
+def test_narrow_products_are_timed():
+    interpreter.enable()
+    gpu, library = rehearsal.RehearsedGpu(90), library_of("bfloat16")
+    timer, ceilings = timing.Timer(1, 0, gpu, calls=1), timing.Ceilings(1e9, 1e9)
+    items = speeds_narrow.items("demo", library, speeds.REHEARSED, True, lambda: ceilings, timer, gpu)
+    assert [item.name.removeprefix("demo ") for item in items] == sorted(OPS)
+    rows = {row.what.removeprefix("demo "): row for item in items for row in item.run()}
+    assert {row.result for row in rows.values()} == {"good"}, rows
+    for format, bits in (("int8", 8.5), ("int4", 4.5), ("fp8", 8 + 32 / 128**2)):
+        figures = rows[f"linear {format} 128 x 128, 1 tokens"].figures
+        assert figures["GB/s"] * figures["us"] * 1e3 == pytest.approx(128 * 128 * bits / 8 + 2 * 2 * 128)
+        assert f"grouped GEMM {format}, 1 tokens" in rows
+
+
+def test_a_checkpoint_has_the_numbers_of_a_bundle(tmp_path):
+    """Of linear layers and of stacks of experts; other weights stay, and what is another tensor's is refused."""
+    source, bundle, out = (tmp_path / name for name in ("source", "bundle", "out"))
+    for folder in (source, bundle, out):
+        folder.mkdir()
+    linear, experts = torch.randint(-7, 8, (64, 32)), torch.randint(-7, 8, (2, 64, 32))
+    names = [f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in range(2)]
+    whole = {"o_proj.weight": linear.float() + 0.1, "norm.weight": torch.rand(3)}
+    whole |= {name: own.float() + 0.1 for name, own in zip(names, experts, strict=True)}
+    save_file(whole, source / "model.safetensors")
+    (source / "config.json").write_text('{"torch_dtype": "bfloat16"}')
+    packed = (experts[..., ::2] + 8) | ((experts[..., 1::2] + 8) << 4)
+    parts = {
+        "o_proj.weight": linear.to(torch.int8),
+        "o_proj.weight_scale": torch.ones(64, 1).half(),
+        "model.layers.1.mlp.experts.up_proj": packed.to(torch.uint8),
+        "model.layers.1.mlp.experts.up_proj_scale": torch.ones(2, 64, 1).half(),
+        "norm.weight": whole["norm.weight"],
+    }
+    save_file(parts, bundle / "weights.safetensors")
+    narrow_checkpoint.write_checkpoint(source, bundle, out)
+    made = load_file(out / "model.safetensors")
+    assert set(made) == set(whole)
+    assert torch.equal(made["o_proj.weight"], linear.float())
+    assert [torch.equal(made[name], own.float()) for name, own in zip(names, experts, strict=True)] == [True, True]
+    assert torch.equal(made["norm.weight"], whole["norm.weight"])
+    parts["o_proj.weight"] = parts["o_proj.weight"].roll(1, 0)
+    save_file(parts, bundle / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"o_proj.weight is not the checkpoint's"):
+        narrow_checkpoint.write_checkpoint(source, bundle, out)
