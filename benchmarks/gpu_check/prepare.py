@@ -81,7 +81,10 @@ def _library(model: str, dtype: str, sms: tuple[int, ...], folder: Path) -> None
 
 
 def _narrow_library(model: str, dtype: str, unit: int, sms: tuple[int, ...], folder: Path) -> None:
-    """The kernels over narrow weights of all formats alone: the model's own library has the others."""
+    """The kernels over narrow weights of all formats alone, as the model's own library has the others.
+
+    Without PTX, which the driver takes its time to compile: that of the demo's libraries has the same tiles.
+    """
     from deepseek_trt.export.bundle.narrow import FORMATS
     from deepseek_trt.export.config.model_config import ModelConfig
     from deepseek_trt.plugins.aot.compile import compile_all
@@ -90,7 +93,8 @@ def _narrow_library(model: str, dtype: str, unit: int, sms: tuple[int, ...], fol
 
     linear = tuple((name, unit if kind.is_blocks else kind.group) for name, kind in FORMATS.items())
     use = NarrowUse(linear, tuple(FORMATS), whole_experts=False)
-    binaries = compile_all(ModelConfig.from_hf(raw_config(model)), dtype, sms, jobs=2, narrow=use)
+    config = ModelConfig.from_hf(raw_config(model))
+    binaries = compile_all(config, dtype, sms, jobs=2, fallback=False, narrow=use)
     ops = {op.name for op in NARROW_PLUGINS}
     _write_library(model, dtype, [b for b in binaries if b.variant.op in ops], folder)
 

@@ -65,14 +65,14 @@ def library_of(dtype, ops=OPS):
     return shipped.ShippedLibrary(f"demo {dtype}", dtype, Sizes.of(DEMO), binaries)
 
 
-def checked(library, executor=None):
+def checked(library, executor=None, few=False):
     """The rows by op."""
     interpreter.enable()
     gpu = rehearsal.RehearsedGpu(90)
     if executor is not None:
         honest = gpu.executor()
         gpu.executor = lambda: lambda *given: executor(honest, *given)
-    setting = Setting(Prepared(Path("none")), rehearsal=True)
+    setting = Setting(Prepared(Path("none")), rehearsal=True, few=few)
     return {row.what.split()[-1]: row for row in checks.check("demo", library, (90, False), setting, gpu)}
 
 
@@ -110,6 +110,14 @@ def test_every_binary_is_launched_and_right(dtype):
     assert max(row.figures.get("error", 0) for row in rows.values()) < 1
     count = len({(b.kernel, b.sha256) for b in library.binaries})
     assert rows["all"].note == f"{count} of {count} binaries launched"
+
+
+@interpreted
+def test_memcheck_runs_the_narrow_kernels_alone():
+    """The others of such a library are the whole bundle's."""
+    rows = checked(library_of("bfloat16", {"LinearNarrowInt4", "MlaDecode"}), few=True)
+    assert {what: row.result for what, row in rows.items()} == {"LinearNarrowInt4": "good", "all": "good"}
+    assert rows["all"].note == "4 of 4 binaries launched"
 
 
 def swapped(codes):
