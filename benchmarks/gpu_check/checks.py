@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from gpu_check import cases, fused_cases
+from gpu_check import cases, fused_cases, narrow_cases
 from gpu_check.items import Gpu, Item, NotRunError, Setting, each
 from gpu_check.launching import shipped_kernels
 from gpu_check.models import Sizes
 from gpu_check.rows import Row
-from gpu_check.shipped import LIBRARY, ShippedBinary, ShippedLibrary, read_library
+from gpu_check.shipped import LIBRARY, ShippedBinary, ShippedLibrary, read_library, token_counts
 
 PART = "kernels"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _REHEARSED = 512  # the widest model whose kernels are interpreted: the published ones take hours
-_SMALL = ("demo float32", "demo bfloat16", "v2-lite-bfloat16")  # what memcheck has time for
+# What memcheck has time for.
+_SMALL = ("demo float32", "demo bfloat16", "demo bfloat16-int4", "demo bfloat16-fp8", "v2-lite-bfloat16")
 Work = tuple[str, Callable[[], Row]]
 
 
@@ -85,6 +86,8 @@ def check(what: str, library: ShippedLibrary, target: tuple[int, bool], setting:
 
     torch.manual_seed(0)
     binaries = library.of(target)
+    if setting.few and library.is_narrow:  # the others are those of the whole bundle
+        binaries = tuple(b for b in binaries if "Narrow" in b.op)
     place = cases.Place(gpu.device, DTYPES[library.dtype])
     with shipped_kernels(binaries, gpu.executor()) as journal:
         launched: set[tuple[str, str]] = set()
@@ -148,6 +151,7 @@ def _cases(
         yield "MoeExperts", lambda: _experts(cases.experts, "MoeExperts", ops, place, sizes, binaries, gpu)
     if "MoeLayer" in shipped:
         yield "MoeLayer", lambda: _experts(fused_cases.layer, "MoeLayer", ops, place, sizes, binaries, gpu)
+    yield from narrow_cases.cases(ops, place, sizes, binaries, few, gpu)
     if "Sampling" in shipped:
         yield (
             "Sampling",
@@ -155,14 +159,8 @@ def _cases(
         )
 
 
-def _counts(binaries: tuple[ShippedBinary, ...], op: str) -> tuple[int, ...]:
-    """Tokens such that each bucket's binaries are launched."""
-    largest = sorted({b.max_tokens for b in binaries if b.op == op} - {0})
-    return (1, *(most + 1 for most in largest))
-
-
 def _each_bucket(case: Callable[[int], float], binaries: tuple[ShippedBinary, ...], op: str) -> Iterator[float]:
-    yield from map(case, _counts(binaries, op))
+    yield from map(case, token_counts(binaries, op))
 
 
 def _experts(
@@ -179,5 +177,5 @@ def _experts(
     if gpu.free_bytes() < needed:
         raise NotRunError(f"the experts need {needed / 1e9:.1f} GB; {gpu.free_bytes() / 1e9:.1f} GB are free")
     stacks = cases.expert_stacks(place, sizes)
-    for tokens in _counts(binaries, op):
+    for tokens in token_counts(binaries, op):
         yield case(ops, place, sizes, tokens, stacks)

@@ -46,25 +46,46 @@ class Answer:
     rms: list[float]
 
 
+@dataclass(frozen=True)
+class Demo:
+    """A bundle of the demo: its folder, its dtype, and the folder of the tokens that it is to give."""
+
+    name: str
+    dtype: str
+    tokens: str
+
+
+DEMOS = (
+    *(Demo(dtype, dtype, "tokens") for dtype in DEMO_DTYPES),
+    Demo("bfloat16-int4", "bfloat16", "tokens-bfloat16-int4"),
+)
+
+
 def items(setting: Setting, gpu: Gpu) -> list[Item]:
-    """One a flavour of TensorRT and dtype."""
+    """One a flavour of TensorRT and bundle."""
     for site in setting.prepared.sites:
         _add_site(site)
-    tokens = setting.prepared.demo / "tokens" / "tokens.json"
-    if not tokens.is_file():
+    answers = {demo: _answers(setting.prepared.demo / demo.tokens / "tokens.json") for demo in DEMOS}
+    if not all(answers.values()):
         note = f"no demo in {setting.prepared.folder}: make it with scripts/gpu-check --prepare"
         return [Item("demo", lambda: [Row(PART, "demo", "FAILED", note)])]
-    answers = [Answer(**found) for found in json.loads(tokens.read_text(encoding="utf-8"))["answers"]]
     made = []
     for flavour in FLAVOURS:
         missing = _missing(flavour)
-        for dtype in DEMO_DTYPES:
-            what = f"demo {dtype} {flavour}"
+        for demo in DEMOS:
+            what = f"demo {demo.name} {flavour}"
             if missing:
                 made.append(Item(what, functools.partial(list, [Row(PART, what, "not run", missing)])))
             else:
-                made.append(Item(what, functools.partial(_rows, what, flavour, dtype, answers, setting, gpu)))
+                made.append(Item(what, functools.partial(_rows, what, flavour, demo, answers[demo], setting, gpu)))
     return made
+
+
+def _answers(file: Path) -> list[Answer]:
+    """Those of a tokens.json; none where it is not there."""
+    if not file.is_file():
+        return []
+    return [Answer(**found) for found in json.loads(file.read_text(encoding="utf-8"))["answers"]]
 
 
 def _add_site(site: Path) -> None:
@@ -82,12 +103,12 @@ def _missing(flavour: str) -> str:
     return "" if hasattr(trt, "Builder") else f"{FLAVOURS[flavour]} is there without its libraries"
 
 
-def _rows(what: str, flavour: str, dtype: str, answers: Sequence[Answer], setting: Setting, gpu: Gpu) -> Iterator[Row]:
+def _rows(what: str, flavour: str, demo: Demo, answers: Sequence[Answer], setting: Setting, gpu: Gpu) -> Iterator[Row]:
     """Build, tokens, tokens a second; what an engine that did not come about would show is not run."""
     from deepseek_trt.export.errors import BackendError
 
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
-        folder = Path(shutil.copytree(setting.prepared.demo / dtype, Path(work) / "bundle"))
+        folder = Path(shutil.copytree(setting.prepared.demo / demo.name, Path(work) / "bundle"))
         opened: list[Any] = []
         foreign: list[int] = []
 
@@ -114,7 +135,7 @@ def _rows(what: str, flavour: str, dtype: str, answers: Sequence[Answer], settin
             built = row.result == "good"
             yield row
         works: list[tuple[str, Callable[[], Row]]] = [
-            (f"{what} tokens", lambda: _tokens(f"{what} tokens", session(), dtype, answers, setting.rehearsal))
+            (f"{what} tokens", lambda: _tokens(f"{what} tokens", session(), demo.dtype, answers, setting.rehearsal))
         ]
         new_tokens = 4 if setting.rehearsal else SPEED_TOKENS
         for rows in (1, BATCH):

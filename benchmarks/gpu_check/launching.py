@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -117,12 +117,26 @@ def _value(kind: str, argument: Any) -> Any:
     return ctypes.c_uint64(argument.data_ptr())
 
 
+def _units_of(binaries: Sequence[ShippedBinary]) -> dict[int, int]:
+    """By formats' numbers, what the columns of all matrices of the model are multiples of."""
+    return {b.constants["FORMAT"]: b.constants["UNIT"] for b in binaries if "UNIT" in b.constants}
+
+
+def _unit(units: Mapping[int, int], kind: Any, columns: Iterable[int]) -> int:
+    """The unit that a library was compiled for, where a wrapper would take that of its matrix alone."""
+    unit = units.get(kind.code)
+    if unit is None or any(count % unit for count in columns):
+        raise LookupError(f"no binary is for {kind.name} with {list(columns)} columns")
+    return unit
+
+
 @contextmanager
 def shipped_kernels(binaries: Sequence[ShippedBinary], execute: Executor) -> Iterator[list[Launch]]:
     """Have the kernels' modules run `binaries`, of one chip; gives the journal of what was launched."""
     from deepseek_trt.plugins.aot.variants import KERNELS
     from deepseek_trt.plugins.kernels import chips
     from deepseek_trt.plugins.kernels.interpreter import KERNEL_MODULES
+    from deepseek_trt.plugins.kernels.narrow.constants import linear_unit
 
     (target,) = {(b.sm, b.is_ptx) for b in binaries}
     tiles_sm = PTX_TILES_SM if target[1] else target[0]
@@ -142,6 +156,7 @@ def shipped_kernels(binaries: Sequence[ShippedBinary], execute: Executor) -> Ite
             own = getattr(importlib.import_module(f"{_KERNELS}.{KERNELS[kernel].module}"), kernel)
             replace(kernel, own, ShippedKernel([b for b in binaries if b.kernel == kernel], execute, journal))
         replace("chip_of", chips.chip_of, lambda tensor: tiles_sm)
+        replace("linear_unit", linear_unit, functools.partial(_unit, _units_of(binaries)))
         yield journal
     finally:
         for module, name, value in reversed(stock):

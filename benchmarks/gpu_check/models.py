@@ -56,6 +56,10 @@ LIBRARIES = (
     ("v3", "bfloat16"),
 )
 DEMO_DTYPES = ("float32", "bfloat16")
+# Of narrow weights: the demo's bundles by dtype and --quantize, and a library of the kernels of all formats at the
+# sizes of a published model, whose fp8 matrices have multiples of so many columns (10,944 of a dense layer's down).
+NARROW_DEMOS = (("bfloat16", "int4"), ("bfloat16", "fp8"))
+NARROW_LIBRARIES = (("v2-lite", "bfloat16", 64),)
 
 
 def raw_config(model: str) -> dict[str, Any]:

@@ -11,12 +11,17 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpu_check.models import DEMO_DTYPES, LIBRARIES, raw_config
+from gpu_check.engines import DEMOS, Demo
+from gpu_check.models import DEMO_DTYPES, LIBRARIES, NARROW_DEMOS, NARROW_LIBRARIES, raw_config
+from gpu_check.narrow_checkpoint import write_checkpoint
 from gpu_check.places import ROOT, Prepared, add_package
+
+if TYPE_CHECKING:
+    from deepseek_trt.plugins.aot.records import Binary
 
 _SOURCES = ("export", "plugins", "cli/demo_model")
 DEMO = ROOT / "cli" / "demo_model"
@@ -31,9 +36,18 @@ def prepare(prepared: Prepared, sms: tuple[int, ...]) -> None:
         add_package(Path(tree))
         for model, dtype in LIBRARIES:
             keep(prepared.libraries / f"{model}-{dtype}", digest, functools.partial(_library, model, dtype, sms))
+        for model, dtype, unit in NARROW_LIBRARIES:
+            folder = prepared.libraries / f"{model}-{dtype}-narrow"
+            keep(folder, digest, functools.partial(_narrow_library, model, dtype, unit, sms))
         for dtype in DEMO_DTYPES:
-            keep(prepared.demo / dtype, digest, functools.partial(_bundle, dtype, sms))
-        keep(prepared.demo / "tokens", digest, _tokens)
+            keep(prepared.demo / dtype, digest, functools.partial(_bundle, dtype, None, sms))
+        for dtype, quantize in NARROW_DEMOS:
+            folder = prepared.demo / f"{dtype}-{quantize}"
+            keep(folder, digest, functools.partial(_bundle, dtype, quantize, sms))
+        for demo in DEMOS:
+            is_whole = demo.name in DEMO_DTYPES
+            make = functools.partial(_tokens, DEMO) if is_whole else functools.partial(_narrow_tokens, prepared, demo)
+            keep(prepared.demo / demo.tokens, digest, make)
 
 
 def keep(folder: Path, digest: str, make: Callable[[Path], None]) -> None:
@@ -61,23 +75,48 @@ def _digest(sms: tuple[int, ...]) -> str:
 def _library(model: str, dtype: str, sms: tuple[int, ...], folder: Path) -> None:
     from deepseek_trt.export.config.model_config import ModelConfig
     from deepseek_trt.plugins.aot.compile import compile_all
-    from deepseek_trt.plugins.tensorrt.library import build_library
 
     config = ModelConfig.from_hf(raw_config(model))
-    build_library(compile_all(config, dtype, sms, jobs=2), config, dtype, folder)
+    _write_library(model, dtype, compile_all(config, dtype, sms, jobs=2), folder)
+
+
+def _narrow_library(model: str, dtype: str, unit: int, sms: tuple[int, ...], folder: Path) -> None:
+    """The kernels over narrow weights of all formats alone, as the model's own library has the others.
+
+    Without PTX, which the driver takes its time to compile: that of the demo's libraries has the same tiles.
+    """
+    from deepseek_trt.export.bundle.narrow import FORMATS
+    from deepseek_trt.export.config.model_config import ModelConfig
+    from deepseek_trt.plugins.aot.compile import compile_all
+    from deepseek_trt.plugins.aot.narrow_use import NarrowUse
+    from deepseek_trt.plugins.narrow_ops import NARROW_PLUGINS
+
+    linear = tuple((name, unit if kind.is_blocks else kind.group) for name, kind in FORMATS.items())
+    use = NarrowUse(linear, tuple(FORMATS), whole_experts=False)
+    config = ModelConfig.from_hf(raw_config(model))
+    binaries = compile_all(config, dtype, sms, jobs=2, fallback=False, narrow=use)
+    ops = {op.name for op in NARROW_PLUGINS}
+    _write_library(model, dtype, [b for b in binaries if b.variant.op in ops], folder)
+
+
+def _write_library(model: str, dtype: str, binaries: Sequence[Binary], folder: Path) -> None:
+    from deepseek_trt.export.config.model_config import ModelConfig
+    from deepseek_trt.plugins.tensorrt.library import build_library
+
+    build_library(binaries, ModelConfig.from_hf(raw_config(model)), dtype, folder)
     (folder / "config.json").write_text(json.dumps(raw_config(model), indent=1) + "\n", encoding="utf-8")
 
 
-def _bundle(dtype: str, sms: tuple[int, ...], folder: Path) -> None:
+def _bundle(dtype: str, quantize: str | None, sms: tuple[int, ...], folder: Path) -> None:
     from deepseek_trt.export.exporter import ExportRequest, export_bundle
     from deepseek_trt.plugins.tensorrt.for_bundle import PluginRequest, build_plugins
 
     folder.rmdir()
-    export_bundle(ExportRequest(DEMO, folder, dtype=dtype))
+    export_bundle(ExportRequest(DEMO, folder, dtype=dtype, quantize=quantize))
     build_plugins(PluginRequest(folder, sms))
 
 
-def _tokens(folder: Path) -> None:
+def _tokens(checkpoint: Path, folder: Path) -> None:
     """Greedy tokens of the demo model by transformers on the CPU, which reads the checkpoint with code of its own.
 
     With each token what parts it from the next best, and the root mean square of the logits: near ties may fall the
@@ -87,7 +126,7 @@ def _tokens(folder: Path) -> None:
     import transformers
     from tokenizers import Tokenizer
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     found: list[dict[str, Any]] = []
     for prompt in PROMPTS:
@@ -103,3 +142,10 @@ def _tokens(folder: Path) -> None:
         found.append({"prompt": ids, "tokens": tokens[len(ids) :], "gaps": gaps, "rms": sizes})
     whole = {"by": f"transformers {transformers.__version__}", "dtype": "float32", "answers": found}
     (folder / "tokens.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def _narrow_tokens(prepared: Prepared, demo: Demo, folder: Path) -> None:
+    """Likewise, of the numbers that the bundle's narrow weights are."""
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as checkpoint:
+        write_checkpoint(DEMO, prepared.demo / demo.name, Path(checkpoint))
+        _tokens(Path(checkpoint), folder)

@@ -46,12 +46,23 @@ class ShippedLibrary:
     sizes: Sizes
     binaries: tuple[ShippedBinary, ...]
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it has kernels over narrow weights."""
+        return any("Narrow" in b.op for b in self.binaries)
+
     def targets(self) -> tuple[tuple[int, bool], ...]:
         """(SM, is PTX) of what it was compiled for."""
         return tuple(sorted({(b.sm, b.is_ptx) for b in self.binaries}))
 
     def of(self, target: tuple[int, bool]) -> tuple[ShippedBinary, ...]:
         return tuple(b for b in self.binaries if (b.sm, b.is_ptx) == target)
+
+
+def token_counts(binaries: Sequence[ShippedBinary], op: str) -> tuple[int, ...]:
+    """Tokens such that each bucket's binaries are launched."""
+    largest = sorted({b.max_tokens for b in binaries if b.op == op} - {0})
+    return (1, *(most + 1 for most in largest))
 
 
 def read_library(folder: Path, raw_config: Mapping[str, Any]) -> ShippedLibrary:

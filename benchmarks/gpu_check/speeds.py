@@ -79,8 +79,15 @@ def items(setting: Setting, gpu: Gpu) -> list[Item]:
         name = folder.parent.name if is_demo else folder.name
         points = REHEARSED if setting.rehearsal else MEASURED
         library = read_library(folder, json.loads(config.read_text(encoding="utf-8")))
+        if library.is_narrow:
+            from gpu_check import speeds_narrow  # which imports this
+
+            made += speeds_narrow.items(name, library, points, setting.rehearsal, measured, timer, gpu)
+            continue
         for op in ("MlaDecode", "MoeExperts", "MlaPrefill"):
-            made.append(Item(f"{name} {op}", functools.partial(_rows, name, library, op, points, measured, timer, gpu)))
+            made.append(
+                Item(f"{name} {op}", functools.partial(_rows, name, library, _WORKS[op], points, measured, timer, gpu))
+            )
     return made
 
 
@@ -92,7 +99,7 @@ def _ceilings_row(found: Ceilings, nbytes: int, n: int) -> Row:
 def _rows(
     name: str,
     library: ShippedLibrary,
-    op: str,
+    works_of: Callable[..., Named],
     points: Points,
     measured: Callable[[], Ceilings],
     timer: Timer,
@@ -112,7 +119,7 @@ def _rows(
             journal.clear()
             return Row(PART, what, "good", note, figures(work, seconds, ceilings) | _expected(work, gpu))
 
-        works = _WORKS[op](place, library.sizes, points, journal, gpu)
+        works = works_of(place, library.sizes, points, journal, gpu)
         yield from each(
             PART,
             ((f"{name} {what}", functools.partial(row, f"{name} {what}", make)) for what, make in works),

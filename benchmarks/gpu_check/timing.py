@@ -30,14 +30,17 @@ class TorchGpu:
         self.sm = 10 * major + minor
         self.name = str(torch.cuda.get_device_name())
         self._read: torch.Tensor | None = None
+        self._executor: Callable[..., None] | None = None
 
     def executor(self) -> Callable[..., None]:
-        """What runs shipped binaries, on torch's current stream."""
-        from cuda.bindings import driver
+        """What runs shipped binaries, on torch's current stream; one for all, so that equal PTX is compiled once."""
+        if self._executor is None:
+            from cuda.bindings import driver
 
-        from gpu_check.launching import DriverExecutor
+            from gpu_check.launching import DriverExecutor
 
-        return DriverExecutor(driver, lambda: int(torch.cuda.current_stream().cuda_stream))
+            self._executor = DriverExecutor(driver, lambda: int(torch.cuda.current_stream().cuda_stream))
+        return self._executor
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         side = torch.cuda.Stream()

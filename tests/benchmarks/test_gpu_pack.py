@@ -89,12 +89,12 @@ def test_the_unpacked_pack_rehearses_on_a_bare_python(tmp_path):
     parts = {
         part: {row["what"]: row for row in rows if row["part"] == part} for part in ("kernels", "speed", "engines")
     }
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "bfloat16-int4", "bfloat16-fp8"):
         for target in ("cubin 90", "PTX 80"):
             assert parts["kernels"][f"demo {dtype} {target} all"]["result"] == "good"
     assert {row["result"] for row in parts["speed"].values()} == {"good"}
     too_large = [row for row in parts["kernels"].values() if "too large" in row["note"]]
-    assert len(too_large) == 2 * 5  # a cubin and a PTX row of each published model's library: read, not launched
+    assert len(too_large) == 2 * 5 + 1  # a cubin and a PTX row of each published model's library: read, not launched
     assert all("'tensorrt'" in row["note"] for row in parts["engines"].values() if row["result"] == "not run")
     for dtype in ("float32", "bfloat16"):
         assert "plugin layers {'MlaPrefill': 5" in parts["engines"][f"demo {dtype} rtx build"]["note"]
