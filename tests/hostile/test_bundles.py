@@ -392,6 +392,6 @@ def test_an_added_file_that_changed_is_named_by_verify(bundle):
 
 def test_a_bundle_of_before_is_told_to_be_exported_again(bundle):
     raw = raw_manifest(bundle)
-    raw["schema_version"] = 6  # which had nothing to draft with
+    raw["schema_version"] = 7  # whose caches were all whole
     (bundle / MANIFEST_FILE).write_text(json.dumps(raw))
-    refused(generate(bundle), "schema_version 6 is not 7", "export the checkpoint again")
+    refused(generate(bundle), "schema_version 7 is not 8", "export the checkpoint again")
