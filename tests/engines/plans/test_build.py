@@ -131,8 +131,21 @@ SMALL_V3 = {
 }
 
 
+V3_PLUGINS = {  # of prefill and decode, by what becomes of the checkpoint's fp8
+    "none": (
+        {"MlaPrefill": 2, "MoeBiasedRouter": 1, "MoeExperts": 1},
+        {**dict.fromkeys(ATTENTION, 2), "MoeLayer": 1},
+    ),
+    "keep": tuple(
+        {**dict.fromkeys(attention, 2), "MoeBiasedRouter": 1, "MoeExpertsNarrowFp8": 1, "LinearNarrowFp8": 14}
+        for attention in (("MlaPrefill",), ATTENTION)
+    ),
+}
+
+
 @pytest.mark.tensorrt
-def test_a_model_of_v3s_kind_builds_with_its_experts_in_parts(tmp_path, bundle_of, monkeypatch):
+@pytest.mark.parametrize("quantize", V3_PLUGINS)
+def test_a_model_of_v3s_kind_builds_with_its_experts_in_parts(tmp_path, bundle_of, monkeypatch, quantize):
     """Its router is a plugin, and each stack of experts two inputs, as if TensorRT took 300,000 numbers a tensor."""
     spec = importlib.util.spec_from_file_location("make_checkpoint", ROOT / "benchmarks" / "make_checkpoint.py")
     make_checkpoint = importlib.util.module_from_spec(spec)
@@ -140,14 +153,12 @@ def test_a_model_of_v3s_kind_builds_with_its_experts_in_parts(tmp_path, bundle_o
     spec.loader.exec_module(make_checkpoint)
     published = make_checkpoint.Published({**make_checkpoint.V3, **SMALL_V3}, 1)
     make_checkpoint.write_sparse(published, tmp_path / "checkpoint")
-    exported = Bundle.open(
-        Path(shutil.copytree(bundle_of(tmp_path / "checkpoint", allow_zeros=True).path, tmp_path / "bundle"))
-    )
+    made = bundle_of(tmp_path / "checkpoint", allow_zeros=True, quantize=quantize)
+    exported = Bundle.open(Path(shutil.copytree(made.path, tmp_path / "bundle")))
     monkeypatch.setattr(recipes, "TENSORRT_MOST_NUMBERS", 300_000)
     spec = dataclasses.replace(SPEC, sms=(86,))
     prefill, decode = build_plans(BuildRequest(exported.path, spec))
-    assert prefill.record.plugins == {"MlaPrefill": 2, "MoeBiasedRouter": 1, "MoeExperts": 1}
-    assert decode.record.plugins == {**dict.fromkeys(ATTENTION, 2), "MoeLayer": 1}
+    assert (prefill.record.plugins, decode.record.plugins) == V3_PLUGINS[quantize]
     for plan in (prefill, decode):
         parts = {t.name.split("experts.")[1]: t.dims for t in plan.record.inputs if ".part" in t.name}
         assert parts == {f"{name}_proj.part{i}": dims for name, dims in EXPECTED_PARTS.items() for i in (0, 1)}
