@@ -34,10 +34,20 @@ from mid_model import write_checkpoint
 
 from deepseek_trt.export.json_text import json_text
 
-_LLAMA_BUILD = {
-    "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF",
-    "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()),
+# llama.cpp's options by the processor's flags. AMX stays out: with it llama.cpp aborts on narrow weights of MLA models
+# (0.3.36: "GGML_ASSERT(*cur_backend_id != -1)", of attn_k_b), and its other kernels are those of GGML_NATIVE.
+_LLAMA_OPTIONS = {
+    "avx2": "GGML_AVX2",
+    "fma": "GGML_FMA",
+    "f16c": "GGML_F16C",
+    "bmi2": "GGML_BMI2",
+    "avx_vnni": "GGML_AVX_VNNI",
+    "avx512f": "GGML_AVX512",
+    "avx512vbmi": "GGML_AVX512_VBMI",
+    "avx512_vnni": "GGML_AVX512_VNNI",
+    "avx512_bf16": "GGML_AVX512_BF16",
 }
+_LLAMA_PARTS = ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TOOLS", "GGML_NATIVE")
 
 
 @dataclass(frozen=True)
@@ -91,14 +101,23 @@ def _export(files: Files, form: str) -> None:
         subprocess.run([sys.executable, "-c", script, "export", files.checkpoint, bundle, *narrow], check=True)
 
 
+def _llama_build() -> dict[str, str]:
+    """The environment in which pip builds llama.cpp for this processor."""
+    found = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    options = [f"-D{part}=OFF" for part in _LLAMA_PARTS]
+    options += [f"-D{option}={'ON' if flag in found else 'OFF'}" for flag, option in _LLAMA_OPTIONS.items()]
+    return {"CMAKE_ARGS": " ".join(options), "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
+
+
 def _build_llama(folder: Path) -> Path:
     python, done = folder / "bin" / "python", folder / "built"
     if not done.exists():
         print("building llama.cpp: many minutes", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         packages = ["llama-cpp-python", "gguf", "safetensors"]
-        install = [python, "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", *packages]
-        subprocess.run(install, check=True, env={**os.environ, **_LLAMA_BUILD})
+        # No wheel of pip's cache: it knows nothing of the options.
+        install = [python, "-m", "pip", "install", "-q", "--no-cache-dir", "--no-binary", "llama-cpp-python", *packages]
+        subprocess.run(install, check=True, env={**os.environ, **_llama_build()})
         done.touch()
     return python
 

@@ -41,7 +41,8 @@ class Llama:
     def __init__(self, gguf: Path, mode: Mode, batch: int, length: int, threads: int) -> None:
         ll.llama_backend_init()
         model = ll.llama_model_default_params()
-        model.use_mmap, model.n_gpu_layers = mode.mmap, 0
+        model.load_mode = ll.LLAMA_LOAD_MODE_MMAP if mode.mmap else ll.LLAMA_LOAD_MODE_NONE
+        model.n_gpu_layers = 0
         self._model = ll.llama_model_load_from_file(str(gguf).encode(), model)
         self._vocab = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(self._model))
         params = ll.llama_context_default_params()

@@ -31,11 +31,15 @@ PART = "speed"
 
 @dataclass(frozen=True)
 class Points:
-    """What is timed: (context, batch) of decode, tokens of the experts, (past, new) of prefill."""
+    """What is timed: (context, batch) of decode, tokens of the experts, (past, new) of prefill.
+
+    full: of what has points of its own, all of them.
+    """
 
     decode: tuple[tuple[int, int], ...]
     experts: tuple[int, ...]
     prefill: tuple[tuple[int, int], ...]
+    full: bool = True
 
 
 MEASURED = Points(
@@ -43,7 +47,7 @@ MEASURED = Points(
     experts=(1, 8, 32, 128, 512, 4096),
     prefill=((0, 512), (0, 4096), (4096, 512)),
 )
-REHEARSED = Points(decode=((128, 2),), experts=(2,), prefill=((0, 16),))
+REHEARSED = Points(decode=((128, 2),), experts=(2,), prefill=((0, 16),), full=False)
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,12 @@ def items(setting: Setting, gpu: Gpu) -> list[Item]:
 
             made += speeds_narrow.items(name, library, points, setting.rehearsal, measured, timer, gpu)
             continue
-        for op in ("MlaDecode", "MoeExperts", "MlaPrefill"):
+        from gpu_check import speeds_fused  # which imports this
+
+        works = {**_WORKS, "MoeLayer": speeds_fused.layer_works, "Sampling": speeds_fused.sampling_works}
+        for op in works:
             made.append(
-                Item(f"{name} {op}", functools.partial(_rows, name, library, _WORKS[op], points, measured, timer, gpu))
+                Item(f"{name} {op}", functools.partial(_rows, name, library, works[op], points, measured, timer, gpu))
             )
     return made
 
@@ -152,7 +159,7 @@ def _all_of(launches: Sequence[Launch]) -> Callable[[], None]:
     return run
 
 
-def _recorded(journal: list[Launch], run: Callable[[], object], kernels: tuple[str, ...] = ()) -> list[Launch]:
+def recorded(journal: list[Launch], run: Callable[[], object], kernels: tuple[str, ...] = ()) -> list[Launch]:
     """The launches that `run` makes, of `kernels` where some are named, else all but the write of new latents.
 
     LookupError where one of `kernels` is not launched: something else would be timed.
@@ -208,7 +215,7 @@ def _decode_call(place: cases.Place, sizes: Sizes, context: int, batch: int, jou
         place.ints([1] * batch),
     )
     run = lambda: _ops()["MlaDecode"](*given, sizes.width**-0.5, sizes.rank)  # noqa: E731
-    return _recorded(journal, run)
+    return recorded(journal, run)
 
 
 def experts_works(place: cases.Place, sizes: Sizes, points: Points, journal: list[Launch], gpu: Gpu) -> Named:
@@ -251,7 +258,7 @@ def _experts_call(
     kernels: tuple[str, ...],
 ) -> list[Launch]:
     hidden, weights = place.random(len(ids), sizes.hidden), torch.rand(ids.shape, device=place.device)
-    return _recorded(journal, lambda: _ops()["MoeExperts"](hidden, weights, ids, *stacks, "silu"), kernels)
+    return recorded(journal, lambda: _ops()["MoeExperts"](hidden, weights, ids, *stacks, "silu"), kernels)
 
 
 def prefill_works(place: cases.Place, sizes: Sizes, points: Points, journal: list[Launch], gpu: Gpu) -> Named:
@@ -282,10 +289,10 @@ def _prefill_call(place: cases.Place, sizes: Sizes, past: int, new: int, journal
         place.random(sizes.heads, sizes.value, sizes.rank, scale=sizes.rank**-0.5),
     )
     run = lambda: _ops()["MlaPrefill"](*given, (sizes.nope + sizes.rope) ** -0.5)  # noqa: E731
-    return _recorded(journal, run)
+    return recorded(journal, run)
 
 
-# Kernels that sample get their line here and in checks.py's table of cases.
+# What is timed here; speeds_fused.py and speeds_narrow.py have the others.
 _WORKS: dict[str, Callable[..., Named]] = {
     "MlaDecode": decode_works,
     "MoeExperts": experts_works,

@@ -15,7 +15,7 @@ from gpu_check.launching import Launch
 from gpu_check.models import Sizes
 from gpu_check.narrow_reference import GROUPS
 from gpu_check.shipped import ShippedLibrary
-from gpu_check.speeds import Named, Points, Work, _ops, _recorded, _rows
+from gpu_check.speeds import Named, Points, Work, _ops, _rows, recorded
 from gpu_check.timing import Ceilings, Timer, copies_for
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def linear_works(
         weights = [operands, *(tuple(part.clone() for part in operands) for _ in range(copies - 1))]
         x = place.random(tokens, columns)
         calls = [
-            _recorded(journal, functools.partial(_ops()["LinearNarrow"], x, *own, format, GROUPS[format]))
+            recorded(journal, functools.partial(_ops()["LinearNarrow"], x, *own, format, GROUPS[format]))
             for own in weights
         ]
         moved = nbytes + tokens * (rows + columns) * place.dtype.itemsize
@@ -115,7 +115,7 @@ def _experts_call(
 ) -> list[Launch]:
     hidden, weights = place.random(len(ids), sizes.hidden), torch.rand(ids.shape, device=place.device)
     given = (hidden, weights, ids, *stacks, "silu", format, GROUPS[format])
-    return _recorded(journal, functools.partial(_ops()["MoeExpertsNarrow"], *given), _GEMMS)
+    return recorded(journal, functools.partial(_ops()["MoeExpertsNarrow"], *given), _GEMMS)
 
 
 def _bytes_of(tensors: tuple[Tensor, ...]) -> int:

@@ -93,7 +93,8 @@ def test_rehearsal_launches_every_binary_and_times_all_ops(tmp_path):
         ):
             assert f"demo bfloat16 {target} {op}" in kernels
     timed = {row["what"]: row["figures"] for row in found["rows"] if row["part"] == "speed"}
-    assert len(timed) == 1 + 1 + 2 + 1  # the ceilings, decode, the experts' products and all of the experts, prefill
+    # The ceilings, decode, the experts' products and all of the experts, prefill, the layer, sampling both ways.
+    assert len(timed) == 1 + 1 + 2 + 1 + 1 + 2
     assert all(figures["GB/s"] > 0 for figures in timed.values())
 
 
@@ -241,6 +242,7 @@ def test_the_driver_gets_the_binaries_of_the_library(tmp_path):
     stand_in_library(tmp_path)
     binaries = shipped.read_library(tmp_path / "plugins", DEMO).of((90, False))
     (binary,) = (b for b in binaries if b.kernel == "mla_decode_combine")
+    constants = {name: value for name, value in binary.constants.items() if name != "PDL"}  # as wrappers give them
     if not torch.cuda.is_available():
         interpreter.enable()  # else no later test of this process could interpret them
     mla_decode = importlib.import_module("deepseek_trt.plugins.kernels.mla_decode")
@@ -249,14 +251,12 @@ def test_the_driver_gets_the_binaries_of_the_library(tmp_path):
     with launching.shipped_kernels(binaries, launching.DriverExecutor(driver, lambda: 77)) as journal:
         assert mla_decode.chip_of(tensor) == 90
         for _ in range(2):
-            mla_decode.mla_decode_combine[(3, 4)](
-                *[tensor] * 5, 2, 8, 5, 6, **binary.constants, num_warps=4, num_stages=2
-            )
+            mla_decode.mla_decode_combine[(3, 4)](*[tensor] * 5, 2, 8, 5, 6, **constants, num_warps=4, num_stages=2)
         with pytest.raises(LookupError, match="no binary of mla_decode_combine"):
             mla_decode.mla_decode_combine[(3, 4)](*[tensor] * 5, 2, 8, 5, 6, BLOCK_S=1)
         odd = types.SimpleNamespace(is_cuda=True, is_contiguous=lambda: True, data_ptr=lambda: 0x7002)
         with pytest.raises(ValueError, match="multiples of 16"):
-            mla_decode.mla_decode_combine[(3, 4)](*[odd] * 5, 2, 8, 5, 6, **binary.constants)
+            mla_decode.mla_decode_combine[(3, 4)](*[odd] * 5, 2, 8, 5, 6, **constants)
     assert [launch.binary for launch in journal] == [binary] * 2
     assert driver.loaded == [binary.image + b"\0"]
     assert driver.shared == [60_000]
