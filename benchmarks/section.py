@@ -6,6 +6,7 @@ there, and at its end the commit that it was made of.
 
 from __future__ import annotations
 
+import ast
 import datetime
 import re
 import shlex
@@ -16,7 +17,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("api", "benchmarks", "cli", "engines", "examples", "export", "plugins", "validate")
+BENCHMARKS = ROOT / "benchmarks"
+PACKAGE = ("api", "cli", "engines", "export", "plugins", "validate")
+SOURCES = (*PACKAGE, "benchmarks", "examples")
+# What runs on a GPU, or makes what does; figures of a processor do not follow from it.
+_OF_GPUS = (
+    "plugins/aot",
+    "plugins/fused",
+    "plugins/kernels",
+    "plugins/tensorrt",
+    "engines/plans",
+    "engines/sessions/tensorrt",
+)
+_OF_PROCESSORS = {
+    "accuracy",
+    "chunk_cost",
+    "cpu",
+    "cpu_speculation",
+    "hashing",
+    "load",
+    "moe_forms",
+    "sampling",
+    "server",
+    "sizes",
+    "soak",
+    "v2_lite",
+    "validate",
+}
 _SECTION = re.compile(r"^<!-- python (benchmarks/\S+\.py[^\n]*?) -->\n(.*?)^<!-- end -->$", re.DOTALL | re.MULTILINE)
 _MADE = re.compile(r"^Made of commit ([0-9a-f]{7,40}), \d{4}-\d\d-\d\d\.$", re.MULTILINE)
 
@@ -39,15 +66,43 @@ class Section:
         found = _MADE.search(self.text)
         return found[1] if found else None
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What its figures follow from, as git names paths."""
+        script = Path(shlex.split(self.command)[0])
+        left_out = _OF_GPUS if script.stem in _OF_PROCESSORS else ()
+        own = sorted(str(file.relative_to(ROOT)) for file in scripts_of(ROOT / script))
+        return (*PACKAGE, *(f":(exclude){name}" for name in left_out), *own)
+
     def staleness(self) -> str:
         """Why its figures are not this commit's; nothing where they are."""
         if self.commit is None:
             return "says no commit"
         try:
-            changed = _git("diff", "--name-only", self.commit, "--", *SOURCES).splitlines()
+            changed = _git("diff", "--name-only", self.commit, "--", *self.sources).splitlines()
         except subprocess.CalledProcessError:
             return f"made of commit {self.commit}, which this repository does not have"
         return f"made of commit {self.commit}: {len(changed)} source files changed since" if changed else ""
+
+
+def scripts_of(script: Path) -> set[Path]:
+    """The script, those whose names begin with its own, which it runs, and the modules beside it that they import."""
+    found: set[Path] = set()
+    left = [script, *BENCHMARKS.glob(f"{script.stem}_*.py"), *(BENCHMARKS / script.stem).glob("*.py")]
+    while left:
+        file = left.pop()
+        if file not in found and file.is_file():
+            found.add(file)
+            left += [BENCHMARKS / f"{name.replace('.', '/')}.py" for name in _imported(file)]
+    return found
+
+
+def _imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
 
 
 def sections(root: Path = ROOT) -> Iterator[Section]:
