@@ -184,9 +184,8 @@ def _plan(request: ExportRequest) -> _Job:
     if request.allow_nonfinite and request.quantize not in (None, NONE):
         raise ConfigError("--quantize has no codes for NaN and infinities: leave out --allow-nonfinite")
     wanted = request.interface if request.task is None else request.interface(request.task)
-    whole = request.by_reference or request.allow_nonfinite  # fp8 is kept where nothing else is asked for
-    quantize = request.quantize or (NONE if whole else None)
-    source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter, quantize)
+    keep = not (request.by_reference or request.allow_nonfinite)  # fp8 is kept where nothing else is asked for
+    source = read_source(request.checkpoint, wanted, request.num_layers, request.adapter, request.quantize, keep)
     dtype = export_dtype(source, request.dtype, request.by_reference)
     adapter = _record(source.adapter) if source.adapter else None
     return _Job(request, source, dtype, adapter, _fingerprint(request, source, dtype, adapter))

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import deepseek_trt
+
 ROOT = Path(__file__).parent.parent
 ORDER = ("export", "plugins", "engines", "validate", "cli")
 MOST_FILES = 16  # of Python and C++ in a folder
@@ -111,6 +113,14 @@ def test_folders_are_small_enough_to_survey():
     for folder in {file.parent for name in (*ORDER, "api") for file in (ROOT / name).rglob("*") if file.is_file()}:
         count = sum(file.suffix in (".py", ".cpp", ".h") for file in folder.iterdir())
         assert count <= MOST_FILES, f"{folder.relative_to(ROOT)} holds {count} source files: it wants a room more"
+
+
+def test_every_c_source_is_installed():
+    """What lies deeper than a pattern of package-data reaches is in no wheel, and in no editable install."""
+    installed = Path(deepseek_trt.__file__).parent
+    for folder in ("plugins/cpu/csrc", "plugins/tensorrt/csrc"):
+        ours = {file.relative_to(ROOT) for file in (ROOT / folder).rglob("*") if file.suffix in (".cpp", ".h")}
+        assert ours == {f.relative_to(installed) for f in (installed / folder).rglob("*") if f.suffix in (".cpp", ".h")}
 
 
 def test_tests_mirror_the_folders():

@@ -62,12 +62,13 @@ def read_source(
     num_layers: int | None = None,
     adapter: Path | None = None,
     quantize: str | None = None,
+    keep: bool = True,
 ) -> Source:
     """Read all that is known of the checkpoint in `folder` before a weight is read: check and export accept the same.
 
     Without an interface, or where it is a function of the task, the task is the one that the checkpoint is for.
-    `quantize` names what the export narrows; None keeps fp8 where it can be. Raises ConfigError or CheckpointError,
-    naming key, file or tensor.
+    `quantize` names what the export narrows; None keeps fp8 where it can be, if `keep`. Raises ConfigError or
+    CheckpointError, naming key, file or tensor.
     """
     quantization = None if quantize is None else read_quantization(quantize)
     check_folder(folder)
@@ -100,7 +101,7 @@ def read_source(
         plan, quantization, narrow_notes = taken(plan, base.tensors, packed.label)
     elif quantization == KEPT:
         plan, quantization, narrow_notes = kept(plan, checkpoint.tensors)
-    elif quantize is None and not (interface.mtp or adapter):
+    elif quantize is None and keep and not (interface.mtp or adapter):
         plan, quantization, narrow_notes = kept_if_any(plan, checkpoint.tensors)
     else:
         plan, narrow_notes = narrowed(plan, quantization) if quantization else (plan, ())

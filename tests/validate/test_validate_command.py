@@ -107,7 +107,7 @@ def test_an_older_report_is_refused(good, tmp_path):
     (tmp_path / "report.json").write_text('{"schema_version": 3}')
     done = validate(good("float32").path, "--compare", tmp_path / "report.json")
     assert done.exit_code == 1
-    assert "has schema 3, this is 6: validate the old bundle again" in done.output
+    assert "has schema 3, this is 7: validate the old bundle again" in done.output
 
 
 def test_a_worse_report_exits_with_3(good, tmp_path):
