@@ -57,7 +57,7 @@ class TritonPythonModel:
         self._most = int(parameters["max_inflight"]["string_value"])
         self._threads = ThreadPoolExecutor(self._most, "deepseek-trt-sync")
         self._live, self._counting = 0, threading.Lock()
-        self._watch = Watch()
+        self._watch, self._spent = Watch(), Spent()
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
@@ -109,10 +109,38 @@ class TritonPythonModel:
         """The pieces as one response, or the error of the first that is one."""
         try:
             pieces = asked.exec(decoupled=True)
-            with self._watch.over(sender, pieces):
-                return _response(pieces)
+            try:
+                with self._watch.over(sender, pieces):
+                    return _response(list(pieces))
+            finally:
+                self._spent.add(pieces, sender)
         except Exception as error:  # the other model is not loaded, or goes
             return _refusal(f"{self._model} cannot be asked: {error}", "UNAVAILABLE")
+
+
+class Spent:
+    """Iterators that were read to their end, held until the server has let go of them.
+
+    The Python backend drops its own reference in a queue's thread that does not hold the GIL. Where that is the last,
+    responses' arrays are freed beside the interpreter, which corrupts its heap (seen in 2.51 as "unaligned fastbin
+    chunk", "double free", and segmentation faults). A question whether a client has gone passes the same queue in turn:
+    its answer says that what was read before is let go of.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, Any] = {}
+        self._guard = threading.Lock()
+
+    def add(self, pieces: Any, sender: Any) -> None:
+        """Hold `pieces`, and drop those whose turn has come."""
+        with self._guard:
+            self._held[id(pieces)] = pieces
+            before = list(self._held)
+        with contextlib.suppress(Exception):
+            if not sender.is_cancelled():  # that it is may be known: the queue is not passed
+                with self._guard:
+                    for name in before:
+                        self._held.pop(name, None)
 
 
 class Watch:

@@ -35,6 +35,7 @@ class Place:
     folder: Path
     port: int = 0
     seconds: list[float] = field(default_factory=list)
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.port = self.port or free_port()
@@ -51,7 +52,7 @@ class Place:
 
     def start(self, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 env={**self.environment, **environment},
                 stdin=subprocess.DEVNULL,
@@ -59,6 +60,8 @@ class Place:
                 stderr=log,
                 start_new_session=True,
             )
+        self.started.append(process)
+        return process
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
@@ -89,7 +92,10 @@ class Place:
     def end(self) -> None:
         """Kill what is left, for a test that failed."""
         for pid in self.pids():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended since
+                os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.wait(WAIT)
 
     # HTTP
 

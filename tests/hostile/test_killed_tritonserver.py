@@ -80,8 +80,14 @@ class Repository:
         """A process id, once there is one; None where the supervisor has ended before."""
         if name == "supervisor":
             return self.process.pid
-        kills.wait_until(lambda: self._victim(name) or self.process.poll() is not None, self.place.said)
-        return self._victim(name)
+        found: list[int | None] = []
+
+        def looked():
+            found.append(self._victim(name))
+            return found[-1] or self.process.poll() is not None
+
+        kills.wait_until(looked, self.place.said)
+        return found[-1]
 
     def _victim(self, name):
         return kills.descendant(self.process.pid, WORDS[name])
@@ -168,13 +174,19 @@ def test_kills_of_a_repositorys_server(served, contents, victim, times):
 def test_a_model_that_is_killed_at_each_load_ends_the_server(served):
     """As where there is too little memory for it: no start after the third."""
     served.start()
-    model = f"{served.folder / 'deepseek_v2'}/"
-    killed = {None}
-    for _ in range(3):
-        kills.wait_until(lambda: kills.descendant(served.process.pid, model) not in killed, served.place.said)
+    model, killed = f"{served.folder / 'deepseek_v2'}/", []
+
+    def kill_another():
+        """Whether there was one: a look at what runs is of one moment, and may miss what is there."""
         pid = kills.descendant(served.process.pid, model)
-        killed.add(pid)
+        if pid is None or pid in killed:
+            return False
+        killed.append(pid)
         os.kill(pid, signal.SIGKILL)
+        return True
+
+    for _ in range(3):
+        kills.wait_until(kill_another, served.place.said)
     assert served.process.wait(kills.WAIT) == 1
     assert "was killed while it loaded, at each of 3 starts: ending" in served.place.said()
     served.place.wait_until_empty()

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -224,6 +225,22 @@ def test_a_client_that_goes_ends_what_is_computed_for_it(model, answer):
     sender = ask(model)
     sender.gone = True
     assert sender.answer().error().code() == "CANCELLED"
+
+
+def test_iterators_are_held_until_the_server_has_let_go_of_them(module):
+    """A client that is known to have gone answers at once: what it read waits for the next one's turn."""
+    spent = module.Spent()
+    pieces = [Pieces([], False) for _ in range(3)]
+    references = [weakref.ref(each) for each in pieces]
+    gone, failing, there = Sender(), Sender(), Sender()
+    gone.gone, failing.is_cancelled = True, None
+
+    def alive():
+        return [reference() is not None for reference in references]
+
+    for sender, held in ((gone, [True, True, True]), (failing, [True, True, True]), (there, [False, False, False])):
+        spent.add(pieces.pop(0), sender)
+        assert alive() == held
 
 
 def test_full_is_refused_and_then_taken(model, answer):
