@@ -29,6 +29,9 @@ _OF_GPUS = (
     "engines/plans",
     "engines/sessions/tensorrt",
 )
+# What serves: figures of these scripts alone follow from it.
+_OF_SERVERS = ("engines/model_repository", "engines/serving")
+_SERVERS = {"hashing", "server", "soak"}
 _OF_PROCESSORS = {
     "accuracy",
     "chunk_cost",
@@ -70,7 +73,10 @@ class Section:
     def sources(self) -> tuple[str, ...]:
         """What its figures follow from, as git names paths."""
         script = Path(shlex.split(self.command)[0])
-        left_out = _OF_GPUS if script.stem in _OF_PROCESSORS else ()
+        left_out = (
+            *(_OF_GPUS if script.stem in _OF_PROCESSORS else ()),
+            *(() if script.stem in _SERVERS else _OF_SERVERS),
+        )
         own = sorted(str(file.relative_to(ROOT)) for file in scripts_of(ROOT / script))
         return (*PACKAGE, *(f":(exclude){name}" for name in left_out), *own)
 
