@@ -104,10 +104,10 @@ def write_model(files: Files, form: str) -> Path:
 
 
 def fill(files: Files, job: Job) -> None:
-    path = write_model(files, job.form)
+    gguf = write_model(files, job.form)
     for batch, contexts in job.contexts.items():
         prompts = files.prompts(int(batch), max(contexts))
-        llama = Llama(path, mode_of(job.runner), int(batch), max(contexts), job.threads)
+        llama = Llama(gguf, mode_of(job.runner), int(batch), max(contexts), job.threads)
         for row, prompt in enumerate(prompts[:, :-1]):
             path, nothing = _state(files, job, len(prompts), row), (ctypes.c_int * 1)()
             if not path.exists():
