@@ -11,7 +11,6 @@ from typing import Any
 from deepseek_trt.export.bundle.assemble import one_run
 from deepseek_trt.export.bundle.graph import CacheSpec
 from deepseek_trt.export.bundle.interface import CLASSIFICATION, GENERATION, Interface
-from deepseek_trt.export.bundle.narrow_cache import NO_NARROW_CACHE_ENGINES
 from deepseek_trt.export.bundle.recipes import Dropped, too_large_for_tensorrt
 from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig, read_config, unsupported_features
@@ -222,8 +221,6 @@ def _generating(source: Source, dtype: str, refers: bool) -> Iterator[Need]:
 
 def _no_engines(source: Source) -> str:
     """Why no TensorRT engine can be made of it, or nothing."""
-    if source.interface.cache_dtype:
-        return NO_NARROW_CACHE_ENGINES
     large = too_large_for_tensorrt(source.plan.recipes)
     held = f"{large[0].name} holds {large[0].size:,} numbers, TensorRT takes less than 2^31" if large else ""
     return "; ".join(filter(None, (without_kernel(source.config), held)))

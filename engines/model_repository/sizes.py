@@ -11,7 +11,7 @@ from deepseek_trt.engines.generation.speculation import OFF
 from deepseek_trt.engines.plans.check import Limits, chunk_of, limits_of, read_plans
 from deepseek_trt.engines.plans.plan import has_plan
 from deepseek_trt.engines.serving.settings import ServingSettings
-from deepseek_trt.engines.sessions.opening import AUTO, Choice, check_engines, choose_backend
+from deepseek_trt.engines.sessions.opening import AUTO, Choice, choose_backend
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.errors import RequestError
 
@@ -68,7 +68,6 @@ def serving_backend(bundle: Bundle, wanted: str) -> Choice:
     """
     if wanted not in SERVED:
         raise RequestError(f"backend {wanted!r}: must be one of {', '.join(SERVED)}")
-    check_engines(bundle, wanted)
     choice = choose_backend(bundle, wanted) if wanted == AUTO else Choice(wanted, "it was asked for")
     if choice.backend == "tensorrt":
         return choice

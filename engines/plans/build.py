@@ -56,7 +56,9 @@ def build_with_library(
     if manifest.dtype != bundle.manifest.dtype:
         raise BuildError(f"{library} is for {manifest.dtype}, the bundle is {bundle.manifest.dtype}: build it again")
     if not has_narrow(manifest, bundle):
-        raise BuildError(f"{library} has no kernels for the formats of the bundle's narrow weights: build it again")
+        raise BuildError(
+            f"{library} has no kernels for the formats of the bundle's narrow weights and cache: build it again"
+        )
     chips = chips_of(spec, flavour)
     for sm in chips:
         if not has_kernels(manifest, sm):
@@ -72,8 +74,6 @@ def check_build(bundle: Bundle, spec: BuildSpec) -> Flavour:
     """The flavour that builds, once all that is knowable before kernels are compiled is right; BuildError otherwise."""
     if spec.weights == "embedded" and bundle.manifest.by_reference:
         raise BuildError("a by-reference bundle has no weights to embed: use --weights shared, or export with weights")
-    if bundle.manifest.engines_refusal:
-        raise BuildError(f"{bundle.path}: {bundle.manifest.engines_refusal}")
     if bundle.manifest.speculation is not None:
         raise BuildError(
             f"{bundle.path} was exported with --mtp, and of the graphs with hidden states and the graph mtp no engines "

@@ -144,13 +144,16 @@ def has_kernels(manifest: Manifest, sm: int) -> bool:
 
 
 def has_narrow(manifest: Manifest, bundle: Bundle) -> bool:
-    """Whether the library has kernels for the formats of the bundle's narrow weights, and for their columns."""
-    use = narrow_use(weight.recipe for weight in bundle.manifest.weights)
+    """Whether the library has kernels for the formats of the bundle's narrow weights and cache, and for the weights'
+    columns.
+    """
+    use = narrow_use((weight.recipe for weight in bundle.manifest.weights), bundle.manifest.cache.narrow)
     units = {row["op"]: row["constants"]["UNIT"] for row in manifest.binaries if row["kernel"] == "linear_narrow"}
     linear = {plugin_name("LinearNarrow", format): unit for format, unit in use.linear}
     experts = {plugin_name("MoeExpertsNarrow", format) for format in use.experts}
     experts |= {"MoeExperts"} if use.whole_experts and bundle.manifest.model.n_routed_experts else set()
-    return units == linear and experts <= set(manifest.ops)
+    decode = plugin_name("MlaDecodeNarrow", use.cache.format) if use.cache else "MlaDecode"
+    return units == linear and experts | {decode} <= set(manifest.ops)
 
 
 def open_plan(bundle: Bundle, plan: Plan) -> BinaryIO:

@@ -14,7 +14,7 @@ from deepseek_trt.plugins.fused.mla_value import MLA_VALUE
 
 
 class FuseMlaQuery(ir.passes.InPlacePass):
-    """Puts a MlaQuery before every MlaDecode whose query and latent are made as export.model.Attention makes them."""
+    """Puts a MlaQuery before every MlaDecode, of any cache, whose query and latent export.model.Attention makes."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [(node, match) for node in _decodes(model) if (match := _match_query(node)) is not None]
@@ -24,7 +24,7 @@ class FuseMlaQuery(ir.passes.InPlacePass):
 
 
 class FuseMlaValue(ir.passes.InPlacePass):
-    """Puts a MlaValue after every MlaDecode whose output each head's W_UV is multiplied with."""
+    """Puts a MlaValue after every MlaDecode, whatever its cache, whose output each head's W_UV is multiplied with."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [(node, match) for node in _decodes(model) if (match := _match_value(node)) is not None]
@@ -42,7 +42,8 @@ class _Query:
 
 
 def _decodes(model: ir.Model) -> list[ir.Node]:
-    return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, "MlaDecode")]
+    """Over a whole cache, or over one of any narrow format."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type.startswith("MlaDecode")]
 
 
 def _match_query(decode: ir.Node) -> _Query | None:

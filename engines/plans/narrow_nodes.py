@@ -1,4 +1,5 @@
-"""Nodes over narrow weights as TensorRT takes them: each under its format's name, codes as bytes, and no bodies.
+"""Nodes over codes and scales, of weights or of a cache, as TensorRT takes them: each under its format's name, codes as
+bytes, and no bodies.
 
 TensorRT's parser knows functions by their names alone, so that of several overloads one would serve all formats.
 """
@@ -10,13 +11,15 @@ import collections
 import onnx
 
 from deepseek_trt.export.bundle.graph import DOMAIN
+from deepseek_trt.export.ops.cache.mla_decode_narrow import MLA_DECODE_NARROW
+from deepseek_trt.export.ops.cache.mla_prefill_narrow import MLA_PREFILL_NARROW
 from deepseek_trt.export.ops.linear_narrow import LINEAR_NARROW
 from deepseek_trt.export.ops.moe_experts_narrow import MOE_EXPERTS_NARROW
 from deepseek_trt.plugins.narrow_names import plugin_name
 
 _CODES = {
     spec.name: [i for i, tensor in enumerate(spec.inputs) if tensor.dtype == "codes"]
-    for spec in (LINEAR_NARROW, MOE_EXPERTS_NARROW)
+    for spec in (LINEAR_NARROW, MOE_EXPERTS_NARROW, MLA_PREFILL_NARROW, MLA_DECODE_NARROW)
 }
 
 

@@ -58,7 +58,7 @@ def parse_graph(bundle: Bundle, graph: GraphSpec, spec: BuildSpec, flavour: Flav
     data, place = bundle.traced_bytes(graph.name), str(bundle.traced_path(graph.name))
     bundle.prove_weights()  # the parser reads the file by itself
     traced = onnx.load_model_from_string(data)
-    changed = bundle.manifest.is_narrow
+    changed = bundle.manifest.is_narrow or bundle.manifest.cache.narrow is not None
     if changed:
         traced = with_narrow_plugins(traced)
     model = ir.serde.deserialize_model(traced)

@@ -124,19 +124,12 @@ def check_backend(wanted: str) -> None:
         raise RequestError(f"backend {wanted!r}: must be one of {', '.join(CHOICES)}")
 
 
-def check_engines(bundle: Bundle, wanted: str) -> None:
-    """BackendError where engines are wanted of a bundle that TensorRT cannot take."""
-    if wanted == "tensorrt" and bundle.manifest.engines_refusal:
-        raise BackendError(f"{bundle.path}: {bundle.manifest.engines_refusal}")
-
-
 def choose_backend(bundle: Bundle, wanted: str = AUTO, around: Surroundings | None = None) -> Choice:
     """The backend `wanted`, or the fastest that this machine and the bundle allow; RequestError for an unknown one.
 
     "ort" is ONNX Runtime on the GPU where there is one that it can use.
     """
     check_backend(wanted)
-    check_engines(bundle, wanted)
     if wanted not in (AUTO, "ort"):
         return Choice(wanted, "it was asked for")
     around = around or Surroundings()

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from deepseek_trt.export.bundle.graph import CacheSpec, GraphSpec
 from deepseek_trt.export.bundle.interface import Interface
 from deepseek_trt.export.bundle.narrow import FORMATS, Quantization
-from deepseek_trt.export.bundle.narrow_cache import NO_NARROW_CACHE_ENGINES
 from deepseek_trt.export.bundle.recipes import EXPERTS, Dropped, Recipe
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.dtypes import dtype_bytes
@@ -135,11 +134,6 @@ class Manifest:
     def is_narrow(self) -> bool:
         """Whether weights are codes and scales."""
         return self.quantization is not None
-
-    @property
-    def engines_refusal(self) -> str:
-        """Why TensorRT takes no graphs of this form, and what to do; nothing where it does."""
-        return NO_NARROW_CACHE_ENGINES if self.cache.narrow else ""
 
     @property
     def narrow_formats(self) -> tuple[str, ...]:

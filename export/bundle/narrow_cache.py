@@ -11,9 +11,6 @@ from deepseek_trt.export.config.shape import ModelShape
 TOPS = {"int8": 127.0, "fp8": 448.0}
 CACHE_DTYPES = tuple(TOPS)
 GROUP = 128  # numbers of a token's latent that share a scale
-NO_NARROW_CACHE_ENGINES = (
-    "TensorRT does not take a narrow cache yet: run the bundle with ort, or export without --cache-dtype"
-)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
+from deepseek_trt.export.bundle.narrow_cache import NarrowCache
 from deepseek_trt.export.config.limits import without_kernel
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
@@ -17,6 +18,7 @@ from deepseek_trt.plugins.aot.narrow_use import ALL_WHOLE, NarrowUse
 from deepseek_trt.plugins.aot.records import KernelArg, Variant
 from deepseek_trt.plugins.kernels import constants, tiles
 from deepseek_trt.plugins.kernels.absorbed import constants as absorbed
+from deepseek_trt.plugins.kernels.cache import constants as cache
 from deepseek_trt.plugins.kernels.chips import shared_limit
 from deepseek_trt.plugins.kernels.moe import constants as layer
 from deepseek_trt.plugins.kernels.narrow import constants as narrow_constants
@@ -47,6 +49,18 @@ _EXPAND = (
 _ATTEND = (
     "query *T, past_lengths *i32, sequence_lengths *i32, k_nope *T, value *T, k_rope *T, attended *T, "
     "scale_log2 fp32, first_head i32, steps i32, capacity i32"
+)
+_NARROW_WRITE = (
+    "codes *i8, rope *T, latent *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, steps i32, "
+    "table_width i32, pages i32"
+)
+_NARROW_SPLIT = (
+    "query *T, codes *i8, rope *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, partial *fp32, "
+    "partial_lse *fp32, attended *T, scale_log2 fp32, batch i32, steps i32, parts i32, table_width i32, pages i32"
+)
+_NARROW_EXPAND = (
+    "codes *i8, rope *T, page_table *i32, past_lengths *i32, sequence_lengths *i32, w_uk *T, w_uv *T, k_nope *T, "
+    "value *T, k_rope *T, first_head i32, capacity i32, table_width i32, pages i32, steps i32"
 )
 _ADJUST = (
     "logits *fp32, adjusted *fp32, places *i32, starts *i32, ids *i32, counts *fp32, drops *fp32, "
@@ -88,6 +102,9 @@ KERNELS = {
     "mla_decode_combine": KernelSource("mla_decode", _COMBINE),
     "mla_prefill_expand": KernelSource("mla_prefill", _EXPAND),
     "mla_prefill_attend": KernelSource("mla_prefill", _ATTEND),
+    "latent_narrow": KernelSource("cache.write", _NARROW_WRITE),
+    "mla_decode_split_narrow": KernelSource("cache.decode", _NARROW_SPLIT),
+    "mla_prefill_expand_narrow": KernelSource("cache.prefill", _NARROW_EXPAND),
     "moe_router": KernelSource("moe_router", "logits *fp32, weights *fp32, ids *i32, tokens i32, scale fp32"),
     "moe_biased_router": KernelSource(
         "moe_biased_router",
@@ -133,9 +150,9 @@ KERNELS = {
 SAMPLING = "Sampling"  # no op of a graph: a session launches its kernels itself, after a graph has run
 
 # Kernels that call order.after_previous_kernel, and the first chip on which that does anything.
-OVERLAPPING = frozenset(k for k in KERNELS if k.startswith(("mla_", "moe_")) and not k.endswith("_narrow")) | {
-    "latent_write"
-}
+OVERLAPPING = frozenset(
+    k for k in KERNELS if k.startswith(("mla_", "latent_")) or (k.startswith("moe_") and not k.endswith("_narrow"))
+)
 OVERLAPS_FROM = 90
 
 
@@ -147,14 +164,15 @@ def variants_for(
     narrow: NarrowUse = ALL_WHOLE,
 ) -> tuple[Variant, ...]:
     """All variants that `config` needs in `dtype` on the chip `sm`, in a fixed order, for pages of `page_size` tokens;
-    `narrow` are its narrow weights.
+    `narrow` are its narrow weights and cache.
 
     Raises BuildError where a dtype, chip or activation has no kernels.
     """
     shared_limit(sm)
     if dtype not in TRITON_TYPES:
         raise BuildError(f"the kernels have no dtype {dtype!r}; export the bundle as one of: {', '.join(TRITON_TYPES)}")
-    rows = _mla_rows(config, dtype, sm, page_size) + _absorbed_rows(config, dtype, sm)
+    cached = _narrow_mla_rows(config, dtype, sm, page_size, narrow.cache) if narrow.cache else None
+    rows = (cached or _mla_rows(config, dtype, sm, page_size)) + _absorbed_rows(config, dtype, sm)
     missing = without_kernel(config)
     if missing:
         raise BuildError(f"{missing}: run it with ort")
@@ -192,6 +210,26 @@ def _mla_rows(config: ModelConfig, dtype: str, sm: int, page: int) -> tuple[Vari
         _row("MlaPrefill", "latent_write", dtype, write_sizes, write),
         _row("MlaPrefill", "mla_prefill_expand", dtype, prefill.expand, tiles.prefill_expand_tile(dtype, rank, 0, sm)),
         _row("MlaPrefill", "mla_prefill_attend", dtype, prefill.attend, tiles.prefill_attend_tile(dtype, 0, 0, sm)),
+    )
+
+
+def _narrow_mla_rows(config: ModelConfig, dtype: str, sm: int, page: int, narrow: NarrowCache) -> tuple[Variant, ...]:
+    """_mla_rows for a cache of codes and scales."""
+    heads, rope = config.num_attention_heads, config.qk_rope_head_dim
+    decode = cache.narrow_decode_constants(narrow, heads, rope, page)
+    prefill = cache.narrow_prefill_constants(narrow, heads, rope, config.qk_nope_head_dim, config.v_head_dim, page)
+    split = cache.narrow_decode_tile(dtype, heads, sm, 0, page)
+    combine, summed = {**decode.combine, "BLOCK_N": split["BLOCK_N"]}, tiles.decode_combine_tile(narrow.rank, sm)
+    write = cache.narrow_write_constants(narrow, rope, page), cache.narrow_write_tile(1, sm)
+    expand, attend = cache.narrow_expand_tile(dtype, narrow, 0, sm), tiles.prefill_attend_tile(dtype, 0, 0, sm)
+    of_decode, of_prefill = (plugin_name(op, narrow.format) for op in ("MlaDecodeNarrow", "MlaPrefillNarrow"))
+    return (
+        _row(of_decode, "latent_narrow", dtype, *write),
+        _row(of_decode, "mla_decode_split_narrow", dtype, decode.split, split),
+        _row(of_decode, "mla_decode_combine", dtype, combine, summed),
+        _row(of_prefill, "latent_narrow", dtype, *write),
+        _row(of_prefill, "mla_prefill_expand_narrow", dtype, prefill.expand, expand),
+        _row(of_prefill, "mla_prefill_attend", dtype, prefill.attend, attend),
     )
 
 

@@ -27,6 +27,8 @@ KERNEL_OPS: dict[str, Callable[..., Any]] = {
     "MoeExperts": _first_call_imports("moe_experts"),
     "LinearNarrow": _first_call_imports("narrow.linear"),
     "MoeExpertsNarrow": _first_call_imports("narrow.experts"),
+    "MlaPrefillNarrow": _first_call_imports("cache.prefill"),
+    "MlaDecodeNarrow": _first_call_imports("cache.decode"),
 }
 # Likewise, of those in plugins.fused.
 FUSED_KERNEL_OPS: dict[str, Callable[..., Any]] = {

@@ -37,19 +37,20 @@ Slots of the workspace that no piece has are neither written nor read. Queries t
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 
-from deepseek_trt.plugins.kernels.bounds import pages_of_tile
+from deepseek_trt.plugins.kernels.cache.attend import WHOLE, attend_piece
 from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name, resident_blocks
-from deepseek_trt.plugins.kernels.constants import decode_constants
+from deepseek_trt.plugins.kernels.constants import DecodeConstants, decode_constants
 from deepseek_trt.plugins.kernels.latent_write import write_new_tokens
 from deepseek_trt.plugins.kernels.launches import cdiv, decode_parts, decode_programs
-from deepseek_trt.plugins.kernels.mla_schedule import pieces_before, row_of_piece, tiles_a_piece, tokens_of
+from deepseek_trt.plugins.kernels.mla_schedule import piece_of_block, pieces_before, tiles_a_piece, tokens_of
 from deepseek_trt.plugins.kernels.order import after_previous_kernel
-from deepseek_trt.plugins.kernels.tiles import decode_combine_tile, decode_tile
+from deepseek_trt.plugins.kernels.tiles import Tile, decode_combine_tile, decode_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,20 +88,11 @@ def mla_decode_split(
 ):
     """One piece for BLOCK_H queries: partial [slots, Q, LAT] and partial_lse [slots, Q], base 2; or attended."""
     after_previous_kernel(PDL)
-    D: tl.constexpr = LAT + ROPE
-    capacity = table_width * PAGE
-    piece = tl.program_id(1)
-    share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)
-    row, before = row_of_piece(past_lengths, sequence_lengths, batch, steps, capacity, share, piece, BLOCK_B, BLOCK_N)
-    if row >= batch:
+    row, past, length, start, end = piece_of_block(
+        past_lengths, sequence_lengths, batch, steps, table_width * PAGE, parts, BLOCK_B, BLOCK_N, MIN_TILES
+    )
+    if (row >= batch) | (start >= length):
         return
-    past, length = tokens_of(past_lengths, sequence_lengths, row, True, steps, capacity)
-    tiles = tl.cdiv(length, BLOCK_N)
-    tokens = tl.cdiv(tiles, tl.cdiv(tiles, share)) * BLOCK_N  # of each of the row's pieces
-    start = (piece - before) * tokens
-    end = tl.minimum(start + tokens, length)
-    if start >= length:
-        return  # the row's pieces before this one took all tiles
     if (end == length) & (tl.program_id(0) == 0):
         write_new_tokens(
             pool,
@@ -119,57 +111,37 @@ def mla_decode_split(
             BLOCK_R,
             BLOCK_S,
         )
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)  # of S * H
-    offs_l = tl.arange(0, BLOCK_L)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_h = offs_h < steps * H
-    last = tl.minimum(past + offs_h // H, length - 1)  # that each query sees
-    mask_l = offs_l < LAT
-    mask_r = offs_r < ROPE
-    head = row.to(tl.int64) * steps * H + offs_h
-    q_ptrs = query + head[:, None] * D
-    q_latent = tl.load(q_ptrs + offs_l[None, :], mask=mask_h[:, None] & mask_l[None, :], other=0.0)
-    q_rope = tl.load(q_ptrs + LAT + offs_r[None, :], mask=mask_h[:, None] & mask_r[None, :], other=0.0)
-
-    top = tl.full((BLOCK_H,), -3.0e38, tl.float32)  # finite: a query may see nothing here
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    acc = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
-    page = pages_of_tile(page_table, row, start, end, table_width, pages, PAGE, BLOCK_N)
-    new_rows = latent + row.to(tl.int64) * steps * D
-    for first in range(start, end, BLOCK_N):
-        next_page = pages_of_tile(page_table, row, first + BLOCK_N, end, table_width, pages, PAGE, BLOCK_N)
-        offs_n = first + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < end
-        if PAGE % BLOCK_N == 0:  # the tile's rows lie one after the other, in the page as in `latent`
-            offs_t = tl.arange(0, BLOCK_N)
-            old_rows = pool + (page * PAGE + first % PAGE) * D
-            k_rows = tl.where(offs_t < past - first, old_rows, new_rows + (first - past) * D) + offs_t * D
-        else:
-            k_rows = tl.where(offs_n < past, pool + (page * PAGE + offs_n % PAGE) * D, new_rows + (offs_n - past) * D)
-        k_ptrs = k_rows[:, None]
-        k_latent = tl.load(k_ptrs + offs_l[None, :], mask=mask_n[:, None] & mask_l[None, :], other=0.0)
-        k_rope = tl.load(k_ptrs + LAT + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-        scores = tl.dot(q_latent, k_latent.T, input_precision="ieee")
-        scores = tl.dot(q_rope, k_rope.T, scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
-        seen = mask_n[None, :] & (offs_n[None, :] <= last[:, None])
-        scores = tl.where(seen, scores * scale_log2, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - new_top)
-        weights = tl.exp2(scores - new_top[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(k_latent.dtype), k_latent, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
-        page = next_page
-
-    mask_out = mask_h[:, None] & mask_l[None, :]
-    divisor = tl.where(total == 0.0, 1.0, total)[:, None]
-    if (start == 0) & (end == length):
-        out_ptrs = attended + head[:, None] * LAT + offs_l[None, :]
-        tl.store(out_ptrs, (acc / divisor).to(attended.dtype.element_ty), mask=mask_out)
-    else:
-        slot = piece.to(tl.int64) * steps * H + offs_h
-        tl.store(partial + slot[:, None] * LAT + offs_l[None, :], acc / divisor, mask=mask_out)
-        tl.store(partial_lse + slot, top + tl.log2(total), mask=mask_h)
+    attend_piece(
+        query,
+        latent,
+        pool,
+        pool,
+        page_table,
+        partial,
+        partial_lse,
+        attended,
+        scale_log2,
+        row,
+        past,
+        length,
+        start,
+        end,
+        steps,
+        table_width,
+        pages,
+        H,
+        LAT,
+        ROPE,
+        PAGE,
+        BLOCK_L,
+        BLOCK_R,
+        BLOCK_H,
+        BLOCK_N,
+        WHOLE,
+        LAT,
+        1,
+        BLOCK_L,
+    )
 
 
 @triton.jit
@@ -238,28 +210,45 @@ def run(
     kv_lora_rank: int,
 ) -> tuple[Tensor, Tensor]:
     """What export.ops.mla_decode.mla_decode computes, by the kernels: attended [B, S, H, L] and the present pool."""
+    present = past_latent.clone().contiguous()
+    heads, width, page_size = query.shape[2], query.shape[3], past_latent.shape[1]
+    constants = decode_constants(heads, kv_lora_rank, width - kv_lora_rank, page_size)
+    tile = decode_tile(dtype_name(query), heads, chip_of(query), page_table.shape[1] * page_size, page_size)
+    pools, lengths = (latent.contiguous(), present), (past_lengths, sequence_lengths)
+    split = Split(mla_decode_split, pools, constants, tile, page_size)
+    return launch_split(split, query, page_table, lengths, scale, kv_lora_rank), present
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split kernel, what it takes between the query and the page table, and what it and the combine are told."""
+
+    kernel: Any
+    memory: tuple[Tensor, ...]
+    constants: DecodeConstants
+    tile: Tile
+    page_size: int
+
+
+def launch_split(
+    split: Split, query: Tensor, page_table: Tensor, lengths: tuple[Tensor, Tensor], scale: float, rank: int
+) -> Tensor:
+    """Launch it and the combine: attended [B, S, H, rank]."""
     import torch
 
-    present = past_latent.clone().contiguous()
-    batch, steps, heads, width = query.shape
-    page_size = past_latent.shape[1]
-    constants = decode_constants(heads, kv_lora_rank, width - kv_lora_rank, page_size)
-    capacity = page_table.shape[1] * page_size
-    sm = chip_of(query)
-    tile = decode_tile(dtype_name(query), heads, sm, capacity, page_size)
+    batch, steps, heads, _ = query.shape
+    tile, sm = split.tile, chip_of(query)
     tiles = cdiv(steps * heads, tile["BLOCK_H"])
     parts = decode_parts(decode_programs(resident_blocks(query), tiles), batch)
     slots = parts + batch
-    partial = query.new_empty((slots, steps * heads, kv_lora_rank), dtype=torch.float32)
+    partial = query.new_empty((slots, steps * heads, rank), dtype=torch.float32)
     partial_lse = query.new_empty((slots, steps * heads), dtype=torch.float32)
-    attended = query.new_empty((batch, steps, heads, kv_lora_rank))
-    mla_decode_split[(tiles, slots)](
+    attended = query.new_empty((batch, steps, heads, rank))
+    split.kernel[(tiles, slots)](
         query.contiguous(),
-        latent.contiguous(),
-        present,
+        *split.memory,
         page_table.contiguous(),
-        past_lengths,
-        sequence_lengths,
+        *lengths,
         partial,
         partial_lse,
         attended,
@@ -268,23 +257,22 @@ def run(
         steps,
         parts,
         page_table.shape[1],
-        past_latent.shape[0],
-        **constants.split,
+        split.memory[-1].shape[0],
+        **split.constants.split,
         **tile.launch_options(),
     )
-    combine = decode_combine_tile(kv_lora_rank, sm)
-    mla_decode_combine[(batch * steps * heads, cdiv(kv_lora_rank, combine["BLOCK_D"]))](
+    combine = decode_combine_tile(rank, sm)
+    mla_decode_combine[(batch * steps * heads, cdiv(rank, combine["BLOCK_D"]))](
         partial,
         partial_lse,
-        past_lengths,
-        sequence_lengths,
+        *lengths,
         attended,
         batch,
         steps,
         parts,
-        capacity,
-        **constants.combine,
+        page_table.shape[1] * split.page_size,
+        **split.constants.combine,
         BLOCK_N=tile["BLOCK_N"],
         **combine.launch_options(),
     )
-    return attended, present
+    return attended

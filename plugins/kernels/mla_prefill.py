@@ -31,18 +31,21 @@ Rows beyond a sequence's length are neither expanded nor read. Query rows that a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 
-from deepseek_trt.plugins.kernels.bounds import clamp_int, page_of
+from deepseek_trt.plugins.kernels.bounds import clamp_int
+from deepseek_trt.plugins.kernels.cache.attend import WHOLE
+from deepseek_trt.plugins.kernels.cache.expand import expand_tokens
 from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
-from deepseek_trt.plugins.kernels.constants import prefill_constants
+from deepseek_trt.plugins.kernels.constants import PrefillConstants, prefill_constants
 from deepseek_trt.plugins.kernels.latent_write import write
 from deepseek_trt.plugins.kernels.launches import cdiv, head_chunks, prefill_chunk_heads
 from deepseek_trt.plugins.kernels.order import after_previous_kernel
-from deepseek_trt.plugins.kernels.tiles import prefill_attend_tile, prefill_expand_tile
+from deepseek_trt.plugins.kernels.tiles import Tile, prefill_attend_tile, prefill_expand_tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,47 +81,41 @@ def mla_prefill_expand(
 ):
     """Keys and values of BLOCK_T cached tokens for one head: c W_UK^T and c W_UV^T; and all heads' rope keys, once."""
     after_previous_kernel(PDL)
-    D: tl.constexpr = LAT + ROPE
     row = tl.program_id(2)
     past = clamp_int(tl.load(past_lengths + row), capacity)
     length = past + clamp_int(tl.load(sequence_lengths + row), tl.minimum(steps, capacity - past))
-    first = tl.program_id(0) * BLOCK_T
-    if first >= length:
+    if tl.program_id(0) * BLOCK_T >= length:
         return
-    head = (first_head + tl.program_id(1)).to(tl.int64)
-    offs_t = first + tl.arange(0, BLOCK_T)
-    offs_n = tl.arange(0, BLOCK_NOPE)
-    offs_v = tl.arange(0, BLOCK_V)
-    mask_t = offs_t < length
-    mask_n = offs_n < NOPE
-    mask_v = offs_v < VALUE
-    page = page_of(page_table, row, offs_t // PAGE, table_width, pages, mask_t)
-    c_ptrs = pool + (page * PAGE + offs_t % PAGE)[:, None] * D
-    k_ptrs = w_uk + (head * NOPE + offs_n)[:, None] * LAT
-    v_ptrs = w_uv + (head * VALUE + offs_v)[:, None] * LAT
-
-    acc_k = tl.zeros((BLOCK_T, BLOCK_NOPE), tl.float32)
-    acc_v = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    for first_k in range(0, LAT, BLOCK_K):
-        offs_k = first_k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < LAT
-        c = tl.load(c_ptrs + offs_k[None, :], mask=mask_t[:, None] & mask_k[None, :], other=0.0)
-        uk = tl.load(k_ptrs + offs_k[None, :], mask=mask_n[:, None] & mask_k[None, :], other=0.0)
-        uv = tl.load(v_ptrs + offs_k[None, :], mask=mask_v[:, None] & mask_k[None, :], other=0.0)
-        acc_k = tl.dot(c, uk.T, acc_k, input_precision="ieee")
-        acc_v = tl.dot(c, uv.T, acc_v, input_precision="ieee")
-
-    out = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * capacity + offs_t
-    out_k = k_nope + out[:, None] * NOPE + offs_n[None, :]
-    out_v = value + out[:, None] * VALUE + offs_v[None, :]
-    tl.store(out_k, acc_k.to(k_nope.dtype.element_ty), mask=mask_t[:, None] & mask_n[None, :])
-    tl.store(out_v, acc_v.to(value.dtype.element_ty), mask=mask_t[:, None] & mask_v[None, :])
-    if head == 0:
-        offs_r = tl.arange(0, BLOCK_R)
-        mask_r = mask_t[:, None] & (offs_r < ROPE)[None, :]
-        rope = tl.load(c_ptrs + LAT + offs_r[None, :], mask=mask_r, other=0.0)
-        token = row.to(tl.int64) * capacity + offs_t
-        tl.store(k_rope + token[:, None] * ROPE + offs_r[None, :], rope, mask=mask_r)
+    expand_tokens(
+        pool,
+        pool + LAT,
+        page_table,
+        w_uk,
+        w_uv,
+        k_nope,
+        value,
+        k_rope,
+        row,
+        length,
+        first_head,
+        capacity,
+        table_width,
+        pages,
+        LAT,
+        ROPE,
+        NOPE,
+        VALUE,
+        PAGE,
+        BLOCK_NOPE,
+        BLOCK_R,
+        BLOCK_V,
+        BLOCK_T,
+        BLOCK_K,
+        WHOLE,
+        LAT,
+        LAT + ROPE,
+        LAT + ROPE,
+    )
 
 
 @triton.jit
@@ -213,26 +210,52 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """What export.ops.mla_prefill.mla_prefill computes, by the kernels: attended [B, S, H * V] and the present pool."""
     present = write(past_latent, latent, page_table, past_lengths, sequence_lengths)
+    nope, rank, value_dim = w_uk.shape[1], w_uk.shape[2], w_uv.shape[1]
+    rope, page_size = query.shape[3] - nope, past_latent.shape[1]
+    constants = prefill_constants(query.shape[2], rank, rope, nope, value_dim, page_size)
+    tile = prefill_expand_tile(dtype_name(query), rank, page_table.shape[1] * page_size, chip_of(query))
+    expand = Expand(mla_prefill_expand, (present,), constants, tile, page_size)
+    lengths = past_lengths, sequence_lengths
+    return launch_heads(expand, query, page_table, lengths, w_uk, w_uv, scale), present
+
+
+@dataclass(frozen=True)
+class Expand:
+    """An expanding kernel, the pools that it reads, and what it and the attending one are told."""
+
+    kernel: Any
+    pools: tuple[Tensor, ...]
+    constants: PrefillConstants
+    tile: Tile
+    page_size: int
+
+
+def launch_heads(
+    expand: Expand,
+    query: Tensor,
+    page_table: Tensor,
+    lengths: tuple[Tensor, Tensor],
+    w_uk: Tensor,
+    w_uv: Tensor,
+    scale: float,
+) -> Tensor:
+    """Launch both for all heads, a chunk at a time: attended [B, S, H * V]."""
     query, page_table, w_uk, w_uv = (t.contiguous() for t in (query, page_table, w_uk, w_uv))
     batch, steps, heads, width = query.shape
-    nope, rank, value_dim = w_uk.shape[1], w_uk.shape[2], w_uv.shape[1]
-    table_width, (pages, page_size, _) = page_table.shape[1], past_latent.shape
-    constants = prefill_constants(heads, rank, width - nope, nope, value_dim, page_size)
-    capacity = table_width * page_size
-    sm, dtype = chip_of(query), dtype_name(query)
-    expand = prefill_expand_tile(dtype, rank, capacity, sm)
-    attend = prefill_attend_tile(dtype, steps, capacity, sm)
+    nope, value_dim, tile = w_uk.shape[1], w_uv.shape[1], expand.tile
+    table_width, pages = page_table.shape[1], expand.pools[0].shape[0]
+    capacity = table_width * expand.page_size
+    attend = prefill_attend_tile(dtype_name(query), steps, capacity, chip_of(query))
     chunk = prefill_chunk_heads(batch, capacity, heads, (nope + value_dim) * query.element_size())
     k_nope = query.new_empty((batch, chunk, capacity, nope))
     value = query.new_empty((batch, chunk, capacity, value_dim))
     k_rope = query.new_empty((batch, capacity, width - nope))
     attended = query.new_empty((batch, steps, heads * value_dim))
     for part in head_chunks(heads, chunk):
-        mla_prefill_expand[(cdiv(capacity, expand["BLOCK_T"]), part.count, batch)](
-            present,
+        expand.kernel[(cdiv(capacity, tile["BLOCK_T"]), part.count, batch)](
+            *expand.pools,
             page_table,
-            past_lengths,
-            sequence_lengths,
+            *lengths,
             w_uk,
             w_uv,
             k_nope,
@@ -243,13 +266,12 @@ def run(
             table_width,
             pages,
             steps,
-            **constants.expand,
-            **expand.launch_options(),
+            **expand.constants.expand,
+            **tile.launch_options(),
         )
         mla_prefill_attend[(cdiv(steps, attend["BLOCK_M"]), part.count, batch)](
             query,
-            past_lengths,
-            sequence_lengths,
+            *lengths,
             k_nope,
             value,
             k_rope,
@@ -258,7 +280,7 @@ def run(
             part.first,
             steps,
             capacity,
-            **constants.attend,
+            **expand.constants.attend,
             **attend.launch_options(),
         )
-    return attended, present
+    return attended

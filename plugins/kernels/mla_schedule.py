@@ -100,3 +100,29 @@ def pieces_before(
         tiles = tiles_of(past_lengths, sequence_lengths, rows, rows < row, steps, capacity, BLOCK_N)
         before += tl.sum(tl.cdiv(tiles, share), 0)
     return before
+
+
+@triton.jit
+def piece_of_block(
+    past_lengths,
+    sequence_lengths,
+    batch,
+    steps,
+    capacity,
+    parts,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+):
+    """Of this block's piece: its row, that row's tokens before the new ones and in all, and the piece's first and end.
+
+    None is there where the row is `batch`, or the first is not below the tokens in all: pieces before took all tiles.
+    """
+    piece = tl.program_id(1)
+    share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)
+    row, before = row_of_piece(past_lengths, sequence_lengths, batch, steps, capacity, share, piece, BLOCK_B, BLOCK_N)
+    past, length = tokens_of(past_lengths, sequence_lengths, row, row < batch, steps, capacity)
+    tiles = tl.cdiv(length, BLOCK_N)
+    tokens = tl.cdiv(tiles, tl.cdiv(tiles, share)) * BLOCK_N  # of each of the row's pieces
+    start = (piece - before) * tokens
+    return row, past, length, start, tl.minimum(start + tokens, length)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.bundle.manifest import list_added
-from deepseek_trt.export.errors import BuildError, BundleError, RequestError
+from deepseek_trt.export.errors import BundleError, RequestError
 from deepseek_trt.export.writing.working import locked
 from deepseek_trt.plugins.aot.compile import compile_all
 from deepseek_trt.plugins.aot.narrow_use import narrow_use
@@ -59,8 +59,6 @@ def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLib
     """As `build_plugins`, for whoever has locked the bundle."""
     bundle = Bundle.open(request.bundle)
     manifest = bundle.manifest
-    if manifest.engines_refusal:
-        raise BuildError(f"{bundle.path}: {bundle.manifest.engines_refusal}")
     binaries = compile_all(
         manifest.model,
         manifest.dtype,
@@ -69,7 +67,7 @@ def build_in_locked(request: PluginRequest, report: PluginReporter) -> PluginLib
         jobs=request.jobs,
         on_progress=report.advance,
         fallback=request.fallback,
-        narrow=narrow_use(weight.recipe for weight in manifest.weights),
+        narrow=narrow_use((weight.recipe for weight in manifest.weights), manifest.cache.narrow),
     )
     folder = bundle.path / PLUGINS_FOLDER
     if not is_listed(bundle):

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepseek_trt.export.bundle.graph import DEFAULT_PAGE_SIZE
+from deepseek_trt.export.bundle.narrow_cache import CACHE_DTYPES, NarrowCache
 from deepseek_trt.export.bundle.recipes import split_rows
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
@@ -34,6 +35,8 @@ ATTRIBUTE_TYPES = {"int": "int32_t", "float": "float", "string": "std::string"}
 
 def fixed_sizes(config: ModelConfig, page_size: int = DEFAULT_PAGE_SIZE) -> dict[str, int]:
     """Every size symbol of the ops that the model, or its cache with pages of `page_size` tokens, fixes."""
+    narrow = NarrowCache.of(config, CACHE_DTYPES[0])  # every format has its groups
+    assert narrow
     return {
         "H": config.num_attention_heads,
         "D": config.latent_dim,
@@ -48,6 +51,7 @@ def fixed_sizes(config: ModelConfig, page_size: int = DEFAULT_PAGE_SIZE) -> dict
         "SI": config.n_shared_experts * config.moe_intermediate_size,
         "hidden": config.hidden_size,
         "page": page_size,
+        "rest": config.qk_rope_head_dim + narrow.groups,
     }
 
 

@@ -315,15 +315,17 @@ class Context:
             raw = self.trt.device.bytes_at(addresses[tensor.name], int(np.prod(shape)) * dtype.itemsize)
             given[tensor.name] = torch.from_numpy(raw.view(dtype).reshape(shape))
         shared = self.in_one_piece({name: given[name] for name in self.record.weights}, addresses)
-        layers = range(self.trt.config.num_hidden_layers)
-        for layer in layers:
-            assert addresses[past_name(layer)] == addresses[present_name(layer)], "the cache must be aliased"
+        cache = self.trt.cache
+        places = [(layer, pool.part) for layer in range(cache.layers) for pool in cache.pools]
+        for place in places:
+            assert addresses[past_name(*place)] == addresses[present_name(*place)], "the cache must be aliased"
         where = tuple(addresses[name] for name in self.record.weights)
         if self.model is None or self.model[0] != where:  # its parameters are the device's memory itself
             state = {**self.trt.constants, **shared}
             self.model = (where, self.trt.model_of(in_whole_numbers(state, self.trt.narrow)))
         model = self.model[1]
-        pools = [given[past_name(layer)] for layer in layers]
+        model.model.cache_as(cache.narrow)
+        pools = [given[past_name(*place)] for place in places]
         asked = ["input_ids", "sequence_lengths", "past_lengths", "page_table"]
         with torch.inference_mode():
             inputs = [given[name] for name in asked if name in given]
@@ -372,6 +374,7 @@ def fake_trt(name, bundle, records, device, weights):
     """
     trt = types.ModuleType(name)
     trt.rtx, trt.device, trt.config = "rtx" in name, device, bundle.manifest.model
+    trt.cache = bundle.manifest.cache
     trt.contexts, trt.refuse_runs, trt.validity = {}, False, (EngineValidity.VALID, 0)
     trt.deserialised = []
     trt.on_context = lambda: None

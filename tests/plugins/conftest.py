@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_trt.export.bundle import recipes
+from deepseek_trt.export.bundle.narrow_cache import NarrowCache
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.plugins.aot.narrow_use import ALL_WHOLE, NarrowUse
 from deepseek_trt.plugins.aot.records import Binary, Variant
@@ -98,8 +99,9 @@ def v3_library(v3_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def narrow_use() -> NarrowUse:
-    """Every format, for linear layers and for experts."""
-    return NarrowUse((("int8", 32), ("int4", 32), ("fp8", 16)), ("int8", "int4", "fp8"), whole_experts=False)
+    """Every format, for linear layers and for experts; a cache of int8."""
+    linear, experts = (("int8", 32), ("int4", 32), ("fp8", 16)), ("int8", "int4", "fp8")
+    return NarrowUse(linear, experts, whole_experts=False, cache=NarrowCache("int8", 32, 32))
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +114,7 @@ def narrow_config(plugin_config: ModelConfig) -> ModelConfig:
 def narrow_library(
     narrow_config: ModelConfig, narrow_use: NarrowUse, tmp_path_factory: pytest.TempPathFactory
 ) -> PluginLibrary:
-    """A library of a model whose weights are narrow, in every format; its images are text."""
+    """A library of a model whose weights and cache are narrow, in every format; its images are text."""
     binaries = binaries_of(narrow_config, narrow=narrow_use)
     return build_library(binaries, narrow_config, DTYPE, tmp_path_factory.mktemp("narrow"))
 

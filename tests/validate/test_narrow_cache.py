@@ -129,8 +129,6 @@ def test_a_near_tie_of_a_code_is_followed_and_nothing_else(format: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--backend", "kernels"], "the bundle has a narrow cache, which it does not take"),
-        (["--backend", "tensorrt"], "the bundle has a narrow cache, which it does not take"),
         (["--backend", "transformers"], "the bundle has a narrow cache, which it does not take"),
         (["--layers", "0"], "--layers compares layers over a whole cache"),
     ],
@@ -139,14 +137,6 @@ def test_what_cannot_be_compared_is_refused_by_name(cached, options: list[str], 
     done = validate(cached("int8"), *options)
     assert done.exit_code == 1
     assert words in done.output
-
-
-@pytest.mark.parametrize("command", ["build", "plugins", "generate"])
-def test_engines_are_refused_by_name(cached, command: str) -> None:
-    more = ["--backend", "tensorrt", "--token-ids", "5"] if command == "generate" else []
-    done = run(command, cached("int8").path, *more)
-    assert done.exit_code == 1
-    assert "TensorRT does not take a narrow cache yet: run the bundle with ort" in done.output
 
 
 @pytest.mark.parametrize(

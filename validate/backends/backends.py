@@ -65,27 +65,21 @@ def _kernels(request: SessionRequest) -> Session:
     return KernelSession(request.bundle, request.pages)
 
 
-def _check_whole(bundle: Bundle) -> None:
+def _check_transformers(bundle: Bundle) -> None:
     if bundle.manifest.is_narrow:
         raise BackendError("the bundle has narrow weights, which it does not take: leave it out")
     if bundle.manifest.cache.narrow is not None:
         raise BackendError("the bundle has a narrow cache, which it does not take: leave it out")
-
-
-def _check_transformers(bundle: Bundle) -> None:
-    _check_whole(bundle)
     comparable_checkpoint(bundle)
 
 
 def _check_kernels(bundle: Bundle) -> None:
-    _check_whole(bundle)
     if importlib.util.find_spec("triton") is None:
         raise BackendError("backend kernels needs Triton's interpreter, and it is not installed: pip install triton")
 
 
 def _check_tensorrt(bundle: Bundle) -> None:
     """The plans, the TensorRT that built them, and a GPU."""
-    _check_whole(bundle)
     plans = read_plans(bundle)
     for plan in plans.values():
         check_version(plan, open_flavour(plan.record.spec.flavour))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import weakref
@@ -25,6 +26,7 @@ from deepseek_trt.engines.plans.flavour import open_flavour
 from deepseek_trt.engines.plans.plan import Plan
 from deepseek_trt.engines.sessions.door import Door
 from deepseek_trt.engines.sessions.holding import Holding, Picked
+from deepseek_trt.engines.sessions.pools import fill_pools, shapes_of
 from deepseek_trt.engines.sessions.session import Session, feeds_of
 from deepseek_trt.engines.sessions.tensorrt.cuda import open_device
 from deepseek_trt.engines.sessions.tensorrt.device import ALIGNMENT, Device, aligned
@@ -34,10 +36,9 @@ from deepseek_trt.engines.sessions.tensorrt.kernels import load_kernels
 from deepseek_trt.engines.sessions.tensorrt.picker import Picker
 from deepseek_trt.engines.sessions.tensorrt.staging import Staging, given_inputs
 from deepseek_trt.engines.sessions.tensorrt.weight_upload import UploadProgress, upload_weights
-from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s, numpy_dtype
+from deepseek_trt.export.arrays import Array, Arrays, Floats, Int32s, Int64s
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS, past_name, present_name
-from deepseek_trt.export.dtypes import dtype_bytes
+from deepseek_trt.export.bundle.graph import MOST_NEW_TOKENS, present_name
 from deepseek_trt.export.errors import BackendError, RequestError
 from deepseek_trt.plugins.aot.variants import SAMPLING
 from deepseek_trt.plugins.cpu.library import cpu_library
@@ -80,7 +81,7 @@ class TrtSession(Session):
         check_pages(self.limits, bundle.manifest.cache, pages)
         self.cache, self.pages = bundle.manifest.cache, pages
         self.library = cpu_library(bundle).path  # samples on the CPU what the GPU does not
-        self._pool_shape = (pages, self.cache.page_size, self.cache.latent_dim)
+        self._pools = shapes_of(self.cache, pages)  # of all layers' pools, in order
         self.vocab_size = bundle.manifest.model.vocab_size
         self._all_logits = bundle.manifest.all_logits
         self._on_its_way = False  # whether a run was not waited for
@@ -130,10 +131,10 @@ class TrtSession(Session):
         device, plans = self._device, self._plans.values()
         working = max(engine.activation_bytes for engine in self._engines.values())
         activations = device.allocate(working, "TensorRT's working memory")
-        slot = aligned(int(np.prod(self._pool_shape)) * dtype_bytes(self.cache.dtype))
-        pools = device.allocate(slot * self.cache.layers, f"the latent cache of {self.pages} pages")
-        device.zero(pools, slot * self.cache.layers)
-        self.pool_addresses = tuple(pools + slot * layer for layer in range(self.cache.layers))
+        slots = [aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in self._pools]
+        pools = device.allocate(sum(slots), f"the latent cache of {self.pages} pages")
+        device.zero(pools, sum(slots))
+        self.pool_addresses = tuple(pools + before for before in itertools.accumulate(slots[:-1], initial=0))
         self._staging = Staging(device, [plan.record for plan in plans])
         self._allocate_logits()
         names = {name for plan in plans for name in plan.record.weights}
@@ -178,10 +179,12 @@ class TrtSession(Session):
         """What stays where it is: weights, pools (as past and present at once) and logits."""
         for name in plan.record.weights:
             engine.bind(name, weights[name])
-        for layer, address in enumerate(self.pool_addresses):
-            engine.bind(past_name(layer), address)
-            engine.bind(present_name(layer), address)
-            engine.shape(past_name(layer), self._pool_shape)
+        presents = [present_name(n, pool.part) for n in range(self.cache.layers) for pool in self.cache.pools]
+        named = zip(self.cache.pool_names, presents, self.pool_addresses, self._pools, strict=True)
+        for past, present, address, (shape, _) in named:
+            engine.bind(past, address)
+            engine.bind(present, address)
+            engine.shape(past, shape)
         engine.bind("logits", self._logits_of(plan.record.graph))
 
     def _logits_of(self, graph: str) -> int:
@@ -293,18 +296,23 @@ class TrtSession(Session):
         self._run("decode", feeds)
         return rows + more[1], steps + longer[1]
 
-    def pool(self, layer: int) -> Array:
-        """A copy of the layer's pool."""
-        array = np.empty(self._pool_shape, dtype=numpy_dtype(self.cache.dtype))
+    def pools(self, layer: int) -> tuple[Array, ...]:
+        """Copies of the layer's pools."""
+        each = len(self.cache.pools)
         self._device.activate()
-        self._device.read(self.pool_addresses[layer], array.view(np.uint8))
-        return array
+        found = []
+        for index in range(layer * each, (layer + 1) * each):
+            array = np.empty(*self._pools[index])
+            self._device.read(self.pool_addresses[index], array.view(np.uint8))
+            found.append(array)
+        return tuple(found)
 
     def fill(self, value: float) -> None:
-        array = np.full(self._pool_shape, value, dtype=numpy_dtype(self.cache.dtype)).view(np.uint8)
         self._device.activate()
-        for address in self.pool_addresses:
-            self._device.write(address, array)
+        for address, (shape, dtype) in zip(self.pool_addresses, self._pools, strict=True):
+            array = np.empty(shape, dtype)
+            fill_pools([array], value)
+            self._device.write(address, array.view(np.uint8))
 
     def close(self) -> None:
         self._engines.clear()

@@ -20,10 +20,11 @@ ATTRIBUTES = (
     Attribute("format", "string", f"of the codes: {' or '.join(TOPS)} (docs/narrow.md)"),
     Attribute("group", "int", "numbers of a token's latent that share a scale"),
 )
-LIMITS = "no plugin exists yet, TensorRT refuses bundles with a narrow cache; the group divides kv_lora_rank"
+REST = "R+L/group"  # numbers of a token in the second pool
+LIMITS = "groups are of 128 numbers, or there is one"
 POOLS_IN = (
     TensorArg("past_latent", "codes", ("P", "page", "L"), "the pool of codes, int8; of fp8 the bits of float8 E4M3FN"),
-    TensorArg("past_rope", "T", ("P", "page", "R+L/group"), "the pool of rotated rope parts, then the latents' scales"),
+    TensorArg("past_rope", "T", ("P", "page", REST), "the pool of rotated rope parts, then the latents' scales"),
 )
 POOLS_OUT = (
     TensorArg("present_latent", "codes", POOLS_IN[0].dims, "the pool with the new tokens; may be past_latent itself"),

@@ -34,7 +34,7 @@ from deepseek_trt.engines.sessions.tensorrt.session import TrtSession, bucket
 from deepseek_trt.engines.sessions.torch import TorchSession
 from deepseek_trt.export.bundle import recipes
 from deepseek_trt.export.bundle.folder import Bundle
-from deepseek_trt.export.bundle.graph import TensorSpec, past_name
+from deepseek_trt.export.bundle.graph import TensorSpec
 from deepseek_trt.export.bundle.manifest import list_added
 from deepseek_trt.export.bundle.recipes import tensorrt_parts
 from deepseek_trt.export.bundle.weights import WeightReader
@@ -199,6 +199,19 @@ def test_narrow_weights_give_the_tokens_of_torch(make_world, small_v2, bundle_of
         assert bytes(world.device.bytes_at(context.addresses[name], stored.size)) == stored.tobytes()
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
+def test_a_narrow_cache_gives_the_tokens_of_torch(make_world, small_v2, bundle_of, cache_dtype, cuda_graphs):
+    """Two pools a layer, each bound as past and present at once."""
+    narrow = bundle_of(small_v2.checkpoint, dtype="float32", page_size=PAGE, cache_dtype=cache_dtype)
+    pages = pages_needed(narrow.manifest.cache, answer_lengths(narrow.manifest.model, PROMPTS, NEW))
+    session, in_torch = make_world(narrow).session(cuda_graphs=cuda_graphs), TorchSession(narrow, pages)
+    assert len(set(session.pool_addresses)) == 2 * session.cache.layers
+    assert tokens_of(session, narrow.manifest.model) == tokens_of(in_torch, narrow.manifest.model)
+    session.fill(np.nan)
+    assert np.isnan(session.pool(0)).all()
+
+
 def test_experts_in_parts_give_the_same_tokens(make_world, bundle, expected, monkeypatch):
     """As if TensorRT took fewer numbers a tensor than a stack of experts holds: the parts are places in one copy."""
     stacks = [w.recipe for w in bundle.manifest.weights if ".mlp.experts." in w.recipe.name]
@@ -226,7 +239,7 @@ def test_one_copy_of_everything(world):
     assert [prefill.addresses[n] for n in names] == [decode.addresses[n] for n in names]
     assert prefill.memory == decode.memory
     assert prefill.config.strategy is fake_gpu.Strategy.USER_MANAGED
-    assert [prefill.addresses[past_name(i)] for i in range(session.cache.layers)] == list(session.pool_addresses)
+    assert [prefill.addresses[name] for name in session.cache.pool_names] == list(session.pool_addresses)
     assert all((session.pool(layer) == 0).all() for layer in range(session.cache.layers))
     before = set(world.device.memory)
     tokens_of(session, world.bundle.manifest.model)

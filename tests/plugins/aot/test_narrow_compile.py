@@ -1,8 +1,11 @@
-"""The kernels over narrow weights compile for every chip: nothing spills, and all fits its shared memory."""
+"""The kernels over narrow weights and caches compile for every chip: nothing spills, all fits its shared memory."""
+
+import dataclasses
 
 import pytest
 
 from deepseek_trt.export.bundle.narrow import FORMATS, Narrow
+from deepseek_trt.export.bundle.narrow_cache import CACHE_DTYPES, NarrowCache
 from deepseek_trt.export.bundle.recipes import Recipe, narrow_pair
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.plugins.aot import compile as aot
@@ -17,6 +20,16 @@ V2_LITE = ModelConfig(
 )
 ALL_FORMATS = NarrowUse((("int8", 32), ("int4", 32), ("fp8", 128)), ("int8", "int4", "fp8"), whole_experts=False)
 OPS = {op.name for op in NARROW_PLUGINS}
+
+
+CACHES = [NarrowUse(cache=NarrowCache.of(V2_LITE, format)) for format in CACHE_DTYPES]
+V2 = dataclasses.replace(V2_LITE, num_attention_heads=128)
+
+
+def cache_requests(config, dtype, sm):
+    """Those that a whole cache does not have."""
+    rows = (row for use in CACHES for row in variants_for(config, dtype, sm, narrow=use))
+    return [Request(row, sm) for row in rows if row.op in OPS and row.kernel.endswith("narrow")]
 
 
 def requests(dtype, sm, use=ALL_FORMATS):
@@ -45,6 +58,20 @@ def test_all_chips(sm):
 @pytest.mark.parametrize("sm", [86, 90])
 def test_other_dtypes(dtype, sm):
     for compiled in aot.compile_requests(requests(dtype, sm), jobs=2):
+        aot.checked(compiled)
+
+
+def test_those_over_a_narrow_cache_compile():
+    for compiled in aot.compile_requests(cache_requests(V2_LITE, "bfloat16", 86)[:3], jobs=1):
+        assert aot.checked(compiled).variant.op.endswith("NarrowInt8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [V2_LITE, V2], ids=["V2-Lite", "V2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("sm", SHARED_LIMITS)
+def test_a_narrow_cache_on_all_chips(config, dtype, sm):
+    for compiled in aot.compile_requests(cache_requests(config, dtype, sm), jobs=2):
         aot.checked(compiled)
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_trt.export.bundle.narrow_cache import CACHE_DTYPES, NarrowCache
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.export.errors import BuildError
 from deepseek_trt.plugins.aot import variants
-from deepseek_trt.plugins.aot.narrow_use import NarrowUse
+from deepseek_trt.plugins.aot.narrow_use import ALL_WHOLE, NarrowUse
 from deepseek_trt.plugins.aot.variants import KERNELS, OVERLAPPING, SAMPLING, variants_for
 from deepseek_trt.plugins.fused import FUSED_OPS
 from deepseek_trt.plugins.kernels import KERNEL_OPS
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
+from deepseek_trt.plugins.narrow_names import plugin_name
 from deepseek_trt.plugins.narrow_ops import NARROW_PLUGINS
 
 SMALL = ModelConfig(
@@ -66,6 +68,9 @@ CHIPS = pytest.mark.parametrize("sm", SHARED_LIMITS)
 SOURCES = Path(variants.__file__).parents[1] / "kernels"
 ALL_FORMATS = NarrowUse((("int8", 32), ("int4", 32), ("fp8", 128)), ("int8", "int4", "fp8"), whole_experts=True)
 OF_NARROW = {"moe_gate_up_narrow", "moe_down_narrow", "linear_narrow", "linear_narrow_sum"}
+OF_CACHE = {"latent_narrow", "mla_decode_split_narrow", "mla_prefill_expand_narrow"}
+OF_WHOLE_CACHE = {"latent_write", "mla_decode_split", "mla_prefill_expand"}
+WEIGHT_PLUGINS = {op.name for op in NARROW_PLUGINS if not op.name.startswith("Mla")}
 WHOLE_OPS = {name for name in KERNEL_OPS if "Narrow" not in name}
 
 
@@ -76,7 +81,7 @@ def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
     rows = variants_for(config, dtype, sm)
     other = "MoeRouter" if config.biased_routing else "MoeBiasedRouter"
     assert {row.op for row in rows} == {*WHOLE_OPS, *(op.name for op in FUSED_OPS), SAMPLING} - {other}
-    assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]} - OF_NARROW
+    assert {row.kernel for row in rows} == set(KERNELS) - {ROUTERS[other]} - OF_NARROW - OF_CACHE
     check_buckets(rows)
 
 
@@ -86,13 +91,36 @@ def test_every_kernel_has_one_row_a_bucket(config, dtype, sm):
 def test_narrow_weights_have_the_rows_of_each_format(config, dtype, sm):
     rows, whole = variants_for(config, dtype, sm, narrow=ALL_FORMATS), variants_for(config, dtype, sm)
     assert rows[: len(whole)] == whole
-    assert {row.op for row in rows[len(whole) :]} == {op.name for op in NARROW_PLUGINS}
+    assert {row.op for row in rows[len(whole) :]} == WEIGHT_PLUGINS
     assert {row.kernel for row in rows} - {row.kernel for row in whole} == OF_NARROW
     check_buckets(rows)
     without = variants_for(config, dtype, sm, narrow=NarrowUse((("fp8", 64),), ("int4",), whole_experts=False))
     assert {row.op for row in without} >= {"LinearNarrowFp8", "MoeExpertsNarrowInt4"}
     assert not {"MoeExperts", "MoeLayer"} & {row.op for row in without}
     assert {dict(row.constexprs)["UNIT"] for row in without if row.kernel == "linear_narrow"} == {64}
+
+
+@MODELS
+@DTYPES
+@CHIPS
+@pytest.mark.parametrize("format", CACHE_DTYPES)
+def test_a_narrow_cache_has_rows_in_place_of_the_whole_ones(config, dtype, sm, format):
+    use, whole = of_cache(config, format), variants_for(config, dtype, sm)
+    rows = variants_for(config, dtype, sm, narrow=use)
+    names = {row.op for row in rows} - {row.op for row in whole}
+    assert names == {plugin_name("MlaDecodeNarrow", format), plugin_name("MlaPrefillNarrow", format)}
+    assert {row.op for row in whole} - {row.op for row in rows} == {"MlaDecode", "MlaPrefill"}
+    assert {row.kernel for row in rows} == {row.kernel for row in whole} - OF_WHOLE_CACHE | OF_CACHE
+    check_buckets(rows)
+    of = {row.kernel: dict(row.constexprs) for row in rows}
+    split, combine = of["mla_decode_split_narrow"], of["mla_decode_combine"]
+    assert all(split[name] == combine[name] for name in ("BLOCK_B", "BLOCK_N", "MIN_TILES", "H", "LAT"))
+    expand = of["mla_prefill_expand_narrow"]
+    assert use.cache.groups == 1 or expand["GROUP"] % expand["BLOCK_K"] == 0, "a step's columns share a scale"
+
+
+def of_cache(config, format="int8"):
+    return NarrowUse(cache=NarrowCache.of(config, format))
 
 
 def check_buckets(rows):
@@ -171,7 +199,7 @@ def function_of(kernel):
 @MODELS
 @CHIPS
 def test_kernels_that_wait_by_themselves_start_early_where_the_chip_can(config, sm):
-    for row in variants_for(config, "bfloat16", sm):
+    for row in (*variants_for(config, "bfloat16", sm), *variants_for(config, "bfloat16", sm, narrow=of_cache(config))):
         waits = "after_previous_kernel(PDL)" in ast.unparse(function_of(row.kernel).body[1])
         assert waits == (row.kernel in OVERLAPPING) == ("PDL" in dict(row.constexprs)), "the first statement"
         assert row.overlaps == (waits and sm >= 90)
@@ -186,7 +214,8 @@ def parameters(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_give_what_the_kernel_takes(kernel):
     arguments, constants = parameters(kernel)
-    for row in (*variants_for(V2, "bfloat16", 90, narrow=ALL_FORMATS), *variants_for(V3, "bfloat16", 90)):
+    uses = (V2, ALL_FORMATS), (V3, ALL_WHOLE), (V2, of_cache(V2))
+    for row in (row for config, use in uses for row in variants_for(config, "bfloat16", 90, narrow=use)):
         if row.kernel == kernel:
             assert [arg.name for arg in row.args] == arguments
             assert sorted(name for name, _ in row.constexprs) == sorted(constants)

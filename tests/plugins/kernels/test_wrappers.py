@@ -18,6 +18,8 @@ MODULES = {
     "MoeExperts": "moe_experts",
     "LinearNarrow": "narrow.linear",
     "MoeExpertsNarrow": "narrow.experts",
+    "MlaPrefillNarrow": "cache.prefill",
+    "MlaDecodeNarrow": "cache.decode",
 }
 
 
@@ -37,6 +39,7 @@ def operands(name):
     table = torch.tensor([[3, 1, 0], [2, 4, 5]], dtype=torch.int32)
     pool, past = torch.randn(6, 4, 12), torch.tensor([0, 6], dtype=torch.int32)
     new = torch.tensor([5, 2], dtype=torch.int32)
+    pools = torch.randint(-127, 128, (6, 4, 8), dtype=torch.int8), torch.rand(6, 4, 5) / 50
     return {
         "MlaDecode": (torch.randn(2, 5, 3, 12), torch.randn(2, 5, 12), pool, table, past, new, 0.4, 8),
         "MlaPrefill": (
@@ -49,6 +52,31 @@ def operands(name):
             torch.randn(3, 6, 8),
             torch.randn(3, 5, 8),
             0.4,
+        ),
+        "MlaDecodeNarrow": (
+            torch.randn(2, 5, 3, 12),
+            torch.randn(2, 5, 12),
+            *pools,
+            table,
+            past,
+            new,
+            0.4,
+            8,
+            "int8",
+            8,
+        ),
+        "MlaPrefillNarrow": (
+            torch.randn(2, 5, 3, 10),
+            torch.randn(2, 5, 12),
+            *pools,
+            table,
+            past,
+            new,
+            torch.randn(3, 6, 8),
+            torch.randn(3, 5, 8),
+            0.4,
+            "fp8",
+            8,
         ),
         "MoeRouter": (torch.randn(4, 6), 2, 3, 2, 0, 1.5),
         "MoeBiasedRouter": (torch.randn(4, 6), torch.randn(6), 2, 3, 2, 1, 1.5),
@@ -88,5 +116,6 @@ def test_gives_what_the_reference_gives(op, device):
     actual, expected = KERNEL_OPS[op.name](*args), op.reference(*args)
     if op.name.startswith("Mla"):
         kept = torch.arange(actual[0].shape[1], device=device) < torch.tensor([5, 2], device=device)[:, None]
-        actual, expected = ((a[kept], pool[1:]) for a, pool in (actual, expected))  # padding and page 0 mean nothing
+        # padding and page 0 mean nothing
+        actual, expected = ((a[kept], *(pool[1:] for pool in pools)) for a, *pools in (actual, expected))
     torch.testing.assert_close(actual, expected, check_stride=False)

@@ -59,7 +59,7 @@ Sizes = Mapping[str, int]
 
 
 def address_of(op: OpSpec, name: str) -> int:
-    """A made-up address for each tensor; present_latent lies where past_latent does."""
+    """A made-up address for each tensor; a pool that is given lies where the one that is taken does."""
     names = [t.name for t in op.inputs + op.outputs]
     return 0x1000000 * (1 + names.index(name.replace("present_", "past_")))
 
@@ -138,18 +138,27 @@ class Expected:
         return f"4:{bits:x}"
 
 
+def narrow_write(e: Expected, n: Sizes) -> None:
+    grid = [cdiv(n["S"], e.tile("latent_narrow", "BLOCK_S")), n["B"]]
+    tokens = ["present_latent", "present_rope", "latent", "page_table", "past_lengths", "sequence_lengths"]
+    e.launch("latent_narrow", grid, [*tokens, n["S"], n["M"], n["P"]])
+
+
 def decode(e: Expected, n: Sizes) -> None:
     heads, rank, capacity = n["H"], n["L"], n["M"] * n["page"]
-    queries = n["S"] * heads
-    tiles = cdiv(queries, e.tile("mla_decode_split", "BLOCK_H"))
+    queries, kernel, cached = n["S"] * heads, "mla_decode_split", ["latent", "present_latent"]
+    if "present_rope" in [t.name for t in e.op.outputs]:
+        kernel, cached = "mla_decode_split_narrow", ["present_latent", "present_rope"]
+        narrow_write(e, n)
+    tiles = cdiv(queries, e.tile(kernel, "BLOCK_H"))
     parts = launches.decode_parts(launches.decode_programs(RESIDENT, tiles), n["B"])
     partial = e.take((parts + n["B"]) * queries * rank * 4)
     lse = e.take((parts + n["B"]) * queries * 4)
     lengths = ["past_lengths", "sequence_lengths"]
-    tokens = ["query", "latent", "present_latent", "page_table", *lengths]
+    tokens = ["query", *cached, "page_table", *lengths]
     counts = [n["B"], n["S"], parts]
     split = [*tokens, partial, lse, "attended", SCALE * math.log2(math.e), *counts, n["M"], n["P"]]
-    e.launch("mla_decode_split", [tiles, parts + n["B"]], split)
+    e.launch(kernel, [tiles, parts + n["B"]], split)
     columns = cdiv(rank, e.tile("mla_decode_combine", "BLOCK_D"))
     args = [partial, lse, *lengths, "attended", *counts, capacity]
     e.launch("mla_decode_combine", [n["B"] * queries, columns], args)
@@ -162,13 +171,18 @@ def prefill(e: Expected, n: Sizes) -> None:
     value = e.take(n["B"] * chunk * capacity * n["V"] * ELEMENT)
     k_rope = e.take(n["B"] * capacity * n["R"] * ELEMENT)
     lengths = ["page_table", "past_lengths", "sequence_lengths"]
-    rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
-    e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", *lengths, n["S"], *paging])
+    kernel, pools = "mla_prefill_expand", ["present_latent"]
+    if "present_rope" in [t.name for t in e.op.outputs]:
+        kernel, pools = "mla_prefill_expand_narrow", ["present_latent", "present_rope"]
+        narrow_write(e, n)
+    else:
+        rows = cdiv(n["S"], e.tile("latent_write", "BLOCK_S"))
+        e.launch("latent_write", [rows, n["B"]], ["present_latent", "latent", *lengths, n["S"], *paging])
     for part in launches.head_chunks(n["H"], chunk):
         expanded = [k_nope, value, k_rope]
-        expand = ["present_latent", *lengths, "w_uk", "w_uv", *expanded, part.first, capacity, *paging, n["S"]]
-        tokens = cdiv(capacity, e.tile("mla_prefill_expand", "BLOCK_T"))
-        e.launch("mla_prefill_expand", [tokens, part.count, n["B"]], expand)
+        expand = [*pools, *lengths, "w_uk", "w_uv", *expanded, part.first, capacity, *paging, n["S"]]
+        tokens = cdiv(capacity, e.tile(kernel, "BLOCK_T"))
+        e.launch(kernel, [tokens, part.count, n["B"]], expand)
         attend = ["query", *lengths[1:], *expanded, "attended", SCALE * math.log2(math.e)]
         steps = cdiv(n["S"], e.tile("mla_prefill_attend", "BLOCK_M"))
         e.launch("mla_prefill_attend", [steps, part.count, n["B"]], [*attend, part.first, n["S"], capacity])
@@ -583,20 +597,26 @@ LINEAR_CASES = [shares(1, 192, 64), shares(1, 64, 2048), shares(16, 320, 1536), 
 LINEAR_CASES += [shares(65, 64, 8192), shares(300, 640, 64)]
 NARROW_CASES = [(op, sizes) for op in NARROW_PLUGINS if op.name.startswith("Linear") for sizes in LINEAR_CASES]
 NARROW_CASES += [(op, {"T": t}) for op in NARROW_PLUGINS if op.name.startswith("Moe") for t in (1, 8, 86, 500, 5000)]
+NARROW_CASES += [  # narrow_library has a cache of int8
+    (op, sizes)
+    for op in NARROW_PLUGINS
+    for name, sizes in CASES
+    if op.name == f"{name}NarrowInt8" and name.startswith("Mla")
+]
+NARROW_WRITERS = {"Lin": linear, "Moe": narrow_experts, "MlaD": decode, "MlaP": prefill}
 
 
 def create_narrow(op: OpSpec) -> str:
-    format = op.name.removeprefix("LinearNarrow").removeprefix("MoeExpertsNarrow").lower()
-    fields = [f"format:s:{len(format)}:{format}", f"group:i:1:{128 if format == 'fp8' else 32}"]
-    activation = [] if op.name.startswith("Linear") else ["activation:s:4:silu"]
-    return " ".join(["create", op.name, "engine", *activation, *fields])
+    whole, _, format = op.name.partition("Narrow")
+    fields = [f"format:s:{len(format)}:{format.lower()}", f"group:i:1:{128 if format == 'Fp8' else 32}"]
+    return " ".join(["create", op.name, "engine", *FIELDS.get(whole, []), *fields])
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: f"sm{chip.sm}")
 def test_launches_over_narrow_weights(
     drive: Drive, narrow_config: ModelConfig, narrow_library: PluginLibrary, narrow_use: NarrowUse, chip: Chip
 ) -> None:
-    """Codes of every format as bytes; a product with few blocks is split along K, and summed."""
+    """And a narrow cache. Codes of every format as bytes; a product with few blocks is split along K, and summed."""
     commands: list[str] = []
     for op, sizes in NARROW_CASES:
         shapes = tensors(op, narrow_config, sizes)
@@ -607,7 +627,7 @@ def test_launches_over_narrow_weights(
     cases = []
     for op, sizes in NARROW_CASES:
         case = Expected(op, narrow_config, chip, narrow_use)
-        write = linear if op.name.startswith("Linear") else narrow_experts
+        write = next(writer for start, writer in NARROW_WRITERS.items() if op.name.startswith(start))
         write(case, {**fixed_sizes(narrow_config), **sizes})
         cases.append(case)
     assert not [line for line in output if line.startswith("log ")]

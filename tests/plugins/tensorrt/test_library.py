@@ -25,7 +25,7 @@ from deepseek_trt.plugins.narrow_ops import PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary, build_library
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST, read_manifest
 
-OF_OTHERS = {"MoeBiasedRouter", "LinearNarrow", "MoeExpertsNarrow"}  # of other models
+OF_OTHERS = {"MoeBiasedRouter", *(name for name in KERNEL_OPS if "Narrow" in name)}  # of other models
 OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - OF_OTHERS  # with plugins in its library
 
 Uncompiled = Callable[..., list[Binary]]

@@ -29,7 +29,8 @@ from deepseek_trt.plugins.tensorrt.loading import load_library
 from deepseek_trt.plugins.tensorrt.manifest import MANIFEST
 from deepseek_trt.plugins.tensorrt.op_tables import fixed_sizes
 
-OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter", "LinearNarrow", "MoeExpertsNarrow"}
+OF_OTHERS = {"MoeBiasedRouter", *(name for name in KERNEL_OPS if "Narrow" in name)}
+OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - OF_OTHERS
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "MlaPrefill": {"scale": 0.125},

@@ -12,7 +12,8 @@ from deepseek_trt.plugins.narrow_ops import PLUGIN_OPS
 from deepseek_trt.plugins.tensorrt.library import PluginLibrary
 from deepseek_trt.plugins.tensorrt.manifest import read_manifest
 
-OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - {"MoeBiasedRouter", "LinearNarrow", "MoeExpertsNarrow"}
+OF_OTHERS = {"MoeBiasedRouter", *(name for name in KERNEL_OPS if "Narrow" in name)}
+OF_V2 = {*KERNEL_OPS, *(op.name for op in FUSED_OPS)} - OF_OTHERS
 
 Drive = Callable[..., list[str]]
 
