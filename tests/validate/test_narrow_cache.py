@@ -162,5 +162,4 @@ def test_check_counts_the_cache(small_v2) -> None:
     assert (whole["cache"], narrow["cache"]) == ("bfloat16", "int8")
     assert narrow["cache_bytes_per_token"] == 3 * (32 + 17 * 2) < whole["cache_bytes_per_token"] == 3 * 48 * 2
     assert np.isclose(narrow["context_tokens"] / whole["context_tokens"], 96 / 66, rtol=1e-3)
-    assert narrow["capacities"] == []
-    assert whole["capacities"] != []
+    assert len(narrow["capacities"]) == len(whole["capacities"])

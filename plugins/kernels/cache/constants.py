@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from deepseek_trt.export.bundle.narrow_cache import NarrowCache
 from deepseek_trt.plugins.kernels import tiles
-from deepseek_trt.plugins.kernels.chips import INTERPRETER, chip_class
+from deepseek_trt.plugins.kernels.chips import INTERPRETER
 from deepseek_trt.plugins.kernels.constants import (
     Constants,
     DecodeConstants,
@@ -51,30 +51,10 @@ def narrow_prefill_constants(
     return replace(whole, expand={**whole.expand, **own})
 
 
-@dataclass(frozen=True)
-class _Decode:
-    """For at most 16 heads, for more, and in float32."""
-
-    few: Tile
-    many: Tile
-    float32: Tile
-
-
-# A tile is widened in registers, on its way to where a matrix unit reads it: that takes twice a whole cache's warps.
-_DECODE = {
-    "small": _Decode(
-        tile(8, 2, BLOCK_H=16, BLOCK_N=32), tile(8, 2, BLOCK_H=16, BLOCK_N=32), tile(8, 1, BLOCK_H=16, BLOCK_N=16)
-    ),
-    "ampere": _Decode(
-        tile(8, 3, BLOCK_H=16, BLOCK_N=32), tile(8, 3, BLOCK_H=32, BLOCK_N=32), tile(8, 2, BLOCK_H=16, BLOCK_N=16)
-    ),
-    "hopper": _Decode(
-        tile(8, 3, BLOCK_H=16, BLOCK_N=32), tile(8, 3, BLOCK_H=64, BLOCK_N=32), tile(8, 2, BLOCK_H=16, BLOCK_N=16)
-    ),
-    "blackwell": _Decode(
-        tile(8, 3, BLOCK_H=16, BLOCK_N=32), tile(8, 3, BLOCK_H=32, BLOCK_N=32), tile(8, 2, BLOCK_H=16, BLOCK_N=16)
-    ),
-}
+# A tile is widened in registers, while the codes of the next one are on their way: larger ones spill on some chip.
+_DECODE = tile(4, 3, BLOCK_H=16, BLOCK_N=16)
+_DECODE_MANY = tile(8, 3, BLOCK_H=32, BLOCK_N=32)  # for more than 16 heads
+_DECODE_F32 = tile(8, 1, BLOCK_H=16, BLOCK_N=16)
 _WRITE = tile(4, BLOCK_S=4)
 
 
@@ -84,14 +64,12 @@ def narrow_write_tile(steps: int, sm: int) -> Tile:
 
 
 def narrow_decode_tile(dtype: str, heads: int, sm: int, capacity: int, page: int) -> Tile:
-    """The tile of mla_decode_split_narrow: of tokens of one page where pages of `page` tokens allow it."""
+    """The tile of mla_decode_split_narrow."""
     if sm == INTERPRETER:
         return tiles.decode_tile(dtype, heads, sm, capacity, page)
-    row = _DECODE[chip_class(sm)]
-    chosen = row.float32 if dtype == "float32" else row.few if heads <= 16 else row.many
-    if page % chosen["BLOCK_N"] == 0 or page % tiles.DOT_TOKENS:
-        return chosen
-    return tile(chosen.num_warps, chosen.num_stages, BLOCK_H=chosen["BLOCK_H"], BLOCK_N=tiles.DOT_TOKENS)
+    if dtype == "float32":
+        return _DECODE_F32
+    return _DECODE if heads <= 16 else _DECODE_MANY
 
 
 def narrow_expand_tile(dtype: str, cache: NarrowCache, capacity: int, sm: int) -> Tile:
