@@ -85,8 +85,6 @@ def test_limits_judge_the_cost(narrow) -> None:
         (None, ["--max-kl", "1"], "has no narrow weights, which cost nothing"),
         ("int4", ["--max-kl", "1", "--layers", "0"], "--layers compares parts of the model"),
         ("int4", ["--max-perplexity-increase", "1"], "has no tokenizer.json, so that no text is scored"),
-        ("int4", ["--backend", "kernels"], "the bundle has narrow weights, which it does not take"),
-        ("int4", ["--backend", "tensorrt"], "the bundle has narrow weights, which it does not take"),
         ("int4", ["--backend", "transformers"], "the bundle has narrow weights, which it does not take"),
     ],
 )
@@ -95,6 +93,14 @@ def test_what_cannot_be_is_refused_by_name(narrow, good, preset, options, words:
     done = validate(bundle, *options)
     assert done.exit_code == 1
     assert words in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["int8", "int4", "fp8"])
+def test_kernels_pass(narrow, preset: str) -> None:
+    """What plugins compute, interpreted: judged as every backend."""
+    done = validate(narrow(preset, "float32"), "--backend", "kernels")
+    assert done.exit_code == 0, done.output
 
 
 def changed(bundle: Bundle, into: Path, name: str, change: Any) -> Path:

@@ -140,6 +140,15 @@ def test_what_cannot_be_compared_is_refused_by_name(cached, options: list[str], 
 
 
 @pytest.mark.parametrize(
+    ("format", "options"), [("int8", {"quantize": "int4"}), pytest.param("fp8", {}, marks=pytest.mark.slow)]
+)
+def test_kernels_pass(cached, format: str, options: dict[str, Any]) -> None:
+    """What plugins compute, interpreted: judged as every backend."""
+    done = validate(cached(format, **options), "--backend", "kernels")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--mtp"], "--mtp drafts over a whole cache"),
