@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpu_check import cases, fused_cases, narrow_cases
+from gpu_check import cache_cases, cases, fused_cases, narrow_cases
 from gpu_check.items import Gpu, Item, NotRunError, Setting, each
 from gpu_check.launching import shipped_kernels
 from gpu_check.models import Sizes
@@ -152,6 +152,8 @@ def _cases(
     if "MoeLayer" in shipped:
         yield "MoeLayer", lambda: _experts(fused_cases.layer, "MoeLayer", ops, place, sizes, binaries, gpu)
     yield from narrow_cases.cases(ops, place, sizes, binaries, few, gpu)
+    decodes = [(past, new) for past in pasts for new in news]
+    yield from cache_cases.cases(ops, place, sizes, binaries, decodes, chunks)
     if "Sampling" in shipped:
         yield (
             "Sampling",

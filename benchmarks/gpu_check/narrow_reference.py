@@ -26,6 +26,11 @@ def numbers_of(format: str, codes: Tensor, scales: Tensor) -> Tensor:
     return plain * wide[..., :rows, :columns]
 
 
+def plain_numbers(format: str, codes: Tensor) -> Tensor:
+    """Of codes, uint8, before their scales."""
+    return _PLAIN[format](codes)
+
+
 def _int8(codes: Tensor) -> Tensor:
     """Two's complement."""
     unsigned = codes.double()

@@ -5,6 +5,7 @@ Needs the project's own environment, and no GPU. What is there already, made of 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -81,20 +82,24 @@ def _library(model: str, dtype: str, sms: tuple[int, ...], folder: Path) -> None
 
 
 def _narrow_library(model: str, dtype: str, unit: int, sms: tuple[int, ...], folder: Path) -> None:
-    """The kernels over narrow weights of all formats alone, as the model's own library has the others.
+    """The kernels over narrow weights and caches of all formats alone, as the model's own library has the others.
 
     Without PTX, which the driver takes its time to compile: that of the demo's libraries has the same tiles.
     """
     from deepseek_trt.export.bundle.narrow import FORMATS
+    from deepseek_trt.export.bundle.narrow_cache import NarrowCache
     from deepseek_trt.export.config.model_config import ModelConfig
     from deepseek_trt.plugins.aot.compile import compile_all
     from deepseek_trt.plugins.aot.narrow_use import NarrowUse
     from deepseek_trt.plugins.narrow_ops import NARROW_PLUGINS
 
     linear = tuple((name, unit if kind.is_blocks else kind.group) for name, kind in FORMATS.items())
-    use = NarrowUse(linear, tuple(FORMATS), whole_experts=False)
     config = ModelConfig.from_hf(raw_config(model))
+    int8, fp8 = (NarrowCache.of(config, name) for name in ("int8", "fp8"))
+    use = NarrowUse(linear, tuple(FORMATS), whole_experts=False, cache=int8)
     binaries = compile_all(config, dtype, sms, jobs=2, fallback=False, narrow=use)
+    dense = dataclasses.replace(config, n_routed_experts=0)  # attention is that of the model
+    binaries += compile_all(dense, dtype, sms, jobs=2, fallback=False, narrow=NarrowUse(cache=fp8))
     ops = {op.name for op in NARROW_PLUGINS}
     _write_library(model, dtype, [b for b in binaries if b.variant.op in ops], folder)
 

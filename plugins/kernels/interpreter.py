@@ -39,6 +39,12 @@ KERNEL_MODULES = (
     "narrow.codes",
     "narrow.linear",
     "narrow.experts",
+    "cache.codes",
+    "cache.attend",
+    "cache.expand",
+    "cache.write",
+    "cache.decode",
+    "cache.prefill",
 )
 
 _enabled = False

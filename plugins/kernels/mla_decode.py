@@ -48,7 +48,13 @@ from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name, resident_blo
 from deepseek_trt.plugins.kernels.constants import DecodeConstants, decode_constants
 from deepseek_trt.plugins.kernels.latent_write import write_new_tokens
 from deepseek_trt.plugins.kernels.launches import cdiv, decode_parts, decode_programs
-from deepseek_trt.plugins.kernels.mla_schedule import piece_of_block, pieces_before, tiles_a_piece, tokens_of
+from deepseek_trt.plugins.kernels.mla_schedule import (
+    piece_of_row,
+    pieces_before,
+    row_of_piece,
+    tiles_a_piece,
+    tokens_of,
+)
 from deepseek_trt.plugins.kernels.order import after_previous_kernel
 from deepseek_trt.plugins.kernels.tiles import Tile, decode_combine_tile, decode_tile
 
@@ -88,10 +94,15 @@ def mla_decode_split(
 ):
     """One piece for BLOCK_H queries: partial [slots, Q, LAT] and partial_lse [slots, Q], base 2; or attended."""
     after_previous_kernel(PDL)
-    row, past, length, start, end = piece_of_block(
-        past_lengths, sequence_lengths, batch, steps, table_width * PAGE, parts, BLOCK_B, BLOCK_N, MIN_TILES
+    capacity, piece = table_width * PAGE, tl.program_id(1)
+    share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)
+    row, before = row_of_piece(past_lengths, sequence_lengths, batch, steps, capacity, share, piece, BLOCK_B, BLOCK_N)
+    if row >= batch:
+        return
+    past, length, start, end = piece_of_row(
+        past_lengths, sequence_lengths, row, before, share, steps, capacity, BLOCK_N
     )
-    if (row >= batch) | (start >= length):
+    if start >= length:
         return
     if (end == length) & (tl.program_id(0) == 0):
         write_new_tokens(

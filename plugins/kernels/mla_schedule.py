@@ -103,26 +103,22 @@ def pieces_before(
 
 
 @triton.jit
-def piece_of_block(
+def piece_of_row(
     past_lengths,
     sequence_lengths,
-    batch,
+    row,
+    before,
+    share,
     steps,
     capacity,
-    parts,
-    BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr,
 ):
-    """Of this block's piece: its row, that row's tokens before the new ones and in all, and the piece's first and end.
+    """The row's tokens before the new ones and in all, and this block's piece of them: its first and its end.
 
-    None is there where the row is `batch`, or the first is not below the tokens in all: pieces before took all tiles.
+    There is none where the first is not below the tokens in all: pieces before took all tiles.
     """
-    piece = tl.program_id(1)
-    share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)
-    row, before = row_of_piece(past_lengths, sequence_lengths, batch, steps, capacity, share, piece, BLOCK_B, BLOCK_N)
-    past, length = tokens_of(past_lengths, sequence_lengths, row, row < batch, steps, capacity)
+    past, length = tokens_of(past_lengths, sequence_lengths, row, True, steps, capacity)
     tiles = tl.cdiv(length, BLOCK_N)
     tokens = tl.cdiv(tiles, tl.cdiv(tiles, share)) * BLOCK_N  # of each of the row's pieces
-    start = (piece - before) * tokens
-    return row, past, length, start, tl.minimum(start + tokens, length)
+    start = (tl.program_id(1) - before) * tokens
+    return past, length, start, tl.minimum(start + tokens, length)

@@ -29,6 +29,7 @@ from gpu_check.items import Setting  # noqa: E402
 from gpu_check.models import Sizes  # noqa: E402
 from gpu_check.places import Prepared  # noqa: E402
 
+from deepseek_trt.export.bundle.narrow_cache import CACHE_DTYPES, NarrowCache  # noqa: E402
 from deepseek_trt.export.config.model_config import ModelConfig  # noqa: E402
 from deepseek_trt.export.ops import narrow  # noqa: E402
 from deepseek_trt.plugins.aot.narrow_use import NarrowUse  # noqa: E402
@@ -39,14 +40,18 @@ from deepseek_trt.plugins.narrow_ops import NARROW_PLUGINS  # noqa: E402
 
 DEMO = json.loads((ROOT / "cli" / "demo_model" / "config.json").read_text())
 OPS = {op.name for op in NARROW_PLUGINS}
-ALL = NarrowUse((("fp8", 32), ("int4", 32), ("int8", 32)), ("fp8", "int4", "int8"), whole_experts=False)
+WEIGHT_OPS = {name for name in OPS if not name.startswith("Mla")}
+CACHES = [NarrowCache.of(ModelConfig.from_hf(DEMO), format) for format in CACHE_DTYPES]
+LINEAR, EXPERTS = (("fp8", 32), ("int4", 32), ("int8", 32)), ("fp8", "int4", "int8")
+USES = [NarrowUse(LINEAR, EXPERTS, whole_experts=False, cache=cache) for cache in CACHES]
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled in this process")
 
 
 def library_of(dtype, ops=OPS):
-    """The demo's kernels over narrow weights as a library has them, without images."""
-    variants = variants_for(ModelConfig.from_hf(DEMO), dtype, 90, narrow=ALL)
+    """The demo's kernels over narrow weights and caches as a library has them, without images."""
+    variants = dict.fromkeys(v for use in USES for v in variants_for(ModelConfig.from_hf(DEMO), dtype, 90, narrow=use))
+    variants |= dict.fromkeys(v for v in variants_for(ModelConfig.from_hf(DEMO), dtype, 90) if v.op == "MlaDecode")
     facts = {"sm": 90, "is_ptx": False, "shared_bytes": 0, "threads": 128, "image": b""}
     binaries = tuple(
         shipped.ShippedBinary(
@@ -132,6 +137,17 @@ FAULTS = {  # kernel, its argument's place, what is made of it before the launch
     "nan": ("linear_narrow", 3, None, lambda output: output.view(-1)[-1:].fill_(torch.nan)),
     "another expert's scales": ("moe_gate_up_narrow", 4, lambda scales: scales.roll(1, 0), None),
     "two percent": ("moe_down_narrow", 3, None, lambda outer: outer.mul_(1.02)),
+    "a code is one less": ("latent_narrow", 0, None, lambda codes: codes.clamp_(max=126)),
+    "another token's scales": ("mla_decode_split_narrow", 2, lambda rope: rope.roll(1, 1), None),
+    "another token's codes": ("mla_prefill_expand_narrow", 0, lambda codes: codes.roll(1, 1), None),
+}
+OF_KERNEL = {
+    "linear_narrow": "LinearNarrowInt4",
+    "moe_gate_up_narrow": "MoeExpertsNarrowInt4",
+    "moe_down_narrow": "MoeExpertsNarrowInt4",
+    "latent_narrow": "MlaDecodeNarrowInt8",
+    "mla_decode_split_narrow": "MlaDecodeNarrowFp8",
+    "mla_prefill_expand_narrow": "MlaPrefillNarrowInt8",
 }
 
 
@@ -148,7 +164,7 @@ def test_small_faults_are_seen(fault):
         if binary.kernel == kernel and after:
             after(arguments[at])
 
-    op = "LinearNarrowInt4" if kernel == "linear_narrow" else "MoeExpertsNarrowInt4"
+    op = OF_KERNEL[kernel]
     rows = checked(library_of("bfloat16", {op}), spoiled)
     assert rows[op].result == "FAILED"
     assert rows[op].figures["error"] > 1
@@ -173,7 +189,7 @@ def test_narrow_products_are_timed():
     gpu, library = rehearsal.RehearsedGpu(90), library_of("bfloat16")
     timer, ceilings = timing.Timer(1, 0, gpu, calls=1), timing.Ceilings(1e9, 1e9)
     items = speeds_narrow.items("demo", library, speeds.REHEARSED, True, lambda: ceilings, timer, gpu)
-    assert [item.name.removeprefix("demo ") for item in items] == sorted(OPS)
+    assert [item.name.removeprefix("demo ") for item in items] == sorted(WEIGHT_OPS)
     rows = {row.what.removeprefix("demo "): row for item in items for row in item.run()}
     assert {row.result for row in rows.values()} == {"good"}, rows
     for format, bits in (("int8", 8.5), ("int4", 4.5), ("fp8", 8 + 32 / 128**2)):

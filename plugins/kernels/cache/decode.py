@@ -26,7 +26,7 @@ from deepseek_trt.plugins.kernels.cache.constants import narrow_decode_constants
 from deepseek_trt.plugins.kernels.cache.write import write
 from deepseek_trt.plugins.kernels.chips import chip_of, dtype_name
 from deepseek_trt.plugins.kernels.mla_decode import Split, launch_split
-from deepseek_trt.plugins.kernels.mla_schedule import piece_of_block
+from deepseek_trt.plugins.kernels.mla_schedule import piece_of_row, row_of_piece, tiles_a_piece
 from deepseek_trt.plugins.kernels.order import after_previous_kernel
 
 if TYPE_CHECKING:
@@ -67,10 +67,15 @@ def mla_decode_split_narrow(
 ):
     """One piece for BLOCK_H queries, as mla_decode_split."""
     after_previous_kernel(PDL)
-    row, past, length, start, end = piece_of_block(
-        past_lengths, sequence_lengths, batch, steps, table_width * PAGE, parts, BLOCK_B, BLOCK_N, MIN_TILES
+    capacity, piece = table_width * PAGE, tl.program_id(1)
+    share = tiles_a_piece(past_lengths, sequence_lengths, batch, steps, capacity, parts, BLOCK_B, BLOCK_N, MIN_TILES)
+    row, before = row_of_piece(past_lengths, sequence_lengths, batch, steps, capacity, share, piece, BLOCK_B, BLOCK_N)
+    if row >= batch:
+        return
+    past, length, start, end = piece_of_row(
+        past_lengths, sequence_lengths, row, before, share, steps, capacity, BLOCK_N
     )
-    if (row >= batch) | (start >= length):
+    if start >= length:
         return
     attend_piece(
         query,

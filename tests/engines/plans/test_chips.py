@@ -72,7 +72,7 @@ def test_what_is_compiled_for_a_chip(sm, own):
     assert compiled_for(sm) == own
 
 
-MADE = Manifest(SCHEMA, "", "", "", "", "float32", {}, ("MoeExperts",), (86,), (80,), {}, ())
+MADE = Manifest(SCHEMA, "", "", "", "", "float32", {}, ("MlaDecode", "MoeExperts"), (86,), (80,), {}, ())
 
 
 @pytest.mark.parametrize(
