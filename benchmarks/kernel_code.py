@@ -3,10 +3,11 @@
     python benchmarks/kernel_code.py
     python benchmarks/kernel_code.py --sm 90
 
-Every attention kernel that a plugin library ships is compiled, for V2-Lite's 16 heads and for V2's 128; that needs no
-GPU. Registers, spills and shared memory are ptxas's. The overlap is read in TTGIR, Triton's last form before LLVM's:
-how many tiles of what a loop loads lie in shared memory at once, and how many of an iteration's loads may still be on
-their way where it first uses one (`async_wait`). Nothing here says how fast a kernel is: only a GPU does.
+Every attention kernel that a plugin library ships is compiled, for V2-Lite's 16 heads and for V2's 128, over whole and
+narrow caches; that needs no GPU. Registers, spills and shared memory are ptxas's. The overlap is read in TTGIR,
+Triton's last form before LLVM's: how many tiles of what a loop loads lie in shared memory at once, and how many of an
+iteration's loads may still be on their way where it first uses one (`async_wait`); or how many loads go to registers
+that only the next iteration reads. Nothing here says how fast a kernel is: only a GPU does.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 
 import click
 
+from deepseek_trt.export.bundle.narrow_cache import CACHE_DTYPES, NarrowCache
 from deepseek_trt.export.config.model_config import ModelConfig
 from deepseek_trt.plugins.aot.compile import compile_requests
+from deepseek_trt.plugins.aot.narrow_use import NarrowUse
 from deepseek_trt.plugins.aot.variants import variants_for
 from deepseek_trt.plugins.aot.worker import Compiled, Request
 from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
@@ -26,7 +29,11 @@ from deepseek_trt.plugins.kernels.chips import SHARED_LIMITS
 SMS = (80, 89, 90, 100, 120)  # one of each matrix unit, and of each size of shared memory
 HEADS = (16, 128)
 TILE = ("BLOCK_H", "BLOCK_M", "BLOCK_T", "BLOCK_N", "BLOCK_K")
-LOADS_AHEAD = ("mla_decode_split", "mla_prefill_expand", "mla_prefill_attend")  # the others have no product in a loop
+WHOLE_LOADS_AHEAD = ("mla_decode_split", "mla_prefill_expand", "mla_prefill_attend")
+# The others have no product in a loop.
+LOADS_AHEAD = (*WHOLE_LOADS_AHEAD, "mla_decode_split_narrow", "mla_prefill_expand_narrow")
+_PER_HEADS = ("mla_decode_split", "mla_decode_split_narrow")
+_TILE_LOAD = re.compile(r"(%\w+) = tt\.load .*: tensor<\d+x\d+x!tt\.ptr<")
 _BUFFER = re.compile(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32)\b")
 _WAIT = re.compile(r"ttg\.async_wait .*\{num = (\d+)")
 
@@ -35,30 +42,45 @@ _WAIT = re.compile(r"ttg\.async_wait .*\{num = (\d+)")
 class Overlap:
     """Of the kernel's loop: tiles of each operand in shared memory, loads an iteration starts, and loads not awaited.
 
-    `pending` counts loads that may still run where an iteration first uses what was loaded for it.
+    `pending` counts loads that may still run where an iteration first uses what was loaded for it. `in_registers`:
+    loads go to registers, and those that may still run are handed to the next iteration unread.
     """
 
     buffers: int
     loads: int
     pending: int
+    in_registers: bool = False
 
     @property
     def runs_ahead(self) -> bool:
         """Whether the loads of at least one whole tile run while the tile before is used."""
-        return self.buffers >= 2 and self.pending >= self.loads > 0
+        return (self.in_registers or self.buffers >= 2) and self.pending >= self.loads > 0
 
 
 def read_overlap(ttgir: str) -> Overlap | None:
-    """What the loop with asynchronous loads does; None where no loop has any. ValueError where several have."""
+    """What the loop with asynchronous loads does, or one that hands loads on; None where no loop does either.
+
+    ValueError where several load asynchronously.
+    """
     loops = [loop for loop in _loops(ttgir.splitlines()) if any("ttg.async_copy" in line for line in loop)]
     if not loops:
-        return None
+        return next(filter(None, map(_handed_on, _loops(ttgir.splitlines()))), None)
     if len(loops) > 1:
         raise ValueError(f"{len(loops)} loops load asynchronously: which one is the kernel's?")
     (loop,) = loops
     waits = [int(found[1]) for line in loop if (found := _WAIT.search(line))]
     loads = sum("ttg.async_commit_group" in line for line in loop)
     return Overlap(min(map(int, _BUFFER.findall(ttgir)), default=1), loads, min(waits, default=0))
+
+
+def _handed_on(loop: Sequence[str]) -> Overlap | None:
+    """Of a loop with products, tiles that it loads into registers; None where the next iteration gets none of them."""
+    loads = [found[1] for line in loop if (found := _TILE_LOAD.search(line))]
+    *body, given, _ = loop
+    read = [name for line in body for name in re.findall(r"%\w+", line.partition(" = ")[2] or line)]
+    unread = [name for name in re.findall(r"%\w+", given) if name in loads and name not in read]
+    has_products = any(" tt.dot " in line for line in loop)
+    return Overlap(1, len(loads), len(unread), in_registers=True) if unread and has_products else None
 
 
 def _loops(lines: Sequence[str]) -> Iterator[list[str]]:
@@ -74,21 +96,29 @@ def attention_requests(sm: int, dtype: str, heads: Sequence[int] = HEADS) -> lis
     """Each attention kernel that ships for `sm`: once where the heads change nothing in it."""
     found: dict[str, Request] = {}
     for count in heads:
-        for v in variants_for(ModelConfig(num_attention_heads=count, n_routed_experts=0), dtype, sm):
-            per_heads = v.kernel == "mla_decode_split"
-            found.setdefault(f"{v.kernel} {count if per_heads else ''}", Request(v, sm))
+        config = ModelConfig(num_attention_heads=count, n_routed_experts=0)
+        for v in variants_for(config, dtype, sm):
+            found.setdefault(f"{v.kernel} {count if v.kernel in _PER_HEADS else ''}", Request(v, sm))
+        for format in CACHE_DTYPES:
+            for v in variants_for(config, dtype, sm, narrow=NarrowUse(cache=NarrowCache.of(config, format))):
+                if v.kernel in LOADS_AHEAD and v.kernel not in WHOLE_LOADS_AHEAD:
+                    found.setdefault(f"{v.op} {count if v.kernel in _PER_HEADS else ''}", Request(v, sm))
     return list(found.values())
 
 
 def _row(compiled: Compiled) -> tuple[str, ...]:
     variant, constants = compiled.binary.variant, dict(compiled.binary.variant.constexprs)
-    heads = f", {constants['H']} heads" if variant.kernel == "mla_decode_split" else ""
+    heads = f", {constants['H']} heads" if variant.kernel in _PER_HEADS else ""
+    format = f", {variant.op.partition('Narrow')[2].lower()}" if variant.kernel.endswith("narrow") else ""
     tile = " x ".join(str(constants[name]) for name in TILE if name in constants)
     overlap = read_overlap(compiled.ttgir)
-    ahead = ("-", "-") if overlap is None else (str(overlap.buffers), f"{overlap.pending} of {overlap.loads}")
+    ahead = ("-", "-")
+    if overlap is not None:
+        where = "registers" if overlap.in_registers else str(overlap.buffers)
+        ahead = where, f"{overlap.pending} of {overlap.loads}"
     return (
         f"sm_{compiled.binary.sm}",
-        f"{variant.kernel}{heads}",
+        f"{variant.kernel}{heads}{format}",
         variant.dtype,
         tile or "-",
         str(variant.num_warps),

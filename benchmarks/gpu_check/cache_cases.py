@@ -5,6 +5,7 @@ Codes and scales are made and read after docs/narrow.md, by code that was writte
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,10 +48,14 @@ def cases(
     groups = {b.op: b.constants["GROUP"] for b in binaries if b.kernel == "latent_narrow"}
     for op in sorted(groups.keys() & DECODE.keys()):
         cache = Narrow(DECODE[op], groups[op])
-        yield op, lambda cache=cache: (decode(ops, place, sizes, cache, past, new) for past, new in decodes)  # type: ignore[misc]
+        yield op, functools.partial(_each, functools.partial(decode, ops, place, sizes, cache), decodes)
     for op in sorted(groups.keys() & PREFILL.keys()):
         cache = Narrow(PREFILL[op], groups[op])
-        yield op, lambda cache=cache: (prefill(ops, place, sizes, cache, past, new) for past, new in prefills)  # type: ignore[misc]
+        yield op, functools.partial(_each, functools.partial(prefill, ops, place, sizes, cache), prefills)
+
+
+def _each(case: Callable[..., float], given: Sequence[tuple[Any, Any]]) -> Iterator[float]:
+    yield from (case(*one) for one in given)
 
 
 def narrowed(latents: Tensor, rank: int, cache: Narrow) -> tuple[Tensor, Tensor]:

@@ -171,8 +171,11 @@ def variants_for(
     shared_limit(sm)
     if dtype not in TRITON_TYPES:
         raise BuildError(f"the kernels have no dtype {dtype!r}; export the bundle as one of: {', '.join(TRITON_TYPES)}")
-    cached = _narrow_mla_rows(config, dtype, sm, page_size, narrow.cache) if narrow.cache else None
-    rows = (cached or _mla_rows(config, dtype, sm, page_size)) + _absorbed_rows(config, dtype, sm)
+    if narrow.cache:
+        rows = _narrow_mla_rows(config, dtype, sm, page_size, narrow.cache)
+    else:
+        rows = _mla_rows(config, dtype, sm, page_size)
+    rows += _absorbed_rows(config, dtype, sm)
     missing = without_kernel(config)
     if missing:
         raise BuildError(f"{missing}: run it with ort")

@@ -35,6 +35,25 @@ LOOP = """
 """
 
 
+IN_REGISTERS = """
+    %4:3 = scf.for %i = %c0 to %c1 step %c16 iter_args(%a = %b, %c = %d, %e = %f) -> (i32, i32, i32) {
+      %5 = tt.load %p, %m, %z : tensor<16x512x!tt.ptr<i8>, #blocked>
+      %6 = tt.load %p, %m, %z : tensor<16x64x!tt.ptr<bf16>, #blocked>
+      %7 = tt.load %t : !tt.ptr<i32>
+      %8 = tt.dot USED, %c, %e : tensor<16x16xf32>
+      scf.yield %8, %5, %6 : i32, i32, i32
+    }
+"""
+
+
+@pytest.mark.parametrize(("used", "pending"), [("%a", 2), ("%6", 1)])
+def test_reads_what_is_handed_on_in_registers(used, pending):
+    """A tile that the iteration itself uses does not run ahead."""
+    found = kernel_code.read_overlap(IN_REGISTERS.replace("USED", used))
+    assert found == kernel_code.Overlap(1, loads=2, pending=pending, in_registers=True)
+    assert found.runs_ahead == (pending == 2)
+
+
 @pytest.mark.parametrize(("buffers", "late", "ahead"), [(2, 3, True), (2, 0, False), (1, 3, False), (3, 1, False)])
 def test_reads_the_loop_and_nothing_else(buffers, late, ahead):
     """Its buffers, not the queries' and barriers; its waits, not the one after it."""

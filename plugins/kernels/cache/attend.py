@@ -15,35 +15,36 @@ WHOLE = tl.constexpr(-1)  # the FORMAT of latents that are no codes
 
 
 @triton.jit
-def _places(page, first, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where tokens from `first` on lie in a pool, in rows; `page` is pages_of_tile's."""
-    if PAGE % BLOCK_N == 0:
-        return page * PAGE + first % PAGE + tl.arange(0, BLOCK_N)
-    else:
-        return page * PAGE + (first + tl.arange(0, BLOCK_N)) % PAGE
-
-
-@triton.jit
-def _codes_of(
+def _tile_of(
     pool,
     rest,
-    place,
+    page,
     first,
     end,
     LAT: tl.constexpr,
     ROPE: tl.constexpr,
     GROUPS: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Codes [BLOCK_N, BLOCK_L] and scales [BLOCK_N, BLOCK_G] of tokens from `first` on, 0 from `end` on."""
+    """Codes [BLOCK_N, BLOCK_L], scales [BLOCK_N, BLOCK_G] and rope keys [BLOCK_N, BLOCK_R] of tokens from `first` on.
+
+    `page` is pages_of_tile's. Tokens from `end` on are 0.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
     offs_l = tl.arange(0, BLOCK_L)
+    offs_r = tl.arange(0, BLOCK_R)
     offs_g = tl.arange(0, BLOCK_G)
-    mask_n = (first + tl.arange(0, BLOCK_N) < end)[:, None]
+    IN_A_PAGE: tl.constexpr = PAGE % BLOCK_N == 0
+    place = page * PAGE + (first % PAGE + offs_n if IN_A_PAGE else (first + offs_n) % PAGE)
+    mask_n = (first + offs_n < end)[:, None]
+    rows = rest + (place * (ROPE + GROUPS))[:, None]
     codes = tl.load(pool + (place * LAT)[:, None] + offs_l[None, :], mask=mask_n & (offs_l < LAT)[None, :], other=0)
-    scale_ptrs = rest + (place * (ROPE + GROUPS) + ROPE)[:, None] + offs_g[None, :]
-    return codes, tl.load(scale_ptrs, mask=mask_n & (offs_g < GROUPS)[None, :], other=0.0)
+    scales = tl.load(rows + ROPE + offs_g[None, :], mask=mask_n & (offs_g < GROUPS)[None, :], other=0.0)
+    return codes, scales, tl.load(rows + offs_r[None, :], mask=mask_n & (offs_r < ROPE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -102,13 +103,14 @@ def attend_piece(
     acc = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
     page = pages_of_tile(page_table, row, start, end, table_width, pages, PAGE, BLOCK_N)
     new_rows = latent + row.to(tl.int64) * steps * D
-    if FORMAT != WHOLE:  # codes of the next tile are on their way, in registers, while those at hand are used
-        next_page = pages_of_tile(page_table, row, start + BLOCK_N, end, table_width, pages, PAGE, BLOCK_N)
-        place = _places(page, start, PAGE, BLOCK_N)
-        codes, scales = _codes_of(pool, rest, place, start, end, LAT, ROPE, GROUPS, BLOCK_L, BLOCK_G, BLOCK_N)
+    if FORMAT != WHOLE:  # the next tile is on its way, in registers, while the one at hand is used
+        codes, scales, ropes = _tile_of(
+            pool, rest, page, start, end, LAT, ROPE, GROUPS, PAGE, BLOCK_L, BLOCK_R, BLOCK_G, BLOCK_N
+        )
+        page = pages_of_tile(page_table, row, start + BLOCK_N, end, table_width, pages, PAGE, BLOCK_N)
     for first in range(start, end, BLOCK_N):
-        if FORMAT == WHOLE:
-            next_page = pages_of_tile(page_table, row, first + BLOCK_N, end, table_width, pages, PAGE, BLOCK_N)
+        AHEAD: tl.constexpr = BLOCK_N if FORMAT == WHOLE else 2 * BLOCK_N
+        next_page = pages_of_tile(page_table, row, first + AHEAD, end, table_width, pages, PAGE, BLOCK_N)
         offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < end
         if FORMAT == WHOLE:
@@ -123,14 +125,10 @@ def attend_piece(
             k_latent = tl.load(k_ptrs + offs_l[None, :], mask=mask_n[:, None] & mask_l[None, :], other=0.0)
             k_rope = tl.load(k_ptrs + LAT + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
         else:  # new tokens, too, lie in the pools
-            k_latent = widened(codes, scales, rest.dtype.element_ty, BLOCK_G, BLOCK_GROUP, FORMAT)
-            rest_ptrs = rest + (_places(page, first, PAGE, BLOCK_N) * (ROPE + GROUPS))[:, None]
-            k_rope = tl.load(rest_ptrs + offs_r[None, :], mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-            following = _places(next_page, first + BLOCK_N, PAGE, BLOCK_N)
-            codes, scales = _codes_of(
-                pool, rest, following, first + BLOCK_N, end, LAT, ROPE, GROUPS, BLOCK_L, BLOCK_G, BLOCK_N
+            k_latent, k_rope = widened(codes, scales, rest.dtype.element_ty, BLOCK_G, BLOCK_GROUP, FORMAT), ropes
+            codes, scales, ropes = _tile_of(
+                pool, rest, page, first + BLOCK_N, end, LAT, ROPE, GROUPS, PAGE, BLOCK_L, BLOCK_R, BLOCK_G, BLOCK_N
             )
-            page_after = pages_of_tile(page_table, row, first + 2 * BLOCK_N, end, table_width, pages, PAGE, BLOCK_N)
         scores = tl.dot(q_latent, k_latent.T, input_precision="ieee")
         scores = tl.dot(q_rope, k_rope.T, scores, input_precision="ieee")  # [BLOCK_H, BLOCK_N]
         seen = mask_n[None, :] & (offs_n[None, :] <= last[:, None])
@@ -142,8 +140,6 @@ def attend_piece(
         acc = tl.dot(weights.to(k_latent.dtype), k_latent, acc * shrink[:, None], input_precision="ieee")
         top = new_top
         page = next_page
-        if FORMAT != WHOLE:
-            next_page = page_after
 
     mask_out = mask_h[:, None] & mask_l[None, :]
     divisor = tl.where(total == 0.0, 1.0, total)[:, None]

@@ -13,7 +13,7 @@ from deepseek_trt.export.ops import paging
 from deepseek_trt.export.ops.cache import codes
 from deepseek_trt.plugins.kernels import chips, mla_decode, mla_prefill
 from deepseek_trt.plugins.kernels.cache import constants, decode, prefill, write
-from deepseek_trt.plugins.kernels.tiles import decode_tile, prefill_expand_tile
+from deepseek_trt.plugins.kernels.tiles import prefill_expand_tile
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = {F32: "float32", F16: "float16", BF16: "bfloat16"}
@@ -139,11 +139,8 @@ def test_decode_is_that_over_the_numbers(
     places = table, past, counts
     attended, *present = decode.run(query, latent, *pools, *places, 0.15, rank, format, cache.group)
     assert same([p[1:] for p in present], [p[1:] for p in write.write(tuple(pools), latent, *places, cache)])
-    if sm:  # the same tiles, so that sums are in the same order
-        tile = constants.narrow_decode_tile(NAMES[dtype], heads, sm, 0, page)
-        monkeypatch.setattr(mla_decode, "decode_tile", lambda *_: tile)
-    else:
-        assert decode_tile(NAMES[dtype], heads, sm, 64, page)
+    tile = constants.narrow_decode_tile(NAMES[dtype], heads, sm, table.shape[1] * page, page)
+    monkeypatch.setattr(mla_decode, "decode_tile", lambda *_: tile)  # so that sums are in the same order
     seen = whole_of(codes.narrowed(latent, rank, format, cache.group), cache)
     expected, _ = mla_decode.run(query, seen, whole_of(pools, cache), *places, 0.15, rank)
     for row, count in enumerate(new):
