@@ -44,9 +44,9 @@ def test_full_is_429_and_the_slot_of_who_leaves_is_free_at_once(demo, start, unt
             whole.sendall(head + body)
             until(lambda: taken() == 1)
         until(lambda: taken() == 0)
+        until(lambda: server.metrics()["cache_pages_used"] == 0)  # freed by the engine's next step
         values = server.metrics()
         assert values["cancellations_total"] == 3
-        assert values["cache_pages_used"] == 0
         assert values["output_tokens_total"] < 3 * 2000
         assert httpx.post(url, json={**LONG, "max_tokens": 3}).status_code == 200
         assert httpx.post(url, json={**LONG, "max_tokens": 3, "n": 2}).status_code == 200
