@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
+import deepseek_trt
+
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
+_SLOW = """
+_decode = OrtSession.decode
+def _slow(*inputs):
+    __import__("time").sleep(0.005)
+    return _decode(*inputs)
+OrtSession.decode = _slow
+"""
 WAIT = 60.0  # seconds before a test that waits gives up
 
 
 class Running:
     """A server's process, where it is, and what it says."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, package: Path | None = None) -> None:
         command = ["serve", *map(str, arguments), "--port", "0"]
         code = f"from deepseek_trt.cli.main import main; main({command!r})"
+        if package:
+            code = f"import sys; sys.path.insert(0, {str(package)!r}); {code}"
         self.process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self._serving = threading.Event()
@@ -86,9 +99,9 @@ def wait_until(holds) -> None:
 
 
 @contextmanager
-def running(*arguments: object):
-    """A server for one test, which may end it itself."""
-    server = Running(*arguments)
+def running(*arguments: object, package: Path | None = None):
+    """A server for one test, which may end it itself. package: the folder to import deepseek_trt from."""
+    server = Running(*arguments, package=package)
     try:
         yield server
     finally:
@@ -119,10 +132,20 @@ def http(server):
         yield client
 
 
+@pytest.fixture(scope="session")
+def slow_package(tmp_path_factory) -> Path:
+    """To import a deepseek_trt from whose steps take 5 ms: no answer ends while a busy machine stands still."""
+    folder = tmp_path_factory.mktemp("slow")
+    shutil.copytree(Path(deepseek_trt.__file__).parent, folder / "deepseek_trt")
+    with (folder / "deepseek_trt" / "engines" / "sessions" / "ort.py").open("a") as file:
+        file.write(_SLOW)
+    return folder
+
+
 @pytest.fixture
-def start():
-    """`running`, and a way to wait, for tests that end their servers."""
-    return running
+def start(slow_package):
+    """`running` with slow steps, for tests that end their servers."""
+    return partial(running, package=slow_package)
 
 
 @pytest.fixture
