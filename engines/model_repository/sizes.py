@@ -21,7 +21,10 @@ SERVED = (AUTO, "ort", "tensorrt")
 
 @dataclass(frozen=True)
 class SizeRequest:
-    """What the user asked for; None where the bundle decides. `pages` and `cache_mib` are not given together."""
+    """What the user asked for; None where the bundle decides. `pages` and `cache_mib` are not given together.
+
+    max_model_len None is the model's or the plans', or fewer tokens where the cache of `cache_mib` holds fewer.
+    """
 
     backend: str = AUTO
     max_inflight: int = 64
@@ -81,7 +84,17 @@ def _model_len(bundle: Bundle, request: SizeRequest, plans: Limits | None) -> in
         longest, reason = plans.table * bundle.manifest.cache.page_size, "the plans'"
     if request.max_model_len is not None and not 2 <= request.max_model_len <= longest:
         raise RequestError(f"max_model_len {request.max_model_len}: must lie between 2 and {reason} {longest}")
-    return request.max_model_len or longest
+    return request.max_model_len or min(longest, _held_tokens(bundle, request, plans) or longest)
+
+
+def _held_tokens(bundle: Bundle, request: SizeRequest, plans: Limits | None) -> int:
+    """Of the longest sequence, prompt and answer, that the cache holds where no pages are asked for; 0: of none."""
+    if request.pages is not None:
+        return 0
+    cache = bundle.manifest.cache
+    pages = pages_within(cache, request.cache_mib or DEFAULT_CACHE_MIB)
+    pages = min(pages, plans.pages) if plans else pages
+    return (pages - 1) * cache.page_size + 1 if pages > 1 else 0
 
 
 def _pages(bundle: Bundle, request: SizeRequest, running: int, length: int, plans: Limits | None) -> int:

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from deepseek_trt.cli.main import main
-from deepseek_trt.engines.model_repository import copying
+from deepseek_trt.engines.model_repository import copying, sizes
 from deepseek_trt.engines.model_repository.copying import copy_file, real_file
 from deepseek_trt.engines.model_repository.runtime import GENERATOR, SYNC, runtime_files
 from deepseek_trt.engines.model_repository.sizes import SizeRequest, serving_backend, settings_for
@@ -289,11 +289,26 @@ def test_what_somebody_else_wrote_is_left_alone(bundle, tmp_path):
         ({"pages": 400}, {"pages": 400}),
         ({"cache_mib": 1}, {"pages": 2**20 // (3 * 48 * 2 * PAGE)}),
         ({"threads": 3, "prefix_reuse": False}, {"threads": 3, "prefix_reuse": False}),
+        ({"max_model_len": 2560}, {"max_model_len": 2560}),
     ],
 )
 def test_sizes(bundle, request_, expected):
     settings = settings_for(bundle, SizeRequest(**request_))
     assert {name: getattr(settings, name) for name in expected} == expected
+
+
+def test_a_model_longer_than_the_cache_is_served_as_far_as_it_holds(bundle, monkeypatch):
+    """Published models have 163,840 positions: no server of theirs would start without a length."""
+    monkeypatch.setattr(sizes, "DEFAULT_CACHE_MIB", 1)
+    pages = 2**20 // (3 * 48 * 2 * PAGE)
+    long = dataclasses.replace(bundle.manifest.model, max_position_embeddings=163840)
+    longer = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, model=long))
+    settings = settings_for(longer, SizeRequest())
+    assert (settings.max_model_len, settings.pages) == ((pages - 1) * PAGE + 1, pages)
+    assert settings_for(longer, SizeRequest(cache_mib=2)).max_model_len > settings.max_model_len
+    for asked in ({"max_model_len": 163840}, {"pages": pages}):  # what is asked for is had, or refused
+        with pytest.raises(RequestError, match="does not hold one sequence of 163840 tokens"):
+            settings_for(longer, SizeRequest(**asked))
 
 
 @pytest.mark.parametrize(
