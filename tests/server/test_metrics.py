@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 INPUTS = {"text_input": "The number", "max_tokens": 6, "min_tokens": 6}
@@ -19,14 +21,22 @@ def values(server):
             if s.name.startswith("deepseek_trt_") and s.labels.get("model") == "deepseek_v2"
         }
 
-    assert server.wait_for(lambda: server.metric("deepseek_trt_inflight_requests") == 0)
+    def counted():
+        return {k: v for k, v in now().items() if k[0] == "deepseek_trt_requests_total"}
+
+    def settled():  # metrics come a moment after the answers that they count, of other tests' requests, too
+        first = counted()
+        time.sleep(0.5)
+        return server.metric("deepseek_trt_inflight_requests") == 0 and counted() == first
+
+    assert server.wait_for(settled)
     before = now()
     replies = [server.generate(**INPUTS).json for _ in range(ASKED)]
     server.generate(text_input="")
     list(server.stream(text_input="The", max_tokens=2000, min_tokens=2000, timeout_ms=200))
 
     def ended():
-        return sum(v - before.get(k, 0) for k, v in now().items() if k[0] == "deepseek_trt_requests_total") == ASKED + 2
+        return sum(v - before.get(k, 0) for k, v in counted().items()) == ASKED + 2
 
     assert server.wait_for(ended)
     return {"replies": replies, "now": now(), "new": {k: v - before.get(k, 0) for k, v in now().items()}}
