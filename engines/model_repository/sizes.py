@@ -84,17 +84,16 @@ def _model_len(bundle: Bundle, request: SizeRequest, plans: Limits | None) -> in
         longest, reason = plans.table * bundle.manifest.cache.page_size, "the plans'"
     if request.max_model_len is not None and not 2 <= request.max_model_len <= longest:
         raise RequestError(f"max_model_len {request.max_model_len}: must lie between 2 and {reason} {longest}")
-    return request.max_model_len or min(longest, _held_tokens(bundle, request, plans) or longest)
+    if request.max_model_len is not None or request.pages is not None:
+        return request.max_model_len or longest
+    held = (_room(bundle, request, plans) - 1) * bundle.manifest.cache.page_size + 1  # the last token is never cached
+    return min(longest, held) if held > 1 else longest
 
 
-def _held_tokens(bundle: Bundle, request: SizeRequest, plans: Limits | None) -> int:
-    """Of the longest sequence, prompt and answer, that the cache holds where no pages are asked for; 0: of none."""
-    if request.pages is not None:
-        return 0
-    cache = bundle.manifest.cache
-    pages = pages_within(cache, request.cache_mib or DEFAULT_CACHE_MIB)
-    pages = min(pages, plans.pages) if plans else pages
-    return (pages - 1) * cache.page_size + 1 if pages > 1 else 0
+def _room(bundle: Bundle, request: SizeRequest, plans: Limits | None) -> int:
+    """Pages that cache_mib holds and the plans take."""
+    pages = pages_within(bundle.manifest.cache, request.cache_mib or DEFAULT_CACHE_MIB)
+    return min(pages, plans.pages) if plans else pages
 
 
 def _pages(bundle: Bundle, request: SizeRequest, running: int, length: int, plans: Limits | None) -> int:
@@ -103,9 +102,7 @@ def _pages(bundle: Bundle, request: SizeRequest, running: int, length: int, plan
     each = sequence_pages(cache, length)
     pages = request.pages
     if pages is None:
-        mib = request.cache_mib or DEFAULT_CACHE_MIB
-        pages = min(pages_needed(cache, [length] * running), pages_within(cache, mib))
-        pages = min(pages, plans.pages) if plans else pages
+        pages = min(pages_needed(cache, [length] * running), _room(bundle, request, plans))
     if pages < 1 + each:
         mib = -(-(1 + each) * cache.page_size * cache.bytes_per_token // MIB)
         raise RequestError(

@@ -33,10 +33,3 @@ def open_llm(path: Path, settings: ServingSettings) -> LLM:
     if settings.max_model_len > 2:
         llm.generate([[0]], SamplingParams(max_new_tokens=2, ignore_eos=True))
     return llm
-
-
-def lines_of(path: Path, settings: ServingSettings, llm: LLM) -> list[str]:
-    """What is said of a server as it starts: a length shorter than the model's, and the defaults of sampling."""
-    own, served = Bundle.open(path, judges_weights=True).manifest.model.max_position_embeddings, settings.max_model_len
-    length = f"{served} tokens per request, of the model's {own}: set by --max-model-len, --cache-mib or --pages"
-    return [*([length] if served < own else []), *llm.defaults.lines]

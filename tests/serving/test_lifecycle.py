@@ -53,6 +53,22 @@ def test_full_is_429_and_the_slot_of_who_leaves_is_free_at_once(demo, start, unt
         assert server.stop() == 0
 
 
+def test_a_cache_shorter_than_the_model_is_served_and_named(demo, start):
+    with start(demo, "--cache-mib", "1") as server:
+        (line,) = (line for line in server.lines if "tokens per request" in line)
+        served = int(line.split()[0])
+        assert line.startswith(f"{served} tokens per request, of the model's 2048: ")
+        (model,) = httpx.get(f"{server.url}/models").json()["data"]
+        assert model["max_model_len"] == served < 2048
+        whole = httpx.post(
+            f"{server.url}/completions", json={**LONG, "max_tokens": served - 1, "prompt": [5]}, timeout=60
+        )
+        assert whole.json()["usage"]["total_tokens"] == served
+        longer = httpx.post(f"{server.url}/completions", json={**LONG, "prompt": [5] * served})
+        assert longer.status_code == 400
+        assert server.stop() == 0
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_end(demo, start, how):
     with start(demo) as server:

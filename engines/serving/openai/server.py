@@ -62,6 +62,9 @@ def serve(request: ServeRequest, say: Callable[[str], None], announce: Announce)
     served.
     """
     parts = _parts(request)
+    own, served = parts.bundle.manifest.model.max_position_embeddings, parts.settings.max_model_len
+    if served < own:
+        say(f"{served} tokens per request, of the model's {own}: as --max-model-len, the cache or the plans have it")
     with _bound(request.host, request.port) as listener, _engine_process() as (process, ours):
         reason = asyncio.run(run(parts, listener, ours, process.pid, say, announce))
         ours.close()  # the engine ends with it

@@ -10,7 +10,7 @@ from deepseek_trt.engines.generation.answer import Answer
 from deepseek_trt.engines.generation.guide import Guide
 from deepseek_trt.engines.generation.params import SamplingParams
 from deepseek_trt.engines.serving.metrics import Metrics
-from deepseek_trt.engines.serving.opening import lines_of, open_llm
+from deepseek_trt.engines.serving.opening import open_llm
 from deepseek_trt.engines.serving.process.board import Registry
 from deepseek_trt.engines.serving.process.link import EngineLink
 from deepseek_trt.engines.serving.process.messages import Down, Failed, Leave, Start, Taken, ToEngine, Tokens
@@ -28,7 +28,7 @@ class GeneratingEngine:
     def __init__(self, path: Path, settings: ServingSettings, link: EngineLink, registry: Registry) -> None:
         llm = open_llm(path, settings)
         note = f" ({llm.session.note})" if llm.session.note else ""
-        self.lines = [f"backend: {llm.session.backend}{note}, as {llm.choice.why}", *lines_of(path, settings, llm)]
+        self.lines = [f"backend: {llm.session.backend}{note}, as {llm.choice.why}", *llm.defaults.lines]
         self._link = link
         self._streams: dict[int, Stream] = {}  # those that have not ended
         self._compiling: dict[int, Leave | None] = {}  # those whose guide takes its time, and who left meanwhile

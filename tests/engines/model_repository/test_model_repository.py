@@ -289,7 +289,6 @@ def test_what_somebody_else_wrote_is_left_alone(bundle, tmp_path):
         ({"pages": 400}, {"pages": 400}),
         ({"cache_mib": 1}, {"pages": 2**20 // (3 * 48 * 2 * PAGE)}),
         ({"threads": 3, "prefix_reuse": False}, {"threads": 3, "prefix_reuse": False}),
-        ({"max_model_len": 2560}, {"max_model_len": 2560}),
     ],
 )
 def test_sizes(bundle, request_, expected):
