@@ -10,12 +10,13 @@
 
 namespace ISA {
 
-// One row at a time for few tokens: the processor's own prefetching follows a single stream best. Many tokens are bound
-// by arithmetic: there, several rows share the loads of a token.
+// One row at a time for few tokens: memory is read fastest in a single stream. Many tokens are bound by arithmetic:
+// there, several rows share the loads of a token.
 #ifdef __AVX512F__
 constexpr int FEW = 8, ROWS = 4, TOKENS = 4;  // 16 sums, 4 rows and 1 token in 32 registers
+constexpr int ADDED = 8;                      // rows that are added to a sum while it lies in a register
 #else
-constexpr int FEW = 4, ROWS = 2, TOKENS = 2;
+constexpr int FEW = 4, ROWS = 2, TOKENS = 2, ADDED = 4;
 #endif
 
 // y[t][r] = w[r] . x[t] for R rows and N tokens.
@@ -25,7 +26,10 @@ INLINE void dots(const W* w, int64_t stride, const float* const* x, int64_t colu
     int64_t c = 0;
     for (; c + LANES <= columns; c += LANES) {
         v16 rows[R];
-        for (int r = 0; r < R; ++r) rows[r] = load(w + r * stride + c);
+        for (int r = 0; r < R; ++r) {
+            rows[r] = load(w + r * stride + c);
+            fetch(w + r * stride + c);
+        }
         for (int t = 0; t < N; ++t) {
             const v16 token = load(x[t] + c);
             for (int r = 0; r < R; ++r) totals[t][r] = fma(rows[r], token, totals[t][r]);
@@ -82,24 +86,26 @@ inline void add_bias(const Matrix& bias, int64_t first, int64_t last, int64_t to
 template <class W>
 inline void columns_times(const W* w, int64_t rows, int64_t stride, int64_t first, int64_t last, const float* const* x,
     int64_t tokens, float* const* y) {
-    constexpr int TOGETHER = 4;
     for (int64_t t = 0; t < tokens; ++t) std::memset(y[t] + first, 0, (last - first) * sizeof(float));
     int64_t n = 0;
-    for (; n + TOGETHER <= rows; n += TOGETHER) {
+    for (; n + ADDED <= rows; n += ADDED) {
         const W* at = w + n * stride;
         int64_t c = first;
         for (; c + LANES <= last; c += LANES) {
-            v16 row[TOGETHER];
-            for (int i = 0; i < TOGETHER; ++i) row[i] = load(at + i * stride + c);
+            v16 row[ADDED];
+            for (int i = 0; i < ADDED; ++i) {
+                row[i] = load(at + i * stride + c);
+                fetch(at + i * stride + c);
+            }
             for (int64_t t = 0; t < tokens; ++t) {
                 v16 total = load(y[t] + c);
-                for (int i = 0; i < TOGETHER; ++i) total = fma(row[i], all(x[t][n + i]), total);
+                for (int i = 0; i < ADDED; ++i) total = fma(row[i], all(x[t][n + i]), total);
                 store(y[t] + c, total);
             }
         }
         for (; c < last; ++c)
             for (int64_t t = 0; t < tokens; ++t)
-                for (int i = 0; i < TOGETHER; ++i) y[t][c] = std::fma(one(at + i * stride + c), x[t][n + i], y[t][c]);
+                for (int i = 0; i < ADDED; ++i) y[t][c] = std::fma(one(at + i * stride + c), x[t][n + i], y[t][c]);
     }
     for (; n < rows; ++n)
         for (int64_t t = 0; t < tokens; ++t)

@@ -34,13 +34,15 @@ void Team::barrier() {
     }
 }
 
-int64_t Team::next(int phase) { return pool_->next_[phase].value.fetch_add(1, std::memory_order_relaxed); }
-
-void Team::restart(int phase) {
-    if (count > 1 && thread == 0) pool_->next_[phase].value.store(count, std::memory_order_relaxed);
+int64_t Team::next(int phase, int whose) {
+    return pool_->shares_[whose].taken[phase].fetch_add(1, std::memory_order_relaxed);
 }
 
-Pool::Pool(int threads) : threads_(threads), workers_(threads - 1) {
+void Team::restart(int phase) {
+    if (count > 1) pool_->shares_[thread].taken[phase].store(0, std::memory_order_relaxed);
+}
+
+Pool::Pool(int threads) : threads_(threads), workers_(threads - 1), shares_(threads) {
     for (auto& worker : workers_) std::thread(&Pool::work, this, std::ref(worker)).detach();
 }
 
@@ -65,7 +67,9 @@ void Pool::start(Job job, const void* context) {
     count_ = claim();
     job_ = job;
     context_ = context;
-    for (auto& counter : next_) counter.value.store(count_, std::memory_order_relaxed);
+    for (auto& share : shares_) {
+        for (auto& taken : share.taken) taken.store(0, std::memory_order_relaxed);
+    }
     for (auto& worker : workers_) {
         if (worker.state.load(std::memory_order_relaxed) == State::claimed) {
             worker.state.store(State::called, std::memory_order_release);

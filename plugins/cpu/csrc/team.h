@@ -19,10 +19,19 @@ public:
     Team(Pool* pool, int thread, int count) : thread(thread), count(count), pool_(pool) {}
 
     void barrier();
-    // Calls body(item) for some of the items 0..items-1 of this phase; every item falls to one thread.
+    // Calls body(item) for some of the items 0..items-1 of this phase; every item falls to one thread. Each has a share
+    // of neighbours, so that it reads memory in one stream, and helps with the others' where it is done.
     template <class Body>
     void share(int phase, int64_t items, Body body) {
-        for (int64_t item = thread; item < items; item = count == 1 ? item + 1 : next(phase)) body(item);
+        if (count == 1) {
+            for (int64_t item = 0; item < items; ++item) body(item);
+            return;
+        }
+        for (int i = 0; i < count; ++i) {
+            const int whose = (thread + i) % count;
+            const int64_t first = items * whose / count, last = items * (whose + 1) / count;
+            for (int64_t item; (item = first + next(phase, whose)) < last;) body(item);
+        }
     }
 
     // Lets a phase be shared out again. Between two barriers, in which no thread shares it out.
@@ -31,7 +40,8 @@ public:
     const int thread, count;
 
 private:
-    int64_t next(int phase);
+    // How many items of a thread's share were taken before.
+    int64_t next(int phase, int whose);
     Pool* pool_;
 };
 
@@ -60,9 +70,11 @@ private:
         std::atomic<uint64_t> beat{0};  // the clock when it last looked whether it is called
         int seat = 0;                   // its number in the team of this call
     };
-    struct alignas(64) Counter {
-        std::atomic<int64_t> value{0};
+    // How many items of a thread's share were taken, in each phase: one cache line, mostly its own.
+    struct alignas(64) Share {
+        std::atomic<int32_t> taken[MAX_PHASES]{};
     };
+    static_assert(sizeof(Share) == 64);
 
     void start(Job job, const void* context);
     void wake_sleepers();
@@ -81,5 +93,5 @@ private:
     int count_ = 1;
     alignas(64) std::atomic<uint32_t> arrived_{0};
     alignas(64) std::atomic<uint32_t> round_{0};
-    Counter next_[MAX_PHASES];
+    std::vector<Share> shares_;
 };

@@ -33,7 +33,6 @@ typedef uint8_t octets __attribute__((vector_size(16)));
 constexpr int NARROW_TOKENS = 4;
 #endif
 constexpr int WORDS = sizeof(words) / 2;
-constexpr int64_t AHEAD = 4096;  // bytes of codes that are fetched before they are needed
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define WORDS_ARE_A_REGISTER
 #endif
@@ -142,9 +141,9 @@ struct NarrowRows {
           groups(m.columns / GROUP),
           all_groups(m.rows * groups) {}
     const char* at(int64_t row, int64_t g) const { return codes + (row * groups + g) * F::BYTES; }
-    // Asks for what is needed next. It may lie behind the last row, where nothing is read.
-    INLINE_BODY void fetch(const char* now, int64_t row, int64_t g) const {
-        for (int64_t i = 0; i < STRETCH * F::BYTES; i += 64) __builtin_prefetch(now + AHEAD + i);
+    // Asks for what is needed next.
+    INLINE_BODY void fetch_from(const char* now, int64_t row, int64_t g) const {
+        for (int64_t i = 0; i < STRETCH * F::BYTES; i += 64) fetch(now + i);
         __builtin_prefetch(scales + row * groups + g + AHEAD / F::BYTES);
     }
     v16 scales_at(int64_t row, int64_t g) const {
@@ -167,7 +166,7 @@ INLINE void narrow_dots(const NarrowRows<F>& w, int64_t row, const Fixed* x, flo
                     totals[t][h] = add_offsets(x[t].offsets + g, scales[t], h, totals[t][h]);
         }
         const char* codes = w.at(row, g);
-        w.fetch(codes, row, g);
+        w.fetch_from(codes, row, g);
         const auto pair = [&](int64_t i, bool single) INLINE_BODY {
             for (int h = 0; h < (single ? 1 : HALVES); ++h) {
                 const Codes c = read_codes<F>(codes + i * F::BYTES, h, single);
