@@ -69,7 +69,8 @@ template <int M, int P>
 inline void tiles(const float* const* x, int64_t from, int64_t rows, Panels w, int64_t panels, int64_t depth,
     bool first, float* const* y, int64_t at) {
     int64_t p = 0;
-    for (; p + P <= panels; p += P)
+    // Four are two pairs: a fourth alone would have too few sums to hide what an addition takes.
+    for (; p + P <= panels && !(P == 3 && panels - p == 4); p += P)
         for (int64_t i = 0; i < rows; i += M)
             tile<M, P>(x + i, from, {w.data + p * w.panel, w.panel, w.step}, depth, first, y + i, at + p * LANES);
     if constexpr (P > 1)
