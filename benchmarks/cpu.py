@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpu_plan import PLANS, REFERENCE, RUNNERS, Plan
+from cpu_plan import EXPORTS, PLANS, REFERENCE, RUNNERS, Plan
 from cpu_point import Files, Job, Point
 from cpu_table import markdown
 from mid_model import write_checkpoint
@@ -97,8 +97,19 @@ def _export(files: Files, form: str) -> None:
     bundle = files.bundle(form)
     if not (bundle / "manifest.json").exists():
         script = "from deepseek_trt.cli.main import main; main()"
-        narrow = [] if form == "float32" else ["--quantize", form]
-        subprocess.run([sys.executable, "-c", script, "export", files.checkpoint, bundle, *narrow], check=True)
+        command = [sys.executable, "-c", script, "export", files.checkpoint, bundle, *_narrowed(files, form)]
+        subprocess.run(command, stdout=sys.stderr, check=True)  # what we print is the tables
+
+
+def _narrowed(files: Files, form: str) -> list[str]:
+    rules = EXPORTS[form]
+    if rules is None:
+        return []
+    if isinstance(rules, list):
+        path = files.folder / f"{form}.json"
+        path.write_text(json_text(rules), encoding="utf-8")
+        rules = str(path)
+    return ["--quantize", rules, "--dtype", "float16"]
 
 
 def _llama_build() -> dict[str, str]:

@@ -14,7 +14,8 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 class Runner:
     """A script beside this one.
 
-    title: in tables. environment: what it likes best. llama: whether llama.cpp's Python runs it. form: of its weights.
+    title: in tables. environment: what it likes best. llama: whether llama.cpp's Python runs it. form: of its weights
+    (EXPORTS, of llama.cpp its own name).
     """
 
     script: str
@@ -39,6 +40,16 @@ RUNNERS = {  # in the order in which they measure
     "ours": Runner("cpu_ours.py", "deepseek-trt", HUGE_PAGES),
     "ours-int8": Runner("cpu_ours.py", "deepseek-trt int8", HUGE_PAGES, form="int8"),
     "ours-int4": Runner("cpu_ours.py", "deepseek-trt int4", HUGE_PAGES, form="int4"),
+    "ours-all4": Runner("cpu_ours.py", "deepseek-trt int4 everywhere", HUGE_PAGES, form="int4-everywhere"),
+}
+# What `export` is told for each form of our weights. Narrow ones come with float16 for the rest and for the cache, as
+# llama.cpp's fastest mode has its cache. A list is a file of rules.
+INT4_EVERYWHERE = [{"pattern": "lm_head.weight", "format": "int8"}, {"pattern": "*", "format": "int4"}]
+EXPORTS: dict[str, str | list[dict[str, str]] | None] = {
+    "float32": None,
+    "int8": "int8",
+    "int4": "int4",
+    "int4-everywhere": INT4_EVERYWHERE,
 }
 REFERENCE = "transformers"  # whose logits the others' are compared with; it fills caches in every table
 
@@ -90,8 +101,11 @@ PLANS = {
         rounds=1,
     ),
     "narrow": Plan(
-        ("stream", "llama-q8_0", "llama-q4_0", "llama-q4_k_m", "ours-int8", "ours-int4"),
-        (("llama-q8_0", "ours-int8"), ("llama-q4_0", "ours-int4"), ("llama-q4_k_m", "ours-int4")),
+        ("stream", "llama-q8_0", "llama-q4_0", "llama-q4_k_m", "ours-int8", "ours-int4", "ours-all4"),
+        (
+            ("llama-q8_0", "ours-int8"),
+            *((peer, own) for own in ("ours-int4", "ours-all4") for peer in ("llama-q4_0", "llama-q4_k_m")),
+        ),
         _narrow,
         {1: [128, 512, 2048], 8: [512], 64: [32]},
         rounds=3,

@@ -20,7 +20,6 @@ from make_checkpoint import tensors_of
 from mid_model import CONFIG
 
 Results = dict[str, Any]
-_FLOAT = 4
 _ROUTED = ".mlp.experts."  # in their names
 _VERSIONS = ("deepseek-trt", "onnxruntime-gpu", "torch", "transformers", "numpy")
 
@@ -111,7 +110,7 @@ def _floor(results: Results, point: Point, form: str) -> str:
     speed = _bandwidth(results, point.threads)
     if speed is None or point.kind == "prefill":
         return "-"
-    return f"{(weight_bytes(point.batch, form) + cache_bytes(point)) / speed / 1e6:.1f}"
+    return f"{(weight_bytes(point.batch, form) + cache_bytes(point, form)) / speed / 1e6:.1f}"
 
 
 def weight_bytes(batch: int, form: str) -> float:
@@ -128,13 +127,19 @@ def weight_bytes(batch: int, form: str) -> float:
 def _bytes_a_number(form: str, name: str, dimensions: int) -> float:
     """As docs/narrow.md says: a float16 scale for every 32 codes; norms, routers and kv_b_proj stay whole."""
     if form == "float32" or dimensions < 2 or "kv_b_proj" in name or name.endswith("mlp.gate.weight"):
-        return _FLOAT
-    return (4.5 if form == "int4" and _ROUTED in name else 8.5) / 8
+        return _whole_bytes(form)
+    is_int4 = "lm_head" not in name if form == "int4-everywhere" else form == "int4" and _ROUTED in name
+    return (4.5 if is_int4 else 8.5) / 8
 
 
-def cache_bytes(point: Point) -> int:
+def _whole_bytes(form: str) -> int:
+    """Of a number that stays whole, and of a cached one: cpu_plan.py's EXPORTS."""
+    return 4 if form == "float32" else 2
+
+
+def cache_bytes(point: Point, form: str) -> int:
     width = CONFIG["kv_lora_rank"] + CONFIG["qk_rope_head_dim"]
-    return int(point.batch * point.context * CONFIG["num_hidden_layers"] * width * _FLOAT)
+    return int(point.batch * point.context * CONFIG["num_hidden_layers"] * width * _whole_bytes(form))
 
 
 def _machine(results: Results, args: argparse.Namespace) -> str:
