@@ -24,7 +24,7 @@ from deepseek_trt.export.bundle.folder import Bundle
 from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.plugins.cpu.sampler import NativeSampler, load_sampler
 
-BATCH, CONTEXT, WARM, ROUNDS = 32, 128, 9, 100
+BATCH, CONTEXT, WARM = 32, 128, 9
 PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.2}
 MODES: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", type=Path, help="default: the shipped model, exported to a temporary folder")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=100, help="of each mode, beside 9 that warm up")
     parser.add_argument("--library", type=Path, help="a compiled sampler other than the session's")
     parser.add_argument("--numpy", action="store_true", help="time numpy's sampler too")
     options = parser.parse_args()
@@ -68,12 +69,17 @@ def _table(bundle: Bundle, threads: int, options: argparse.Namespace) -> None:
     library = options.library or decode.session.library
     names = (["compiled"] if library else []) + (["numpy"] if options.numpy or not library else [])
     loads = [partial(load_sampler, library, threads) if name == "compiled" else lambda: None for name in names]
-    modes = [_Mode(decode, fields, [load() for load in loads]) for fields in MODES.values()]  # as a batch that stays
-    for _ in range(WARM + ROUNDS):
+    total = WARM + options.rounds
+    modes = [
+        _Mode(decode, fields, [load() for load in loads], total) for fields in MODES.values()
+    ]  # a batch that stays
+    for _ in range(total):
         for mode in modes:
             mode.step()
     step = min(mode.best(0) for mode in modes)  # the same step in every mode
-    print(f"\n{threads} threads, batch {BATCH}, context {CONTEXT}; best of {ROUNDS}; a step: {1e3 * step:.2f} ms\n")
+    print(
+        f"\n{threads} threads, batch {BATCH}, context {CONTEXT}; best of {options.rounds}; a step: {1e3 * step:.2f} ms\n"
+    )
     print("| sampling | " + " | ".join(f"{name}, us | share of the step" for name in names) + " |")
     print("|---|" + "---|---|" * len(names))
     for name, mode in zip(MODES, modes, strict=True):
@@ -103,8 +109,10 @@ class Decode:
 class _Mode:
     """The seconds of a step, and of each sampler on its logits."""
 
-    def __init__(self, decode: Decode, fields: dict[str, float], natives: list[NativeSampler | None]) -> None:
-        params = SamplingParams(WARM + ROUNDS, **{"temperature": 0.8, **fields})  # type: ignore[arg-type]
+    def __init__(
+        self, decode: Decode, fields: dict[str, float], natives: list[NativeSampler | None], steps: int
+    ) -> None:
+        params = SamplingParams(steps, **{"temperature": 0.8, **fields})  # type: ignore[arg-type]
         each = [(dataclasses.replace(params, seed=i), prompt.tolist()) for i, prompt in enumerate(decode.prompts)]
         self._rows = [[Sampler(own, prompt) for own, prompt in each] for _ in natives]
         self._decode, self._natives = decode, natives
