@@ -102,7 +102,7 @@ _SIZE_OPTIONS = (
     click.option(
         "--max-model-len",
         type=click.IntRange(2, MOST),
-        help="Tokens of prompt and answer together.  [default: the model's or the plans']",
+        help="Tokens of prompt and answer together.  [default: the model's or the plans', or what the cache holds]",
     ),
     click.option("--pages", type=click.IntRange(2, MOST), help=_PAGES),
     click.option("--cache-mib", type=COUNT, help="MiB of the cache.  [default: 1024]"),
