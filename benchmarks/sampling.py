@@ -77,9 +77,8 @@ def _table(bundle: Bundle, threads: int, options: argparse.Namespace) -> None:
         for mode in modes:
             mode.step()
     step = min(mode.best(0) for mode in modes)  # the same step in every mode
-    print(
-        f"\n{threads} threads, batch {BATCH}, context {CONTEXT}; best of {options.rounds}; a step: {1e3 * step:.2f} ms\n"
-    )
+    print(f"\n{threads} threads, batch {BATCH}, context {CONTEXT}; best of {options.rounds}; ", end="")
+    print(f"a step: {1e3 * step:.2f} ms\n")
     print("| sampling | " + " | ".join(f"{name}, us | share of the step" for name in names) + " |")
     print("|---|" + "---|---|" * len(names))
     for name, mode in zip(MODES, modes, strict=True):

@@ -40,6 +40,7 @@ _OF_PROCESSORS = {
     "hashing",
     "load",
     "moe_forms",
+    "prefill_peak",
     "sampling",
     "server",
     "sizes",
