@@ -1,7 +1,7 @@
 """The share of a step of the shipped model that sampling takes, at batch 32: python benchmarks/sampling.py
 
 Every mode is timed beside the decode step whose logits it samples, and all modes in turn, so that all see the same
-machine. The best time of each counts: others may use the machine, too. At the end, what guides add.
+machine. The best time of each counts: others may use the machine, too. At the end, what guides add to the shipped one.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
         bundle = Bundle.open(options.bundle) if options.bundle else shipped_bundle(Path(folder))
         for threads in options.threads:
             _table(bundle, threads, options)
-        if not options.library:
+        if not options.library and not options.bundle:
             print(f"\n{guides_table(bundle)}")
 
 
