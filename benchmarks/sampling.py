@@ -13,6 +13,7 @@ import time
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sampling_guides import guides_table
@@ -25,8 +26,8 @@ from deepseek_trt.export.exporter import ExportRequest, export_bundle
 from deepseek_trt.plugins.cpu.sampler import NativeSampler, load_sampler
 
 BATCH, CONTEXT, WARM = 32, 128, 9
-PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.2}
-MODES: dict[str, dict[str, float]] = {
+PENALTIES: dict[str, Any] = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.2}
+MODES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {},
     "top-k 50": {"top_k": 50},
@@ -70,9 +71,7 @@ def _table(bundle: Bundle, threads: int, options: argparse.Namespace) -> None:
     names = (["compiled"] if library else []) + (["numpy"] if options.numpy or not library else [])
     loads = [partial(load_sampler, library, threads) if name == "compiled" else lambda: None for name in names]
     total = WARM + options.rounds
-    modes = [
-        _Mode(decode, fields, [load() for load in loads], total) for fields in MODES.values()
-    ]  # a batch that stays
+    modes = [_Mode(decode, fields, [load() for load in loads], total) for fields in MODES.values()]
     for _ in range(total):
         for mode in modes:
             mode.step()
@@ -106,12 +105,10 @@ class Decode:
 
 
 class _Mode:
-    """The seconds of a step, and of each sampler on its logits."""
+    """The seconds of a step, and of each sampler on its logits; its batch stays the same."""
 
-    def __init__(
-        self, decode: Decode, fields: dict[str, float], natives: list[NativeSampler | None], steps: int
-    ) -> None:
-        params = SamplingParams(steps, **{"temperature": 0.8, **fields})  # type: ignore[arg-type]
+    def __init__(self, decode: Decode, fields: dict[str, Any], natives: list[NativeSampler | None], steps: int) -> None:
+        params = SamplingParams(steps, **{"temperature": 0.8, **fields})
         each = [(dataclasses.replace(params, seed=i), prompt.tolist()) for i, prompt in enumerate(decode.prompts)]
         self._rows = [[Sampler(own, prompt) for own, prompt in each] for _ in natives]
         self._decode, self._natives = decode, natives

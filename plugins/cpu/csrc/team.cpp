@@ -10,10 +10,9 @@ constexpr int SPINS_AT_BARRIER = 1 << 14;    // then others may need the core
 constexpr int SPINS_BEFORE_SLEEP = 1 << 13;  // some 200 microseconds
 constexpr int SPINS_AFTER_CALL = 1 << 6;     // a worker's way from the last barrier back to waiting
 constexpr int SPINS_AFTER_WAKE = 1 << 12;    // some 100 microseconds, once after a sleep
-constexpr uint64_t FRESH = 1 << 16;  // cycles, some 20 microseconds: a worker that looked since then is on a core
+constexpr int SPINS_FOR_BEAT = 1 << 7;       // some 3 microseconds: a worker that looks meanwhile is on a core
 
 inline void pause() { __builtin_ia32_pause(); }
-inline uint64_t clock_now() { return __builtin_ia32_rdtsc(); }
 
 }  // namespace
 
@@ -42,7 +41,7 @@ void Team::restart(int phase) {
     if (count > 1) pool_->shares_[thread].taken[phase].store(0, std::memory_order_relaxed);
 }
 
-Pool::Pool(int threads) : threads_(threads), workers_(threads - 1), shares_(threads) {
+Pool::Pool(int threads) : threads_(threads), workers_(threads - 1), seen_(threads - 1), shares_(threads) {
     for (auto& worker : workers_) std::thread(&Pool::work, this, std::ref(worker)).detach();
 }
 
@@ -99,22 +98,34 @@ void Pool::wake_sleepers() {
 
 // Gives those who wait on a core a seat each; how many there are, the caller with them.
 int Pool::claim() {
+    for (size_t i = 0; i < workers_.size(); ++i) {
+        for (int spins = 0; spins < SPINS_AFTER_CALL && workers_[i].state.load() == State::busy; ++spins) pause();
+        seen_[i] = workers_[i].beat.load(std::memory_order_relaxed);
+    }
     int count = 1;
-    for (auto& worker : workers_) {
-        for (int spins = 0; spins < SPINS_AFTER_CALL && worker.state.load() == State::busy; ++spins) pause();
-        const uint64_t beat = worker.beat.load(std::memory_order_relaxed);
+    for (size_t i = 0; i < workers_.size(); ++i) {
         State waiting = State::waiting;
-        if (clock_now() - beat < FRESH && worker.state.compare_exchange_strong(waiting, State::claimed)) {
-            worker.seat = count++;
+        if (beats(workers_[i], seen_[i]) && workers_[i].state.compare_exchange_strong(waiting, State::claimed)) {
+            workers_[i].seat = count++;
         }
     }
     return count;
 }
 
+// Whether a waiting worker has looked for its call since. Told by what it counts and by no clock: those of two cores
+// differ, and one that is read out of order lies before what it is compared with.
+bool Pool::beats(const Worker& worker, uint32_t since) {
+    for (int spins = 0; spins < SPINS_FOR_BEAT && worker.state.load() == State::waiting; ++spins) {
+        if (worker.beat.load(std::memory_order_relaxed) != since) return true;
+        pause();
+    }
+    return false;
+}
+
 void Pool::await_call(Worker& self) {
     int spins = 0;
     while (true) {
-        self.beat.store(clock_now(), std::memory_order_relaxed);
+        self.beat.store(self.beat.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
         if (self.state.load(std::memory_order_acquire) == State::called) return;
         if (++spins > SPINS_BEFORE_SLEEP && sleep(self)) spins = 0;
         pause();
@@ -127,14 +138,12 @@ bool Pool::sleep(Worker& self) {
     if (!self.state.compare_exchange_strong(waiting, State::asleep)) return false;
     std::unique_lock<std::mutex> guard(sleep_);
     wake_.wait(guard, [&] { return self.state.load() != State::asleep; });
-    self.beat.store(clock_now(), std::memory_order_relaxed);
     self.state.store(State::waiting);
     return true;
 }
 
 void Pool::work(Worker& self) {
     while (true) {
-        self.beat.store(clock_now(), std::memory_order_relaxed);
         self.state.store(State::waiting, std::memory_order_release);
         await_call(self);
         self.state.store(State::busy, std::memory_order_relaxed);

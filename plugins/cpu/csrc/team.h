@@ -67,7 +67,7 @@ private:
 
     struct alignas(64) Worker {
         std::atomic<State> state{State::busy};
-        std::atomic<uint64_t> beat{0};  // the clock when it last looked whether it is called
+        std::atomic<uint32_t> beat{0};  // how often it looked whether it is called
         int seat = 0;                   // its number in the team of this call
     };
     // How many items of a thread's share were taken, in each phase: one cache line, mostly its own.
@@ -79,6 +79,7 @@ private:
     void start(Job job, const void* context);
     void wake_sleepers();
     int claim();
+    static bool beats(const Worker& worker, uint32_t since);
     void work(Worker& self);
     void await_call(Worker& self);
     bool sleep(Worker& self);
@@ -88,6 +89,7 @@ private:
     std::mutex sleep_;
     std::condition_variable wake_;
     std::vector<Worker> workers_;
+    std::vector<uint32_t> seen_;  // the workers' beats when the call began
     Job job_ = nullptr;
     const void* context_ = nullptr;
     int count_ = 1;
