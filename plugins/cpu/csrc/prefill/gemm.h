@@ -43,7 +43,7 @@ inline float** take_padded(Scratch& scratch, int64_t rows, int64_t width, bool n
 // y[i][at + 16 p + lane] (+)= sum over k of x[i][from + k] w(p, k, lane) for M rows and P panels.
 template <int M, int P>
 __attribute__((noinline)) void tile(
-    const float* const* x, int64_t from, Panels w, int64_t depth, bool first, float* const* y, int64_t at) {
+    const float* const* x, int64_t from, const Panels& w, int64_t depth, bool first, float* const* y, int64_t at) {
     v16 sums[M][P] = {};
     const float* rows[M];
     for (int i = 0; i < M; ++i) rows[i] = x[i] + from;
