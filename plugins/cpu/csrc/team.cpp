@@ -1,16 +1,18 @@
 #include "team.h"
 
+#include <chrono>
 #include <functional>
 #include <map>
 #include <memory>
 
 namespace {
 
-constexpr int SPINS_AT_BARRIER = 1 << 14;    // then others may need the core
-constexpr int SPINS_BEFORE_SLEEP = 1 << 13;  // some 200 microseconds
-constexpr int SPINS_AFTER_CALL = 1 << 6;     // a worker's way from the last barrier back to waiting
-constexpr int SPINS_AFTER_WAKE = 1 << 12;    // some 100 microseconds, once after a sleep
-constexpr int SPINS_FOR_BEAT = 1 << 7;       // some 3 microseconds: a worker that looks meanwhile is on a core
+constexpr int SPINS_AT_BARRIER = 1 << 14;               // then others may need the core
+constexpr auto AWAKE = std::chrono::microseconds(500);  // longer than what comes between two steps, mostly
+constexpr uint32_t SPINS_A_LOOK = 1 << 8;               // between looks at the clock
+constexpr int SPINS_AFTER_CALL = 1 << 6;                // a worker's way from the last barrier back to waiting
+constexpr int SPINS_AFTER_WAKE = 1 << 12;               // some 100 microseconds, once after a sleep
+constexpr int SPINS_FOR_BEAT = 1 << 7;  // some 3 microseconds: a worker that looks meanwhile is on a core
 
 inline void pause() { __builtin_ia32_pause(); }
 
@@ -123,11 +125,13 @@ bool Pool::beats(const Worker& worker, uint32_t since) {
 }
 
 void Pool::await_call(Worker& self) {
-    int spins = 0;
-    while (true) {
+    auto since = std::chrono::steady_clock::now();
+    for (uint32_t spins = 1;; ++spins) {
         self.beat.store(self.beat.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
         if (self.state.load(std::memory_order_acquire) == State::called) return;
-        if (++spins > SPINS_BEFORE_SLEEP && sleep(self)) spins = 0;
+        if (spins % SPINS_A_LOOK == 0 && std::chrono::steady_clock::now() - since > AWAKE && sleep(self)) {
+            since = std::chrono::steady_clock::now();
+        }
         pause();
     }
 }
